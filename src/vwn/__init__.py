@@ -1,0 +1,42 @@
+"""Virtual Width Networks (arXiv 2511.11238): a wide representation around a transformer of ordinary width.
+
+``import vwn`` needs torch only. The Hugging Face model is ``vwn.hf``; its names are also reachable here, lazily.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vwn.connection import GeneralizedHyperConnection, Routing
+from vwn.embedding import OverWidthEmbedding, OverWidthReduce
+from vwn.errors import UserError
+from vwn.geometry import Geometry
+from vwn.multi_token import BlockLinear, MultiTokenPredictor
+from vwn.weight_decay import no_weight_decay
+
+if TYPE_CHECKING:
+    from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM, VirtualWidthModel
+
+__version__ = "0.1.0"
+
+_FROM_HF = ("VirtualWidthConfig", "VirtualWidthForCausalLM", "VirtualWidthModel")
+
+__all__ = [
+    "BlockLinear",
+    "GeneralizedHyperConnection",
+    "Geometry",
+    "MultiTokenPredictor",
+    "OverWidthEmbedding",
+    "OverWidthReduce",
+    "Routing",
+    "UserError",
+    "VirtualWidthConfig",
+    "VirtualWidthForCausalLM",
+    "VirtualWidthModel",
+    "no_weight_decay",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FROM_HF:
+        return getattr(import_module("vwn.hf"), name)
+    raise AttributeError(f"module 'vwn' has no attribute {name!r}")

@@ -1,0 +1,166 @@
+"""Over-width embedding and reduce (section 3.2): from token ids to ``D'`` numbers, and from ``D'`` back to ``D``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vwn.geometry import Geometry
+from vwn.initialisation import StatesItsInitialValues
+
+EMBEDDING_FORMS = ("direct", "factorised", "replicated")
+REDUCE_FORMS = ("linear", "sum", "identity")
+REDUCE_NORMS = ("group_norm", "rms_norm", "none")
+REDUCE_INITS = ("normal", "first_slots")
+
+
+class OverWidthEmbedding(StatesItsInitialValues):
+    """Token ids to the initial over-width state ``H'_0``.
+
+    Args:
+        geometry: ``(D, m, n)``.
+        vocab_size: ``V``.
+        form: ``"direct"``, a ``V x D'`` table; ``"factorised"``, a ``V x D`` table and one linear ``D' x D``;
+            ``"replicated"``, a ``V x D`` table repeated cyclically over the slots (slot ``j`` = segment ``j mod m``),
+            as Hyper-Connections do, and the function-preserving choice when trained weights are widened.
+        padding_idx: as in ``torch.nn.Embedding``.
+
+    Raises:
+        ValueError: unknown ``form``.
+    """
+
+    def __init__(
+        self, geometry: Geometry, vocab_size: int, form: str = "direct", padding_idx: int | None = None
+    ) -> None:
+        super().__init__()
+        if form not in EMBEDDING_FORMS:
+            raise ValueError(f"embedding form must be one of {EMBEDDING_FORMS}, got {form!r}")
+        self.geometry, self.form = geometry, form
+        width = geometry.over_width if form == "direct" else geometry.hidden_size
+        self.table = nn.Embedding(vocab_size, width, padding_idx)
+        if form == "factorised":
+            self.expand_weight = nn.Parameter(torch.empty(geometry.over_width, geometry.hidden_size))
+        self.reset_parameters()
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """``W_expand`` keeps the variance of the table's rows, so all forms start at the same scale."""
+        if self.form != "factorised":
+            return {}
+        shape = self.expand_weight.shape
+        return {"expand_weight": torch.randn(shape) * shape[1] ** -0.5}
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """``[...]`` ids to ``[..., D']``."""
+        rows = self.table(input_ids)
+        if self.form == "factorised":
+            return F.linear(rows, self.expand_weight)
+        return repeat_over_slots(rows, self.geometry) if self.form == "replicated" else rows
+
+    def extra_repr(self) -> str:
+        return f"form={self.form!r}"
+
+
+def repeat_over_slots(hidden: Tensor, geometry: Geometry) -> Tensor:
+    """``[..., D]`` to ``[..., D']``: slot ``j`` becomes segment ``j mod m``."""
+    repeats = -(-geometry.n // geometry.m)
+    return torch.cat([hidden] * repeats, dim=-1)[..., : geometry.over_width]
+
+
+class OverWidthReduce(StatesItsInitialValues):
+    """The final over-width state back to the backbone's width, before the final norm.
+
+    Args:
+        geometry: ``(D, m, n)``.
+        form: ``"linear"``, the paper's ``W_reduce Norm(H')``; ``"sum"``, segment ``i`` is the sum of the slots
+            ``j = i mod m``, as in Hyper-Connections; ``"identity"``, for ``n = m``, where the width is right already.
+            ``None``: identity where ``n = m``, else linear.
+        norm: the norm of group size ``D`` in front of the linear form: ``"group_norm"`` (the paper's),
+            ``"rms_norm"``, or ``"none"``. ``None``: group norm for integer ``r``, else none, as in the paper.
+        init: ``"normal"`` with variance ``1 / D'``, or ``"first_slots"``, which starts as the plain residual stream.
+        eps: of the norm.
+
+    Raises:
+        ValueError: unknown option; identity with ``n != m``; a norm at fractional ``r`` or without a linear.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        form: str | None = None,
+        norm: str | None = None,
+        init: str = "normal",
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        form, norm = resolve_reduce(geometry, form, norm)
+        if init not in REDUCE_INITS:
+            raise ValueError(f"reduce init must be one of {REDUCE_INITS}, got {init!r}")
+        self.geometry, self.form, self.norm, self.init, self.eps = geometry, form, norm, init, eps
+        if form == "linear":
+            self.weight = nn.Parameter(torch.empty(geometry.hidden_size, geometry.over_width))
+        if norm != "none":
+            self.norm_weight = nn.Parameter(torch.empty(geometry.over_width))
+        if norm == "group_norm":
+            self.norm_bias = nn.Parameter(torch.empty(geometry.over_width))
+        self.reset_parameters()
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """``W_reduce`` by ``init``; gains one, biases zero."""
+        d_in, d_out, values = self.geometry.over_width, self.geometry.hidden_size, {}
+        if self.form == "linear":
+            first = torch.eye(d_out, d_in)
+            values["weight"] = first if self.init == "first_slots" else torch.randn(d_out, d_in) * d_in**-0.5
+        if self.norm != "none":
+            values["norm_weight"] = torch.ones(d_in)
+        if self.norm == "group_norm":
+            values["norm_bias"] = torch.zeros(d_in)
+        return values
+
+    def forward(self, state: Tensor) -> Tensor:
+        """``[..., D']`` to ``[..., D]``."""
+        if self.form == "identity":
+            return state
+        if self.form == "sum":
+            return _sum_replicas(state, self.geometry)
+        return F.linear(self._normalise(state), self.weight)
+
+    def _normalise(self, state: Tensor) -> Tensor:
+        if self.norm == "none":
+            return state
+        groups = state.unflatten(-1, (-1, self.geometry.hidden_size))
+        groups = groups.to(torch.promote_types(state.dtype, torch.float32))
+        if self.norm == "group_norm":
+            groups = groups - groups.mean(-1, keepdim=True)
+        groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.eps)
+        normed = groups.flatten(-2).to(state.dtype) * self.norm_weight
+        return normed + self.norm_bias if self.norm == "group_norm" else normed
+
+    def extra_repr(self) -> str:
+        return f"form={self.form!r}, norm={self.norm!r}, init={self.init!r}"
+
+
+def resolve_reduce(geometry: Geometry, form: str | None, norm: str | None) -> tuple[str, str]:
+    """The form and norm that ``None`` stands for, and the check that the two fit the geometry and each other."""
+    g = geometry
+    form = form or ("identity" if g.n == g.m else "linear")
+    norm = norm or ("group_norm" if form == "linear" and g.is_whole else "none")
+    if form not in REDUCE_FORMS:
+        raise ValueError(f"reduce form must be one of {REDUCE_FORMS}, got {form!r}")
+    if norm not in REDUCE_NORMS:
+        raise ValueError(f"reduce norm must be one of {REDUCE_NORMS}, got {norm!r}")
+    if form == "identity" and g.n != g.m:
+        raise ValueError(f"reduce form 'identity' needs n = m, got m = {g.m}, n = {g.n}; use 'linear' or 'sum'")
+    if form != "linear" and norm != "none":
+        raise ValueError(f"reduce norm {norm!r} goes with the linear form only; use norm 'none' with form {form!r}")
+    if norm != "none" and not g.is_whole:
+        raise ValueError(
+            f"reduce norm {norm!r} needs an integer r = n/m, got {g.n}/{g.m} = {g.ratio:g}; use 'none', as the paper does"
+        )
+    return form, norm
+
+
+def _sum_replicas(state: Tensor, geometry: Geometry) -> Tensor:
+    slots = state.unflatten(-1, (geometry.n, geometry.segment_size))
+    segments = [slots[..., i :: geometry.m, :].sum(-2) for i in range(geometry.m)]
+    return torch.cat(segments, dim=-1)

@@ -1,0 +1,137 @@
+"""Configuration of a virtual-width model: any causal-LM backbone config of transformers, plus the virtual width."""
+
+from copy import deepcopy
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from vwn.connection import CARRY_CONSTRAINTS
+from vwn.embedding import EMBEDDING_FORMS, REDUCE_INITS, resolve_reduce
+from vwn.geometry import Geometry
+
+CONNECTIONS = ("ghc", "residual")
+
+
+@strict
+class VirtualWidthConfig(PreTrainedConfig):
+    """A backbone and its virtual width.
+
+    Args:
+        backbone: config (or its dict, with ``model_type``) of the transformers causal-LM that is widened.
+        m: fraction rate, divides the backbone's ``hidden_size``.
+        n: slots, ``n >= m``; the virtual width factor is ``r = n / m``.
+        connection: ``"ghc"``, Generalized Hyper-Connections, or ``"residual"``: the backbone's own layers, untouched
+            (``m = n = 1``), the baseline.
+        dynamic: token-dependent routing (eqs. 12-14) or static matrices only.
+        frozen: keep the routing at its initial values.
+        carry_constraint: ``"none"``, the paper's.
+        embedding: ``"direct"``, ``"factorised"`` or ``"replicated"`` (section 3.2).
+        reduce: ``"linear"``, ``"sum"`` or ``"identity"``; ``None`` is identity where ``n = m``, else linear.
+        reduce_norm: ``"group_norm"``, ``"rms_norm"`` or ``"none"``; ``None`` is the paper's choice.
+        reduce_init: ``"normal"`` or ``"first_slots"`` (starts as the plain residual stream).
+        num_mtp_modules: multi-token prediction modules (section 3.4), chained; 1 predicts the next two tokens.
+        mtp_loss_weight: λ, the weight of each further token's loss.
+        tie_word_embeddings: share the ``V x D`` table with the unembedding; impossible for a ``V x D'`` table.
+
+    Raises:
+        ValueError: options that do not fit the backbone or each other.
+    """
+
+    model_type = "virtual_width"
+    sub_configs = {"backbone": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "over_width_state", "router_logits", "mtp_logits", "losses"]
+
+    backbone: dict[str, Any] | PreTrainedConfig | None = None
+    m: int = 1
+    n: int = 1
+    connection: str = "ghc"
+    dynamic: bool = True
+    frozen: bool = False
+    carry_constraint: str = "none"
+    embedding: str = "direct"
+    reduce: str | None = None
+    reduce_norm: str | None = None
+    reduce_init: str = "normal"
+    num_mtp_modules: int = 0
+    mtp_loss_weight: float = 0.3
+    tie_word_embeddings: bool | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.backbone is None:
+            self.backbone = CONFIG_MAPPING["llama"]()
+        elif isinstance(self.backbone, dict):
+            self.backbone = _config_from_dict(self.backbone)
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = bool(self.backbone.tie_word_embeddings)
+        self._check_choices()
+        self.reduce, self.reduce_norm = resolve_reduce(self.geometry, self.reduce, self.reduce_norm)
+        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            kwargs.setdefault(key, getattr(self.backbone, key, None))
+        super().__post_init__(**kwargs)
+
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("connection", CONNECTIONS),
+            ("carry_constraint", CARRY_CONSTRAINTS),
+            ("embedding", EMBEDDING_FORMS),
+            ("reduce_init", REDUCE_INITS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if self.connection == "residual" and (self.m, self.n) != (1, 1):
+            raise ValueError(
+                f"connection 'residual' is the plain backbone, so m = n = 1; got m = {self.m}, n = {self.n}; "
+                "use connection 'ghc' for a virtual width"
+            )
+        if self.num_mtp_modules < 0:
+            raise ValueError(f"num_mtp_modules must be 0 or more, got {self.num_mtp_modules}")
+        if self.tie_word_embeddings and self.embedding == "direct" and self.n != self.m:
+            raise ValueError(
+                f"tie_word_embeddings needs a table as wide as the backbone, but the direct embedding at m = {self.m}, "
+                f"n = {self.n} is {self.n / self.m:g} times wider; use embedding='factorised' or "
+                "tie_word_embeddings=False"
+            )
+
+    @property
+    def geometry(self) -> Geometry:
+        """``(D, m, n)`` and what follows from them."""
+        return Geometry(self.backbone.hidden_size, self.m, self.n)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The backbone's config: what caches, masks and generation read."""
+        return self.backbone
+
+    def mtp_backbone(self) -> PreTrainedConfig:
+        """Config of a backbone of one layer, of the kind of the last: the extra layer of an MTP module."""
+        fields = self.backbone.to_dict()
+        depth = self.backbone.num_hidden_layers
+        per_layer = {k: v[-1:] for k, v in fields.items() if k.endswith("layer_types") and _is_list(v, depth)}
+        config = type(self.backbone)(**fields | {"num_hidden_layers": 1} | per_layer)
+        config._attn_implementation = self.backbone._attn_implementation
+        return config
+
+
+def _config_from_dict(fields: dict[str, Any]) -> PreTrainedConfig:
+    fields = deepcopy(fields)
+    model_type = fields.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"the backbone's model_type must be one that transformers knows, got {model_type!r}")
+    return CONFIG_MAPPING[model_type](**fields)
+
+
+def _is_list(value: Any, length: int) -> bool:
+    return isinstance(value, list) and len(value) == length
+
+
+def _delegate(name: str) -> property:
+    """A field that lives on the backbone's config and is read and set through the outer one."""
+    return property(
+        lambda self: getattr(self.backbone, name), lambda self, value: setattr(self.backbone, name, value)
+    )
+
+
+# What trainers, generation and evaluation harnesses read from, or set on, the outer config.
+for _name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "use_cache"):
+    setattr(VirtualWidthConfig, _name, _delegate(_name))

@@ -1,0 +1,279 @@
+"""``VirtualWidthModel`` and ``VirtualWidthForCausalLM``: over-width embedding, widened backbone, reduce, MTP, loss."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.utils import can_return_tuple
+
+from vwn.embedding import OverWidthEmbedding, OverWidthReduce
+from vwn.hf.configuration import VirtualWidthConfig
+from vwn.hf.widening import build_backbone, build_mtp_layer, init_virtual_width
+from vwn.multi_token import MultiTokenPredictor
+
+
+@dataclass
+class VirtualWidthModelOutput(ModelOutput):
+    """Output of :class:`VirtualWidthModel`.
+
+    ``last_hidden_state`` ``[B, S, D]`` is reduced and normed; ``over_width_state`` ``[B, S, D']`` is the state before
+    that and ``initial_state`` ``[B, S, D']`` the over-width embedding; ``hidden_states`` are over-width.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    over_width_state: Tensor | None = None
+    initial_state: Tensor | None = None
+
+
+@dataclass
+class VirtualWidthCausalLMOutput(ModelOutput):
+    """Output of :class:`VirtualWidthForCausalLM`.
+
+    ``losses`` are the next-token loss and one for each MTP module, in nats per token and unweighted; ``loss`` is their
+    weighted sum plus the router's auxiliary loss. ``mtp_logits`` holds one ``[B, S, V]`` for each MTP module: at
+    position ``t`` module ``k`` (from 1) predicts token ``t + 1 + k``.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
+    losses: tuple[Tensor, ...] | None = None
+    mtp_logits: tuple[Tensor, ...] | None = None
+
+
+class VirtualWidthPreTrainedModel(PreTrainedModel):
+    config: VirtualWidthConfig
+    config_class = VirtualWidthConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["connections"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_virtual_width(module)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding table, ``V x D'`` (direct) or ``V x D``."""
+        return self.base_model.embed_tokens.table
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.base_model.embed_tokens.table = value
+
+
+class VirtualWidthModel(VirtualWidthPreTrainedModel):
+    """Token ids to hidden states of width ``D``, through an over-width stream (sections 3.2-3.3)."""
+
+    def __init__(self, config: VirtualWidthConfig) -> None:
+        super().__init__(config)
+        g = config.geometry
+        self.backbone, self.norm = build_backbone(config, config.backbone)
+        self.embed_tokens = OverWidthEmbedding(
+            g, config.vocab_size, config.embedding, getattr(config.backbone, "pad_token_id", None)
+        )
+        self.reduce = self._new_reduce()
+        self.mtp = nn.ModuleList(
+            MultiTokenPredictor(g, layer, self._new_reduce(), norm)
+            for layer, norm in (build_mtp_layer(config) for _ in range(config.num_mtp_modules))
+        )
+        self.post_init()
+
+    def _new_reduce(self) -> OverWidthReduce:
+        c = self.config
+        return OverWidthReduce(c.geometry, c.reduce, c.reduce_norm, c.reduce_init)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> VirtualWidthModelOutput:
+        """``input_ids`` ``[B, S]`` or over-width ``inputs_embeds`` ``[B, S, D']`` to hidden states ``[B, S, D]``.
+
+        The other arguments are the backbone's.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        state = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        self._check_width(state)
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name) is None:
+                kwargs[name] = getattr(self.config, name)
+        out = self.backbone(
+            inputs_embeds=state,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return VirtualWidthModelOutput(
+            last_hidden_state=self.norm(self.reduce(out.last_hidden_state)),
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+            router_logits=out.get("router_logits"),
+            over_width_state=out.last_hidden_state,
+            initial_state=state,
+        )
+
+    def predict_further(
+        self, over_width_state: Tensor, initial_state: Tensor, **context: Any
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Run the chain of MTP modules over a whole sequence (section 3.4).
+
+        Module ``k`` joins the state at ``t`` with the embedding of token ``t + k``. The last ``k`` positions have no
+        such token and hold rubbish, which causality keeps from every other position.
+
+        Args:
+            over_width_state: ``H'_L``, ``[B, S, D']``.
+            initial_state: over-width embedding of the same tokens, ``[B, S, D']``.
+            context: mask and positions, as given to :meth:`forward`.
+
+        Returns:
+            hidden states ``[B, S, D]``, one for each module, and their layers' router logits, if any.
+        """
+        hidden, router_logits = [], []
+
+        def run(layer: nn.Module, state: Tensor) -> Tensor:
+            out = layer(inputs_embeds=state, use_cache=False, **context)
+            router_logits.extend(out.get("router_logits") or ())
+            return out.last_hidden_state
+
+        state, ahead = over_width_state, initial_state
+        for predictor in self.mtp:
+            ahead = F.pad(ahead[:, 1:], (0, 0, 0, 1))
+            h, state = predictor(state, ahead, run)
+            hidden.append(h)
+        return hidden, router_logits
+
+    def _check_width(self, state: Tensor) -> None:
+        if state.shape[-1] != self.config.geometry.over_width:
+            raise ValueError(
+                f"inputs_embeds must be over-width, D' = {self.config.geometry.over_width} numbers per token, "
+                f"got {state.shape[-1]}"
+            )
+
+
+class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, GenerationMixin):
+    """A causal language model with virtual width and, optionally, multi-token prediction."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.table.weight"}
+
+    def __init__(self, config: VirtualWidthConfig) -> None:
+        super().__init__(config)
+        self.model = VirtualWidthModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_router_logits: bool | None = None,
+        output_mtp_logits: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> VirtualWidthCausalLMOutput:
+        """Logits ``[B, S, V]`` and, with ``labels`` ``[B, S]`` (ids, not shifted, -100 ignored), the loss.
+
+        Args:
+            output_mtp_logits: also return the MTP modules' logits; they run anyway when there are labels.
+            num_items_in_batch: number of targets over all accumulated batches, the loss's denominator.
+        """
+        if output_router_logits is None:
+            output_router_logits = getattr(self.config.backbone, "output_router_logits", False)
+        if output_router_logits:
+            kwargs["output_router_logits"] = True
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, keep])
+
+        mtp_logits, mtp_router_logits = [], []
+        if len(self.model.mtp) and (labels is not None or output_mtp_logits):
+            recorded = {k: False for k in ("output_hidden_states", "output_attentions")}
+            hidden, mtp_router_logits = self.model.predict_further(
+                out.over_width_state,
+                out.initial_state,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **kwargs | recorded,
+            )
+            mtp_logits = [self.lm_head(h) for h in hidden]
+
+        loss = losses = aux_loss = None
+        if labels is not None:
+            losses, loss = self._losses([logits, *mtp_logits], labels, num_items_in_batch)
+        if output_router_logits:
+            aux_loss = self._aux_loss((*(out.router_logits or ()), *mtp_router_logits), attention_mask)
+            if loss is not None:
+                loss = loss + self.config.backbone.router_aux_loss_coef * aux_loss
+        return VirtualWidthCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+            router_logits=out.router_logits,
+            aux_loss=aux_loss,
+            losses=losses,
+            mtp_logits=tuple(mtp_logits) if output_mtp_logits else None,
+        )
+
+    def _losses(
+        self, logits: list[Tensor], labels: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Each head's mean cross-entropy, and next-token + λ · (sum of the further ones) for the optimiser."""
+        losses, total = [], 0.0
+        # Of all accumulated batches this one's share; every head's mean gets it, so that each weighs the same per token.
+        share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
+        for k, logits_k in enumerate(logits):
+            targets = F.pad(labels[:, 1 + k :], (0, 1 + k), value=-100)
+            mean = self.loss_function(logits_k, labels, self.config.vocab_size, shift_labels=targets)
+            losses.append(mean.detach())
+            total = total + share * mean * (1.0 if k == 0 else self.config.mtp_loss_weight)
+        return tuple(losses), total
+
+    def _aux_loss(self, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
+        b = self.config.backbone
+        experts = getattr(b, "num_local_experts", None) or b.num_experts
+        return load_balancing_loss_func(router_logits, experts, b.num_experts_per_tok, attention_mask)

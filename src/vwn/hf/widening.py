@@ -1,0 +1,147 @@
+"""Backbones of transformers with virtual-width layers: the same modules and names, the residual adds replaced.
+
+The layer loop of a transformers decoder treats the hidden state as opaque, so it runs unchanged on the over-width
+state once its layers read from it and write to it. Layer and backbone get a subclass of their own class, so that
+whatever transformers does by class (recording outputs, checkpointing, parallel plans) still applies.
+"""
+
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+
+from vwn.connection import GeneralizedHyperConnection
+from vwn.errors import UserError
+from vwn.hf.configuration import VirtualWidthConfig
+from vwn.hf.layouts import Layout, layout_of
+from vwn.initialisation import StatesItsInitialValues
+
+
+class VirtualWidthLayer:
+    """Mixin for a decoder layer: for each sublayer read, run, write (eq. 10)."""
+
+    connections: nn.ModuleList
+    layout: Layout
+
+    def forward(self, hidden_states: Tensor, *args: Any, **context: Any) -> Tensor:
+        """``[B, S, D'] -> [B, S, D']``; ``context`` is what the backbone hands its layers: mask, positions, cache."""
+        if args:
+            raise TypeError(f"{type(self).__name__} takes everything but the state by keyword")
+        state = hidden_states
+        for connection, sublayer in zip(self.connections, self.layout, strict=True):
+            x, routing = connection.read(state)
+            state = connection.write(state, sublayer(self, x, context), routing)
+        return state
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _new, (widened_layer_class, type(self).__mro__[2]), self.__dict__
+
+
+class VirtualWidthBackbone:
+    """Mixin for a backbone: initialises our modules among its own."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # pyright: ignore[reportAttributeAccessIssue]
+        init_virtual_width(module)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _new, (widened_backbone_class, type(self).__mro__[2]), self.__dict__
+
+
+@cache
+def widened_layer_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+    """Subclass of a decoder layer class that runs through its connections."""
+    return type(f"VirtualWidth{layer_class.__name__}", (VirtualWidthLayer, layer_class), {})
+
+
+@cache
+def widened_backbone_class(backbone_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Subclass of a backbone class that knows how our modules start."""
+    split = [f"VirtualWidth{name}" for name in backbone_class._no_split_modules or ()]
+    return type(
+        f"VirtualWidth{backbone_class.__name__}", (VirtualWidthBackbone, backbone_class), {"_no_split_modules": split}
+    )
+
+
+def _new(make_class: Any, base: type) -> Any:
+    """Unpickle an instance of a class that is made on demand."""
+    cls = make_class(base)
+    return cls.__new__(cls)
+
+
+def init_virtual_width(module: nn.Module) -> None:
+    """Initialise one module of ours, leaving alone what was loaded."""
+    if isinstance(module, StatesItsInitialValues):
+        for name, value in module.initial_values().items():
+            init.copy_(getattr(module, name), value)
+
+
+def build_backbone(config: VirtualWidthConfig, backbone: PreTrainedConfig) -> tuple[PreTrainedModel, nn.Module]:
+    """The backbone that runs on over-width states, and its final norm, which belongs behind the reduce.
+
+    Args:
+        config: the virtual width.
+        backbone: config of the backbone to build; ``config.backbone``, or its one-layer version for MTP.
+
+    Returns:
+        a base model of transformers that maps ``inputs_embeds`` ``[B, S, D']`` to ``last_hidden_state``
+        ``[B, S, D']``, and the norm of width ``D`` that it would have ended with.
+
+    Raises:
+        UserError: a backbone whose layers have no known layout.
+    """
+    base_class = _base_model_class(backbone)
+    model = widened_backbone_class(base_class)(backbone)
+    for name in ("embed_tokens", "layers", "norm"):
+        if not hasattr(model, name):
+            raise UserError(
+                f"{base_class.__name__} cannot be widened: it has no '{name}'; supported are decoders with "
+                "'embed_tokens', 'layers' and 'norm', such as Llama, Qwen3, Mixtral and Qwen3-MoE"
+            )
+    norm, model.norm = model.norm, nn.Identity()
+    model.embed_tokens = None
+    if config.connection == "ghc":
+        for layer in model.layers:
+            _widen_layer(layer, config)
+    return model, norm
+
+
+def build_mtp_layer(config: VirtualWidthConfig) -> tuple[PreTrainedModel, nn.Module]:
+    """As :func:`build_backbone`, of one layer, which is of the kind of the backbone's last."""
+    model, norm = build_backbone(config, config.mtp_backbone())
+    depth = config.backbone.num_hidden_layers
+    base_class = type(model.layers[0]).__mro__[2] if config.connection == "ghc" else type(model.layers[0])
+    layer = base_class(config.backbone, depth - 1)
+    for module in layer.modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = 0  # its cache, should it get one, has one layer
+    model.layers[0] = _widen_layer(layer, config) if config.connection == "ghc" else layer
+    return model, norm
+
+
+def _widen_layer(layer: nn.Module, config: VirtualWidthConfig) -> nn.Module:
+    layer.layout = layout_of(layer)
+    g = config.geometry
+    layer.connections = nn.ModuleList(
+        GeneralizedHyperConnection(
+            g.hidden_size,
+            g.m,
+            g.n,
+            dynamic=config.dynamic,
+            carry_constraint=config.carry_constraint,
+            frozen=config.frozen,
+        )
+        for _ in layer.layout
+    )
+    layer.__class__ = widened_layer_class(type(layer))
+    return layer
+
+
+def _base_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    try:
+        model_class = AutoModel._model_mapping[type(config)]
+    except KeyError:
+        raise UserError(f"transformers has no base model for the config {type(config).__name__}") from None
+    return model_class[0] if isinstance(model_class, tuple) else model_class

@@ -1,0 +1,21 @@
+"""Which parameters weight decay leaves alone (section 3.3): one rule, used by every trainer."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vwn.connection import GeneralizedHyperConnection
+
+
+def no_weight_decay(module: nn.Module) -> set[str]:
+    """Names of the parameters of ``module`` that must not be decayed.
+
+    They are the static ``A`` and ``B`` of every connection, and by the usual rule biases and norm gains, that is every
+    parameter of fewer than two dimensions or whose name ends in ``bias``. The dynamic ``W`` and the scales ``S`` are
+    decayed.
+    """
+    names = {name for name, p in module.named_parameters() if p.ndim < 2 or name.rsplit(".", 1)[-1].endswith("bias")}
+    for prefix, child in module.named_modules():
+        if isinstance(child, GeneralizedHyperConnection):
+            names |= {f"{prefix}.{name}".lstrip(".") for name in ("static_alpha", "static_beta")}
+    return names
