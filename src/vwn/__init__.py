@@ -11,12 +11,12 @@ from vwn.embedding import OverWidthEmbedding, OverWidthReduce
 from vwn.errors import UserError
 from vwn.geometry import Geometry
 from vwn.multi_token import BlockLinear, MultiTokenPredictor
+from vwn.version import __version__
 from vwn.weight_decay import no_weight_decay
 
 if TYPE_CHECKING:
     from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM, VirtualWidthModel
 
-__version__ = "0.1.0"
 
 _FROM_HF = ("VirtualWidthConfig", "VirtualWidthForCausalLM", "VirtualWidthModel")
 
@@ -32,6 +32,7 @@ __all__ = [
     "VirtualWidthConfig",
     "VirtualWidthForCausalLM",
     "VirtualWidthModel",
+    "__version__",
     "no_weight_decay",
 ]
 

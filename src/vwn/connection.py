@@ -155,4 +155,6 @@ class GeneralizedHyperConnection(StatesItsInitialValues):
 
     def extra_repr(self) -> str:
         g = self.geometry
-        return f"D={g.hidden_size}, m={g.m}, n={g.n}, dynamic={self.dynamic}, carry_constraint={self.carry_constraint!r}"
+        return (
+            f"D={g.hidden_size}, m={g.m}, n={g.n}, dynamic={self.dynamic}, carry_constraint={self.carry_constraint!r}"
+        )

@@ -155,7 +155,7 @@ def resolve_reduce(geometry: Geometry, form: str | None, norm: str | None) -> tu
         raise ValueError(f"reduce norm {norm!r} goes with the linear form only; use norm 'none' with form {form!r}")
     if norm != "none" and not g.is_whole:
         raise ValueError(
-            f"reduce norm {norm!r} needs an integer r = n/m, got {g.n}/{g.m} = {g.ratio:g}; use 'none', as the paper does"
+            f"reduce norm {norm!r} needs an integer r = n/m, got {g.n}/{g.m} = {g.ratio:g}; use 'none', the paper's way"
         )
     return form, norm
 

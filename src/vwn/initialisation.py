@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class StatesItsInitialValues(nn.Module):
-    """A module whose own parameters start at :meth:`initial_values`, standalone and inside a Hugging Face model alike."""
+    """A module whose own parameters start at :meth:`initial_values`, standalone and inside a Hugging Face model."""
 
     def initial_values(self) -> dict[str, Tensor]:
         """Initial value of each of this module's own parameters, by name."""

@@ -43,7 +43,7 @@ class VirtualWidthConfig(PreTrainedConfig):
     sub_configs = {"backbone": AutoConfig}
     keys_to_ignore_at_inference = ["past_key_values", "over_width_state", "router_logits", "mtp_logits", "losses"]
 
-    backbone: dict[str, Any] | PreTrainedConfig | None = None
+    backbone: Any = None  # a dict until __post_init__, then a config
     m: int = 1
     n: int = 1
     connection: str = "ghc"
@@ -63,6 +63,8 @@ class VirtualWidthConfig(PreTrainedConfig):
             self.backbone = CONFIG_MAPPING["llama"]()
         elif isinstance(self.backbone, dict):
             self.backbone = _config_from_dict(self.backbone)
+        elif not isinstance(self.backbone, PreTrainedConfig):
+            raise ValueError(f"backbone must be a transformers config or its dict, got {type(self.backbone).__name__}")
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(self.backbone.tie_word_embeddings)
         self._check_choices()
@@ -127,9 +129,7 @@ def _is_list(value: Any, length: int) -> bool:
 
 def _delegate(name: str) -> property:
     """A field that lives on the backbone's config and is read and set through the outer one."""
-    return property(
-        lambda self: getattr(self.backbone, name), lambda self, value: setattr(self.backbone, name, value)
-    )
+    return property(lambda self: getattr(self.backbone, name), lambda self, value: setattr(self.backbone, name, value))
 
 
 # What trainers, generation and evaluation harnesses read from, or set on, the outer config.

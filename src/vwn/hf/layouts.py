@@ -28,7 +28,7 @@ class Sublayer:
     post_norm: str | None = None
     takes_context: bool = False
 
-    def __call__(self, layer: nn.Module, x: Tensor, context: dict[str, Any]) -> Tensor:
+    def __call__(self, layer: Any, x: Tensor, context: dict[str, Any]) -> Tensor:
         """``[B, S, D] -> [B, S, D]`` with the modules of ``layer``."""
         if self.pre_norm:
             x = getattr(layer, self.pre_norm)(x)

@@ -55,6 +55,8 @@ class VirtualWidthCausalLMOutput(ModelOutput):
 
 
 class VirtualWidthPreTrainedModel(PreTrainedModel):
+    """What the two models share: flags, initialisation, access to the embedding table."""
+
     config: VirtualWidthConfig
     config_class = VirtualWidthConfig
     base_model_prefix = "model"
@@ -157,7 +159,8 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
         Returns:
             hidden states ``[B, S, D]``, one for each module, and their layers' router logits, if any.
         """
-        hidden, router_logits = [], []
+        hidden: list[Tensor] = []
+        router_logits: list[Tensor] = []
 
         def run(layer: nn.Module, state: Tensor) -> Tensor:
             out = layer(inputs_embeds=state, use_cache=False, **context)
@@ -228,9 +231,10 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, keep])
 
-        mtp_logits, mtp_router_logits = [], []
+        mtp_logits: list[Tensor] = []
+        mtp_router_logits: list[Tensor] = []
         if len(self.model.mtp) and (labels is not None or output_mtp_logits):
-            recorded = {k: False for k in ("output_hidden_states", "output_attentions")}
+            recorded = dict.fromkeys(("output_hidden_states", "output_attentions"), False)
             hidden, mtp_router_logits = self.model.predict_further(
                 out.over_width_state,
                 out.initial_state,
@@ -263,8 +267,9 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, GenerationMixin):
         self, logits: list[Tensor], labels: Tensor, num_items_in_batch: Tensor | int | None
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Each head's mean cross-entropy, and next-token + λ · (sum of the further ones) for the optimiser."""
-        losses, total = [], 0.0
-        # Of all accumulated batches this one's share; every head's mean gets it, so that each weighs the same per token.
+        losses: list[Tensor] = []
+        total: Any = 0.0
+        # This batch's share of all accumulated ones; every head's mean gets it, so that tokens weigh the same.
         share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
         for k, logits_k in enumerate(logits):
             targets = F.pad(labels[:, 1 + k :], (0, 1 + k), value=-100)

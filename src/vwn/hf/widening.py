@@ -22,7 +22,7 @@ from vwn.initialisation import StatesItsInitialValues
 class VirtualWidthLayer:
     """Mixin for a decoder layer: for each sublayer read, run, write (eq. 10)."""
 
-    connections: nn.ModuleList
+    connections: Any  # a ModuleList of connections, one for each sublayer
     layout: Layout
 
     def forward(self, hidden_states: Tensor, *args: Any, **context: Any) -> Tensor:
@@ -32,7 +32,8 @@ class VirtualWidthLayer:
         state = hidden_states
         for connection, sublayer in zip(self.connections, self.layout, strict=True):
             x, routing = connection.read(state)
-            state = connection.write(state, sublayer(self, x, context), routing)
+            z = sublayer(self, x, context)
+            state = connection.write(state, z, routing)
         return state
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
@@ -43,7 +44,7 @@ class VirtualWidthBackbone:
     """Mixin for a backbone: initialises our modules among its own."""
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # pyright: ignore[reportAttributeAccessIssue]
+        super()._init_weights(module)  # type: ignore[misc]
         init_virtual_width(module)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
@@ -51,13 +52,13 @@ class VirtualWidthBackbone:
 
 
 @cache
-def widened_layer_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+def widened_layer_class(layer_class: Any) -> Any:
     """Subclass of a decoder layer class that runs through its connections."""
     return type(f"VirtualWidth{layer_class.__name__}", (VirtualWidthLayer, layer_class), {})
 
 
 @cache
-def widened_backbone_class(backbone_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def widened_backbone_class(backbone_class: Any) -> Any:
     """Subclass of a backbone class that knows how our modules start."""
     split = [f"VirtualWidth{name}" for name in backbone_class._no_split_modules or ()]
     return type(
@@ -93,7 +94,7 @@ def build_backbone(config: VirtualWidthConfig, backbone: PreTrainedConfig) -> tu
         UserError: a backbone whose layers have no known layout.
     """
     base_class = _base_model_class(backbone)
-    model = widened_backbone_class(base_class)(backbone)
+    model = widened_backbone_class(base_class)(backbone)  # type: ignore[arg-type]
     for name in ("embed_tokens", "layers", "norm"):
         if not hasattr(model, name):
             raise UserError(
@@ -121,7 +122,7 @@ def build_mtp_layer(config: VirtualWidthConfig) -> tuple[PreTrainedModel, nn.Mod
     return model, norm
 
 
-def _widen_layer(layer: nn.Module, config: VirtualWidthConfig) -> nn.Module:
+def _widen_layer(layer: Any, config: VirtualWidthConfig) -> nn.Module:
     layer.layout = layout_of(layer)
     g = config.geometry
     layer.connections = nn.ModuleList(
@@ -135,7 +136,7 @@ def _widen_layer(layer: nn.Module, config: VirtualWidthConfig) -> nn.Module:
         )
         for _ in layer.layout
     )
-    layer.__class__ = widened_layer_class(type(layer))
+    layer.__class__ = widened_layer_class(type(layer))  # type: ignore[arg-type]
     return layer
 
 

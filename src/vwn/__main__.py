@@ -1,0 +1,5 @@
+"""`python -m vwn`."""
+
+from vwn.cli import main
+
+main()

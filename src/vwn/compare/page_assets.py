@@ -1,0 +1,118 @@
+"""Style sheet and script of the report page, kept as text so that an installed package needs no data files."""
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --paper: #fdfdfc; --raised: #ffffff; --ink: #1c1d1f; --muted: #5c6066; --rule: #dfe1e4; --tint: #f3f4f5;
+  --baseline: #6a6f76;
+  --arm-0: #0b6bb5; --arm-1: #c4510a; --arm-2: #0a8463; --arm-3: #a0408f; --arm-4: #927000; --arm-5: #3f51b5;
+  --arm-6: #b3263a;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #15171a; --raised: #1f2226; --ink: #e8e9ea; --muted: #a3a8af; --rule: #34383e; --tint: #1d2024;
+    --baseline: #a8adb5;
+    --arm-0: #5eb1f2; --arm-1: #f2935c; --arm-2: #45c9a2; --arm-3: #dd8fd0; --arm-4: #d8b84a; --arm-5: #9aa6ff;
+    --arm-6: #f58291;
+  }
+}
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body {
+  margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif;
+}
+main { max-width: 68rem; margin: 0 auto; padding: 3rem 1rem 4rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; font-weight: 650; letter-spacing: -0.015em; margin: 0; }
+h2 { font-size: 1.2rem; line-height: 1.3; font-weight: 650; margin: 3.25rem 0 0.75rem; }
+h3 { font-size: 0.95rem; font-weight: 600; margin: 0 0 0.5rem; }
+p { margin: 0.6rem 0; max-width: 46rem; }
+h1, h2, h3, p, li, dd, figcaption { overflow-wrap: anywhere; }
+.facts { color: var(--muted); margin-top: 0.5rem; }
+.headline { font-size: 1.2rem; line-height: 1.5; margin: 1.5rem 0 0; }
+.cautions { margin: 1.5rem 0 0; padding: 0.75rem 1rem; background: var(--tint); border-radius: 6px; max-width: 46rem; }
+.cautions ul { margin: 0; padding-left: 1.1rem; }
+.cautions h2 { font-size: 0.95rem; margin: 0 0 0.3rem; }
+.note, figcaption { color: var(--muted); font-size: 0.875rem; }
+.scroll { overflow-x: auto; }
+.scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--arm-0); outline-offset: 2px; }
+table { border-collapse: collapse; width: 100%; font-size: 0.9375rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.5rem 0 0.5rem 1.25rem; text-align: right; vertical-align: top; }
+thead, tbody tr { border-bottom: 1px solid var(--rule); }
+thead th { font-size: 0.8125rem; font-weight: 500; color: var(--muted); vertical-align: bottom; line-height: 1.3; }
+tbody th { font-weight: 600; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; background: var(--paper); }
+th:first-child { position: sticky; left: 0; }
+.arm { display: inline-block; width: max-content; max-width: 8.5rem; overflow-wrap: break-word; }
+td { white-space: nowrap; }
+td small { display: block; color: var(--muted); font-size: 0.8125rem; }
+.swatch { display: inline-block; width: 0.7em; height: 0.7em; border-radius: 2px; margin-right: 0.45em; }
+.plots { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 2rem; margin-top: 1.75rem; }
+figure { margin: 0; min-width: 0; }
+.plot { height: 24rem; }
+details { margin-top: 1rem; }
+summary { cursor: pointer; color: var(--muted); font-size: 0.875rem; }
+details .scroll { margin-top: 0.5rem; }
+pre {
+  margin: 0.5rem 0 0; padding: 0.8rem 1rem; background: var(--tint); border-radius: 6px;
+  font: 0.875rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace;
+  white-space: pre-wrap; overflow-wrap: anywhere;
+}
+.run { display: grid; grid-template-columns: 3fr 2fr; gap: 0 3rem; margin-top: 1.5rem; }
+.run section { min-width: 0; margin-bottom: 1.25rem; }
+dl { display: grid; grid-template-columns: minmax(6rem, auto) 1fr; gap: 0.25rem 1.25rem; margin: 0; }
+dl { font-size: 0.9375rem; }
+dt { color: var(--muted); overflow-wrap: anywhere; }
+dd { margin: 0; }
+@media (max-width: 50rem) {
+  main { padding-top: 1.75rem; }
+  h1 { font-size: 1.5rem; }
+  h2 { margin-top: 2.5rem; }
+  .headline { font-size: 1.08rem; }
+  .plots, .run { grid-template-columns: minmax(0, 1fr); }
+  .plot { height: 20rem; }
+  table { font-size: 0.875rem; }
+  th, td { padding-left: 0.7rem; }
+  .spread { display: block; color: var(--muted); font-size: 0.8125rem; }
+}
+"""
+
+SCRIPT = """
+(() => {
+  "use strict";
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const touch = window.matchMedia("(pointer: coarse)").matches;
+  const bare = window.matchMedia("(hover: none), (pointer: coarse), (max-width: 50rem)").matches;
+  const font = getComputedStyle(document.body).fontFamily;
+  const resolve = (value, style) => {
+    if (Array.isArray(value)) return value.map((item) => resolve(item, style));
+    if (value && typeof value === "object")
+      return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, resolve(item, style)]));
+    const name = typeof value === "string" && /^var\\((--[a-z0-9-]+)\\)$/.exec(value);
+    return name ? style.getPropertyValue(name[1]).trim() : value;
+  };
+  const config = {
+    responsive: true,
+    displaylogo: false,
+    displayModeBar: bare ? false : "hover",
+    // Named one by one, and no server: Plotly's own choice includes sending the chart to its cloud.
+    modeBarButtons: [["toImage", "zoom2d", "autoScale2d", "resetScale2d"]],
+    showSendToCloud: false,
+    plotlyServerURL: "",
+    toImageButtonOptions: { format: "svg" },
+  };
+  const draw = () => {
+    const style = getComputedStyle(document.documentElement);
+    for (const [id, figure] of Object.entries(figures)) {
+      const { data, layout } = resolve(figure, style);
+      layout.font.family = font;
+      // On a touch screen a drag must scroll the page, not zoom the plot.
+      if (touch) layout.dragmode = false;
+      Plotly.react(id, data, layout, config);
+    }
+  };
+  draw();
+  dark.addEventListener("change", draw);
+})();
+"""

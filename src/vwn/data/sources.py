@@ -1,0 +1,255 @@
+"""Where text comes from: a file, a folder, the standard library or the Hugging Face hub, behind one small interface."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+from vwn.data.reading import (
+    SUFFIXES,
+    Advance,
+    document,
+    first_line,
+    is_supported,
+    kind,
+    read_file,
+    string_columns,
+    text_column,
+)
+from vwn.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Side = Literal["train", "valid"]
+
+STDLIB = "stdlib"
+# Tests repeat themselves; `encodings` and `pydoc_data` are generated, near-copies of one table would be on both sides.
+_NOT_TEXT = frozenset({"test", "tests", "idlelib", "turtledemo", "encodings", "pydoc_data", "site-packages"})
+_VALID_SPLITS = ("validation", "valid", "dev")
+
+
+class Source(Protocol):
+    """Text that can be read as often as needed, always in the same order."""
+
+    @property
+    def name(self) -> str:
+        """What the user called it, for messages."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What `size` and `texts(advance)` count: "B" or "rows"."""
+        ...
+
+    @property
+    def size(self) -> int: ...
+
+    def key(self) -> str:
+        """A hash that changes whenever the text does."""
+        ...
+
+    def texts(self, advance: Advance) -> Iterator[str]:
+        """The text in pieces of any length, `SEPARATOR` after every document."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Files, read in the order given. The key hashes their contents, so a copy elsewhere is the same text."""
+
+    name: str
+    paths: tuple[Path, ...]
+    unit = "B"
+
+    @property
+    def size(self) -> int:
+        return sum(path.stat().st_size for path in self.paths)
+
+    def key(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for path in self.paths:
+            try:
+                with open(path, "rb") as file:
+                    digest.update(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest())
+            except OSError as error:
+                raise UserError(f"{path} cannot be read: {error.strerror}") from error
+            digest.update(kind(path).encode() + b"\0")
+        return digest.hexdigest()
+
+    def texts(self, advance: Advance) -> Iterator[str]:
+        for path in self.paths:
+            yield from read_file(path, advance)
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """One split of a data set of the Hugging Face hub, one document per row."""
+
+    name: str
+    rows: Dataset
+    column: str
+    unit = "rows"
+
+    @property
+    def size(self) -> int:
+        return len(self.rows)
+
+    def key(self) -> str:
+        # `datasets` derives it from the repository's revision, the configuration and the split.
+        return f"hub-{self.rows._fingerprint}-{self.column}"
+
+    def texts(self, advance: Advance) -> Iterator[str]:
+        rows = cast("Iterable[dict[str, Any]]", self.rows.select_columns([self.column]))
+        for number, row in enumerate(rows, 1):
+            yield from document(row[self.column], f"row {number} of {self.name}")
+            advance(1)
+
+
+def resolve(data: str, valid: str | None, valid_fraction: float) -> tuple[Source, Source | None]:
+    """The training source and the validation source; None where validation is to be split off the training text.
+
+    `stdlib` and hub data sets have sides of their own: the training side is read for `data`, the validation side for
+    `valid`, or for `data` alone. Raises `UserError` for what cannot be found.
+    """
+    train, own_valid = _open(data, "train", valid_fraction)
+    if valid is None:
+        return train, own_valid
+    return train, _open(valid, "valid", valid_fraction)[0]
+
+
+def _open(spec: str, side: Side, valid_fraction: float) -> tuple[Source, Source | None]:
+    """The source for one side, and the validation side that belongs to it, if any."""
+    if spec == STDLIB:
+        sides = _stdlib_sides(valid_fraction)
+        return sides[side], sides["valid"]
+    path = Path(spec).expanduser()
+    exists = bool(spec) and os.path.exists(path)
+    looks_local = is_supported(path) or spec.startswith((".", "/", "~")) or spec.count("/") > 1 or "\\" in spec
+    if not exists and (looks_local or not spec):
+        kinds = ", ".join(SUFFIXES)
+        raise UserError(f"{spec!r} does not exist; give a file ({kinds}), a folder, {STDLIB!r} or a hub id")
+    if not exists:
+        return _hub(spec, side)
+    if path.is_dir():
+        return _folder(spec, path), None
+    if not is_supported(path):
+        raise UserError(f"{spec} is none of the supported kinds of data: {', '.join(SUFFIXES)} or a folder of them")
+    return FileSource(spec, (path,)), None
+
+
+def _folder(spec: str, folder: Path) -> FileSource:
+    found = [
+        Path(directory, name)
+        for directory, _, names in os.walk(folder)
+        for name in names
+        if is_supported(Path(name)) and not _is_hidden(Path(directory, name).relative_to(folder))
+    ]
+    if not found:
+        raise UserError(f"the folder {spec} holds no {', '.join(SUFFIXES)} file; give a folder with text in it")
+    return FileSource(spec, tuple(sorted(found, key=lambda path: path.relative_to(folder).as_posix())))
+
+
+def _is_hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _stdlib_sides(valid_fraction: float) -> dict[Side, FileSource]:
+    """The standard library's files on two sides, each in the order of the hashes of their relative paths.
+
+    A file's side depends on its relative path alone, so it is the same on every machine and Python version.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    ranked = sorted((_rank(path.relative_to(root).as_posix()), path) for path in _stdlib_files(root))
+    sides: dict[Side, FileSource] = {
+        "train": FileSource(STDLIB, tuple(path for rank, path in ranked if rank >= valid_fraction)),
+        "valid": FileSource(STDLIB, tuple(path for rank, path in ranked if rank < valid_fraction)),
+    }
+    if not all(source.paths for source in sides.values()):
+        raise UserError(
+            f"the standard library at {root} has {len(ranked)} source files, too few for a validation fraction of "
+            f"{valid_fraction}; give a text of your own with --data"
+        )
+    return sides
+
+
+def _stdlib_files(root: Path) -> Iterator[Path]:
+    for name in sys.stdlib_module_names:
+        for path in (root / f"{name}.py", *(root / name).rglob("*.py")):
+            if path.is_file() and path.stat().st_size and not _NOT_TEXT.intersection(path.relative_to(root).parts):
+                yield path
+
+
+def _rank(relative: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.blake2b(relative.encode(), digest_size=6).digest()) / 2**48
+
+
+def _hub(spec: str, side: Side) -> tuple[HubSource, HubSource | None]:
+    """`owner/name`, or `owner/name:configuration`."""
+    splits = _load_from_hub(spec)
+    valid = next((name for name in _VALID_SPLITS if name in splits), None)
+    wanted = valid if side == "valid" and valid else "train"
+    if wanted not in splits:
+        raise UserError(f"the data set {spec} has no split 'train' (it has {', '.join(splits)}); use one that has")
+    source = _hub_split(spec, splits[wanted])
+    return source, _hub_split(f"{spec} ({valid})", splits[valid]) if valid else None
+
+
+def _hub_split(name: str, rows: Dataset) -> HubSource:
+    return HubSource(name, rows, text_column(string_columns(rows.features), f"the data set {name}"))
+
+
+def _load_from_hub(spec: str) -> dict[str, Dataset]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    name, _, configuration = spec.partition(":")
+    try:
+        with quiet():
+            splits: Any = load_dataset(name, configuration or None)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise UserError(
+            f"{spec!r} is neither a file nor a folder, and the Hugging Face hub does not give it as a data set "
+            f"({first_line(error)}); check the name and the network, or give local text"
+        ) from error
+    return dict(splits)
+
+
+@contextmanager
+def quiet(*, bars: bool = True) -> Iterator[None]:
+    """Silence the log lines of the Hugging Face libraries, and with `bars=False` the progress bars of `datasets`.
+
+    Errors still arrive as exceptions.
+    """
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub", "transformers")]
+    levels = [logger.level for logger in loggers]
+    with ExitStack() as stack:
+        for logger, level in zip(loggers, levels, strict=True):
+            stack.callback(logger.setLevel, level)
+            logger.setLevel(logging.CRITICAL)
+        if not bars:
+            stack.enter_context(_no_bars())
+        yield
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    import datasets
+
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()

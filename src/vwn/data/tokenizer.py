@@ -1,0 +1,117 @@
+"""Tokenisers: bytes, a byte-level BPE trained on the corpus, or any saved or hub tokeniser with a fast form."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from vwn.data.reading import SEPARATOR, first_line
+from vwn.data.sources import quiet
+from vwn.errors import UserError
+
+BYTES = "bytes"
+BPE = "bpe:"
+DEFAULT_MAX_LENGTH = 1 << 20
+_SMALLEST_BPE = 257  # 256 bytes and the end of text
+_LARGEST_BPE = 1_000_000
+
+Texts = Iterable[str] | Callable[[], Iterable[str]]
+
+
+def load_tokenizer(
+    spec: str, texts: Texts | None = None, *, max_length: int = DEFAULT_MAX_LENGTH
+) -> PreTrainedTokenizerFast:
+    """The tokeniser that `spec` names, with an end-of-text token; what it encodes it decodes to the same text.
+
+    `bytes`: ids 0..255 are the bytes of UTF-8, 256 is `<|endoftext|>`. `bpe:N`: a byte-level BPE of at most `N` ids,
+    trained on `texts` (fewer where the text has no more pairs that occur twice); the same text gives the same ids.
+    Anything else is a folder or hub id for `AutoTokenizer`. `max_length` [tokens] becomes `model_max_length` where the
+    tokeniser has none of its own. Raises `UserError` for a spec that cannot be met.
+    """
+    if spec == BYTES:
+        return wrap(_bytes(), max_length)
+    if (size := bpe_size(spec)) is not None:
+        if texts is None:
+            raise UserError(f"the tokenizer {spec!r} is trained on text; give the text, or a saved tokenizer")
+        return wrap(_train_bpe(size, texts() if callable(texts) else texts), max_length)
+    return _load(spec, max_length)
+
+
+def bpe_size(spec: str) -> int | None:
+    """The `N` of `bpe:N`, None for any other spec. Raises `UserError` where `N` is no usable size."""
+    if not spec.startswith(BPE):
+        return None
+    digits = spec.removeprefix(BPE)
+    is_number = digits.isascii() and digits.isdigit() and len(digits) <= len(str(_LARGEST_BPE))
+    if not (is_number and _SMALLEST_BPE <= int(digits) <= _LARGEST_BPE):
+        raise UserError(
+            f"the tokenizer {spec!r} has no usable size; give a whole number from {_SMALLEST_BPE} to {_LARGEST_BPE}, "
+            "such as bpe:8192"
+        )
+    return int(digits)
+
+
+def wrap(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
+    """A tokeniser of ours as one of transformers, which `AutoTokenizer` loads again from what it saves."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=SEPARATOR,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _bytes() -> Tokenizer:
+    # ByteLevel writes a byte as the character of that number where it is printable, the others in order from 256 on.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: ord(character) for character in alphabet if ord(character) < 256}
+    unprintable = sorted(set(range(256)) - set(vocabulary.values()))
+    vocabulary.update(zip(alphabet[len(vocabulary) :], unprintable, strict=True))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([SEPARATOR])
+    return tokenizer
+
+
+def _train_bpe(size: int, texts: Iterable[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        special_tokens=[SEPARATOR],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,  # its bars write to standard output
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _load(spec: str, max_length: int) -> PreTrainedTokenizerFast:
+    folder = Path(spec).expanduser()
+    looks_local = spec.startswith((".", "/", "~")) or os.path.exists(folder)
+    if not spec or (looks_local and not os.path.isdir(folder)):
+        raise UserError(f"the tokenizer {spec!r} is not a folder; give {BYTES!r}, 'bpe:8192', a folder or a hub id")
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(str(folder) if os.path.isdir(folder) else spec)
+    except Exception as error:  # `tokenizers` raises bare Exception for a damaged file
+        raise UserError(
+            f"the tokenizer {spec!r} cannot be loaded ({first_line(error)}); give {BYTES!r}, 'bpe:8192', a folder that "
+            "save_pretrained wrote, or a hub id"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"the tokenizer {spec!r} has no fast form (tokenizer.json); convert it, or give another")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer {spec!r} has no end-of-text token; set its eos_token and save it again")
+    if tokenizer.model_max_length > 1e9:  # transformers' way to say "no limit"
+        tokenizer.model_max_length = max_length
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer

@@ -1,0 +1,137 @@
+"""What a training run is, as typed dataclasses. The command line is made from these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from vwn.errors import UserError
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    data: str = "stdlib"
+    """Training text: `stdlib` (the Python standard library's sources), a .txt, .txt.xz, .jsonl or .parquet file, a
+    folder of them, or a hub id."""
+    valid: str | None = None
+    """Validation text; without it a part of the training text is held out."""
+    tokenizer: str = "bytes"
+    """`bytes`, `bpe:SIZE` (trained on the corpus), a path, or a hub id."""
+    window: int = 256
+    """Tokens per training example."""
+    max_valid_tokens: int = 131_072
+    """Validation tokens used, evenly spread over the validation text."""
+
+
+@dataclass(frozen=True)
+class WidthOptions:
+    """How the width is made, whatever its size, and multi-token prediction, which plain models have too."""
+
+    mtp: int = 0
+    """Multi-token prediction modules; 1 also predicts the next token but one."""
+    mtp_loss_weight: float = 0.3
+    """Weight of each further token's loss."""
+    static: bool = False
+    """Static routing matrices instead of token-dependent ones."""
+    embedding: Literal["direct", "factorised", "replicated"] = "direct"
+    """Form of the over-width embedding."""
+    reduce: Literal["linear", "sum", "identity"] | None = None
+    """Form of the reduce; by default identity where n = m, else linear."""
+    reduce_norm: Literal["group_norm", "rms_norm", "none"] | None = None
+    """Norm in front of the linear reduce; by default the paper's choice."""
+    reduce_init: Literal["normal", "first_slots"] = "normal"
+    """Start of the linear reduce."""
+
+    def __post_init__(self) -> None:
+        if self.mtp < 0:
+            raise UserError(f"--mtp must be 0 or more, got {self.mtp}")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The budget and the optimiser: AdamW, linear warm-up, cosine decay."""
+
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 16
+    """Windows per optimiser step and process."""
+    learning_rate: float | None = None
+    """Peak learning rate; by default the preset's, which was tuned for plain and wide models separately."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; by default 5 % of all."""
+    final_learning_rate: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+    weight_decay: float = 0.1
+    """Decay of everything but biases, norm gains and the static routing matrices."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 turns clipping off."""
+    gradient_accumulation: int = 1
+    """Forward passes that a batch is split into."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto`: bf16 autocast on a GPU that has it, else fp32."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.gradient_accumulation:
+            raise UserError(
+                f"--gradient-accumulation {self.gradient_accumulation} must divide --batch-size {self.batch_size}"
+            )
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            raise UserError(f"--learning-rate must be positive, got {self.learning_rate}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    out: Path
+    """Run directory; it must not exist yet, unless --resume."""
+    backbone: str = "tiny"
+    """A preset (tiny, small, medium, large, tiny-moe), a transformers config (file or folder), or a hub id."""
+    m: int | None = None
+    """Fraction rate: the backbone's width is cut into m segments. Without --m and --n the plain backbone is trained."""
+    n: int | None = None
+    """Slots of the over-width state; the virtual width factor is r = n/m."""
+    seed: int = 0
+    """Seed of initialisation and data order."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    width: WidthOptions = field(default_factory=WidthOptions)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    log_every: int | None = None
+    """Steps between training-loss logs; by default 1 % of all."""
+    eval_every: int | None = None
+    """Steps between validations; by default 5 % of all."""
+    save_every: int | None = None
+    """Steps between checkpoints; by default 10 % of all."""
+    gradient_checkpointing: bool = False
+    """Recompute layers in the backward pass instead of keeping their activations."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    resume: bool = False
+    """Continue the run in --out from its last complete checkpoint."""
+
+    def __post_init__(self) -> None:
+        if (self.m is None) != (self.n is None):
+            raise UserError(f"give both --m and --n, or neither; got m = {self.m}, n = {self.n}")
+        for name in ("log_every", "eval_every", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+    @property
+    def name(self) -> str:
+        """`plain` or `MxN`."""
+        return "plain" if self.m is None else f"{self.m}x{self.n}"
+
+    @property
+    def intervals(self) -> tuple[int, int, int]:
+        """Steps between logs, validations and checkpoints; the defaults are multiples of each other."""
+        log = self.log_every or max(1, self.optim.steps // 100)
+        return log, self.eval_every or 5 * log, self.save_every or 10 * log

@@ -1,0 +1,98 @@
+"""What a result was made with and on: command, versions, commit, machine, peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def provenance() -> dict[str, Any]:
+    """Command, time, versions, commit and machine, for a run's directory and every report."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "machine": machine(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what decides a run's numbers, and the commit if run from a checkout."""
+    import vwn
+
+    found: dict[str, str | None] = {"vwn": vwn.__version__, "commit": _commit(), "python": platform.python_version()}
+    for package in ("torch", "transformers", "accelerate", "datasets", "tokenizers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, threads, GPU and system."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "os": f"{platform.system()} {platform.machine()}",
+    }
+
+
+class PeakMemory:
+    """Peak memory from now on: of the GPU where there is one, else of this process."""
+
+    def __init__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with contextlib.suppress(OSError):  # Linux starts the high-water mark afresh; elsewhere it is the process's
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def read(self) -> int:
+        """Bytes."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+        status = Path("/proc/self/status")
+        if status.exists():
+            lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+            return int(lines["VmHWM"].split()[0]) * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    here = Path(__file__)
+    try:
+        tracked = subprocess.run(
+            ["git", "ls-files", "--error-unmatch", here.name], cwd=here.parent, capture_output=True
+        )
+        if tracked.returncode:  # installed, perhaps inside somebody else's checkout
+            return None
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here.parent, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() or None

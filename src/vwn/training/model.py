@@ -1,0 +1,98 @@
+"""From a configuration to an initialised model: backbones by name, path or hub id; paired initialisation."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from vwn.errors import UserError
+from vwn.hf import VirtualWidthConfig
+from vwn.training.config import WidthOptions
+from vwn.training.presets import PRESETS
+
+
+def load_backbone(spec: str, vocab_size: int, window: int, eos_token_id: int | None = None) -> PreTrainedConfig:
+    """A backbone's transformers config.
+
+    Args:
+        spec: a preset's name, a config file or a folder with one, or a hub id.
+        vocab_size: tokens the model has to know; a preset takes it, a config must have at least as many.
+        window: positions the model has to know.
+
+    Raises:
+        UserError: unknown backbone, or one too small for the tokenizer or the window.
+    """
+    if spec in PRESETS:
+        fields = PRESETS[spec].fields(vocab_size, window)
+        return CONFIG_MAPPING[fields.pop("model_type")](**fields, eos_token_id=eos_token_id)
+    if not Path(spec).exists() and (spec.startswith((".", os.sep)) or spec.count("/") != 1):
+        raise UserError(
+            f"unknown backbone {spec!r}: give a preset ({', '.join(PRESETS)}), the path of a transformers config, "
+            "or a hub id of the form owner/name"
+        )
+    try:
+        config = AutoConfig.from_pretrained(spec)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the backbone config {spec!r}: {_first_sentence(error)}") from error
+    if config.vocab_size < vocab_size:
+        raise UserError(
+            f"the backbone {spec!r} knows {config.vocab_size} tokens, the tokenizer has {vocab_size}; "
+            "take a smaller tokenizer or raise vocab_size in the config"
+        )
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and limit < window:
+        raise UserError(f"the backbone {spec!r} knows {limit} positions, --window is {window}; lower --window")
+    return config
+
+
+def model_config(backbone: PreTrainedConfig, m: int | None, n: int | None, width: WidthOptions) -> PreTrainedConfig:
+    """The config to train: the backbone's own where there is nothing to add to it, else a virtual-width one."""
+    shared = dict(backbone=backbone, num_mtp_modules=width.mtp, mtp_loss_weight=width.mtp_loss_weight)
+    if m is None or n is None:
+        return VirtualWidthConfig(**shared, connection="residual") if width.mtp else backbone
+    return VirtualWidthConfig(
+        **shared,
+        m=m,
+        n=n,
+        dynamic=not width.static,
+        embedding=width.embedding,
+        reduce=width.reduce,
+        reduce_norm=width.reduce_norm,
+        reduce_init=width.reduce_init,
+    )
+
+
+def build_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """The model, initialised so that models that share a module share its initial values."""
+    model = AutoModelForCausalLM.from_config(config)
+    initialise(model, seed)
+    return model
+
+
+def initialise(model: PreTrainedModel, seed: int) -> None:
+    """Initialise every module from a random stream of its own, keyed by ``seed`` and the module's name.
+
+    Arms of a comparison then start from the same backbone, whatever else they hold.
+    """
+    owners = {"": model}
+    for name, module in model.named_modules():
+        parent = name.rpartition(".")[0]
+        owners[name] = module if isinstance(module, PreTrainedModel) else owners[parent]
+        torch.manual_seed(_stream(seed, name))
+        owners[name]._init_weights(module)
+    model.tie_weights()
+
+
+def _stream(seed: int, name: str) -> int:
+    # "model.layers" in a stock model is "model.backbone.layers" in ours
+    key = f"{seed}/{name.replace('.backbone.', '.')}"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].removesuffix(".")

@@ -1,0 +1,62 @@
+"""Backbones by name, and the learning rates tuned for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A small Llama (or, with experts, Mixtral) and the peak learning rates that were best for it in a sweep.
+
+    Args:
+        depth: layers.
+        width: hidden size; heads are 32 wide up to width 256, else 64.
+        experts: 0 for a dense FFN, else the number of experts, 2 of which are active.
+        learning_rate: of the plain backbone.
+        wide_learning_rate: of the same with a virtual width.
+    """
+
+    depth: int
+    width: int
+    learning_rate: float
+    wide_learning_rate: float
+    experts: int = 0
+
+    def fields(self, vocab_size: int, window: int) -> dict[str, Any]:
+        """Keyword arguments of the transformers config."""
+        head_dim = 32 if self.width <= 256 else 64
+        heads = self.width // head_dim
+        shared = dict(
+            vocab_size=vocab_size,
+            hidden_size=self.width,
+            num_hidden_layers=self.depth,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=max(window, 2048),
+            bos_token_id=None,
+            pad_token_id=None,
+            tie_word_embeddings=False,
+        )
+        if self.experts:
+            return shared | dict(
+                model_type="mixtral",
+                intermediate_size=self.width * 2,
+                num_local_experts=self.experts,
+                num_experts_per_tok=2,
+                output_router_logits=True,
+                router_aux_loss_coef=0.01,
+            )
+        # SwiGLU with three matrices at 8/3 of the width costs what two at 4 would.
+        return shared | dict(model_type="llama", intermediate_size=round(self.width * 8 / 3 / 32) * 32)
+
+
+PRESETS = {
+    "nano": Preset(depth=4, width=64, learning_rate=1e-2, wide_learning_rate=1e-2),
+    "tiny": Preset(depth=4, width=128, learning_rate=6e-3, wide_learning_rate=3e-3),
+    "tiny-moe": Preset(depth=4, width=128, learning_rate=6e-3, wide_learning_rate=3e-3, experts=4),
+    "small": Preset(depth=6, width=256, learning_rate=3e-3, wide_learning_rate=2e-3),
+    "medium": Preset(depth=12, width=384, learning_rate=2e-3, wide_learning_rate=1e-3),
+    "large": Preset(depth=12, width=768, learning_rate=1e-3, wide_learning_rate=1e-3),
+}

@@ -1,0 +1,170 @@
+"""Hugging Face Trainer, plus what virtual width needs: losses per head, one decay rule, checkpoints that are whole."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import sort_checkpoints
+
+from vwn.errors import UserError
+from vwn.weight_decay import no_weight_decay
+
+
+def head_losses(outputs: Any, router_aux_loss_coef: float = 0.0) -> Tensor:
+    """Unweighted mean cross-entropy of each head, next token first, ``[1 + depth]``, in nats per token."""
+    if getattr(outputs, "losses", None) is not None:
+        return torch.stack(outputs.losses)
+    aux_loss = getattr(outputs, "aux_loss", None)  # a stock MoE backbone adds it to its loss
+    return (outputs.loss if aux_loss is None else outputs.loss - router_aux_loss_coef * aux_loss).detach()[None]
+
+
+def mean_losses(prediction: EvalPrediction) -> dict[str, float]:
+    """Validation losses over all windows, by name."""
+    return named_losses(np.asarray(prediction.predictions, dtype=np.float64).mean(axis=0))
+
+
+def named_losses(losses: Any) -> dict[str, float]:
+    """``loss`` for the next token, ``loss_2`` for the next but one, and so on."""
+    return {"loss" if k == 0 else f"loss_{k + 1}": float(value) for k, value in enumerate(losses)}
+
+
+class VirtualWidthTrainer(Trainer):
+    """A Trainer that logs every head's loss, decays by our rule, stops at a non-finite loss, and saves atomically.
+
+    Training logs hold ``loss`` (next token), ``loss_2`` …, and ``objective``, their weighted sum with the router's
+    auxiliary loss; validation the same with the prefix ``eval_``, all in nats per token, and ``tokens`` and
+    ``seconds`` (of training alone) so far.
+    """
+
+    def __init__(self, *args: Any, tokens_per_step: int, **kwargs: Any) -> None:
+        super().__init__(*args, compute_metrics=mean_losses, **kwargs)
+        self.tokens_per_step = tokens_per_step
+        self.stopwatch = Stopwatch()
+        self.add_callback(self.stopwatch)
+        self.remove_callback(PrinterCallback)  # the progress bar shows what matters, the logs hold the rest
+        self._losses: list[Tensor] = []
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Everything but what :func:`vwn.no_weight_decay` names."""
+        spared = no_weight_decay(model)
+        return [name for name, _ in model.named_parameters() if name not in spared]
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """The model's loss; remembers each head's, and refuses to go on from a non-finite one."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            self._losses.append(self._head_losses(outputs))
+            if not torch.isfinite(loss):
+                step = self.state.global_step + 1
+                raise UserError(
+                    f"the loss became {loss.item()} at step {step}; the last checkpoint is kept in "
+                    f"{self.args.output_dir}; train again with a --learning-rate below {self.args.learning_rate:g}"
+                )
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Each head's loss in place of logits, one row per window, so that the Trainer averages them."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses = self._head_losses(model(**inputs))
+        rows = losses.float().expand(len(inputs["labels"]), -1).contiguous()
+        return losses[0], rows, rows.new_zeros(len(rows))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the heads' losses, tokens and seconds."""
+        if "loss" in logs and self._losses:
+            logs["objective"] = logs.pop("loss")
+            logs |= named_losses(torch.stack(self._losses).float().mean(0).tolist())
+            self._losses.clear()
+        logs["tokens"] = self.state.global_step * self.tokens_per_step
+        logs["seconds"] = round(self.stopwatch.seconds, 3)
+        super().log(logs, start_time)
+
+    def _head_losses(self, outputs: Any) -> Tensor:
+        return head_losses(outputs, getattr(self.model.config, "router_aux_loss_coef", 0.0))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Written aside and renamed when whole: a killed run never leaves half a checkpoint under a checkpoint's name.
+        run_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        self._staging = run_dir / ".incomplete"
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            staging, self._staging = self._staging, None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            _discard(run_dir / name)
+            (staging / name).rename(run_dir / name)
+            staging.rmdir()
+            for old in sort_checkpoints(str(run_dir))[:-2]:
+                _discard(Path(old))
+        self.accelerator.wait_for_everyone()
+
+    _staging: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+
+def _discard(directory: Path) -> None:
+    """Delete a checkpoint so that a kill in the middle does not leave half of it under its name."""
+    if directory.exists():
+        trash = directory.with_name(f".discarded-{directory.name}")
+        shutil.rmtree(trash, ignore_errors=True)
+        directory.rename(trash)
+        shutil.rmtree(trash)
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds spent in optimiser steps, validation and checkpoints left out."""
+
+    seconds = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter() - self.started
+
+
+class ProgressBar(TrainerCallback):
+    """One bar over the whole run with losses and time left, also where there is no terminal to redraw."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        on_terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.label,
+            unit="step",
+            mininterval=0.1 if on_terminal else 15,
+            dynamic_ncols=on_terminal,
+            disable=not state.is_world_process_zero,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        for key, name in (("loss", "loss"), ("eval_loss", "valid")):
+            if logs and key in logs and hasattr(self, "bar"):
+                self.shown[name] = f"{logs[key]:.4f}"
+                self.bar.set_postfix(self.shown, refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()

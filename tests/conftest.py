@@ -1,0 +1,49 @@
+"""Shared by all tests: one thread, so that runs agree to the bit and share the machine politely."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@torch.no_grad()
+def perturb(module: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:
+    """Add noise to *every* parameter, so that no identity, zero or one hides a path; returns the module."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+        parameter.add_((scale * noise).to(parameter.dtype))
+    return module
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Prepared text goes to a directory of the test session's own, for its subprocesses too."""
+    os.environ["VWN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of made-up sentences, 60 KB, in which letters and words follow from what comes before."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 7))) for _ in range(60)]
+    follows = {w: draw.sample(words, 4) for w in words}
+    word, sentence = words[0], []
+    while sum(map(len, sentence)) < 50_000:
+        sentence.append(word)
+        word = draw.choice(follows[word])
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(sentence))
+    return path
