@@ -117,7 +117,9 @@ def expand(embedding: Tensor, matrix: Tensor) -> Tensor:
     """Factorised embedding: `W_expand e` for `embedding [..., D]`, `matrix [D', D]`."""
     out = []
     for token in embedding.double().reshape(-1, embedding.shape[-1]).unbind(0):
-        out.append(torch.stack([sum(w * e for w, e in zip(row, token.unbind(0), strict=True)) for row in table(matrix)]))
+        out.append(
+            torch.stack([sum(w * e for w, e in zip(row, token.unbind(0), strict=True)) for row in table(matrix)])
+        )
     return torch.stack(out).reshape(*embedding.shape[:-1], matrix.shape[0])
 
 

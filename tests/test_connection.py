@@ -73,7 +73,9 @@ def test_forward_and_gradients_equal_the_reference(D, m, n, dynamic):
         assert parameter.grad is not None, f"{name} got no gradient"
         assert wanted.abs().max() > 0, f"the reference does not exercise {name}"
         size = 1 + wanted.abs().max()
-        assert_close(parameter.grad.double() / size, wanted / size, rtol=1e-4, atol=2e-5, msg=lambda s, k=name: f"{k}: {s}")
+        assert_close(
+            parameter.grad.double() / size, wanted / size, rtol=1e-4, atol=2e-5, msg=lambda s, k=name: f"{k}: {s}"
+        )
 
 
 @MODES
@@ -139,7 +141,13 @@ def test_initial_values_are_equations_15_and_16(m, n, dynamic):
     assert connection.static_alpha.tolist() == reference.initial_read_carry(m, n)
     assert connection.static_beta.tolist() == reference.initial_write(m, n)
     if dynamic:
-        for name, value in {"dynamic_alpha": 0, "dynamic_beta": 0, "scale_alpha": 1, "scale_beta": 1, "norm_weight": 1}.items():
+        for name, value in {
+            "dynamic_alpha": 0,
+            "dynamic_beta": 0,
+            "scale_alpha": 1,
+            "scale_beta": 1,
+            "norm_weight": 1,
+        }.items():
             assert (getattr(connection, name) == value).all(), name
 
 

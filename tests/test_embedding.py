@@ -13,7 +13,14 @@ from vwn import Geometry, OverWidthEmbedding, OverWidthReduce
 from vwn.embedding import repeat_over_slots
 
 V = 11
-GEOMETRIES = [Geometry(6, 1, 1), Geometry(6, 1, 4), Geometry(6, 2, 3), Geometry(6, 2, 4), Geometry(6, 3, 7), Geometry(6, 3, 3)]
+GEOMETRIES = [
+    Geometry(6, 1, 1),
+    Geometry(6, 1, 4),
+    Geometry(6, 2, 3),
+    Geometry(6, 2, 4),
+    Geometry(6, 3, 7),
+    Geometry(6, 3, 3),
+]
 WHOLE = [g for g in GEOMETRIES if g.is_whole]
 IDS = torch.tensor([[0, 3, 10], [7, 7, 1]])
 EACH = pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
@@ -98,7 +105,9 @@ def test_unknown_embedding_form_is_refused():
 def test_linear_reduce_equals_the_reference_with_gradients(geometry, norm):
     reduce = perturb(OverWidthReduce(geometry, "linear", norm))
     state = state_for(geometry, 2, 3).requires_grad_()
-    names = {"weight"} | ({"norm_weight"} if norm != "none" else set()) | ({"norm_bias"} if norm == "group_norm" else set())
+    names = (
+        {"weight"} | ({"norm_weight"} if norm != "none" else set()) | ({"norm_bias"} if norm == "group_norm" else set())
+    )
     parameters = dict(reduce.named_parameters())
     assert set(parameters) == names
     copies = {k: p.detach().double().requires_grad_() for k, p in parameters.items()}
@@ -146,7 +155,10 @@ def test_identity_returns_the_state():
 
 
 def test_defaults_are_the_papers():
-    assert (OverWidthReduce(Geometry(6, 2, 4)).form, OverWidthReduce(Geometry(6, 2, 4)).norm) == ("linear", "group_norm")
+    assert (OverWidthReduce(Geometry(6, 2, 4)).form, OverWidthReduce(Geometry(6, 2, 4)).norm) == (
+        "linear",
+        "group_norm",
+    )
     assert (OverWidthReduce(Geometry(6, 2, 3)).form, OverWidthReduce(Geometry(6, 2, 3)).norm) == ("linear", "none")
     assert (OverWidthReduce(Geometry(6, 2, 2)).form, OverWidthReduce(Geometry(6, 2, 2)).norm) == ("identity", "none")
 

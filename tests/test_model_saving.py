@@ -40,7 +40,13 @@ def assert_initial(connection: GeneralizedHyperConnection) -> None:
     g = connection.geometry
     assert connection.static_alpha.tolist() == reference.initial_read_carry(g.m, g.n)
     assert connection.static_beta.tolist() == reference.initial_write(g.m, g.n)
-    for name, value in {"dynamic_alpha": 0, "dynamic_beta": 0, "scale_alpha": 1, "scale_beta": 1, "norm_weight": 1}.items():
+    for name, value in {
+        "dynamic_alpha": 0,
+        "dynamic_beta": 0,
+        "scale_alpha": 1,
+        "scale_beta": 1,
+        "norm_weight": 1,
+    }.items():
         assert (getattr(connection, name) == value).all(), name
 
 
@@ -294,7 +300,12 @@ def test_config_round_trip_with_every_field(tmp_path, kind):
     config = vwn_config(kind, backbone=backbone, **NON_DEFAULT)
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
-    for again in (loaded, VirtualWidthConfig(**config.to_dict()), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+    for again in (
+        loaded,
+        VirtualWidthConfig(**config.to_dict()),
+        copy.deepcopy(config),
+        pickle.loads(pickle.dumps(config)),
+    ):
         assert type(again) is VirtualWidthConfig
         assert {name: getattr(again, name) for name in NON_DEFAULT} == NON_DEFAULT
         assert type(again.backbone) is type(config.backbone)
@@ -319,7 +330,15 @@ def test_state_dict_keys_are_stable():
     """Checkpoints of users depend on these names."""
     names = set(VirtualWidthForCausalLM(vwn_config("llama", 2, 4, {"num_hidden_layers": 1})).state_dict())
     ours = {name for name in names if "self_attn" not in name and "mlp" not in name}
-    connection = ("static_alpha", "static_beta", "dynamic_alpha", "dynamic_beta", "scale_alpha", "scale_beta", "norm_weight")
+    connection = (
+        "static_alpha",
+        "static_beta",
+        "dynamic_alpha",
+        "dynamic_beta",
+        "scale_alpha",
+        "scale_beta",
+        "norm_weight",
+    )
     assert ours == {
         "lm_head.weight",
         "model.embed_tokens.table.weight",

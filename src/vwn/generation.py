@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from vwn.errors import UserError
 
@@ -52,8 +53,12 @@ def generate(
         raise UserError(
             f"--max-new-tokens must be at least 1 and --temperature at least 0, got {max_new_tokens} and {temperature}"
         )
-    tokenizer = AutoTokenizer.from_pretrained(path if path.exists() else checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(path if path.exists() else checkpoint).eval()
+    source = path if path.exists() else checkpoint
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source).eval()
+    except SafetensorError as error:
+        raise UserError(f"the weights in {source} are damaged ({error}); take another checkpoint of the run") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
     if ids.shape[1] == 0:

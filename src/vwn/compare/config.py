@@ -37,7 +37,8 @@ class CompareConfig:
     resume: bool = False
     """Continue the comparison in --out; finished arms are not repeated."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse what no comparison can do, before anything is read or written."""
         for name, values in (("widths", self.widths), ("seeds", self.seeds)):
             if not values:
                 raise UserError(f"--{name} needs at least one value")

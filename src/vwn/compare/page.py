@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from vwn.compare import wording
-from vwn.compare.figures import Figure, gap_figure, is_empty, loss_figure
+from vwn.compare.figures import Figure, arm_styles, gap_figure, hides_points, is_empty, loss_figure
 from vwn.compare.page_assets import SCRIPT, STYLE
 from vwn.compare.tables import VERDICT_WORDS, cost_table, definition_list, result_table, run_table, text
 from vwn.compare.wording import LOSS_NAMES, NOTHING
@@ -15,6 +15,7 @@ CONTENT_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
     "base-uri 'none'; form-action 'none'"
 )
+CSS_DASHES = {"solid": "solid", "dash": "dashed", "dot": "dotted"}
 
 
 def render_page(report: dict[str, Any]) -> str:
@@ -74,13 +75,14 @@ def _loss_section(report: dict[str, Any], key: str, figures: dict[str, Figure]) 
     """The section of one loss; its plots are added to `figures` under the ids of their elements."""
     name, baseline = LOSS_NAMES[key], report.get("baseline")
     gap_caption = f"Below the dotted line: better than {baseline} after as many tokens."
+    curves = loss_figure(report, key)
     plots = [
-        (f"{key}-curve", f"Validation {name}", _curve_caption(report), loss_figure(report, key)),
+        (f"{key}-curve", f"Validation {name}", _curve_caption(report, curves), curves),
         (f"{key}-gap", f"Difference to {baseline}", gap_caption, gap_figure(report, key)),
     ]
     drawn = [plot for plot in plots if not is_empty(plot[3])]
     figures.update({identifier: figure for identifier, _, _, figure in drawn})
-    shown = "".join(_plot(report, key, identifier, title, caption) for identifier, title, caption, _ in drawn)
+    shown = "".join(_plot(report, key, *plot) for plot in drawn)
     return (
         f'<section aria-labelledby="{key}-title"><h2 id="{key}-title">{name.capitalize()}</h2>'
         f"{result_table(report, key)}{_result_note(report) if key == 'loss' else ''}"
@@ -99,22 +101,37 @@ def _result_note(report: dict[str, Any]) -> str:
     )
 
 
-def _curve_caption(report: dict[str, Any]) -> str:
+def _curve_caption(report: dict[str, Any], figure: Figure) -> str:
     several = any(len(arm["seeds"]) > 1 for arm in report["summary"])
     lines = "Thick: mean over seeds; faint: each seed. " if several else ""
     target = f"Dotted: {report.get('baseline')}’s final loss. " if wording.baseline_summary(report) else ""
-    return f"{lines}{target}A double click shows the steep start."
+    start = "A double click shows the steep start." if hides_points(figure) else ""
+    return f"{lines}{target}{start}".strip()
 
 
-def _plot(report: dict[str, Any], key: str, identifier: str, title: str, caption: str) -> str:
+def _plot(report: dict[str, Any], key: str, identifier: str, title: str, caption: str, figure: Figure) -> str:
     arms = [(arm["name"], arm[key]) for arm in report["summary"] if arm[key] is not None]
     ends = "; ".join(f"{name} {wording.estimate(loss['final'])} ({_side(loss)})" for name, loss in arms)
     label = f"{title} over training tokens, line plot. At the end: {ends}. All points are in curves.csv."
     missing = "<noscript>The plots need JavaScript; their points are in curves.csv.</noscript>"
     return (
-        f'<figure><h3>{text(title)}</h3><div class="plot" id="{identifier}" role="img" aria-label="{text(label)}">'
+        f"<figure><h3>{text(title)}</h3>{_legend(report, identifier, figure)}"
+        f'<div class="plot" id="{identifier}" role="img" aria-label="{text(label)}">'
         f"{missing}</div><figcaption>{text(caption)}</figcaption></figure>"
     )
+
+
+def _legend(report: dict[str, Any], identifier: str, figure: Figure) -> str:
+    """A button per arm that hides and shows it; Plotly's own legend would take its room from the plot."""
+    drawn = {trace["meta"] for trace in figure["data"]}
+    items = "".join(
+        f'<li><button type="button" aria-pressed="true" data-plot="{identifier}" data-arm="{style.index}">'
+        f'<span class="line" style="border-top:2px {CSS_DASHES[style.dash]} {style.colour}"></span>{text(name)}'
+        "</button></li>"
+        for name, style in arm_styles(report).items()
+        if style.index in drawn
+    )
+    return f'<ul class="legend" aria-label="Arms shown">{items}</ul>'
 
 
 def _side(loss: dict[str, Any]) -> str:

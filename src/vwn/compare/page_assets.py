@@ -35,7 +35,7 @@ h1, h2, h3, p, li, dd, figcaption { overflow-wrap: anywhere; }
 .cautions h2 { font-size: 0.95rem; margin: 0 0 0.3rem; }
 .note, figcaption { color: var(--muted); font-size: 0.875rem; }
 .scroll { overflow-x: auto; }
-.scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--arm-0); outline-offset: 2px; }
+:focus-visible { outline: 2px solid var(--arm-0); outline-offset: 2px; }
 table { border-collapse: collapse; width: 100%; font-size: 0.9375rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.5rem 0 0.5rem 1.25rem; text-align: right; vertical-align: top; }
 thead, tbody tr { border-bottom: 1px solid var(--rule); }
@@ -43,13 +43,21 @@ thead th { font-size: 0.8125rem; font-weight: 500; color: var(--muted); vertical
 tbody th { font-weight: 600; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; background: var(--paper); }
 th:first-child { position: sticky; left: 0; }
-.arm { display: inline-block; width: max-content; max-width: 8.5rem; overflow-wrap: break-word; }
+.arm { display: inline-block; width: max-content; max-width: 18rem; overflow-wrap: break-word; }
 td { white-space: nowrap; }
 td small { display: block; color: var(--muted); font-size: 0.8125rem; }
 .swatch { display: inline-block; width: 0.7em; height: 0.7em; border-radius: 2px; margin-right: 0.45em; }
 .plots { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 2rem; margin-top: 1.75rem; }
 figure { margin: 0; min-width: 0; }
 .plot { height: 24rem; }
+.legend { display: flex; flex-wrap: wrap; gap: 0 1rem; list-style: none; margin: 0 0 0.25rem; padding: 0; }
+.legend li { min-width: 0; }
+.legend button {
+  max-width: 100%; padding: 0.2rem 0; border: 0; background: none; color: inherit; font: inherit; font-size: 0.875rem;
+  cursor: pointer; text-align: left; overflow-wrap: anywhere;
+}
+.legend button[aria-pressed="false"] { color: var(--muted); text-decoration: line-through; }
+.line { display: inline-block; width: 1.4rem; margin-right: 0.4rem; vertical-align: 0.25em; }
 details { margin-top: 1rem; }
 summary { cursor: pointer; color: var(--muted); font-size: 0.875rem; }
 details .scroll { margin-top: 0.5rem; }
@@ -73,6 +81,7 @@ dd { margin: 0; }
   .plot { height: 20rem; }
   table { font-size: 0.875rem; }
   th, td { padding-left: 0.7rem; }
+  .arm { max-width: 7rem; }
   .spread { display: block; color: var(--muted); font-size: 0.8125rem; }
 }
 """
@@ -102,17 +111,22 @@ SCRIPT = """
     plotlyServerURL: "",
     toImageButtonOptions: { format: "svg" },
   };
-  const draw = () => {
-    const style = getComputedStyle(document.documentElement);
-    for (const [id, figure] of Object.entries(figures)) {
-      const { data, layout } = resolve(figure, style);
-      layout.font.family = font;
-      // On a touch screen a drag must scroll the page, not zoom the plot.
-      if (touch) layout.dragmode = false;
-      Plotly.react(id, data, layout, config);
-    }
+  const draw = (id) => {
+    const { data, layout } = resolve(figures[id], getComputedStyle(document.documentElement));
+    layout.font.family = font;
+    // On a touch screen a drag must scroll the page, not zoom the plot.
+    if (touch) layout.dragmode = false;
+    for (const trace of data)
+      trace.visible = !document.querySelector(`[data-plot="${id}"][data-arm="${trace.meta}"][aria-pressed="false"]`);
+    Plotly.react(id, data, layout, config);
   };
-  draw();
-  dark.addEventListener("change", draw);
+  const drawAll = () => Object.keys(figures).forEach(draw);
+  drawAll();
+  dark.addEventListener("change", drawAll);
+  for (const button of document.querySelectorAll(".legend button"))
+    button.addEventListener("click", () => {
+      button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") === "false"));
+      draw(button.dataset.plot);
+    });
 })();
 """

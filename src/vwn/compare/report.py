@@ -66,7 +66,7 @@ def format_table(report: dict[str, Any]) -> str:
         f"{baseline}'s tokens after which the loss stays at or below {baseline}'s final loss."
     )
     paragraphs = [note, _printable(wording.headline(analysed))]
-    wrapped = [textwrap.fill(text, TERMINAL_WIDTH) for text in paragraphs]
+    wrapped = [textwrap.fill(text, TERMINAL_WIDTH, break_on_hyphens=False) for text in paragraphs]
     return "\n\n".join([*blocks, *wrapped]).translate(TERMINAL_CHARACTERS)
 
 

@@ -22,9 +22,12 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     Raises:
         UserError: as :func:`vwn.training.train`; all arms are checked before the first is trained.
     """
+    config.check()
     if config.out.exists() and any(config.out.iterdir()) and not config.resume:
         raise UserError(f"the directory {config.out} exists already; continue it with --resume or choose another --out")
     runs = [config.arm(width, seed) for seed in config.seeds for width in config.widths]
+    for run in runs:
+        run.check()
     c = config.corpus
     corpus = prepare(c.data, valid=c.valid, tokenizer=c.tokenizer, window=c.window)
     check_arms(config, corpus)

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from vwn.compare import wording
-from vwn.compare.figures import arm_colours
+from vwn.compare.figures import LineStyle, arm_styles
 from vwn.compare.wording import LOSS_NAMES, NOTHING, PERCENT, PLUS_MINUS
 
 VERDICT_WORDS = {"lower": "below", "higher": "above", "undecided": "not decided", "unknown": "not comparable"}
@@ -19,10 +19,10 @@ def text(value: Any) -> str:
 
 def result_table(report: dict[str, Any], key: str) -> str:
     """One row per arm: final loss, paired difference and tokens needed, in the loss `key`."""
-    colours = arm_colours(report)
+    styles = arm_styles(report)
     heads = ["Arm", "Final loss", f"Against {report.get('baseline')}", "Tokens needed"]
     rows = [
-        [_arm(arm["name"], colours), _number(wording.estimate(arm[key]["final"])), *_against(arm[key])]
+        [_arm(arm["name"], styles), _number(wording.estimate(arm[key]["final"])), *_against(arm[key])]
         for arm in report["summary"]
         if arm[key] is not None
     ]
@@ -31,10 +31,10 @@ def result_table(report: dict[str, Any], key: str) -> str:
 
 def run_table(report: dict[str, Any], key: str) -> str:
     """One row per arm and seed, in the loss `key`."""
-    colours = arm_colours(report)
+    styles = arm_styles(report)
     heads = ["Arm", "Seed", "Final loss", f"Against {report.get('baseline')}", "Tokens needed", "Share", "Seconds"]
     rows = [
-        [_arm(run["name"], colours), *map(_number, _run_cells(run, run["paired"][key]))]
+        [_arm(run["name"], styles), *map(_number, _run_cells(run, run["paired"][key], report.get("baseline")))]
         for run in report["arms"]
         if run["paired"][key] is not None
     ]
@@ -43,14 +43,14 @@ def run_table(report: dict[str, Any], key: str) -> str:
 
 def cost_table(report: dict[str, Any]) -> str:
     """One row per arm: geometry, size, compute, speed, memory and learning rate, with factors over the baseline."""
-    colours, baseline = arm_colours(report), wording.baseline_summary(report)
+    styles, baseline = arm_styles(report), wording.baseline_summary(report)
     heads = ["Arm", "m", "n", "r", "Parameters", "FLOPs per token", "Tokens per second", "Peak memory", "Learning rate"]
     rows = []
     for arm in report["summary"]:
         geometry = [_number(f"{arm[field]:.4g}") for field in ("m", "n", "r")]
         rate = arm["learning_rate"]
         last = NOTHING if rate is None else _number(f"{rate:.3g}")
-        rows.append([_arm(arm["name"], colours), *geometry, *_cost_cells(arm, baseline), last])
+        rows.append([_arm(arm["name"], styles), *geometry, *_cost_cells(arm, baseline), last])
     return _table("Arms and their cost", heads, rows)
 
 
@@ -74,8 +74,8 @@ def _table(caption: str, heads: list[str], rows: list[list[str]]) -> str:
     return f'<div class="scroll" role="region" tabindex="0" aria-label="{label}, scrollable">{table}</div>'
 
 
-def _arm(name: str, colours: dict[str, str]) -> str:
-    return f'<span class="arm"><span class="swatch" style="background:{colours[name]}"></span>{text(name)}</span>'
+def _arm(name: str, styles: dict[str, LineStyle]) -> str:
+    return f'<span class="arm"><span class="swatch" style="background:{styles[name].colour}"></span>{text(name)}</span>'
 
 
 def _number(value: str) -> str:
@@ -97,14 +97,15 @@ def _against(loss: dict[str, Any]) -> list[str]:
     return [difference, text(wording.tokens_needed(loss)) + gain]
 
 
-def _run_cells(run: dict[str, Any], pair: dict[str, Any]) -> list[str]:
+def _run_cells(run: dict[str, Any], pair: dict[str, Any], baseline: str | None) -> list[str]:
     share, bound = pair["tokens_fraction"], "≤ " if pair["tokens_at_most"] else ""
     seconds = run["curve"][-1].get("seconds") if run["curve"] else None
     missing = "not reached" if pair["tokens_defined"] else NOTHING
+    difference = wording.fixed(pair["difference"], "+.4f") if pair["status"] == "compared" else pair["status"]
     return [
         str(run["seed"]),
         wording.fixed(pair["final"], ".4f"),
-        wording.fixed(pair["difference"], "+.4f") if pair["status"] == "compared" else pair["status"],
+        "baseline" if run["name"] == baseline else difference,
         missing if pair["tokens"] is None else bound + wording.scaled(pair["tokens"]),
         NOTHING if share is None else f"{bound}{100 * share:.1f}{PERCENT}",
         wording.fixed(seconds, ",.0f"),

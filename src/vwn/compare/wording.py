@@ -64,6 +64,7 @@ def ratio(value: float | None, reference: float | None) -> str:
 
 
 def seeds_text(count: int) -> str:
+    """`1 seed`, `3 seeds`."""
     return f"{count} seed" if count == 1 else f"{count} seeds"
 
 
@@ -74,6 +75,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def baseline_summary(report: dict[str, Any]) -> Summary | None:
+    """The baseline's entry in an analysed report's summary, or None if it was not run."""
     return next((arm for arm in report["summary"] if arm["is_baseline"]), None)
 
 
@@ -109,7 +111,7 @@ def cautions(report: dict[str, Any]) -> list[str]:
 
 
 def _digits(spread: float | None) -> int:
-    return 3 if not spread or spread >= 0.001 else 4 if spread >= 0.0001 else 5
+    return 3 if not spread or spread >= 0.001 else 4
 
 
 def _distance(difference: Summary) -> str:
@@ -124,7 +126,7 @@ def _lead_sentence(arm: Summary, baseline: str | None, arm_count: int) -> str:
     if difference["n"] == 1:
         return (
             f"In the one seed that was run, {name} ends {_distance(difference)} nats per token {side} {baseline} in "
-            f"next-token loss and {_reaches(loss, baseline)}; the spread over seeds is unknown, so this budget does "
+            f"next-token loss{_reaches(loss, baseline)}; the spread over seeds is unknown, so this budget does "
             "not decide whether that is more than chance."
         )
     if loss["verdict"] == "undecided":
@@ -136,20 +138,21 @@ def _lead_sentence(arm: Summary, baseline: str | None, arm_count: int) -> str:
     place = "" if arm_count == 1 else f", the {'best' if side == 'below' else 'closest'} of {arm_count} arms,"
     return (
         f"{name}{place} ends {_distance(difference)} nats per token {side} {baseline} in next-token loss (paired, "
-        f"{seeds_text(difference['n'])}) and {_reaches(loss, baseline)}."
+        f"{seeds_text(difference['n'])}){_reaches(loss, baseline)}."
     )
 
 
 def _reaches(loss: Summary, baseline: str | None) -> str:
+    """The end of a sentence; empty where the baseline's curve gives no target."""
     share = loss["tokens_fraction"]
     if loss["tokens_pairs"] == 0:
-        return f"has no final loss of {baseline} to reach"
+        return ""
     if share["n"] == 0:
-        return f"does not reach {baseline}’s final loss within its budget"
+        return f" and does not reach {baseline}’s final loss within its budget"
     if share["mean"] is None:
-        return f"reaches {baseline}’s final loss in {share['n']} of {loss['tokens_pairs']} seeds only"
+        return f" and reaches {baseline}’s final loss in {share['n']} of {loss['tokens_pairs']} seeds only"
     after = "at the latest after" if loss["tokens_at_most"] else "after"
-    return f"reaches {baseline}’s final loss {after} {tokens_needed(loss).removeprefix('≤ ')} of the tokens"
+    return f" and reaches {baseline}’s final loss {after} {tokens_needed(loss).removeprefix('≤ ')} of the tokens"
 
 
 def _second_loss_sentence(arm: Summary, baseline: str | None) -> str:
@@ -160,7 +163,7 @@ def _second_loss_sentence(arm: Summary, baseline: str | None) -> str:
     if loss["verdict"] == "undecided" and difference["n"] > 1:
         return f"For the next-2-token loss it is not decided ({estimate(difference, signed=True)})."
     side = "below" if difference["mean"] < 0 else "above"
-    return f"In next-2-token loss it ends {_distance(difference)} {side} and {_reaches(loss, baseline)}."
+    return f"In next-2-token loss it ends {_distance(difference)} {side}{_reaches(loss, baseline)}."
 
 
 def _others_sentence(others: list[Summary], baseline: str | None) -> str:
@@ -206,8 +209,8 @@ def _arm_cautions(arm: Summary, key: str, loss_name: str, report: dict[str, Any]
     if loss["diverged_seeds"]:
         seeds = listed(str(seed) for seed in loss["diverged_seeds"])
         found.append(f"{name}: the final {loss_name} is not finite in seed {seeds}, so no mean over seeds is given.")
-    if any(run["paired"][key]["status"] == "different budgets" for run in runs):
-        found.append(f"{name}: runs that end at another token count than {baseline}’s are left out of the {loss_name}.")
+    if key == "loss" and any(run["paired"][key]["status"] == "different budgets" for run in runs):
+        found.append(f"{name}: runs that end at another token count than {baseline}’s are left out of the differences.")
     if loss["tokens_at_most"]:
         found.append(
             f"{name}: already at its first validation point the {loss_name} is below {baseline}’s final one, so its "

@@ -1,4 +1,4 @@
-"""What a training run is, as typed dataclasses. The command line is made from these."""
+"""What a training run is, as typed dataclasses. The command line is made from these, the checks are run by the runs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class WidthOptions:
     reduce_init: Literal["normal", "first_slots"] = "normal"
     """Start of the linear reduce."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse what no run can do."""
         if self.mtp < 0:
             raise UserError(f"--mtp must be 0 or more, got {self.mtp}")
 
@@ -75,7 +76,8 @@ class OptimConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto`: bf16 autocast on a GPU that has it, else fp32."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse what no run can do."""
         for name in ("steps", "batch_size", "gradient_accumulation"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
@@ -117,7 +119,10 @@ class TrainConfig:
     resume: bool = False
     """Continue the run in --out from its last complete checkpoint."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse what no run can do, before anything is read or written."""
+        self.width.check()
+        self.optim.check()
         if (self.m is None) != (self.n is None):
             raise UserError(f"give both --m and --n, or neither; got m = {self.m}, n = {self.n}")
         for name in ("log_every", "eval_every", "save_every"):

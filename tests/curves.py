@@ -1,0 +1,59 @@
+"""Made-up comparisons whose answers are known."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+Point = dict[str, Any]
+
+
+def curve(losses: Sequence[float | None], second: Sequence[float | None] | None = None, step: int = 100) -> list[Point]:
+    """Points every `step` tokens, the first at `step`."""
+    return [
+        {
+            "tokens": step * (index + 1),
+            "loss": loss,
+            "loss_2": None if second is None else second[index],
+            "seconds": 0.5 * (index + 1),
+        }
+        for index, loss in enumerate(losses)
+    ]
+
+
+def arm(name: str, seed: int, points: list[Point], **changes: Any) -> dict[str, Any]:
+    """One run, `plain` or `MxN`."""
+    m, n = (1, 1) if name == "plain" else map(int, name.split("x"))
+    run = {
+        **{"name": name, "m": m, "n": n, "r": n / m, "seed": seed, "learning_rate": 0.006 / m},
+        **{"params": 1_000_000 * n, "flops_per_token": 6e6 * n, "tokens_per_second": 20_000 / n},
+        **{"peak_memory_bytes": 2**30 * n, "curve": points},
+    }
+    return {**run, **changes}
+
+
+def report(*arms: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A report as the runner makes it."""
+    return {
+        "command": "vwn compare --out runs/try --widths plain 4x16",
+        "created": "2025-11-24T10:12:13+00:00",
+        "versions": {"vwn": "0.1.0", "python": "3.11.2"},
+        "machine": {"cpu": "a processor", "cores": 2, "gpu": None, "os": "Linux"},
+        "config": {"backbone": "tiny", "data": "stdlib", "seeds": [0, 1], "optim": {"betas": [0.9, 0.95]}},
+        "baseline": "plain",
+        "arms": list(arms),
+        **changes,
+    }
+
+
+def realistic(names: Sequence[str] = ("plain", "2x3", "4x16"), seeds: int = 3) -> dict[str, Any]:
+    """Falling curves of 20 points, the arms ever lower, each seed with an offset of its own."""
+    arms = []
+    for seed in range(seeds):
+        for place, name in enumerate(names):
+            noise = random.Random(100 * seed + place).gauss(0, 0.004)
+            losses = [3 + 5 / (1 + t) ** 0.5 - place * (0.05 + noise) * t / 20 + seed / 100 for t in range(1, 21)]
+            points = curve(losses, [loss + 0.8 - place * 0.02 for loss in losses], step=100_000)
+            arms.append(arm(name if name == "plain" or name[0].isdigit() else "4x16", seed, points, name=name))
+    return report(*arms)

@@ -1,0 +1,180 @@
+"""The command line as a user meets it: what works, and one sentence with exit code 2 for what does not."""
+
+import json
+import lzma
+import subprocess
+import sys
+
+import pytest
+
+from vwn.cli import main
+
+SMALL = ["--backbone", "nano", "--window", "32", "--batch-size", "4", "--max-valid-tokens", "256", "--steps", "4"]
+
+
+def vwn(capsys, monkeypatch, *arguments):
+    """Exit code, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["vwn", *map(str, arguments)])
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    return lambda *arguments: vwn(capsys, monkeypatch, *arguments)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, text):
+    out = tmp_path_factory.mktemp("cli") / "run"
+    arguments = ["train", "--out", out, "--data", text, "--m", "4", "--n", "6", "--mtp", "1", *SMALL]
+    subprocess.run([sys.executable, "-m", "vwn", *map(str, arguments)], check=True, capture_output=True)
+    return out
+
+
+def test_train_and_generate(run, checkpoint):
+    assert json.loads((checkpoint / "run.json").read_text())["command"].startswith("__main__.py train --out")
+    code, out, _ = run("generate", checkpoint, "--prompt", "sea ", "--max-new-tokens", "8")
+    assert code == 0
+    assert out.startswith("sea ")
+    assert run("generate", checkpoint, "--prompt", "sea ", "--max-new-tokens", "8")[1] == out
+    assert run("generate", checkpoint, "--prompt", "sea ", "--max-new-tokens", "8", "--seed", "1")[1] != out
+    code, greedy, _ = run("generate", checkpoint / "checkpoint-4", "--prompt", "sea ", "--temperature", "0")
+    assert code == 0
+    assert greedy.startswith("sea ")
+
+
+def test_cost_as_table_and_json(run):
+    code, out, _ = run("cost", "--backbone", "small", "--widths", "plain", "2x3", "8x64")
+    assert code == 0
+    assert "2x3" in out
+    code, out, _ = run("cost", "--backbone", "small", "--widths", "plain", "2x3", "--json")
+    rows = json.loads(out)
+    assert [row["name"] for row in rows] == ["plain", "2x3"]
+    assert rows[1]["flops_per_token"] > rows[0]["flops_per_token"]
+
+
+def test_a_backbone_from_a_config_file(run, tmp_path, text):
+    from transformers import Qwen3Config
+
+    config = Qwen3Config(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "backbone")
+    some = [*SMALL[2:], "--data", text, "--learning-rate", "0.01", "--m", "2", "--n", "3"]
+    code, out, err = run("train", "--out", tmp_path / "run", "--backbone", tmp_path / "backbone", *some)
+    assert code == 0, err
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["backbone"]["model_type"] == "qwen3"
+
+
+BAD = {
+    "missing data": (["--data", "nowhere.txt"], "nowhere.txt"),
+    "empty data": (["--data", "{tmp}/empty.txt"], "empty"),
+    "unknown kind of file": (["--data", "{tmp}/text.doc"], "text.doc"),
+    "text shorter than a window": (["--data", "{tmp}/short.txt"], "window"),
+    "not UTF-8": (["--data", "{tmp}/latin.txt"], "latin.txt"),
+    "damaged archive": (["--data", "{tmp}/broken.txt.xz"], "broken.txt.xz"),
+    "m does not divide": (["--m", "5", "--n", "10"], "m = 5 does not divide the hidden size 64"),
+    "fewer slots than segments": (["--m", "4", "--n", "2"], "n = 2 slots are fewer than m = 4"),
+    "m without n": (["--m", "4"], "both --m and --n"),
+    "norm at a fractional ratio": (["--m", "2", "--n", "3", "--reduce-norm", "rms_norm"], "integer r"),
+    "unknown preset": (["--backbone", "huge"], "unknown backbone 'huge'"),
+    "no such config": (["--backbone", "./nowhere/config.json"], "unknown backbone './nowhere/config.json'"),
+    "unknown tokenizer": (["--tokenizer", "bpe:many"], "bpe:many"),
+    "learning rate": (["--learning-rate", "0"], "--learning-rate must be positive"),
+    "no steps": (["--steps", "0"], "--steps must be at least 1"),
+    "accumulation": (["--gradient-accumulation", "3"], "must divide --batch-size"),
+    "model smaller than the tokenizer": (["--backbone", "{tmp}/narrow"], "knows 20 tokens"),
+    "model shorter than the window": (["--backbone", "{tmp}/brief"], "knows 16 positions"),
+    "layers without a layout": (
+        ["--backbone", "{tmp}/gemma2", "--m", "2", "--n", "4", "--embedding", "factorised"],
+        "no layout is known",
+    ),
+    "no model at all": (["--backbone", "{tmp}/odd"], "odd"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory, text):
+    from transformers import Gemma2Config, LlamaConfig
+
+    tmp = tmp_path_factory.mktemp("bad")
+    (tmp / "empty.txt").write_text("")
+    (tmp / "text.doc").write_text("some text")
+    (tmp / "short.txt").write_text("too short")
+    (tmp / "latin.txt").write_bytes("caf\xe9 ".encode("latin-1") * 100)
+    (tmp / "broken.txt.xz").write_bytes(lzma.compress(b"some text " * 100)[:-20])
+    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    LlamaConfig(**sizes, vocab_size=20, bos_token_id=None, eos_token_id=None).save_pretrained(tmp / "narrow")
+    LlamaConfig(**sizes, vocab_size=300, max_position_embeddings=16).save_pretrained(tmp / "brief")
+    Gemma2Config(**sizes, vocab_size=300, num_key_value_heads=2, head_dim=32).save_pretrained(tmp / "gemma2")
+    (tmp / "odd").mkdir()
+    (tmp / "odd" / "config.json").write_text('{"model_type": "no such model"}')
+    return tmp
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_to_train_gets_one_sentence(run, tmp_path, text, bad_files, case):
+    given, expected = BAD[case]
+    given = [argument.replace("{tmp}", str(bad_files)) for argument in given]
+    arguments = ["train", "--out", tmp_path / "run", "--data", text, *SMALL, "--learning-rate", "0.01"]
+    code, _, err = run(*arguments, *given)
+    last = err.strip().splitlines()[-1]
+    assert code == 2
+    assert last.startswith("vwn: ")
+    assert expected in last
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_that_do_not_exist(run, tmp_path):
+    code, _, err = run("train", "--out", tmp_path / "run", "--widht", "3")
+    assert code == 2
+    assert "widht" in err
+    assert run("fly")[0] == 2
+    assert run("train")[0] == 2
+
+
+def test_generate_refusals(run, tmp_path, checkpoint):
+    for arguments, expected in (
+        ([tmp_path / "nowhere", "--prompt", "a"], "no checkpoint at"),
+        ([tmp_path, "--prompt", "a"], "holds no model"),
+        ([checkpoint, "--prompt", ""], "empty"),
+        ([checkpoint, "--prompt", "a", "--max-new-tokens", "0"], "at least 1"),
+    ):
+        code, _, err = run("generate", *arguments)
+        assert code == 2
+        assert expected in err
+        assert "Traceback" not in err
+
+
+def test_generate_from_a_damaged_checkpoint(run, tmp_path, checkpoint):
+    import shutil
+
+    shutil.copytree(checkpoint, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint-*"))
+    weights = tmp_path / "copy" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    code, _, err = run("generate", tmp_path / "copy", "--prompt", "a")
+    assert code == 2
+    assert "damaged" in err
+    assert "Traceback" not in err
+
+
+def test_cost_refusals(run):
+    assert "MxN" in run("cost", "--widths", "plain", "wide")[2]
+    assert "does not divide" in run("cost", "--widths", "3x6")[2]
+
+
+def test_import_needs_torch_only():
+    code = (
+        "import sys, vwn; vwn.GeneralizedHyperConnection(8, 2, 3);"
+        "assert not {'transformers', 'datasets', 'tyro'} & set(sys.modules), 'too much';"
+        "vwn.VirtualWidthForCausalLM; assert 'transformers' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

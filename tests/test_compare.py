@@ -1,0 +1,112 @@
+"""`vwn compare` end to end on a small text."""
+
+import csv
+import json
+
+import pytest
+
+from vwn.compare.config import CompareConfig, parse_width
+from vwn.compare.run import compare
+from vwn.errors import UserError
+from vwn.training.config import CorpusConfig, OptimConfig, WidthOptions
+
+
+def config(out, text, **changes):
+    options = dict(
+        out=out,
+        backbone="nano",
+        widths=("plain", "1x1", "4x10"),
+        seeds=(0, 1),
+        learning_rates=("4x10=0.005",),
+        corpus=CorpusConfig(data=str(text), window=32, max_valid_tokens=256),
+        optim=OptimConfig(steps=6, batch_size=4, learning_rate=1e-2),
+        eval_every=2,
+    )
+    return CompareConfig(**options | changes)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, text):
+    out = tmp_path_factory.mktemp("compare") / "out"
+    return out, compare(config(out, text))
+
+
+def test_the_report_has_an_object_for_each_arm_and_seed(done):
+    out, _ = done
+    report = json.loads((out / "report.json").read_text())
+    arms = report["arms"]
+    assert [(a["name"], a["seed"]) for a in arms] == [
+        (name, seed) for seed in (0, 1) for name in ("plain", "1x1", "4x10")
+    ]
+    wanted = {"name", "m", "n", "r", "seed", "params", "flops_per_token", "tokens_per_second", "peak_memory_bytes"}
+    for arm in arms:
+        assert wanted <= set(arm)
+        assert [p["tokens"] for p in arm["curve"]] == [0, 256, 512, 768]
+        assert all(set(p) == {"tokens", "loss", "loss_2", "seconds"} for p in arm["curve"])
+        assert all(p["loss_2"] is not None for p in arm["curve"])  # MTP is on unless asked otherwise
+    assert [a["learning_rate"] for a in arms[:3]] == [0.01, 0.01, 0.005]
+    assert report["command"]
+    assert report["versions"]["torch"]
+    assert report["config"]["train_tokens"] > 10_000
+
+
+def test_curves_and_page_are_written(done):
+    out, _ = done
+    with open(out / "curves.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 * 4
+    assert "4x10" in (out / "report.html").read_text()
+
+
+def test_arms_of_a_seed_start_alike_and_differ_by_width_alone(done):
+    _, report = done
+    plain, same, wide = report["arms"][:3]
+    assert plain["curve"][0]["loss"] == pytest.approx(same["curve"][0]["loss"], abs=1e-6)  # 1x1 starts as plain
+    assert plain["curve"][0]["loss"] != wide["curve"][0]["loss"]
+    assert plain["params"] < same["params"] < wide["params"]
+    assert plain["flops_per_token"] < same["flops_per_token"] < wide["flops_per_token"]
+
+
+def test_resuming_repeats_nothing_and_adds_arms(done, text):
+    out, report = done
+    results = {p: p.stat().st_mtime_ns for p in out.glob("arms/*/result.json")}
+    more = compare(config(out, text, widths=("plain", "1x1", "4x10", "2x3"), resume=True))
+    assert {p: p.stat().st_mtime_ns for p in results} == results
+    assert [a for a in more["arms"] if a["name"] != "2x3"] == report["arms"]
+    assert len(more["arms"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"widths": ("plain", "4by16")}, "MxN"),
+        ({"widths": ("plain", "5x10")}, "does not divide"),
+        ({"widths": ("plain", "plain")}, "twice"),
+        ({"widths": ("plain", "2x3"), "width": WidthOptions(reduce="identity")}, "needs n = m"),
+        ({"learning_rates": ("8x64=0.1",)}, "not among the --widths"),
+        ({"learning_rates": ("plain:0.1",)}, "ARM=RATE"),
+        ({"backbone": "huge"}, "unknown backbone"),
+        ({"seeds": ()}, "at least one"),
+    ],
+)
+def test_refusals_come_before_anything_is_trained(tmp_path, text, changes, expected):
+    with pytest.raises(ValueError, match=expected):
+        compare(config(tmp_path / "out", text, **{"learning_rates": ()} | changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_directory_is_refused(done, text):
+    out, _ = done
+    with pytest.raises(UserError, match="exists already"):
+        compare(config(out, text))
+
+
+def test_other_settings_are_refused_on_resume(done, text):
+    out, _ = done
+    with pytest.raises(UserError, match="batch_size"):
+        compare(config(out, text, optim=OptimConfig(steps=6, batch_size=8, learning_rate=1e-2), resume=True))
+
+
+def test_names_of_widths():
+    assert parse_width("plain") == (None, None)
+    assert parse_width("8x64") == (8, 64)

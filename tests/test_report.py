@@ -1,0 +1,240 @@
+"""What a comparison writes: strict JSON, CSV, a page that stands alone, and honest words."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from curves import arm, curve, realistic, report
+
+from vwn.compare.analysis import add_analysis
+from vwn.compare.report import format_table, write_report
+from vwn.compare.wording import cautions, estimate, headline, scaled
+
+HOSTILE = "<img src=x onerror=\"console.error('in')\"></script><!--<b>'&amp;%{x}"
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside scripts and styles."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.inside = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.inside not in ("script", "style"):
+            self.text.append(data)
+
+
+def refuse_constant(name: str) -> Any:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def two_seeds(*differences: float) -> dict[str, Any]:
+    """A report of plain and 4x16 in which 4x16 ends by `differences` off plain's 3.0."""
+    arms = [arm("plain", seed, curve([5, 4, 3])) for seed in range(len(differences))]
+    return report(*arms, *(arm("4x16", seed, curve([5, 4, 3 + gap])) for seed, gap in enumerate(differences)))
+
+
+def test_json_is_strict_and_complete(tmp_path: Path) -> None:
+    points = curve([4, math.nan, math.inf])
+    points[0]["loss"] = np.float32(4)
+    source = report(arm("plain", 0, points, params=np.int64(5)), config={"out": Path("runs/try"), "bad": -math.inf})
+    write_report(source, tmp_path / "new" / "folder")
+    written = json.loads((tmp_path / "new/folder/report.json").read_text(), parse_constant=refuse_constant)
+    assert [point["loss"] for point in written["arms"][0]["curve"]] == [4, None, None]
+    assert written["arms"][0]["params"] == 5
+    assert written["config"] == {"out": str(Path("runs/try")), "bad": None}
+    assert written["summary"][0]["loss"]["final"]["mean"] is None
+    assert written["command"] == source["command"]
+
+
+def test_csv_holds_every_point(tmp_path: Path) -> None:
+    source = report(arm("plain", 0, curve([4, math.nan])), arm("2x3", 7, curve([4.5, 3.25], [5, 4]), name='a,"b'))
+    write_report(source, tmp_path)
+    with (tmp_path / "curves.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["arm", "m", "n", "r", "seed", "tokens", "seconds", "loss", "loss_2"]
+    assert rows[2] == ["plain", "1", "1", "1.0", "0", "200", "1.0", "", ""]
+    assert rows[4] == ['a,"b', "2", "3", "1.5", "7", "200", "1.0", "3.25", "4"]
+    assert len(rows) == 5
+
+
+def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(two_seeds(-0.1), tmp_path)
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert sorted(before) == ["curves.csv", "report.html", "report.json"]
+
+    def fail(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(two_seeds(-0.2), tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+def test_page_loads_nothing_from_outside(tmp_path: Path) -> None:
+    write_report(realistic(), tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    page = Page(html)
+    loading = [
+        (tag, name, value)
+        for tag, attributes in page.tags
+        for name, value in attributes.items()
+        if name in ("src", "href", "srcset", "action", "data", "poster", "background", "ping") and value != "data:,"
+    ]
+    assert loading == []
+    assert "url(" not in html.split("</style>")[0]
+    assert "@import" not in html.split("</style>")[0]
+    policies = [attributes.get("content") or "" for tag, attributes in page.tags if tag == "meta"]
+    assert any(policy.startswith("default-src 'none'") and "http" not in policy for policy in policies)
+
+
+def test_page_escapes_a_hostile_name(tmp_path: Path) -> None:
+    write_report(realistic(("plain", HOSTILE)), tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    assert not {tag for tag, _ in page.tags} & {"img", "b"}
+    assert any(HOSTILE in text for text in page.text)
+    assert [attributes.get("id") for tag, attributes in page.tags if tag == "script"] == ["figures", None, None]
+
+
+def test_page_has_the_content(tmp_path: Path) -> None:
+    source = realistic()
+    write_report(source, tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    text = " ".join(page.text)
+    for expected in (
+        source["command"],
+        headline(add_analysis(source)),
+        "a processor",
+        "0.9, 0.95",
+        "optim.betas",
+        "0.1.0",
+    ):
+        assert expected in text
+    ids = [attributes.get("id") for _, attributes in page.tags]
+    for figure in ("loss-curve", "loss-gap", "loss_2-curve", "loss_2-gap"):
+        assert figure in ids
+    plots = [attributes for _, attributes in page.tags if attributes.get("class") == "plot"]
+    assert all("4x16" in (attributes["aria-label"] or "") for attributes in plots)
+    assert all(attributes.get("scope") in ("col", "row") for tag, attributes in page.tags if tag == "th")
+
+
+def test_page_without_the_second_loss_or_any_arm(tmp_path: Path) -> None:
+    write_report(two_seeds(-0.1), tmp_path)
+    assert "loss_2-curve" not in (tmp_path / "report.html").read_text()
+    write_report(report(), tmp_path)
+    assert "was not run" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ((-0.11, -0.09), ["0.100 ± 0.014 nats per token below plain", "(paired, 2 seeds)", "of the tokens"]),
+        ((0.11, 0.09), ["0.100 ± 0.014 nats per token above plain", "does not reach plain’s final loss"]),
+        ((-0.1, 0.08), ["does not decide", "-0.010 ± 0.127", "within two standard errors"]),
+        ((-0.1,), ["In the one seed", "0.100 nats per token below", "spread over seeds is unknown", "does not decide"]),
+        ((-0.1, math.nan), ["decides nothing", "not finite"]),
+    ],
+)
+def test_headline_says_what_the_numbers_carry(differences: tuple[float, ...], expected: list[str]) -> None:
+    text = headline(add_analysis(two_seeds(*differences))).replace("\u00a0", " ")
+    for part in expected:
+        assert part in text
+    if "decide" in " ".join(expected):
+        assert "reaches plain’s final loss after" not in text or len(differences) == 1
+
+
+def test_headline_gives_the_share_of_tokens_and_the_cost() -> None:
+    arms = [arm("plain", seed, curve([5, 4, 3, 2])) for seed in (0, 1)]
+    arms += [arm("4x16", 0, curve([5, 3, 2, 1])), arm("4x16", 1, curve([5, 3, 2, 1.1]))]
+    text = headline(add_analysis(report(*arms))).replace("\u00a0", " ")
+    assert "reaches plain’s final loss after 75 % of the tokens" in text
+    assert "16.00× the parameters, 16.00× the FLOPs per token and 0.06× the training speed" in text
+
+
+def test_headline_names_the_best_arm_and_the_others() -> None:
+    finals = {"plain": (3.0, 3.1), "1x1": (3.01, 3.09), "2x3": (2.9, 3.01), "4x16": (2.8, 2.91), "8x64": (3.5, 3.61)}
+    arms = [arm(name, seed, curve([5, ends[seed]])) for name, ends in finals.items() for seed in (0, 1)]
+    text = headline(add_analysis(report(*arms)))
+    assert text.startswith("4x16, the best of 4 arms, ends")
+    assert "2x3 below plain; 8x64 above plain; 1x1 not decided" in text
+
+
+def test_headline_without_anything_to_compare() -> None:
+    assert "plain was not run" in headline(add_analysis(report(arm("4x16", 0, curve([4])))))
+    assert "Only the baseline plain" in headline(add_analysis(report(arm("plain", 0, curve([4])))))
+    unshared = report(arm("plain", 0, curve([4])), arm("4x16", 1, curve([4])))
+    assert "shares no seed with plain" in headline(add_analysis(unshared))
+    unequal = report(arm("plain", 0, curve([4, 3])), arm("4x16", 0, curve([4])))
+    assert "different token counts" in headline(add_analysis(unequal))
+
+
+def test_cautions_name_what_weakens_the_numbers() -> None:
+    assert any("One seed gives no spread" in text for text in cautions(add_analysis(two_seeds(-0.1))))
+    assert any("weak test with few seeds" in text for text in cautions(add_analysis(two_seeds(-0.1, -0.2))))
+    assert cautions(add_analysis(two_seeds(*[-0.1, -0.2] * 3))) == []
+    diverged = cautions(add_analysis(two_seeds(-0.1, math.nan, -0.1)))
+    assert any("4x16" in text and "seed 1" in text for text in diverged)
+    rising = report(arm("plain", 0, curve([5, 2, 3])), arm("4x16", 0, curve([1, 1, 1])))
+    found = cautions(add_analysis(rising))
+    assert any("plain" in text and "not its lowest" in text for text in found)
+    assert any("4x16" in text and "upper bound" in text for text in found)
+
+
+def test_table_fits_a_terminal() -> None:
+    long = "1x1-with-a-name-that-does-not-fit"
+    table = format_table(realistic(("plain", "2x3", "4x16", long, "bell\a\nline")))
+    lines = table.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[1].split() == ["arm", "r", "params", "lr", "tokens/s", "final", "loss", "vs", "baseline", "tokens"]
+    assert "1x1-with-a-nam.." in table
+    assert "bell??line" in table
+    assert "next-2-token loss" in table
+    table.encode("latin-1")
+
+
+def test_table_says_what_was_reached() -> None:
+    arms = [arm("plain", seed, curve([5, 4, 3, 2])) for seed in (0, 1)]
+    arms += [arm("4x16", 0, curve([5, 3, 2, 1])), arm("4x16", 1, curve([5, 3, 2, 1.5]))]
+    arms += [arm("2x3", 0, curve([5, 3, 2, 1])), arm("2x3", 1, curve([5, 4, 3, 2.5]))]
+    arms += [arm("1x1", seed, curve([5, 4, 3, 2.5])) for seed in (0, 1)]
+    rows = {
+        line.split()[0]: line for line in format_table(report(*arms)).splitlines() if line.startswith(tuple("p124"))
+    }
+    assert rows["plain"].endswith("baseline         100 %")
+    assert rows["4x16"].split()[5:] == ["1.250", "±", "0.354", "-0.750", "±", "0.354", "75", "%"]
+    assert rows["2x3"].endswith("1 of 2 seeds")
+    assert rows["1x1"].endswith("not reached")
+
+
+@pytest.mark.parametrize(
+    ("value", "binary", "expected"),
+    [(0, False, "0"), (7, False, "7"), (999_999, False, "1.00M"), (12_345, False, "12.3k"), (3.3e6, False, "3.30M")]
+    + [(123e9, False, "123G"), (2.5e16, False, "25000T"), (1536, True, "1.50 KiB"), (2**30, True, "1.00 GiB")],
+)
+def test_scaled(value: float, binary: bool, expected: str) -> None:
+    assert scaled(value, binary) == expected
+
+
+def test_digits_follow_the_spread() -> None:
+    assert estimate({"mean": -0.02, "std": 0.0004}, signed=True) == "-0.0200\u00a0±\u00a00.0004"
+    assert estimate({"mean": 1.0, "std": None}) == "1.000"
+    assert estimate({"mean": None, "std": None}) == "–"

@@ -1,0 +1,96 @@
+"""The report page in headless Chromium: it draws, keeps quiet, and fits a phone and a desktop."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from html import escape, unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+from curves import realistic
+
+from vwn.compare.report import write_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian: apt-get install chromium)"),
+]
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
+    "--disable-sync --virtual-time-budget=10000 --window-size=1400,1000 --dump-dom"
+).split()
+
+# Goes first in the page, so that nothing is missed, and reports to the frame's parent when all is drawn.
+PROBE = """<script>
+const errors = [];
+const plain = console.error;
+console.error = (...parts) => { errors.push(parts.join(" ")); plain(...parts); };
+addEventListener("error", (event) => errors.push(String(event.message || event.target.outerHTML)), true);
+addEventListener("unhandledrejection", (event) => errors.push(String(event.reason)));
+document.addEventListener("securitypolicyviolation", (event) => errors.push("policy: " + event.blockedURI));
+const lines = (id) => document.querySelectorAll(`#${id} .scatterlayer .trace`).length;
+addEventListener("load", () => setTimeout(() => {
+  const shown = lines("loss-curve");
+  document.querySelector("[data-plot=loss-curve][data-arm='1']")?.click();
+  setTimeout(() => parent.postMessage(JSON.stringify({
+    errors,
+    width: innerWidth,
+    scrollWidth: document.documentElement.scrollWidth,
+    plots: [...document.querySelectorAll(".plot")].map((plot) => lines(plot.id)),
+    widest: Math.max(...[...document.querySelectorAll(".plot .main-svg")].map((svg) => svg.getBoundingClientRect().right)),
+    shown,
+    left: lines("loss-curve"),
+    buttons: [...document.querySelectorAll(".modebar-btn")].map((button) => button.dataset.title),
+    requests: performance.getEntriesByType("resource").map((entry) => entry.name),
+    text: document.querySelector("main")?.innerText ?? "",
+  }), "*"), 500);
+}, 1500));
+</script>"""
+
+
+def probe(html: str, width: int, folder: Path) -> dict[str, Any]:
+    """Show `html` in a frame of `width` pixels (Chromium's own window has a minimum) and return what it reports."""
+    assert CHROMIUM is not None
+    (folder / "page.html").write_text(html.replace("<head>", f"<head>{PROBE}", 1), encoding="utf-8")
+    (folder / "frame.html").write_text(
+        "<!doctype html><pre>nothing</pre><script>addEventListener('message', (event) => {"
+        "document.querySelector('pre').textContent = event.data; });</script>"
+        f'<iframe src="page.html" style="border:0;width:{width}px;height:900px"></iframe>'
+    )
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", (folder / "frame.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return json.loads(unescape(done.stdout.split("<pre>")[1].split("</pre>")[0]))
+
+
+@pytest.mark.parametrize("width", [375, 1200])
+def test_page_draws_quietly_and_fits(width: int, tmp_path: Path) -> None:
+    hostile = "<img src=x onerror=\"console.error('in')\"></script>" + "long" * 30
+    write_report(realistic(("plain", hostile, "4x16")), tmp_path / "report")
+    seen = probe((tmp_path / "report/report.html").read_text(encoding="utf-8"), width, tmp_path)
+    assert seen["errors"] == []
+    assert seen["requests"] == []
+    assert seen["width"] == width
+    assert seen["scrollWidth"] <= width
+    assert seen["widest"] <= width
+    # Three arms: three seeds and a mean each; the gaps lack the baseline.
+    assert seen["plots"] == [8, 8, 12, 8]
+    assert (seen["shown"], seen["left"]) == (12, 8)
+    assert not [title for title in seen["buttons"] if title and "cloud" in title.lower()]
+    assert "Next-2-token loss" in seen["text"]
+
+
+def test_probe_would_notice_errors_requests_and_overflow(tmp_path: Path) -> None:
+    broken = (
+        '<!doctype html><html><head></head><body><main style="width:2000px">x</main>'
+        f'<script>console.error({escape("1")}); nowhere();</script><img src="http://127.0.0.1:9/x.png"></body></html>'
+    )
+    seen = probe(broken, 375, tmp_path)
+    assert any("nowhere" in error for error in seen["errors"])
+    assert "1" in seen["errors"]
+    assert seen["requests"] == ["http://127.0.0.1:9/x.png"]
+    assert seen["scrollWidth"] > 375
