@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,8 +24,9 @@ def curve(losses: Sequence[float | None], second: Sequence[float | None] | None 
 
 
 def arm(name: str, seed: int, points: list[Point], **changes: Any) -> dict[str, Any]:
-    """One run, `plain` or `MxN`."""
-    m, n = (1, 1) if name == "plain" else map(int, name.split("x"))
+    """One run; its geometry is the `MxN` in its name, if there is one."""
+    found = re.match(r"(\d+)x(\d+)", name)
+    m, n = (int(found[1]), int(found[2])) if found else (1, 1)
     run = {
         **{"name": name, "m": m, "n": n, "r": n / m, "seed": seed, "learning_rate": 0.006 / m},
         **{"params": 1_000_000 * n, "flops_per_token": 6e6 * n, "tokens_per_second": 20_000 / n},
@@ -55,5 +57,5 @@ def realistic(names: Sequence[str] = ("plain", "2x3", "4x16"), seeds: int = 3) -
             noise = random.Random(100 * seed + place).gauss(0, 0.004)
             losses = [3 + 5 / (1 + t) ** 0.5 - place * (0.05 + noise) * t / 20 + seed / 100 for t in range(1, 21)]
             points = curve(losses, [loss + 0.8 - place * 0.02 for loss in losses], step=100_000)
-            arms.append(arm(name if name == "plain" or name[0].isdigit() else "4x16", seed, points, name=name))
+            arms.append(arm(name, seed, points))
     return report(*arms)

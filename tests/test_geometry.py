@@ -40,7 +40,7 @@ def test_frozen_and_comparable():
     [(24, 5, 8, "4"), (24, 7, 8, "6"), (24, 11, 12, "12"), (24, 100, 200, "24"), (7, 2, 3, "1")],
 )
 def test_m_that_does_not_divide_names_the_values_and_the_nearest(hidden_size, m, n, nearest):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="does not divide") as error:
         Geometry(hidden_size, m, n)
     message = str(error.value)
     assert f"m = {m}" in message

@@ -128,7 +128,7 @@ def test_a_layer_reads_runs_and_writes_around_each_sublayer(m, n, embedding):
         parameters = dict(connection.named_parameters())
         x = reference.hyper_connection(state, parameters, m, n, lambda x: x, connection.eps)["x"]
         z = iter(sublayer(x.float())[0].double())
-        state = reference.hyper_connection(state, parameters, m, n, lambda x: next(z), connection.eps)["state"]
+        state = reference.hyper_connection(state, parameters, m, n, lambda x, z=z: next(z), connection.eps)["state"]
     assert_close(out.over_width_state.double(), state, rtol=1e-3, atol=1e-3)
     assert_close(out.last_hidden_state, model.model.norm(model.model.reduce(out.over_width_state)))
 

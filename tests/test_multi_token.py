@@ -72,7 +72,8 @@ def test_every_parameter_of_a_predictor_gets_a_gradient():
     h, _ = predictor(torch.randn(2, 3, 12), torch.randn(2, 3, 12))
     (h**2 * torch.randn(6)).sum().backward()
     for name, parameter in predictor.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
 
 
 def test_gains_start_at_one_and_a_zero_embedding_is_finite():

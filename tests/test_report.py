@@ -14,6 +14,7 @@ import pytest
 from curves import arm, curve, realistic, report
 
 from vwn.compare.analysis import add_analysis
+from vwn.compare.page import _json_for_script
 from vwn.compare.report import format_table, write_report
 from vwn.compare.wording import cautions, estimate, headline, scaled
 
@@ -66,25 +67,26 @@ def test_json_is_strict_and_complete(tmp_path: Path) -> None:
 
 
 def test_csv_holds_every_point(tmp_path: Path) -> None:
-    source = report(arm("plain", 0, curve([4, math.nan])), arm("2x3", 7, curve([4.5, 3.25], [5, 4]), name='a,"b'))
+    source = report(arm("plain", 0, curve([4, math.nan])), arm('2x3,"b', 7, curve([4.5, 3.25], [5, 4])))
     write_report(source, tmp_path)
     with (tmp_path / "curves.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["arm", "m", "n", "r", "seed", "tokens", "seconds", "loss", "loss_2"]
     assert rows[2] == ["plain", "1", "1", "1.0", "0", "200", "1.0", "", ""]
-    assert rows[4] == ['a,"b', "2", "3", "1.5", "7", "200", "1.0", "3.25", "4"]
+    assert rows[4] == ['2x3,"b', "2", "3", "1.5", "7", "200", "1.0", "3.25", "4"]
     assert len(rows) == 5
 
 
-def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.replace"])
+def test_files_are_replaced_whole(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_report(two_seeds(-0.1), tmp_path)
     before = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert sorted(before) == ["curves.csv", "report.html", "report.json"]
 
-    def fail(descriptor: int) -> None:
+    def fail(*arguments: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("os.fsync", fail)
+    monkeypatch.setattr(step, fail)
     with pytest.raises(OSError, match="disk full"):
         write_report(two_seeds(-0.2), tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
@@ -113,6 +115,11 @@ def test_page_escapes_a_hostile_name(tmp_path: Path) -> None:
     assert not {tag for tag, _ in page.tags} & {"img", "b"}
     assert any(HOSTILE in text for text in page.text)
     assert [attributes.get("id") for tag, attributes in page.tags if tag == "script"] == ["figures", None, None]
+
+
+def test_figures_cannot_leave_their_script_element() -> None:
+    assert "<" not in _json_for_script({"name": "</script><!--"})
+    assert json.loads(_json_for_script({"name": "</script><!--"})) == {"name": "</script><!--"}
 
 
 def test_page_has_the_content(tmp_path: Path) -> None:
@@ -216,9 +223,7 @@ def test_table_says_what_was_reached() -> None:
     arms += [arm("4x16", 0, curve([5, 3, 2, 1])), arm("4x16", 1, curve([5, 3, 2, 1.5]))]
     arms += [arm("2x3", 0, curve([5, 3, 2, 1])), arm("2x3", 1, curve([5, 4, 3, 2.5]))]
     arms += [arm("1x1", seed, curve([5, 4, 3, 2.5])) for seed in (0, 1)]
-    rows = {
-        line.split()[0]: line for line in format_table(report(*arms)).splitlines() if line.startswith(tuple("p124"))
-    }
+    rows = {line.split()[0]: line for line in format_table(report(*arms)).splitlines()[2:6]}
     assert rows["plain"].endswith("baseline         100 %")
     assert rows["4x16"].split()[5:] == ["1.250", "±", "0.354", "-0.750", "±", "0.354", "75", "%"]
     assert rows["2x3"].endswith("1 of 2 seeds")
@@ -227,8 +232,11 @@ def test_table_says_what_was_reached() -> None:
 
 @pytest.mark.parametrize(
     ("value", "binary", "expected"),
-    [(0, False, "0"), (7, False, "7"), (999_999, False, "1.00M"), (12_345, False, "12.3k"), (3.3e6, False, "3.30M")]
-    + [(123e9, False, "123G"), (2.5e16, False, "25000T"), (1536, True, "1.50 KiB"), (2**30, True, "1.00 GiB")],
+    [
+        *[(0, False, "0"), (7, False, "7"), (999, False, "999"), (999_999, False, "1.00M"), (12_345, False, "12.3k")],
+        *[(3.3e6, False, "3.30M"), (123e9, False, "123G"), (2.5e16, False, "25000T")],
+        *[(1000, True, "1000 B"), (1536, True, "1.50 KiB"), (2**30, True, "1.00 GiB")],
+    ],
 )
 def test_scaled(value: float, binary: bool, expected: str) -> None:
     assert scaled(value, binary) == expected

@@ -16,7 +16,7 @@ from vwn.compare.analysis import Curve, Estimate, Reached, add_analysis, gap_cur
 NAN = math.nan
 
 
-def analysed(*arms: dict[str, Any], **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def analysed(*arms: dict[str, Any], **changes: Any) -> tuple[dict[tuple[str, int], Any], dict[str, Any]]:
     """The analysed report's arms by (name, seed), and its summary by name."""
     result = add_analysis(report(*arms, **changes))
     return {(run["name"], run["seed"]): run for run in result["arms"]}, {row["name"]: row for row in result["summary"]}
@@ -54,7 +54,7 @@ def test_tokens_are_interpolated_on_an_uneven_grid() -> None:
 
 @pytest.mark.parametrize("speedup", [1.25, 1.6, 2.5])
 def test_a_known_speedup_is_recovered_for_both_losses(speedup: float) -> None:
-    # Log-shaped loss over tokens; the arm sees every token `speedup` times as well. Fine grid, so interpolation is exact.
+    # Loss falls with the logarithm of the tokens, each of which counts `speedup` times for the arm.
     points = range(1, 2001)
     base = [5 - 0.3 * math.log(p) for p in points]
     fast = [5 - 0.3 * math.log(p * speedup) for p in points]

@@ -139,14 +139,15 @@ def _layout(y_title: str, y_range: list[float] | None) -> Figure:
         "xaxis": {
             **axis,
             "title": _axis_title("training tokens"),
-            "unifiedhovertitle": {"text": "%{x} tokens"},
+            "unifiedhovertitle": {"text": "%{x:.4~s} tokens"},
             **{"spikecolor": "var(--muted)", "spikethickness": 1},
             **{"tickformat": "~s", "hoverformat": ".4~s", "rangemode": "tozero", "nticks": 6},
         },
         "yaxis": y_axis if y_range is None else {**y_axis, "range": y_range},
         "font": {"family": "inherit", "size": 13, "color": "var(--muted)"},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
+        "paper_bgcolor": "var(--paper)",
+        # Not transparent: the hover line takes its outline from it.
+        "plot_bgcolor": "var(--paper)",
         "hovermode": "x unified",
         "hoverlabel": {"bgcolor": "var(--raised)", "bordercolor": "var(--rule)", "font": {"color": "var(--ink)"}},
         "showlegend": False,

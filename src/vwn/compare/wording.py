@@ -28,8 +28,8 @@ def scaled(value: float | None, binary: bool = False) -> str:
         return NOTHING
     step, units = (1024.0, (" B", " KiB", " MiB", " GiB", " TiB")) if binary else (1000.0, ("", "k", "M", "G", "T"))
     power = 0
-    # Judged after rounding: 999,999 is 1M, not 1000k.
-    while float(f"{value / step**power:.3g}") >= step and power < len(units) - 1:
+    # Half below the step, as it will be rounded: 999,999 is 1M, not 1000k.
+    while value / step**power >= step - 0.5 and power < len(units) - 1:
         power += 1
     number = value / step**power
     digits = 0 if number >= 100 or (power == 0 and number == int(number)) else 1 if number >= 10 else 2
