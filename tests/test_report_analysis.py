@@ -112,13 +112,17 @@ def test_one_seed_has_no_spread_and_decides_nothing() -> None:
         (Estimate(-0.1, 0.05, 4), "lower"),
         (Estimate(0.1, 0.05, 4), "higher"),
         (Estimate(-0.05, 0.05, 4), "undecided"),
+        (Estimate(-0.0621, 0.05, 5), "lower"),  # t = 2.776 standard errors of 0.05 / sqrt(5) are 0.0621
+        (Estimate(-0.0620, 0.05, 5), "undecided"),
+        (Estimate(-0.0126, 0.05, 61), "lower"),
+        (Estimate(-0.0125, 0.05, 61), "undecided"),
         (Estimate(0.0, 0.0, 2), "undecided"),
         (Estimate(-0.1, 0.0, 2), "lower"),
         (Estimate(-0.1, None, 1), "undecided"),
         (Estimate(None, None, 3), "unknown"),
     ],
 )
-def test_verdict_asks_for_two_standard_errors(estimate: Estimate, expected: str) -> None:
+def test_verdict_asks_that_zero_lies_outside_the_95_percent_interval(estimate: Estimate, expected: str) -> None:
     assert verdict(estimate) == expected
 
 

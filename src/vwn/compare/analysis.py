@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 LOSS_KEYS = ("loss", "loss_2")
-DECISIVE_STANDARD_ERRORS = 2.0
+# Student's t, two-sided 95 %, by seeds minus one; more seeds than these take the normal distribution's.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 
 Run = dict[str, Any]
 
@@ -111,14 +112,19 @@ def tokens_to_loss(curve: Curve, target: float | None) -> Reached | None:
 
 
 def verdict(difference: Estimate) -> str:
-    """`"lower"` or `"higher"` if |mean| exceeds two standard errors; `"undecided"` if not, or with one seed; else
-    `"unknown"`, when there is no mean."""
+    """`"lower"` or `"higher"` if the 95 % interval of Student's t leaves zero out; `"undecided"` if not, or with one
+    seed; else `"unknown"`, when there is no mean."""
     if difference.mean is None:
         return "unknown"
     error = difference.standard_error
-    if error is None or abs(difference.mean) <= DECISIVE_STANDARD_ERRORS * error:
+    if error is None or abs(difference.mean) <= t_95(difference.n) * error:
         return "undecided"
     return "lower" if difference.mean < 0 else "higher"
+
+
+def t_95(seeds: int) -> float:
+    """How many standard errors a mean over `seeds` runs must lie from zero for its 95 % interval to leave it out."""
+    return T_95[seeds - 2] if seeds - 2 < len(T_95) else 1.96
 
 
 def mean_curve(curves: Iterable[Curve]) -> tuple[Curve, np.ndarray]:

@@ -14,7 +14,6 @@ NOTHING = "–"
 PLUS_MINUS = "\u00a0±\u00a0"
 PERCENT = "\u00a0%"
 LOSS_NAMES = {"loss": "next-token loss", "loss_2": "next-2-token loss"}
-FEW_SEEDS = 5
 
 
 def fixed(value: float | None, form: str) -> str:
@@ -133,7 +132,7 @@ def _lead_sentence(arm: Summary, baseline: str | None, arm_count: int) -> str:
         return (
             f"This budget does not decide between {name} and {baseline}: the final next-token losses differ by "
             f"{estimate(difference, signed=True)} nats per token (paired, {seeds_text(difference['n'])}), which is "
-            "within two standard errors of zero."
+            "within the 95 % interval around zero."
         )
     place = "" if arm_count == 1 else f", the {'best' if side == 'below' else 'closest'} of {arm_count} arms,"
     return (
@@ -234,11 +233,6 @@ def _seed_cautions(report: dict[str, Any]) -> list[str]:
     found = []
     if any(count == 1 for count in counts):
         found.append("One seed gives no spread: a second run of the same arm could differ by more than the arms do.")
-    if any(1 < count < FEW_SEEDS for count in counts):
-        found.append(
-            "Two standard errors is a weak test with few seeds: of arms that differ by chance alone, about 30 % would "
-            "pass it with 2 seeds, 18 % with 3 and 12 % with 5."
-        )
     unpaired = dict.fromkeys(run["name"] for run in report["arms"] if run["paired"]["loss"]["status"] == "no baseline")
     if unpaired and baseline_summary(report):
         found.append(
