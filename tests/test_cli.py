@@ -68,7 +68,7 @@ def test_a_backbone_from_a_config_file(run, tmp_path, text):
     )  # fmt: skip
     config.save_pretrained(tmp_path / "backbone")
     some = [*SMALL[2:], "--data", text, "--learning-rate", "0.01", "--m", "2", "--n", "3"]
-    code, out, err = run("train", "--out", tmp_path / "run", "--backbone", tmp_path / "backbone", *some)
+    code, _, err = run("train", "--out", tmp_path / "run", "--backbone", tmp_path / "backbone", *some)
     assert code == 0, err
     assert json.loads((tmp_path / "run" / "config.json").read_text())["backbone"]["model_type"] == "qwen3"
 

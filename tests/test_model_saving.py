@@ -196,6 +196,23 @@ def test_missing_tensors_of_ours_get_their_initial_values(tmp_path, kind, init):
         assert (name in dropped) or torch.equal(loaded[name], value), name
 
 
+@KINDS
+def test_what_was_loaded_survives_beside_what_was_missing(tmp_path, kind):
+    """One missing tensor has its module initialised; its siblings keep what the checkpoint holds."""
+    model = build(vwn_config(kind, 2, 4, embedding="factorised", num_mtp_modules=1))
+    model.save_pretrained(tmp_path)
+    dropped = without(tmp_path, "static_beta", "norm_bias", "embedding_norm_weight")
+    assert len(dropped) == 6 + 2 + 1
+    loaded = load(tmp_path).state_dict()
+    for name, value in model.state_dict().items():
+        if name not in dropped:
+            assert torch.equal(loaded[name], value), name
+        elif name.endswith("static_beta"):
+            assert loaded[name].tolist() == reference.initial_write(2, 4)
+        else:
+            assert (loaded[name] == (0 if name.endswith("norm_bias") else 1)).all(), name
+
+
 def test_a_checkpoint_without_multi_token_modules_gains_them(tmp_path):
     model = build(vwn_config("qwen3_moe", 2, 4))
     model.save_pretrained(tmp_path)

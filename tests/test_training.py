@@ -116,7 +116,7 @@ def test_final_validation_also_when_the_interval_does_not_divide_the_steps(tmp_p
 def test_an_existing_directory_is_refused_and_left_alone(finished, text):
     run, _ = finished
     before = {p: p.stat().st_mtime_ns for p in run.out.rglob("*")}
-    with pytest.raises(UserError, match="exists already.*--resume"):
+    with pytest.raises(UserError, match=r"exists already.*--resume"):
         train(config(run.out, text))
     assert {p: p.stat().st_mtime_ns for p in run.out.rglob("*")} == before
 

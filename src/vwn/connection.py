@@ -36,13 +36,21 @@ class GeneralizedHyperConnection(StatesItsInitialValues):
         n: slots, ``n >= m``.
         dynamic: whether the routing depends on the token's state (eqs. 12-14) or is a parameter alone.
         carry_constraint: ``"none"``, the paper's free carry.
-        frozen: keep all matrices at their initial values; with ``m = n = 1`` and ``dynamic=False`` this is exactly
-            the residual connection.
+        frozen: keep everything at its initial value, as buffers of the same names; with ``m = n = 1`` and
+            ``dynamic=False`` this is exactly the residual connection.
         eps: added to the mean square in the slot norm.
 
     Raises:
         ValueError: invalid ``(D, m, n)`` or an unknown ``carry_constraint``.
     """
+
+    static_alpha: Tensor
+    static_beta: Tensor
+    dynamic_alpha: Tensor
+    dynamic_beta: Tensor
+    scale_alpha: Tensor
+    scale_beta: Tensor
+    norm_weight: Tensor
 
     def __init__(
         self,
@@ -59,17 +67,17 @@ class GeneralizedHyperConnection(StatesItsInitialValues):
         if carry_constraint not in CARRY_CONSTRAINTS:
             raise ValueError(f"carry_constraint must be one of {CARRY_CONSTRAINTS}, got {carry_constraint!r}")
         self.dynamic, self.carry_constraint, self.eps = dynamic, carry_constraint, eps
-        self.static_alpha = nn.Parameter(torch.empty(n, m + n))
-        self.static_beta = nn.Parameter(torch.empty(m, n))
+        shapes: dict[str, tuple[int, ...]] = {"static_alpha": (n, m + n), "static_beta": (m, n)}
         if dynamic:
-            self.dynamic_alpha = nn.Parameter(torch.empty(g.segment_size, m + n))
-            self.dynamic_beta = nn.Parameter(torch.empty(g.segment_size, m))
-            self.scale_alpha = nn.Parameter(torch.empty(n, m + n))
-            self.scale_beta = nn.Parameter(torch.empty(m, n))
-            self.norm_weight = nn.Parameter(torch.empty(g.segment_size))
+            d = g.segment_size
+            shapes |= {"dynamic_alpha": (d, m + n), "dynamic_beta": (d, m)}
+            shapes |= {"scale_alpha": (n, m + n), "scale_beta": (m, n), "norm_weight": (d,)}
+        for name, shape in shapes.items():
+            if frozen:
+                self.register_buffer(name, torch.empty(shape))
+            else:
+                self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.reset_parameters()
-        if frozen:
-            self.requires_grad_(False)
 
     def initial_values(self) -> dict[str, Tensor]:
         """Eqs. 15-16: slots ``0..m-1`` start as the plain residual stream, every slot carries itself, and slot ``j``

@@ -54,7 +54,7 @@ class OverWidthEmbedding(StatesItsInitialValues):
         """``[...]`` ids to ``[..., D']``."""
         rows = self.table(input_ids)
         if self.form == "factorised":
-            return F.linear(rows, self.expand_weight)
+            return F.linear(rows, self.expand_weight).to(rows.dtype)  # autocast must not round the state
         return repeat_over_slots(rows, self.geometry) if self.form == "replicated" else rows
 
     def extra_repr(self) -> str:
@@ -143,8 +143,10 @@ class OverWidthReduce(StatesItsInitialValues):
 def resolve_reduce(geometry: Geometry, form: str | None, norm: str | None) -> tuple[str, str]:
     """The form and norm that ``None`` stands for, and the check that the two fit the geometry and each other."""
     g = geometry
-    form = form or ("identity" if g.n == g.m else "linear")
-    norm = norm or ("group_norm" if form == "linear" and g.is_whole else "none")
+    if form is None:
+        form = "identity" if g.n == g.m else "linear"
+    if norm is None:
+        norm = "group_norm" if form == "linear" and g.is_whole else "none"
     if form not in REDUCE_FORMS:
         raise ValueError(f"reduce form must be one of {REDUCE_FORMS}, got {form!r}")
     if norm not in REDUCE_NORMS:

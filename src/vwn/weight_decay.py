@@ -14,8 +14,9 @@ def no_weight_decay(module: nn.Module) -> set[str]:
     parameter of fewer than two dimensions or whose name ends in ``bias``. The dynamic ``W`` and the scales ``S`` are
     decayed.
     """
-    names = {name for name, p in module.named_parameters() if p.ndim < 2 or name.rsplit(".", 1)[-1].endswith("bias")}
+    parameters = dict(module.named_parameters())
+    names = {name for name, p in parameters.items() if p.ndim < 2 or name.rsplit(".", 1)[-1].endswith("bias")}
     for prefix, child in module.named_modules():
         if isinstance(child, GeneralizedHyperConnection):
             names |= {f"{prefix}.{name}".lstrip(".") for name in ("static_alpha", "static_beta")}
-    return names
+    return names & parameters.keys()  # frozen matrices are no parameters

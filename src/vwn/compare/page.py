@@ -95,9 +95,10 @@ def _result_note(report: dict[str, Any]) -> str:
     baseline = text(report.get("baseline"))
     return (
         '<p class="note">Validation loss in nats per token, mean ± standard deviation over seeds. '
-        f"<em>Against {baseline}</em>: the difference, taken seed by seed; a side is named only if zero "
-        f"lies outside its 95 % interval (Student’s t). <em>Tokens needed</em> to reach {baseline}’s final loss and stay there, as a share of "
-        f"the tokens that {baseline} needed.</p>"
+        f"<em>Against {baseline}</em>: the difference, taken seed by seed; a side is named only if zero lies outside "
+        "its 95 % interval (Student’s t). "
+        f"<em>Tokens needed</em> to reach {baseline}’s final loss and stay there, as a share of the tokens that "
+        f"{baseline} needed.</p>"
     )
 
 

@@ -13,6 +13,9 @@ from vwn.geometry import Geometry
 
 CONNECTIONS = ("ghc", "residual")
 
+# What trainers, generation and evaluation harnesses read from, or set on, the outer config.
+DELEGATED = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "use_cache")
+
 
 @strict
 class VirtualWidthConfig(PreTrainedConfig):
@@ -55,7 +58,7 @@ class VirtualWidthConfig(PreTrainedConfig):
     reduce_norm: str | None = None
     reduce_init: str = "normal"
     num_mtp_modules: int = 0
-    mtp_loss_weight: float = 0.3
+    mtp_loss_weight: float | int = 0.3
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -65,6 +68,11 @@ class VirtualWidthConfig(PreTrainedConfig):
             self.backbone = _config_from_dict(self.backbone)
         elif not isinstance(self.backbone, PreTrainedConfig):
             raise ValueError(f"backbone must be a transformers config or its dict, got {type(self.backbone).__name__}")
+        else:
+            self.backbone = deepcopy(self.backbone)  # several models may be made from one backbone's config
+        for name in DELEGATED:
+            if name in kwargs:
+                setattr(self, name, kwargs.pop(name))
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(self.backbone.tie_word_embeddings)
         self._check_choices()
@@ -89,6 +97,8 @@ class VirtualWidthConfig(PreTrainedConfig):
             )
         if self.num_mtp_modules < 0:
             raise ValueError(f"num_mtp_modules must be 0 or more, got {self.num_mtp_modules}")
+        if not 0 <= self.mtp_loss_weight < float("inf"):
+            raise ValueError(f"mtp_loss_weight must be finite and 0 or more, got {self.mtp_loss_weight}")
         if self.tie_word_embeddings and self.embedding == "direct" and self.n != self.m:
             raise ValueError(
                 f"tie_word_embeddings needs a table as wide as the backbone, but the direct embedding at m = {self.m}, "
@@ -132,6 +142,5 @@ def _delegate(name: str) -> property:
     return property(lambda self: getattr(self.backbone, name), lambda self, value: setattr(self.backbone, name, value))
 
 
-# What trainers, generation and evaluation harnesses read from, or set on, the outer config.
-for _name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "use_cache"):
+for _name in DELEGATED:
     setattr(VirtualWidthConfig, _name, _delegate(_name))

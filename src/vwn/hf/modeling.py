@@ -74,6 +74,10 @@ class VirtualWidthPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         init_virtual_width(module)
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # passed on to the backbone, which refuses what it cannot run
+
     def get_input_embeddings(self) -> nn.Embedding:
         """The embedding table, ``V x D'`` (direct) or ``V x D``."""
         return self.base_model.embed_tokens.table
@@ -215,10 +219,10 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, GenerationMixin):
             output_mtp_logits: also return the MTP modules' logits; they run anyway when there are labels.
             num_items_in_batch: number of targets over all accumulated batches, the loss's denominator.
         """
-        if output_router_logits is None:
-            output_router_logits = getattr(self.config.backbone, "output_router_logits", False)
-        if output_router_logits:
-            kwargs["output_router_logits"] = True
+        if self._routes_experts:
+            if output_router_logits is None:
+                output_router_logits = self.config.backbone.output_router_logits
+            kwargs["output_router_logits"] = output_router_logits
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -247,7 +251,7 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, GenerationMixin):
         loss = losses = aux_loss = None
         if labels is not None:
             losses, loss = self._losses([logits, *mtp_logits], labels, num_items_in_batch)
-        if output_router_logits:
+        if kwargs.get("output_router_logits"):
             aux_loss = self._aux_loss((*(out.router_logits or ()), *mtp_router_logits), attention_mask)
             if loss is not None:
                 loss = loss + self.config.backbone.router_aux_loss_coef * aux_loss
@@ -268,17 +272,30 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, GenerationMixin):
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Each head's mean cross-entropy, and next-token + λ · (sum of the further ones) for the optimiser."""
         losses: list[Tensor] = []
-        total: Any = 0.0
-        # This batch's share of all accumulated ones; every head's mean gets it, so that tokens weigh the same.
-        share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
+        objective: Any = 0.0
+        length, vocab_size = labels.shape[1], self.config.vocab_size
         for k, logits_k in enumerate(logits):
-            targets = F.pad(labels[:, 1 + k :], (0, 1 + k), value=-100)
-            mean = self.loss_function(logits_k, labels, self.config.vocab_size, shift_labels=targets)
-            losses.append(mean.detach())
-            total = total + share * mean * (1.0 if k == 0 else self.config.mtp_loss_weight)
-        return tuple(losses), total
+            targets = F.pad(labels, (0, 1 + k), value=-100)[:, 1 + k :].contiguous()
+            count = (targets != -100).sum()
+            total = self.loss_function(logits_k, labels, vocab_size, shift_labels=targets, num_items_in_batch=1)
+            losses.append((total / count).detach())
+            if num_items_in_batch is None:
+                mean = total / count.clamp(min=1)
+            else:  # a window has k targets fewer for this head than for the next token, which is what was counted
+                mean = total / num_items_in_batch * ((length - 1) / max(1, length - 1 - k))
+            objective = objective + mean * (1.0 if k == 0 else self.config.mtp_loss_weight)
+        return tuple(losses), objective
+
+    @property
+    def _routes_experts(self) -> bool:
+        return hasattr(self.config.backbone, "router_aux_loss_coef")
 
     def _aux_loss(self, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
         b = self.config.backbone
         experts = getattr(b, "num_local_experts", None) or b.num_experts
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            tokens = router_logits[0].shape[0] // attention_mask.shape[0]
+            attention_mask = attention_mask[:, -tokens:]  # in decoding it covers the cache as well
+        else:
+            attention_mask = None
         return load_balancing_loss_func(router_logits, experts, b.num_experts_per_tok, attention_mask)

@@ -47,6 +47,15 @@ class VirtualWidthBackbone:
         super()._init_weights(module)  # type: ignore[misc]
         init_virtual_width(module)
 
+    # transformers finds out by reading the source of a class's module; for a class made here that is the base's.
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return cls.__mro__[2]._can_set_attn_implementation()  # type: ignore[attr-defined]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return cls.__mro__[2]._can_set_experts_implementation()  # type: ignore[attr-defined]
+
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _new, (widened_backbone_class, type(self).__mro__[2]), self.__dict__
 
@@ -60,10 +69,7 @@ def widened_layer_class(layer_class: Any) -> Any:
 @cache
 def widened_backbone_class(backbone_class: Any) -> Any:
     """Subclass of a backbone class that knows how our modules start."""
-    split = [f"VirtualWidth{name}" for name in backbone_class._no_split_modules or ()]
-    return type(
-        f"VirtualWidth{backbone_class.__name__}", (VirtualWidthBackbone, backbone_class), {"_no_split_modules": split}
-    )
+    return type(f"VirtualWidth{backbone_class.__name__}", (VirtualWidthBackbone, backbone_class), {})
 
 
 def _new(make_class: Any, base: type) -> Any:
@@ -103,9 +109,11 @@ def build_backbone(config: VirtualWidthConfig, backbone: PreTrainedConfig) -> tu
             )
     norm, model.norm = model.norm, nn.Identity()
     model.embed_tokens = None
-    if config.connection == "ghc":
-        for layer in model.layers:
+    for layer in model.layers:
+        layout_of(layer)  # an unknown layer is refused as a plain baseline too: its backbone may do more than add
+        if config.connection == "ghc":
             _widen_layer(layer, config)
+    model._no_split_modules = {type(layer).__name__ for layer in model.layers}
     return model, norm
 
 
