@@ -294,7 +294,7 @@ def test_unknown_backbones_are_refused(name, connection):
         ({"reduce": "mean"}, r"reduce .*linear.*sum.*'mean'"),
         ({"reduce": ""}, r"reduce .*linear.*sum.*''"),
         ({"reduce_norm": "group_norm"}, r"integer r.*3/2"),
-        ({"reduce_init": "zeros"}, r"reduce_init .*normal.*first_slots.*'zeros'"),
+        ({"reduce_init": "zeros"}, r"reduce_init .*first_slots.*normal.*'zeros'"),
         ({"num_mtp_modules": -1}, r"num_mtp_modules .*-1"),
         ({"mtp_loss_weight": float("nan")}, r"mtp_loss_weight .*nan"),
         ({"mtp_loss_weight": -0.5}, r"mtp_loss_weight .*-0.5"),

@@ -306,7 +306,7 @@ def test_frozen_connections_stay_frozen(tmp_path):
 
 NON_DEFAULT = {
     "m": 2, "n": 4, "dynamic": False, "frozen": True, "embedding": "factorised", "reduce": "linear",
-    "reduce_norm": "rms_norm", "reduce_init": "first_slots", "num_mtp_modules": 2, "mtp_loss_weight": 0.125,
+    "reduce_norm": "rms_norm", "reduce_init": "normal", "num_mtp_modules": 2, "mtp_loss_weight": 0.125,
     "tie_word_embeddings": True,
 }  # fmt: skip
 

@@ -33,7 +33,7 @@ class VirtualWidthConfig(PreTrainedConfig):
         embedding: ``"direct"``, ``"factorised"`` or ``"replicated"`` (section 3.2).
         reduce: ``"linear"``, ``"sum"`` or ``"identity"``; ``None`` is identity where ``n = m``, else linear.
         reduce_norm: ``"group_norm"``, ``"rms_norm"`` or ``"none"``; ``None`` is the paper's choice.
-        reduce_init: ``"normal"`` or ``"first_slots"`` (starts as the plain residual stream).
+        reduce_init: ``"first_slots"`` (starts as the plain residual stream) or ``"normal"``.
         num_mtp_modules: multi-token prediction modules (section 3.4), chained; 1 predicts the next two tokens.
         mtp_loss_weight: λ, the weight of each further token's loss.
         tie_word_embeddings: share the ``V x D`` table with the unembedding; impossible for a ``V x D'`` table.
@@ -56,7 +56,7 @@ class VirtualWidthConfig(PreTrainedConfig):
     embedding: str = "direct"
     reduce: str | None = None
     reduce_norm: str | None = None
-    reduce_init: str = "normal"
+    reduce_init: str = "first_slots"
     num_mtp_modules: int = 0
     mtp_loss_weight: float | int = 0.3
     tie_word_embeddings: bool | None = None

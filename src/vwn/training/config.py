@@ -42,8 +42,8 @@ class WidthOptions:
     """Form of the reduce; by default identity where n = m, else linear."""
     reduce_norm: Literal["group_norm", "rms_norm", "none"] | None = None
     """Norm in front of the linear reduce; by default the paper's choice."""
-    reduce_init: Literal["normal", "first_slots"] = "normal"
-    """Start of the linear reduce."""
+    reduce_init: Literal["first_slots", "normal"] = "first_slots"
+    """Start of the linear reduce: as the plain residual stream, or random."""
 
     def check(self) -> None:
         """Refuse what no run can do."""
