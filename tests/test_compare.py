@@ -6,7 +6,7 @@ import json
 import pytest
 
 from vwn.compare.config import CompareConfig, parse_width
-from vwn.compare.run import compare
+from vwn.compare.run import compare, warn_of_untuned_rates
 from vwn.errors import UserError
 from vwn.training.config import CorpusConfig, OptimConfig, WidthOptions
 
@@ -110,3 +110,20 @@ def test_other_settings_are_refused_on_resume(done, text):
 def test_names_of_widths():
     assert parse_width("plain") == (None, None)
     assert parse_width("8x64") == (8, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"optim": OptimConfig(steps=2, batch_size=4, learning_rate=1e-2)}, "one learning rate for plain, 1x1"),
+        ({"optim": OptimConfig(steps=2, batch_size=4)}, "preset 'nano' are a rule of thumb"),
+        ({"learning_rates": ("plain=0.01", "1x1=0.02")}, ""),
+        ({"backbone": "tiny", "optim": OptimConfig(steps=2, batch_size=4)}, ""),
+    ],
+)
+def test_untuned_rates_are_named(tmp_path, text, capsys, changes, expected):
+    options = {"widths": ("plain", "1x1"), "learning_rates": ()} | changes
+    warn_of_untuned_rates(config(tmp_path, text, **options))
+    said = capsys.readouterr().err
+    assert expected in said
+    assert bool(said) == bool(expected)

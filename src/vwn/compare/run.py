@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 from vwn.compare.analysis import add_analysis
@@ -13,6 +14,7 @@ from vwn.errors import UserError
 from vwn.geometry import Geometry
 from vwn.training.machine import provenance
 from vwn.training.model import load_backbone, model_config
+from vwn.training.presets import PRESETS
 from vwn.training.run import RunResult, settings, train
 
 
@@ -32,6 +34,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     corpus = prepare(c.data, valid=c.valid, tokenizer=c.tokenizer, window=c.window)
     check_arms(config, corpus)
 
+    warn_of_untuned_rates(config)
     config.out.mkdir(parents=True, exist_ok=True)
     about = {**provenance(), "config": describe(config, corpus), "baseline": BASELINE}
     results: list[RunResult] = []
@@ -54,6 +57,20 @@ def check_arms(config: CompareConfig, corpus: Corpus) -> None:
         if m is not None and n is not None:
             Geometry(backbone.hidden_size, m, n)
         model_config(backbone, m, n, config.width)
+
+
+def warn_of_untuned_rates(config: CompareConfig) -> None:
+    """An arm at a rate that suits another arm better says nothing about the arm."""
+    taken_from_preset = [w for w in config.widths if w not in config.rates and config.optim.learning_rate is None]
+    shared = [w for w in config.widths if w not in config.rates and config.optim.learning_rate is not None]
+    if len(shared) > 1:
+        print(f"vwn: one learning rate for {', '.join(shared)}; tune each arm (--learning-rates)", file=sys.stderr)
+    if taken_from_preset and config.backbone in PRESETS and not PRESETS[config.backbone].swept:
+        print(
+            f"vwn: the learning rates of the preset {config.backbone!r} are a rule of thumb, not tuned; "
+            "sweep them for each arm (--learning-rates) before you trust the comparison",
+            file=sys.stderr,
+        )
 
 
 def describe(config: CompareConfig, corpus: Corpus) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class OptimConfig:
     batch_size: int = 16
     """Windows per optimiser step and process."""
     learning_rate: float | None = None
-    """Peak learning rate; by default the preset's, which was tuned for plain and wide models separately."""
+    """Peak learning rate; by default the preset's, for plain and wide models separately."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; by default 5 % of all."""
     final_learning_rate: float = 0.1
@@ -96,7 +96,7 @@ class TrainConfig:
     out: Path
     """Run directory; it must not exist yet, unless --resume."""
     backbone: str = "tiny"
-    """A preset (tiny, small, medium, large, tiny-moe), a transformers config (file or folder), or a hub id."""
+    """A preset (nano, tiny, small, medium, large, tiny-moe), a transformers config (file or folder), or a hub id."""
     m: int | None = None
     """Fraction rate: the backbone's width is cut into m segments. Without --m and --n the plain backbone is trained."""
     n: int | None = None

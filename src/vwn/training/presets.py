@@ -1,4 +1,8 @@
-"""Backbones by name, and the learning rates tuned for them."""
+"""Backbones by name, and their learning rates.
+
+Only the rates of ``tiny`` come from a sweep (results/quickstart). The others follow from them by the usual rule of
+thumb, inversely with the width, and are starting points, not tuned values.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """A small Llama (or, with experts, Mixtral) and the peak learning rates that were best for it in a sweep.
+    """A small Llama (or, with experts, Mixtral) and its peak learning rates.
 
     Args:
         depth: layers.
@@ -16,6 +20,7 @@ class Preset:
         experts: 0 for a dense FFN, else the number of experts, 2 of which are active.
         learning_rate: of the plain backbone.
         wide_learning_rate: of the same with a virtual width.
+        swept: whether the rates come from a sweep.
     """
 
     depth: int
@@ -23,6 +28,7 @@ class Preset:
     learning_rate: float
     wide_learning_rate: float
     experts: int = 0
+    swept: bool = False
 
     def fields(self, vocab_size: int, window: int) -> dict[str, Any]:
         """Keyword arguments of the transformers config."""
@@ -53,10 +59,10 @@ class Preset:
 
 
 PRESETS = {
-    "nano": Preset(depth=4, width=64, learning_rate=1e-2, wide_learning_rate=1e-2),
-    "tiny": Preset(depth=4, width=128, learning_rate=6e-3, wide_learning_rate=3e-3),
-    "tiny-moe": Preset(depth=4, width=128, learning_rate=6e-3, wide_learning_rate=3e-3, experts=4),
-    "small": Preset(depth=6, width=256, learning_rate=3e-3, wide_learning_rate=2e-3),
-    "medium": Preset(depth=12, width=384, learning_rate=2e-3, wide_learning_rate=1e-3),
-    "large": Preset(depth=12, width=768, learning_rate=1e-3, wide_learning_rate=1e-3),
+    "nano": Preset(depth=4, width=64, learning_rate=6e-3, wide_learning_rate=6e-3),
+    "tiny": Preset(depth=4, width=128, learning_rate=3e-3, wide_learning_rate=3e-3, swept=True),
+    "tiny-moe": Preset(depth=4, width=128, learning_rate=3e-3, wide_learning_rate=3e-3, experts=4),
+    "small": Preset(depth=6, width=256, learning_rate=1.5e-3, wide_learning_rate=1.5e-3),
+    "medium": Preset(depth=12, width=384, learning_rate=1e-3, wide_learning_rate=1e-3),
+    "large": Preset(depth=12, width=768, learning_rate=5e-4, wide_learning_rate=5e-4),
 }

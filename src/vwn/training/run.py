@@ -221,7 +221,7 @@ def enable_checkpointing(model: Any) -> None:
 
 
 def preset_learning_rate(config: TrainConfig) -> float:
-    """The rate tuned for a preset, for plain and wide models separately."""
+    """A preset's rate, for plain and wide models separately."""
     if config.backbone not in PRESETS:
         raise UserError(f"--learning-rate is needed: none is known for the backbone {config.backbone!r}")
     preset = PRESETS[config.backbone]
