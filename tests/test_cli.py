@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory, text):
 
 
 def test_train_and_generate(run, checkpoint):
-    assert json.loads((checkpoint / "run.json").read_text())["command"].startswith("__main__.py train --out")
+    assert json.loads((checkpoint / "run.json").read_text())["command"].startswith("vwn train --out")
     code, out, _ = run("generate", checkpoint, "--prompt", "sea ", "--max-new-tokens", "8")
     assert code == 0
     assert out.startswith("sea ")
@@ -88,6 +88,17 @@ BAD = {
     "no such config": (["--backbone", "./nowhere/config.json"], "unknown backbone './nowhere/config.json'"),
     "unknown tokenizer": (["--tokenizer", "bpe:many"], "bpe:many"),
     "learning rate": (["--learning-rate", "0"], "--learning-rate must be positive"),
+    "seed": (["--seed", "-1"], "--seed must be from 0"),
+    "decay": (["--weight-decay", "nan"], "--weight-decay must be finite"),
+    "clipping": (["--max-grad-norm", "-1"], "--max-grad-norm must be finite"),
+    "beta": (["--beta1", "1.5"], "--beta1 must be"),
+    "end of the schedule": (["--final-learning-rate", "5"], "--final-learning-rate must be from 0 to 1"),
+    "warm-up": (["--warmup-steps", "9"], "--warmup-steps must be from 0 to 4"),
+    "validation tokens": (["--max-valid-tokens", "0"], "--max-valid-tokens must be at least 1"),
+    "window of two": (["--window", "2", "--mtp", "1"], "--window must be at least mtp + 2 = 3"),
+    "loss weight": (["--mtp-loss-weight", "-1"], "--mtp-loss-weight must be finite"),
+    "width options without a width": (["--static"], "give --m and --n with them"),
+    "batch larger than the text": (["--batch-size", "100000"], "fewer than one batch"),
     "no steps": (["--steps", "0"], "--steps must be at least 1"),
     "accumulation": (["--gradient-accumulation", "3"], "must divide --batch-size"),
     "model smaller than the tokenizer": (["--backbone", "{tmp}/narrow"], "knows 20 tokens"),
@@ -133,6 +144,33 @@ def test_bad_input_to_train_gets_one_sentence(run, tmp_path, text, bad_files, ca
     assert not (tmp_path / "run").exists()
 
 
+def test_resuming_takes_what_was_not_given_from_the_record(run, checkpoint):
+    before = (checkpoint / "result.json").read_text()
+    code, out, err = run("train", "--out", checkpoint, "--resume")
+    assert code == 0, err
+    assert "validation loss" in out
+    assert (checkpoint / "result.json").read_text() == before
+    assert "optim.steps = 4, not 1000" in run("train", "--out", checkpoint, "--resume", "--steps", "1000")[2]
+    assert "seed = 0, not 5" in run("train", "--out", checkpoint, "--resume", "--seed=5")[2]
+
+
+def test_a_wide_model_is_no_backbone(run, checkpoint, tmp_path, text):
+    arguments = ["--out", tmp_path / "run", "--data", text, *SMALL[2:], "--learning-rate", "0.01"]
+    code, _, err = run("train", *arguments, "--backbone", checkpoint)
+    assert code == 2
+    assert "virtual-width model already" in err
+
+
+def test_an_unexpected_error_is_one_line_too(run, monkeypatch):
+    monkeypatch.setattr("vwn.cost.cost_table", lambda *_: 1 / 0)
+    code, _, err = run("cost")
+    assert code == 1
+    assert err.strip() == "vwn: ZeroDivisionError: division by zero (unexpected; VWN_DEBUG=1 shows where)"
+    monkeypatch.setenv("VWN_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        run("cost")
+
+
 def test_options_that_do_not_exist(run, tmp_path):
     code, _, err = run("train", "--out", tmp_path / "run", "--widht", "3")
     assert code == 2
@@ -147,6 +185,9 @@ def test_generate_refusals(run, tmp_path, checkpoint):
         ([tmp_path, "--prompt", "a"], "holds no model"),
         ([checkpoint, "--prompt", ""], "empty"),
         ([checkpoint, "--prompt", "a", "--max-new-tokens", "0"], "at least 1"),
+        ([checkpoint, "--prompt", "a", "--top-p", "2"], "--top-p must be"),
+        ([checkpoint, "--prompt", "a", "--temperature", "nan"], "--temperature must be"),
+        ([checkpoint, "--prompt", "a", "--seed", "99999999999999999999"], "--seed must be"),
     ):
         code, _, err = run("generate", *arguments)
         assert code == 2
@@ -169,6 +210,8 @@ def test_generate_from_a_damaged_checkpoint(run, tmp_path, checkpoint):
 def test_cost_refusals(run):
     assert "MxN" in run("cost", "--widths", "plain", "wide")[2]
     assert "does not divide" in run("cost", "--widths", "3x6")[2]
+    assert "--window must be at least 1" in run("cost", "--window", "0")[2]
+    assert "--vocab-size must be at least 1" in run("cost", "--vocab-size", "-5")[2]
 
 
 def test_import_needs_torch_only():

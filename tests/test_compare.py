@@ -1,12 +1,13 @@
 """`vwn compare` end to end on a small text."""
 
 import csv
+import dataclasses
 import json
 
 import pytest
 
 from vwn.compare.config import CompareConfig, parse_width
-from vwn.compare.run import compare, warn_of_untuned_rates
+from vwn.compare.run import adopt, compare, warn_of_untuned_rates
 from vwn.errors import UserError
 from vwn.training.config import CorpusConfig, OptimConfig, WidthOptions
 
@@ -67,6 +68,28 @@ def test_arms_of_a_seed_start_alike_and_differ_by_width_alone(done):
     assert plain["flops_per_token"] < same["flops_per_token"] < wide["flops_per_token"]
 
 
+def test_an_arm_that_diverges_does_not_stop_the_others(tmp_path, text):
+    diverging = config(tmp_path / "out", text, widths=("plain", "4x10"), seeds=(0,), learning_rates=("plain=1e30",))
+    report = compare(diverging)
+    plain, wide = report["arms"]
+    assert plain["curve"][-1]["loss"] is None
+    assert wide["curve"][-1]["loss"] < wide["curve"][0]["loss"]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["arms"][1]["tokens_to_baseline"] is None
+    again = compare(dataclasses.replace(diverging, resume=True))
+    assert [a["curve"] for a in again["arms"]] == [a["curve"] for a in report["arms"]]
+
+
+def test_what_was_left_away_on_resume_is_taken_from_the_record(done, text):
+    out, _ = done
+    asked = CompareConfig(out=out, widths=("plain", "2x3"), resume=True)
+    adopted = adopt(asked, given={"out", "widths", "resume"})
+    assert adopted == dataclasses.replace(
+        config(out, text), widths=("plain", "2x3"), seeds=(0,), learning_rates=(), optim=adopted.optim, resume=True
+    )
+    assert dataclasses.replace(adopted.optim, learning_rate=1e-2) == config(out, text).optim
+    assert adopt(asked, given={"out", "window", "resume"}).corpus.window == CorpusConfig().window
+
+
 def test_resuming_repeats_nothing_and_adds_arms(done, text):
     out, report = done
     results = {p: p.stat().st_mtime_ns for p in out.glob("arms/*/result.json")}
@@ -83,6 +106,9 @@ def test_resuming_repeats_nothing_and_adds_arms(done, text):
         ({"widths": ("plain", "5x10")}, "does not divide"),
         ({"widths": ("plain", "plain")}, "twice"),
         ({"widths": ("plain", "2x3"), "width": WidthOptions(reduce="identity")}, "needs n = m"),
+        ({"widths": ("plain", "4x8", "04x8")}, "twice"),
+        ({"seeds": (0, -1)}, "--seed must be"),
+        ({"widths": ("plain", "2x3"), "width": WidthOptions(reduce_norm="rms_norm")}, "integer r"),
         ({"learning_rates": ("8x64=0.1",)}, "not among the --widths"),
         ({"learning_rates": ("plain:0.1",)}, "ARM=RATE"),
         ({"backbone": "huge"}, "unknown backbone"),

@@ -9,6 +9,7 @@ from tiny import BACKBONES, VOCAB, backbone_config, build, copy_stock_weights, s
 from torch import Tensor
 from torch.testing import assert_close
 
+from vwn import GeneralizedHyperConnection
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
 
 KINDS = pytest.mark.parametrize("kind", BACKBONES)
@@ -274,6 +275,18 @@ def test_two_connections_for_each_layer_and_none_shared():
     assert len({p.data_ptr() for c in connections for p in c.parameters()}) == 6 * 7
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_settings_reach_every_connection(dynamic, frozen):
+    model = VirtualWidthForCausalLM(vwn_config("llama", 2, 3, dynamic=dynamic, frozen=frozen, num_mtp_modules=1))
+    connections = [m for m in model.modules() if isinstance(m, GeneralizedHyperConnection)]
+    assert len(connections) == 6
+    for connection in connections:
+        assert (connection.geometry, connection.dynamic) == (model.config.geometry, dynamic)
+        assert len(connection.state_dict()) == (7 if dynamic else 2)
+        assert not any(value.requires_grad is frozen for value in connection.state_dict(keep_vars=True).values())
+
+
 def test_any_backbone_config_object_or_dict_gives_the_same_model():
     config = backbone_config("qwen3")
     torch.manual_seed(0)
@@ -281,3 +294,12 @@ def test_any_backbone_config_object_or_dict_gives_the_same_model():
     torch.manual_seed(0)
     two = VirtualWidthForCausalLM(VirtualWidthConfig(backbone=config.to_dict(), m=2, n=3))
     assert torch.equal(one(token_ids()).logits, two(token_ids()).logits)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_the_configs_choice_of_routing_reaches_every_connection(dynamic):
+    model = VirtualWidthForCausalLM(vwn_config("llama", 2, 4, dynamic=dynamic, num_mtp_modules=1))
+    connections = [m for m in model.modules() if isinstance(m, GeneralizedHyperConnection)]
+    assert len(connections) == 2 * 3
+    assert all(connection.dynamic is dynamic for connection in connections)
+    assert all(hasattr(connection, "dynamic_alpha") is dynamic for connection in connections)

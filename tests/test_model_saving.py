@@ -297,8 +297,25 @@ def test_frozen_connections_stay_frozen(tmp_path):
     model = build(vwn_config("llama", 2, 4, frozen=True))
     model.save_pretrained(tmp_path)
     for candidate in (model, load(tmp_path), copy.deepcopy(model)):
-        for name, parameter in candidate.named_parameters():
-            assert parameter.requires_grad is (".connections." not in name), name
+        connections = [m for m in candidate.modules() if isinstance(m, GeneralizedHyperConnection)]
+        tensors = [value for c in connections for value in c.state_dict(keep_vars=True).values()]
+        assert len(tensors) == 4 * 7
+        assert not any(value.requires_grad for value in tensors)
+        assert all(p.requires_grad for name, p in candidate.named_parameters() if ".connections." not in name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_connections_missing_from_a_checkpoint_start_as_ever(tmp_path, dtype):
+    model = build(vwn_config("llama", 2, 4, frozen=True, num_mtp_modules=1))
+    model.save_pretrained(tmp_path)
+    assert len(without(tmp_path, "connections")) == 6 * 7
+    rubbish = [torch.full((4096,), float("nan")) for _ in range(200)]
+    del rubbish
+    again = load(tmp_path, dtype=dtype)
+    for connection in (m for m in again.modules() if isinstance(m, GeneralizedHyperConnection)):
+        assert_initial(connection)
+    if dtype == torch.float32:
+        assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
 
 
 # Configuration

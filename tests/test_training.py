@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from vwn import no_weight_decay
 from vwn.errors import UserError
 from vwn.training.config import CorpusConfig, OptimConfig, TrainConfig, WidthOptions
+from vwn.training.directory import last_checkpoint, locked, read_json
 from vwn.training.model import build_model, load_backbone, model_config
-from vwn.training.run import last_checkpoint, load_corpus, train
-from vwn.training.trainer import VirtualWidthTrainer, head_losses
+from vwn.training.run import load_corpus, train
+from vwn.training.trainer import Diverged, VirtualWidthTrainer, head_losses
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 
@@ -192,10 +194,108 @@ def test_a_non_finite_loss_stops_with_a_sentence_and_keeps_the_checkpoint(tmp_pa
         return compute(self, model, inputs, return_outputs, **kwargs)
 
     monkeypatch.setattr(VirtualWidthTrainer, "compute_loss", poisoned)
-    with pytest.raises(UserError, match=r"loss became nan at step 7.*--learning-rate"):
+    message = r"loss is no longer finite at step 7; the last checkpoint is .*checkpoint-4.*--learning-rate"
+    with pytest.raises(Diverged, match=message) as stopped:
         train(config(tmp_path / "run", text))
     weights = load_file(last_checkpoint(tmp_path / "run") / "model.safetensors")
     assert all(w.isfinite().all() for w in weights.values())
+    curve = stopped.value.result.curve
+    assert [p["tokens"] // 128 for p in curve] == [0, 4, 7]
+    assert curve[-1]["loss"] is None
+
+
+def test_ruined_weights_are_neither_saved_nor_called_a_result(tmp_path, text):
+    for name, save_every in (("late", 4), ("early", 1)):
+        run = config(tmp_path / name, text, optim={"steps": 4, "learning_rate": 1e30}, save_every=save_every)
+        with pytest.raises(Diverged, match="no longer finite"):
+            train(run)
+        assert not (run.out / "result.json").exists()
+        assert not (run.out / "config.json").exists()
+        for checkpoint in run.out.glob("checkpoint-*"):
+            assert all(w.isfinite().all() for w in load_file(checkpoint / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("gone", [["result.json"], ["result.json", "config.json", "model.safetensors"]])
+def test_a_run_killed_after_its_last_step_only_writes_its_result(tmp_path, text, finished, gone):
+    reference, result = finished
+    out = tmp_path / "run"
+    shutil.copytree(reference.out, out)
+    for name in gone:
+        (out / name).unlink()
+    again = train(config(out, text, resume=True))
+    assert again.curve == result.curve
+    assert again.tokens_per_second == pytest.approx(result.tokens_per_second, rel=0.01)
+    one, other = load_file(out / "model.safetensors"), load_file(reference.out / "model.safetensors")
+    assert all(torch.equal(one[k], other[k]) for k in other)
+    assert last_checkpoint(out).name == "checkpoint-20"
+    assert AutoModelForCausalLM.from_pretrained(out).config.m == 4
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_word(tmp_path, finished, capsys, name):
+    reference, _ = finished
+    shutil.copytree(reference.out, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint-20" / name
+    path.write_bytes(path.read_bytes()[:-100])
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-16"
+    assert "checkpoint-20 is damaged" in capsys.readouterr().err
+
+
+def test_changed_text_is_refused(tmp_path, text):
+    copy = tmp_path / "text.txt"
+    copy.write_text(text.read_text())
+    run = config(tmp_path / "run", copy, optim={"steps": 4})
+    train(run)
+    (run.out / "result.json").unlink()
+    copy.write_text(text.read_text()[:-500])
+    with pytest.raises(UserError, match="not those that the run"):
+        train(config(tmp_path / "run", copy, optim={"steps": 4}, resume=True))
+
+
+def test_other_peoples_directories_are_left_alone(tmp_path, text):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="holds something else"):
+        train(config(tmp_path / "thesis", text, resume=True))
+    with pytest.raises(UserError, match="is a file"):
+        train(config(tmp_path / "file", text))
+    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["thesis.txt"]
+
+
+def test_two_processes_do_not_share_a_directory(tmp_path, text):
+    run = config(tmp_path / "run", text)
+    with locked(run.out), pytest.raises(UserError, match="another process"):
+        train(run)
+
+
+def test_records_that_are_no_records(tmp_path, finished, text):
+    reference, _ = finished
+    for number, (name, content) in enumerate(
+        (n, c) for n in ("run.json", "result.json") for c in ("", "[]", '{"name": 1}')
+    ):
+        out = tmp_path / str(number)
+        shutil.copytree(reference.out, out, ignore=shutil.ignore_patterns("checkpoint-*"))
+        (out / name).write_text(content)
+        with pytest.raises(UserError, match=r"run\.json|result\.json|was started with"):
+            train(config(out, text, resume=True))
+
+
+def test_logs_do_not_depend_on_where_a_run_was_interrupted(tmp_path, text):
+    """Also where the interval of saves is no multiple of that of logs."""
+    options = dict(log_every=3, save_every=4, eval_every=100, optim={"steps": 8})
+    train(config(tmp_path / "whole", text, **options))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for rest in ("result.json", "config.json", "model.safetensors"):
+        (tmp_path / "cut" / rest).unlink()
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-8")
+    train(config(tmp_path / "cut", text, **options, resume=True))
+    histories = [
+        [(h["step"], h["loss"]) for h in read_json(last_checkpoint(tmp_path / d) / "trainer_state.json")["log_history"]
+         if "loss" in h]
+        for d in ("whole", "cut")
+    ]  # fmt: skip
+    assert histories[0] == histories[1]
 
 
 def test_plain_without_mtp_is_a_stock_model(tmp_path, text):
@@ -223,11 +323,12 @@ def test_arms_of_a_seed_start_from_the_same_backbone():
     assert not torch.equal(build_model(backbone, 4).state_dict()["lm_head.weight"], plain["lm_head.weight"])
 
 
-def test_initialisation_has_the_usual_scale():
-    state = build_model(model_config(load_backbone("tiny", 300, 32), 4, 16, WidthOptions(mtp=1)), 0).state_dict()
-    assert state["model.embed_tokens.table.weight"].std() == pytest.approx(0.02, rel=0.05)
-    assert state["model.backbone.layers.0.self_attn.q_proj.weight"].std() == pytest.approx(0.02, rel=0.05)
-    assert state["lm_head.weight"].std() == pytest.approx(0.02, rel=0.05)
+def test_presets_start_at_the_scale_of_their_width():
+    config = model_config(load_backbone("tiny", 300, 32), 4, 16, WidthOptions(mtp=1))
+    state = build_model(config, 0, embedding_std=1.0).state_dict()
+    assert state["model.embed_tokens.table.weight"].std() == pytest.approx(1, rel=0.05)
+    assert state["model.backbone.layers.0.self_attn.q_proj.weight"].std() == pytest.approx(128**-0.5, rel=0.05)
+    assert state["lm_head.weight"].std() == pytest.approx(128**-0.5, rel=0.05)
     assert state["model.norm.weight"].eq(1).all()
 
 
@@ -286,6 +387,20 @@ def test_gradient_accumulation_gives_the_same_losses(tmp_path, text, finished):
     split = train(config(tmp_path / "run", text, optim={"gradient_accumulation": 2}))
     for a, b in zip(split.curve, whole.curve, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-3)
+
+
+@pytest.mark.parametrize("backbone", ["nano", "tiny-moe"])
+def test_logged_training_losses_do_not_depend_on_accumulation(tmp_path, text, backbone):
+    """A stock model's loss is a share of the accumulated batches; what is logged is a mean."""
+
+    def logged(name, parts):
+        run = config(tmp_path / name, text, None, None, backbone=backbone, width=WidthOptions(), log_every=1,
+                     optim={"steps": 2, "gradient_accumulation": parts})  # fmt: skip
+        train(run)
+        history = read_json(last_checkpoint(run.out) / "trainer_state.json")["log_history"]
+        return [h["loss"] for h in history if "loss" in h]
+
+    assert logged("split", 4) == pytest.approx(logged("whole", 1), abs=2e-3)
 
 
 def test_gradient_checkpointing_gives_the_same_losses(tmp_path, text, finished):

@@ -52,3 +52,10 @@ def test_names_fit_a_module_however_it_is_wrapped():
 def test_a_static_shape_is_no_reason_to_decay():
     """With m = n = 1 the static matrices have one or two numbers and are still matrices."""
     assert {"static_alpha", "static_beta"} <= no_weight_decay(GeneralizedHyperConnection(4, 1, 1))
+
+
+def test_only_parameters_are_named():
+    """What is frozen is no parameter, and an optimiser that looks the names up must find them all."""
+    model = VirtualWidthForCausalLM(vwn_config("llama", 2, 4, frozen=True, num_mtp_modules=1))
+    assert no_weight_decay(model) <= {name for name, _ in model.named_parameters()}
+    assert no_weight_decay(GeneralizedHyperConnection(4, 1, 1, frozen=True)) == set()

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from vwn.compare.config import CompareConfig, parse_width
-from vwn.training.config import TrainConfig, WidthOptions
+from vwn.training.config import TrainConfig, WidthOptions, require
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,10 @@ class CostConfig:
 
 def run_train(config: TrainConfig) -> None:
     """`vwn train`."""
+    from vwn.training.directory import adopt
     from vwn.training.run import train
 
+    config = adopt(config, given_options())
     result = train(config)
     last = result.curve[-1]
     further = "" if last["loss_2"] is None else f", next-2-token {last['loss_2']:.4f}"
@@ -62,9 +64,9 @@ def run_train(config: TrainConfig) -> None:
 
 def run_compare(config: CompareConfig) -> None:
     """`vwn compare`."""
-    from vwn.compare.run import compare
+    from vwn.compare.run import adopt, compare
 
-    compare(config)
+    compare(adopt(config, given_options()))
 
 
 def run_generate(config: GenerateConfig) -> None:
@@ -78,11 +80,16 @@ def run_cost(config: CostConfig) -> None:
     """`vwn cost`."""
     from vwn.cost import cost_table
     from vwn.training.model import load_backbone, model_config
+    from vwn.training.presets import PRESETS
 
-    preset_vocabulary = config.vocab_size if "/" not in config.backbone else 0
-    backbone = load_backbone(config.backbone, preset_vocabulary, config.window)
+    for name in ("window", "vocab_size"):
+        require(getattr(config, name) >= 1, name, "at least 1", getattr(config, name))
+    # A preset takes the sizes asked for; a config has its own, and no tokenizer's to meet.
+    asked = (config.vocab_size, config.window) if config.backbone in PRESETS else (0, 1)
+    backbone = load_backbone(config.backbone, *asked)
+    window = min(config.window, getattr(backbone, "max_position_embeddings", config.window))
     models = {w: model_config(backbone, *parse_width(w), WidthOptions(mtp=config.mtp)) for w in config.widths}
-    rows, table = cost_table(models, config.window)
+    rows, table = cost_table(models, window)
     print(json.dumps(rows, indent=1) if config.json else table)
 
 
@@ -99,6 +106,12 @@ Command = (
     | Annotated[GenerateConfig, tyro.conf.subcommand("generate", description="Continue a prompt.")]
     | Annotated[CostConfig, tyro.conf.subcommand("cost", description="What a width costs, by the paper's formulas.")]
 )
+
+
+def given_options() -> set[str]:
+    """Names of the options on the command line, as fields: what a resumed run must not take from its record."""
+    flags = (argument.split("=")[0] for argument in sys.argv[1:] if argument.startswith("--"))
+    return {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags}
 
 
 def main() -> None:
@@ -119,8 +132,14 @@ def main() -> None:
         print(f"vwn: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("vwn: interrupted; continue with --resume", file=sys.stderr)
+        print("vwn: interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if os.environ.get("VWN_DEBUG"):
+            raise
+        text = " ".join(str(error).split())[:300]
+        print(f"vwn: {type(error).__name__}: {text} (unexpected; VWN_DEBUG=1 shows where)", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

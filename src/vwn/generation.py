@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
 from vwn.errors import UserError
+from vwn.training.config import require
 
 
 def generate(
@@ -40,7 +42,7 @@ def generate(
     hf_logging.disable_progress_bar()
     path = Path(checkpoint)
     if path.is_dir() and not (path / "config.json").exists():
-        from vwn.training.run import last_checkpoint
+        from vwn.training.directory import last_checkpoint
 
         path = last_checkpoint(path) or path
     if not path.exists() and checkpoint.count("/") != 1:
@@ -49,10 +51,10 @@ def generate(
         raise UserError(
             f"{path} holds no model (no config.json); give the --out of a training run or a checkpoint-N in it"
         )
-    if max_new_tokens < 1 or temperature < 0:
-        raise UserError(
-            f"--max-new-tokens must be at least 1 and --temperature at least 0, got {max_new_tokens} and {temperature}"
-        )
+    require(max_new_tokens >= 1, "max-new-tokens", "at least 1", max_new_tokens)
+    require(0 <= temperature < inf, "temperature", "finite and 0 or more", temperature)
+    require(0 < top_p <= 1, "top-p", "above 0 and at most 1", top_p)
+    require(0 <= seed < 2**63, "seed", "from 0 to 2⁶³ - 1", seed)
     source = path if path.exists() else checkpoint
     tokenizer = AutoTokenizer.from_pretrained(source)
     try:

@@ -39,7 +39,8 @@ class CompareConfig:
 
     def check(self) -> None:
         """Refuse what no comparison can do, before anything is read or written."""
-        for name, values in (("widths", self.widths), ("seeds", self.seeds)):
+        names = [BASELINE if m is None else f"{m}x{n}" for m, n in map(parse_width, self.widths)]
+        for name, values in (("widths", names), ("seeds", self.seeds)):
             if not values:
                 raise UserError(f"--{name} needs at least one value")
             if len(set(values)) != len(values):
@@ -64,14 +65,15 @@ class CompareConfig:
         """The training run of one arm and seed."""
         m, n = parse_width(width)
         rate = self.rates.get(width, self.optim.learning_rate)
+        name = BASELINE if m is None else f"{m}x{n}"
         return TrainConfig(
-            out=self.out / "arms" / f"{width}-seed{seed}",
+            out=self.out / "arms" / f"{name}-seed{seed}",
             backbone=self.backbone,
             m=m,
             n=n,
             seed=seed,
             corpus=self.corpus,
-            width=self.width,
+            width=self.width if m is not None else WidthOptions(self.width.mtp, self.width.mtp_loss_weight),
             optim=dataclasses.replace(self.optim, learning_rate=rate),
             eval_every=self.eval_every,
             save_every=self.save_every,

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Literal
 
 from vwn.errors import UserError
+
+
+def require(holds: bool, option: str, what: str, value: object) -> None:
+    """One sentence for an option out of its range."""
+    if not holds:
+        raise UserError(f"--{option.replace('_', '-')} must be {what}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,11 @@ class CorpusConfig:
     """Tokens per training example."""
     max_valid_tokens: int = 131_072
     """Validation tokens used, evenly spread over the validation text."""
+
+    def check(self) -> None:
+        """Refuse what no run can do."""
+        require(self.window >= 2, "window", "at least 2", self.window)
+        require(self.max_valid_tokens >= 1, "max-valid-tokens", "at least 1", self.max_valid_tokens)
 
 
 @dataclass(frozen=True)
@@ -47,8 +59,13 @@ class WidthOptions:
 
     def check(self) -> None:
         """Refuse what no run can do."""
-        if self.mtp < 0:
-            raise UserError(f"--mtp must be 0 or more, got {self.mtp}")
+        require(self.mtp >= 0, "mtp", "0 or more", self.mtp)
+        require(0 <= self.mtp_loss_weight < inf, "mtp-loss-weight", "finite and 0 or more", self.mtp_loss_weight)
+
+    @property
+    def shape(self) -> WidthOptions:
+        """The options that only a width has a use for."""
+        return replace(self, mtp=0, mtp_loss_weight=0.3)
 
 
 @dataclass(frozen=True)
@@ -79,14 +96,20 @@ class OptimConfig:
     def check(self) -> None:
         """Refuse what no run can do."""
         for name in ("steps", "batch_size", "gradient_accumulation"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("weight_decay", "max_grad_norm"):
+            require(0 <= getattr(self, name) < inf, name, "finite and 0 or more", getattr(self, name))
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
+        require(0 <= self.final_learning_rate <= 1, "final-learning-rate", "from 0 to 1", self.final_learning_rate)
+        if self.warmup_steps is not None:
+            require(0 <= self.warmup_steps <= self.steps, "warmup-steps", f"from 0 to {self.steps}", self.warmup_steps)
         if self.batch_size % self.gradient_accumulation:
             raise UserError(
                 f"--gradient-accumulation {self.gradient_accumulation} must divide --batch-size {self.batch_size}"
             )
-        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
-            raise UserError(f"--learning-rate must be positive, got {self.learning_rate}")
+        if self.learning_rate is not None:
+            require(0 < self.learning_rate < inf, "learning-rate", "positive", self.learning_rate)
 
 
 @dataclass(frozen=True)
@@ -123,12 +146,21 @@ class TrainConfig:
         """Refuse what no run can do, before anything is read or written."""
         self.width.check()
         self.optim.check()
+        self.corpus.check()
         if (self.m is None) != (self.n is None):
             raise UserError(f"give both --m and --n, or neither; got m = {self.m}, n = {self.n}")
+        if self.m is None and self.width.shape != WidthOptions():
+            raise UserError("--static, --embedding and --reduce shape a virtual width; give --m and --n with them")
+        require(
+            self.corpus.window >= self.width.mtp + 2,
+            "window",
+            f"at least mtp + 2 = {self.width.mtp + 2}",
+            self.corpus.window,
+        )
+        require(0 <= self.seed < 2**32, "seed", "from 0 to 2³² - 1", self.seed)
         for name in ("log_every", "eval_every", "save_every"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+            require(value is None or value >= 1, name, "at least 1", value)
 
     @property
     def name(self) -> str:

@@ -19,8 +19,10 @@ import torch
 
 def provenance() -> dict[str, Any]:
     """Command, time, versions, commit and machine, for a run's directory and every report."""
+    program = Path(sys.argv[0]).name
+    program = "vwn" if program == "__main__.py" else program  # python -m vwn
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([program, *sys.argv[1:]]),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "machine": machine(),

@@ -39,6 +39,8 @@ def load_backbone(spec: str, vocab_size: int, window: int, eos_token_id: int | N
         config = AutoConfig.from_pretrained(spec)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the backbone config {spec!r}: {_first_sentence(error)}") from error
+    if isinstance(config, VirtualWidthConfig):
+        raise UserError(f"{spec!r} is a virtual-width model already; give the config of its backbone instead")
     if config.vocab_size < vocab_size:
         raise UserError(
             f"the backbone {spec!r} knows {config.vocab_size} tokens, the tokenizer has {vocab_size}; "
@@ -67,10 +69,19 @@ def model_config(backbone: PreTrainedConfig, m: int | None, n: int | None, width
     )
 
 
-def build_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """The model, initialised so that models that share a module share its initial values."""
+def build_model(config: PreTrainedConfig, seed: int, embedding_std: float | None = None) -> PreTrainedModel:
+    """The model, initialised so that models that share a module share its initial values.
+
+    Args:
+        config: of the model.
+        seed: of the initialisation.
+        embedding_std: standard deviation of the embedding table, where it is not to be the config's.
+    """
     model = AutoModelForCausalLM.from_config(config)
     initialise(model, seed)
+    if embedding_std is not None:
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(embedding_std / config.get_text_config().initializer_range)
     return model
 
 

@@ -1,12 +1,9 @@
-"""One training run: its directory, its data, its model, training, and what is left behind."""
+"""One training run: its data, its model, training, and what is left behind."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import re
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +11,18 @@ from typing import Any
 
 import torch
 from torch.utils.data import Subset
-from transformers import TrainingArguments, default_data_collator
+from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments, default_data_collator
 from transformers.utils import logging as hf_logging
 
 from vwn.cost import model_cost
 from vwn.data import Corpus, prepare
 from vwn.errors import UserError
-from vwn.training.config import CorpusConfig, OptimConfig, TrainConfig, WidthOptions
-from vwn.training.machine import PeakMemory, provenance
+from vwn.training import directory
+from vwn.training.config import TrainConfig
+from vwn.training.machine import PeakMemory
 from vwn.training.model import build_model, load_backbone, model_config
-from vwn.training.presets import PRESETS
-from vwn.training.trainer import ProgressBar, VirtualWidthTrainer
+from vwn.training.presets import EMBEDDING_STD, PRESETS
+from vwn.training.trainer import Diverged, ProgressBar, VirtualWidthTrainer
 
 
 @dataclass(frozen=True)
@@ -52,31 +50,53 @@ def train(config: TrainConfig, corpus: Corpus | None = None, label: str | None =
     """Train one model and leave in ``config.out`` its weights, tokenizer, checkpoints, logs, and ``result.json``.
 
     Args:
-        config: the run.
+        config: the run; with ``resume``, exactly the one that was started.
         corpus: its data, where that is prepared already.
         label: what the progress bar says.
 
     Raises:
         UserError: input that cannot be used, or a run directory that exists (without ``resume``) or belongs to another
-            configuration (with it).
+            configuration or text (with it).
+        Diverged: the loss or the weights became non-finite; its ``curve`` ends there.
     """
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     config.check()
-    config, finished = open_run(config)
-    if finished is not None:
-        return finished
+    stored = directory.open_directory(config.out, "run.json", config.resume)
+    if stored is not None:
+        directory.check_same(config.out, stored.get("config", {}), directory.settings(config))
+        if corpus is not None:
+            directory.check_same_text(config.out, stored, corpus.fingerprint)
+        result = stored_result(config.out)
+        if result is not None:
+            return result
+    learning_rate = learning_rate_of(config)
     corpus = corpus or load_corpus(config)
-    learning_rate = config.optim.learning_rate or preset_learning_rate(config)
+    if len(corpus.train) < config.optim.batch_size:
+        raise UserError(
+            f"the text gives {len(corpus.train)} windows of {config.corpus.window} tokens, fewer than one batch of "
+            f"{config.optim.batch_size}; lower --batch-size or --window, or give more text"
+        )
+    if stored is not None:
+        directory.check_same_text(config.out, stored, corpus.fingerprint)
     backbone = load_backbone(
         config.backbone, len(corpus.tokenizer), config.corpus.window, corpus.tokenizer.eos_token_id
     )
-    model = build_model(model_config(backbone, config.m, config.n, config.width), config.seed)
-    start_directory(config)
+    embedding_std = EMBEDDING_STD if config.backbone in PRESETS else None
+    model = build_model(model_config(backbone, config.m, config.n, config.width), config.seed, embedding_std)
+    with directory.locked(config.out):
+        directory.start(config, corpus.fingerprint)
+        return _train(config, corpus, model, learning_rate, label or config.name)
 
+
+def _train(config: TrainConfig, corpus: Corpus, model: Any, learning_rate: float, label: str) -> RunResult:
+    checkpoint = directory.last_checkpoint(config.out)
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else TrainerState()
+    trained = state.global_step >= config.optim.steps
+    if trained:  # killed between the last checkpoint and the result
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
-    checkpoint = last_checkpoint(config.out)
     memory = PeakMemory()
     trainer = VirtualWidthTrainer(
         model=model,
@@ -85,32 +105,53 @@ def train(config: TrainConfig, corpus: Corpus | None = None, label: str | None =
         eval_dataset=spread(corpus.valid, config.corpus.max_valid_tokens // config.corpus.window),
         processing_class=corpus.tokenizer,
         data_collator=default_data_collator,
-        callbacks=[ProgressBar(label or config.name)],
-        tokens_per_step=config.optim.batch_size * config.corpus.window,
+        callbacks=[ProgressBar(label)],
+        window=config.corpus.window,
     )
-    if checkpoint:
-        history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-        trainer.stopwatch.seconds = history[-1]["seconds"] if history else 0.0
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model()
-    (config.out / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json says it all
+    trainer.stopwatch.seconds = state.log_history[-1]["seconds"] if state.log_history else 0.0
 
-    curve = validation_curve(trainer.state.log_history)
-    result = RunResult(
-        name=config.name,
-        m=config.m or 1,
-        n=config.n or 1,
-        r=(config.n or 1) / (config.m or 1),
-        seed=config.seed,
-        learning_rate=learning_rate,
-        params=sum(p.numel() for p in model.parameters()),
-        flops_per_token=flops_per_token(model.config, config.corpus.window),
-        tokens_per_second=trainer.state.global_step * trainer.tokens_per_step / max(trainer.stopwatch.seconds, 1e-9),
-        peak_memory_bytes=memory.read(),
-        curve=curve,
-    )
-    write_json(config.out / "result.json", dataclasses.asdict(result))
-    return result
+    def result(curve: list[dict[str, float | None]]) -> RunResult:
+        tokens = trainer.state.global_step * trainer.tokens_per_step
+        return RunResult(
+            name=config.name,
+            m=config.m or 1,
+            n=config.n or 1,
+            r=(config.n or 1) / (config.m or 1),
+            seed=config.seed,
+            learning_rate=learning_rate,
+            params=sum(p.numel() for p in model.parameters()),
+            flops_per_token=flops_per_token(model.config, config.corpus.window),
+            tokens_per_second=tokens / max(trainer.stopwatch.seconds, 1e-9),
+            peak_memory_bytes=memory.read(),
+            curve=curve,
+        )
+
+    if trained:
+        trainer.state = state
+    else:
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except Diverged as diverged:
+            end = trainer.state.global_step + 1
+            lost = {"tokens": end * trainer.tokens_per_step, "loss": None, "loss_2": None}
+            seen = [p for p in validation_curve(trainer.state.log_history) if p["tokens"] < lost["tokens"]]
+            diverged.result = result([*seen, lost | {"seconds": round(trainer.stopwatch.seconds, 3)}])
+            raise
+    trainer.save_final()
+    finished = result(validation_curve(trainer.state.log_history))
+    directory.write_json(config.out / "result.json", dataclasses.asdict(finished))
+    return finished
+
+
+def stored_result(out: Path) -> RunResult | None:
+    """The result of a run that has ended."""
+    path = out / "result.json"
+    if not path.exists():
+        return None
+    try:
+        return RunResult(**directory.read_json(path))
+    except TypeError:
+        raise UserError(f"{path} does not hold a run's result; delete it, and --resume writes it afresh") from None
 
 
 def load_corpus(config: TrainConfig) -> Corpus:
@@ -119,66 +160,12 @@ def load_corpus(config: TrainConfig) -> Corpus:
     return prepare(c.data, valid=c.valid, tokenizer=c.tokenizer, window=c.window)
 
 
-def open_run(config: TrainConfig) -> tuple[TrainConfig, RunResult | None]:
-    """Check the run directory; with ``resume``, the stored configuration and, if the run had ended, its result."""
-    stored = config.out / "run.json"
-    if not config.resume:
-        if config.out.exists() and any(config.out.iterdir()):
-            raise UserError(
-                f"the run directory {config.out} exists already; continue it with --resume or choose another --out"
-            )
-        return config, None
-    if not stored.exists():
-        return config, None
-    kept = json.loads(stored.read_text())["config"]
-    for name, value in settings(config).items():
-        if value != kept.get(name) and value != settings(TrainConfig(out=config.out)).get(name):
-            raise UserError(
-                f"the run in {config.out} was started with {name} = {kept.get(name)!r}, not {value!r}; "
-                "leave the option away to resume it, or choose another --out"
-            )
-    config = from_settings(config.out, kept)
-    result = config.out / "result.json"
-    return config, RunResult(**json.loads(result.read_text())) if result.exists() else None
-
-
-def settings(config: TrainConfig) -> dict[str, Any]:
-    """Everything that determines the run, flat, by dotted name; where it lies and whether it resumes do not."""
-    flat: dict[str, Any] = {}
-    for name, value in dataclasses.asdict(config).items():
-        flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
-    return {name: value for name, value in flat.items() if name not in ("out", "resume")}
-
-
-def from_settings(out: Path, flat: dict[str, Any]) -> TrainConfig:
-    """The configuration that :func:`settings` came from, resumed."""
-    parts: dict[str, Any] = {name: value for name, value in flat.items() if "." not in name}
-    for group, make in (("corpus", CorpusConfig), ("width", WidthOptions), ("optim", OptimConfig)):
-        parts[group] = make(**{k.split(".")[1]: v for k, v in flat.items() if k.startswith(f"{group}.")})
-    return TrainConfig(out=out, resume=True, **parts)
-
-
-def start_directory(config: TrainConfig) -> None:
-    """Create the run directory with everything needed to repeat the run; drop what a killed one left half done."""
-    config.out.mkdir(parents=True, exist_ok=True)
-    for rest in config.out.glob(".incomplete"):
-        shutil.rmtree(rest)
-    for rest in config.out.glob(".discarded-*"):
-        shutil.rmtree(rest)
-    if not (config.out / "run.json").exists():
-        write_json(config.out / "run.json", {"config": settings(config), **provenance()})
-
-
-def last_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint; only whole ones bear the name."""
-    found = [(int(m[1]), p) for p in directory.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    return max(found)[1] if found else None
-
-
 def training_arguments(config: TrainConfig, learning_rate: float, resumed: bool) -> TrainingArguments:
     """The Trainer's settings for a run."""
     o = config.optim
     log, evaluate, save = config.intervals
+    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+        raise UserError("several GPUs are visible; set CUDA_VISIBLE_DEVICES to one, or use torchrun")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.out / "logs")
     cuda_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return TrainingArguments(
@@ -209,6 +196,7 @@ def training_arguments(config: TrainConfig, learning_rate: float, resumed: bool)
         save_steps=save,
         torch_compile=config.compile,
         remove_unused_columns=False,
+        dataloader_drop_last=True,
         label_names=["labels"],
         disable_tqdm=True,
         report_to=["tensorboard"],
@@ -217,11 +205,16 @@ def training_arguments(config: TrainConfig, learning_rate: float, resumed: bool)
 
 def enable_checkpointing(model: Any) -> None:
     """Recompute layers in the backward pass; transformers renamed the switch."""
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable()
 
 
-def preset_learning_rate(config: TrainConfig) -> float:
-    """A preset's rate, for plain and wide models separately."""
+def learning_rate_of(config: TrainConfig) -> float:
+    """The rate given, else the preset's, for plain and wide models separately."""
+    if config.optim.learning_rate is not None:
+        return config.optim.learning_rate
     if config.backbone not in PRESETS:
         raise UserError(f"--learning-rate is needed: none is known for the backbone {config.backbone!r}")
     preset = PRESETS[config.backbone]
@@ -255,10 +248,3 @@ def flops_per_token(config: Any, window: int) -> float | None:
     except UserError as unknown:
         print(f"vwn: FLOPs are left out of the result: {unknown}", file=sys.stderr)
         return None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1, default=str) + "\n")
-    partial.replace(path)

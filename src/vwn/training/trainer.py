@@ -19,6 +19,13 @@ from vwn.errors import UserError
 from vwn.weight_decay import no_weight_decay
 
 
+class Diverged(UserError):
+    """A run that cannot go on because its loss or its weights are no longer finite."""
+
+    result: Any = None
+    """What was measured until then, with a curve that ends in None."""
+
+
 def head_losses(outputs: Any, router_aux_loss_coef: float = 0.0) -> Tensor:
     """Unweighted mean cross-entropy of each head, next token first, ``[1 + depth]``, in nats per token."""
     if getattr(outputs, "losses", None) is not None:
@@ -45,9 +52,10 @@ class VirtualWidthTrainer(Trainer):
     ``seconds`` (of training alone) so far.
     """
 
-    def __init__(self, *args: Any, tokens_per_step: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, window: int, **kwargs: Any) -> None:
         super().__init__(*args, compute_metrics=mean_losses, **kwargs)
-        self.tokens_per_step = tokens_per_step
+        a = self.args
+        self.tokens_per_step = window * a.per_device_train_batch_size * a.gradient_accumulation_steps * a.world_size
         self.stopwatch = Stopwatch()
         self.add_callback(self.stopwatch)
         self.remove_callback(PrinterCallback)  # the progress bar shows what matters, the logs hold the rest
@@ -58,18 +66,32 @@ class VirtualWidthTrainer(Trainer):
         spared = no_weight_decay(model)
         return [name for name, _ in model.named_parameters() if name not in spared]
 
-    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         """The model's loss; remembers each head's, and refuses to go on from a non-finite one."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
-            self._losses.append(self._head_losses(outputs))
-            if not torch.isfinite(loss):
-                step = self.state.global_step + 1
-                raise UserError(
-                    f"the loss became {loss.item()} at step {step}; the last checkpoint is kept in "
-                    f"{self.args.output_dir}; train again with a --learning-rate below {self.args.learning_rate:g}"
-                )
+            losses = self._head_losses(outputs)
+            if getattr(outputs, "losses", None) is None and num_items_in_batch is not None:
+                # a stock model's loss is this batch's share of all accumulated ones, not its mean
+                losses = losses * num_items_in_batch / (inputs["labels"][:, 1:] != -100).sum()
+            self._losses.append(losses)
+            self._check_finite(loss, "loss")
         return (loss, outputs) if return_outputs else loss
+
+    def _check_finite(self, value: Tensor, name: str) -> None:
+        if not torch.isfinite(value).all():
+            last = max(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda p: p.stat().st_mtime, default=None)
+            kept = f"the last checkpoint is {last}; " if last else ""
+            raise Diverged(
+                f"the {name} is no longer finite at step {self.state.global_step + 1}; {kept}"
+                f"train again in another --out with a --learning-rate below {self.args.learning_rate:g}"
+            )
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -87,6 +109,8 @@ class VirtualWidthTrainer(Trainer):
             logs["objective"] = logs.pop("loss")
             logs |= named_losses(torch.stack(self._losses).float().mean(0).tolist())
             self._losses.clear()
+        if "eval_loss" in logs:
+            self._check_finite(torch.tensor(logs["eval_loss"]), "validation loss")
         logs["tokens"] = self.state.global_step * self.tokens_per_step
         logs["seconds"] = round(self.stopwatch.seconds, 3)
         super().log(logs, start_time)
@@ -95,6 +119,8 @@ class VirtualWidthTrainer(Trainer):
         return head_losses(outputs, getattr(self.model.config, "router_aux_loss_coef", 0.0))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        for name, parameter in model.named_parameters():
+            self._check_finite(parameter.detach(), f"weight {name}")
         # Written aside and renamed when whole: a killed run never leaves half a checkpoint under a checkpoint's name.
         run_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         self._staging = run_dir / ".incomplete"
@@ -110,6 +136,17 @@ class VirtualWidthTrainer(Trainer):
             for old in sort_checkpoints(str(run_dir))[:-2]:
                 _discard(Path(old))
         self.accelerator.wait_for_everyone()
+
+    def save_final(self) -> None:
+        """Weights, config and tokenizer into the run directory; ``config.json`` comes last and makes it whole."""
+        run_dir = Path(self.args.output_dir)
+        staging = run_dir / ".incomplete"
+        self.save_model(str(staging))
+        if self.args.should_save:
+            (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json says it all
+            for path in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
+                path.replace(run_dir / path.name)
+            staging.rmdir()
 
     _staging: Path | None = None
 
@@ -135,6 +172,8 @@ class Stopwatch(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % args.save_steps == 0:
+            control.should_log = True  # so that no log spans a checkpoint: a resumed run logs the same
         self.seconds += time.perf_counter() - self.started
 
 

@@ -1,0 +1,170 @@
+"""The run directory: what it holds, when it may be written to, and how a run is taken up again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+
+from vwn.errors import UserError
+from vwn.training.config import CorpusConfig, OptimConfig, TrainConfig, WidthOptions
+from vwn.training.machine import provenance
+
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep other processes out of a run directory, which is created.
+
+    Raises:
+        UserError: somebody is in there already, or the directory cannot be made.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the directory {directory} cannot be made: {error.strerror}; choose another --out") from error
+    lock = FileLock(directory / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another process is at work in {directory}; wait for it or choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def open_directory(directory: Path, record: str, resume: bool) -> dict[str, Any] | None:
+    """What a directory's ``record`` file says of the work in it; None for a new directory.
+
+    Raises:
+        UserError: something is there and ``resume`` was not asked for, or what is there is not ours.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file; choose another --out")
+    if not directory.exists() or not [p for p in directory.iterdir() if p.name != LOCK]:
+        return None
+    if not resume:
+        raise UserError(f"the directory {directory} exists already; continue it with --resume or choose another --out")
+    if not (directory / record).exists():
+        raise UserError(f"{directory} holds something else (there is no {record} in it); choose another --out")
+    return read_json(directory / record)
+
+
+def check_same(directory: Path, stored: dict[str, Any], asked: dict[str, Any], kind: str = "run") -> None:
+    """Refuse to continue with other settings than the work was started with."""
+    for name, value in asked.items():
+        if stored.get(name) != json.loads(json.dumps(value)):
+            raise UserError(
+                f"the {kind} in {directory} was started with {name} = {stored.get(name)!r}, not {value!r}; "
+                "leave the option away to continue it, or choose another --out"
+            )
+
+
+def check_same_text(directory: Path, stored: dict[str, Any], fingerprint: str) -> None:
+    """Refuse to continue on other text: the data order, and perhaps the vocabulary, would not be the run's."""
+    if stored.get("text") != fingerprint:
+        raise UserError(
+            f"the text or its tokens are not those that the run in {directory} was started with; "
+            "restore the data, or choose another --out"
+        )
+
+
+def settings(config: TrainConfig) -> dict[str, Any]:
+    """Everything that determines the run, flat, by dotted name; where it lies and whether it resumes do not."""
+    flat: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(config).items():
+        flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+    return {name: value for name, value in flat.items() if name not in ("out", "resume")}
+
+
+def adopt(config: TrainConfig, given: Set[str]) -> TrainConfig:
+    """The configuration to resume: of the stored run, but for the options that were ``given``."""
+    if not config.resume or not (config.out / "run.json").exists():
+        return config
+    stored = read_json(config.out / "run.json").get("config", {})
+    flat = {
+        name: value if name.split(".")[-1] in given else stored.get(name, value)
+        for name, value in settings(config).items()
+    }
+    parts: dict[str, Any] = {name: value for name, value in flat.items() if "." not in name}
+    for group, make in (("corpus", CorpusConfig), ("width", WidthOptions), ("optim", OptimConfig)):
+        parts[group] = make(**{k.split(".")[1]: v for k, v in flat.items() if k.startswith(f"{group}.")})
+    return TrainConfig(out=config.out, resume=True, **parts)
+
+
+def start(config: TrainConfig, fingerprint: str) -> None:
+    """Record everything needed to repeat the run; drop what a killed one left half done."""
+    for rest in (config.out / ".incomplete", *config.out.glob(".discarded-*")):
+        shutil.rmtree(rest, ignore_errors=True)
+    if not (config.out / "run.json").exists():
+        write_json(config.out / "run.json", {"config": settings(config), "text": fingerprint, **provenance()})
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint that can be read; only whole ones bear the name, but a disk may have damaged them since."""
+    found = [(int(m[1]), p) for p in directory.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    for _, checkpoint in sorted(found, reverse=True):
+        damage = damage_of(checkpoint)
+        if damage is None:
+            return checkpoint
+        print(f"vwn: {checkpoint} is damaged ({damage}); the one before is used", file=sys.stderr)
+    return None
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from, as far as its files' own structure tells; None if it can."""
+    try:
+        read_json(checkpoint / "trainer_state.json")
+        weights = list(checkpoint.glob("*.safetensors"))
+        if not weights:
+            return "no weights"
+        for path in weights:
+            safe_open(path, framework="pt")
+        for name in ("optimizer.pt", "scheduler.pt"):
+            torch.load(checkpoint / name, mmap=name == "optimizer.pt", weights_only=True)
+    except (UserError, OSError, SafetensorError, RuntimeError) as error:
+        return " ".join(str(error).split())[:100]
+    return None
+
+
+def read_json(path: Path) -> Any:
+    """A JSON object of ours.
+
+    Raises:
+        UserError: the file cannot be read or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it or restore it") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold what it should; delete it or restore it")
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write whole or not at all, as strict JSON: what is not finite becomes null."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(_finite(value), indent=1, default=str, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
