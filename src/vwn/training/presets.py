@@ -63,10 +63,10 @@ class Preset:
 
 
 PRESETS = {
-    "nano": Preset(depth=4, width=64, learning_rate=6e-3, wide_learning_rate=6e-3),
-    "tiny": Preset(depth=4, width=128, learning_rate=3e-3, wide_learning_rate=3e-3, swept=True),
-    "tiny-moe": Preset(depth=4, width=128, learning_rate=3e-3, wide_learning_rate=3e-3, experts=4),
-    "small": Preset(depth=6, width=256, learning_rate=1.5e-3, wide_learning_rate=1.5e-3),
-    "medium": Preset(depth=12, width=384, learning_rate=1e-3, wide_learning_rate=1e-3),
-    "large": Preset(depth=12, width=768, learning_rate=5e-4, wide_learning_rate=5e-4),
+    "nano": Preset(depth=4, width=64, learning_rate=1e-2, wide_learning_rate=1e-2),
+    "tiny": Preset(depth=4, width=128, learning_rate=6e-3, wide_learning_rate=6e-3, swept=True),
+    "tiny-moe": Preset(depth=4, width=128, learning_rate=6e-3, wide_learning_rate=6e-3, experts=4),
+    "small": Preset(depth=6, width=256, learning_rate=3e-3, wide_learning_rate=3e-3),
+    "medium": Preset(depth=12, width=384, learning_rate=2e-3, wide_learning_rate=2e-3),
+    "large": Preset(depth=12, width=768, learning_rate=1e-3, wide_learning_rate=1e-3),
 }
