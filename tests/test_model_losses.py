@@ -254,11 +254,21 @@ def test_router_logits_asked_of_a_dense_model():
     assert torch.isfinite(out.loss)
 
 
-def test_shared_experts_of_the_mask_in_padding():
-    """Padding does not count in the auxiliary loss."""
+def test_padding_does_not_count_in_the_auxiliary_loss():
     model = build(vwn_config("mixtral", 2, 4, num_mtp_modules=1))
     ids = token_ids(1, 6)
     padded = torch.cat([ids, torch.full((1, 3), 7)], dim=1)
     mask = torch.cat([torch.ones_like(ids), torch.zeros(1, 3, dtype=torch.long)], dim=1)
     alone = model(ids, output_router_logits=True).aux_loss
     assert_close(model(padded, attention_mask=mask, output_router_logits=True).aux_loss, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_the_auxiliary_loss_of_a_chunk_behind_a_cached_prefix():
+    """The mask then covers the prefix too, whose tokens are not in the chunk's router logits."""
+    model = build(vwn_config("mixtral", 2, 4))
+    ids = token_ids()
+    cache = model(ids[:, :4], use_cache=True).past_key_values
+    out = model(ids[:, 4:], past_key_values=cache, attention_mask=torch.ones_like(ids), output_router_logits=True)
+    cache = model(ids[:, :4], use_cache=True).past_key_values
+    wanted = model(ids[:, 4:], past_key_values=cache, output_router_logits=True)
+    assert_close(out.aux_loss, wanted.aux_loss)

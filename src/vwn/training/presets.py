@@ -64,7 +64,7 @@ class Preset:
 
 PRESETS = {
     "nano": Preset(depth=4, width=64, learning_rate=1e-2, wide_learning_rate=1e-2),
-    "tiny": Preset(depth=4, width=128, learning_rate=6e-3, wide_learning_rate=6e-3, swept=True),
+    "tiny": Preset(depth=4, width=128, learning_rate=1.2e-2, wide_learning_rate=1.2e-2, swept=True),
     "tiny-moe": Preset(depth=4, width=128, learning_rate=6e-3, wide_learning_rate=6e-3, experts=4),
     "small": Preset(depth=6, width=256, learning_rate=3e-3, wide_learning_rate=3e-3),
     "medium": Preset(depth=12, width=384, learning_rate=2e-3, wide_learning_rate=2e-3),
