@@ -78,6 +78,18 @@ def test_a_chained_module_takes_the_state_of_the_one_before():
     assert not torch.allclose(before.mtp_logits[1], after.mtp_logits[1], atol=1e-3)
 
 
+def test_modules_get_the_mask_and_positions_of_the_model():
+    model = build(vwn_config("llama", 2, 4, num_mtp_modules=2))
+    seen = []
+    for predictor in model.model.mtp:
+        predictor.layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    ids = token_ids()
+    given = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(0, 18, 2)[None].expand(2, 9)}
+    model(ids, labels=ids, **given)
+    assert len(seen) == 2
+    assert all(kwargs[name] is value for kwargs in seen for name, value in given.items())
+
+
 def test_the_plain_backbone_gets_the_same_module_at_its_own_width():
     model = build(vwn_config("llama", 1, 1, connection="residual", num_mtp_modules=1))
     predictor = model.model.mtp[0]

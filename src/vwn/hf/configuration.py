@@ -102,8 +102,8 @@ class VirtualWidthConfig(PreTrainedConfig):
         if self.tie_word_embeddings and self.embedding == "direct" and self.n != self.m:
             raise ValueError(
                 f"tie_word_embeddings needs a table as wide as the backbone, but the direct embedding at m = {self.m}, "
-                f"n = {self.n} is {self.n / self.m:g} times wider; use embedding='factorised' or "
-                "tie_word_embeddings=False"
+                f"n = {self.n} is {self.n / self.m:g} times wider; use the factorised embedding, or set "
+                "tie_word_embeddings to false"
             )
 
     @property

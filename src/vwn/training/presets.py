@@ -1,7 +1,7 @@
 """Backbones by name, and their learning rates.
 
-Only the rates of ``tiny`` come from a sweep (results/quickstart). The others follow from them by the usual rule of
-thumb, inversely with the width, and are starting points, not tuned values.
+Only the rates of ``tiny`` come from a sweep (results/quickstart/README.md, which also says what it left open). The
+others are starting points, not tuned values.
 """
 
 from __future__ import annotations
