@@ -19,7 +19,7 @@ CARRY_CONSTRAINTS = ("none",)
 
 
 class Routing(NamedTuple):
-    """The routing matrices of one sublayer, float32 (float64 for a float64 state); no leading dims when static."""
+    """The routing matrices of one sublayer, float32 (float64 for a float64 state)."""
 
     alpha: Tensor
     """``A = [Å | Â]``, ``[..., n, m + n]``: the first ``m`` columns read, the other ``n`` carry."""
@@ -105,12 +105,13 @@ class GeneralizedHyperConnection(StatesItsInitialValues):
             state: over-width state, ``[..., D']``.
 
         Returns:
-            ``A``: ``[..., n, m+n]`` and ``B``: ``[..., m, n]``; without leading dimensions when static.
+            ``A``: ``[..., n, m+n]`` and ``B``: ``[..., m, n]``; the same for every token when static.
         """
         dtype = torch.promote_types(state.dtype, torch.float32)
         static_alpha, static_beta = self.static_alpha.to(dtype), self.static_beta.to(dtype)
         if not self.dynamic:
-            return Routing(static_alpha, static_beta)
+            lead = state.shape[:-1]
+            return Routing(static_alpha.expand(*lead, -1, -1), static_beta.expand(*lead, -1, -1))
         with torch.autocast(state.device.type, enabled=False):
             slots = self._slots(state).to(dtype)
             normed = slots * torch.rsqrt(slots.square().mean(-1, keepdim=True) + self.eps) * self.norm_weight.to(dtype)

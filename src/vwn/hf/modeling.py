@@ -219,6 +219,10 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, GenerationMixin):
             output_mtp_logits: also return the MTP modules' logits; they run anyway when there are labels.
             num_items_in_batch: number of targets over all accumulated batches, the loss's denominator.
         """
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError(
+                f"labels need the logits of every position; leave logits_to_keep at 0, got {logits_to_keep}"
+            )
         if self._routes_experts:
             if output_router_logits is None:
                 output_router_logits = self.config.backbone.output_router_logits
