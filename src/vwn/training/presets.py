@@ -1,6 +1,6 @@
 """Backbones by name, and their learning rates.
 
-Only the rates of ``tiny`` come from a sweep (results/quickstart/README.md, which also says what it left open). The
+Only the rates of ``tiny`` come from a sweep (results/quickstart/README.md). The
 others are starting points, not tuned values.
 """
 
