@@ -10,12 +10,12 @@ export HF_HOME := $(CURDIR)/.cache/huggingface
 
 .PHONY: help quickstart test check lint format clean
 
-# About five minutes on two cores; the learning rates are the presets', tuned for each arm (README, results/quickstart).
+# Two to five minutes on two cores; the learning rates are the presets', tuned for each arm (README, results/quickstart).
 QUICKSTART := --data stdlib --tokenizer bpe:2048 --backbone tiny --widths plain 4x16 --seeds 0 \
 	--steps 200 --batch-size 8 --eval-every 50 --max-valid-tokens 65536 --reduce sum
 
 help:
-	@echo "make quickstart  train a small model plain and with virtual width x4, and compare them (about 5 minutes)"
+	@echo "make quickstart  train a small model plain and with virtual width x4, and compare them (a few minutes)"
 	@echo "make test        the whole test suite"
 	@echo "make check       lint, types and the fast tests"
 	@echo "make .venv       the virtual environment alone"
