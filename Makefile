@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export VWN_CACHE := $(CURDIR)/.cache/vwn
 export HF_HOME := $(CURDIR)/.cache/huggingface
 
-.PHONY: help quickstart test check bench lint format clean
+.PHONY: help quickstart test check bench docs lint format clean
 
 # Two to five minutes on two cores; the learning rates are the presets', tuned for each arm (README, results/quickstart).
 QUICKSTART := --data stdlib --tokenizer bpe:2048 --backbone tiny --arms plain 4x16 --seeds 0 \
@@ -19,6 +19,7 @@ help:
 	@echo "make test        the whole test suite"
 	@echo "make check       lint, types and the fast tests"
 	@echo "make bench       speed, memory and accuracy of the connections on this machine"
+	@echo "make docs        the documentation site, into build/site"
 	@echo "make .venv       the virtual environment alone"
 
 .venv: $(STAMP)
@@ -51,6 +52,10 @@ check: lint
 # Leave the machine alone meanwhile. On a machine with a GPU each measures that.
 bench: $(STAMP)
 	for name in accuracy memory connections scaling training_step; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+# A warning is an error. The site takes nothing from the network, nor does its reader's browser.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

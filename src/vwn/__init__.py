@@ -17,10 +17,10 @@ from vwn.version import __version__
 from vwn.weight_decay import no_weight_decay
 
 if TYPE_CHECKING:
-    from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM, VirtualWidthModel
+    from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM, VirtualWidthModel, widen
 
 
-_FROM_HF = ("VirtualWidthConfig", "VirtualWidthForCausalLM", "VirtualWidthModel")
+_FROM_HF = ("VirtualWidthConfig", "VirtualWidthForCausalLM", "VirtualWidthModel", "widen")
 
 __all__ = [
     "BlockLinear",
@@ -39,6 +39,7 @@ __all__ = [
     "VirtualWidthModel",
     "__version__",
     "no_weight_decay",
+    "widen",
 ]
 
 

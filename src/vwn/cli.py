@@ -1,4 +1,4 @@
-"""The command line: `vwn train | compare | generate | inspect | cost`. The only file that knows tyro."""
+"""The command line: `vwn train | compare | generate | inspect | eval | widen | cost`. The only file that knows tyro."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import json
 import logging
 import os
 import sys
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from vwn.compare.arms import check_arms, parse_arm
 from vwn.compare.config import CompareConfig
+from vwn.errors import UserError
+from vwn.evaluation.config import EvalConfig
 from vwn.inspection.config import InspectConfig
 from vwn.training.config import TrainConfig, WidthOptions, require
 
@@ -27,12 +30,16 @@ class GenerateConfig:
     """Text to continue."""
     max_new_tokens: int = 100
     """Tokens to add."""
-    temperature: float = 0.8
-    """Sampling temperature; 0 takes the likeliest token each time."""
+    temperature: float | None = None
+    """Sampling temperature, by default 0.8; 0 takes the likeliest token each time, as --mtp does."""
     top_p: float = 0.95
     """Nucleus sampling: the smallest set of tokens with this probability."""
     seed: int = 0
     """Seed of the sampling."""
+    mtp: bool = False
+    """Draft tokens with the model's MTP modules, and say how many were accepted and how fast it was."""
+    json: bool = False
+    """Print JSON: the text and, with --mtp, the numbers."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,36 @@ class InspectCommand(InspectConfig):
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A run directory, one of its checkpoints, or a hub id."""
+
+
+@dataclass(frozen=True)
+class EvalCommand(EvalConfig):
+    """Measure a trained model: losses on a text, scores on tasks, or both."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """A run directory, one of its checkpoints, a folder with any causal language model, or a hub id."""
+
+
+@dataclass(frozen=True)
+class WidenConfig:
+    """Give a trained model virtual width, keeping its weights and its function."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A folder with any causal language model of transformers, or a hub id."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder for the widened model; must not hold one."""
+    m: int = 4
+    """Fraction rate: the hidden size is cut into m segments."""
+    n: int = 8
+    """Slots of the over-width state, n >= m; the virtual width factor is n / m."""
+    embedding: Literal["replicated", "direct"] = "replicated"
+    """Repeat the table's rows over the slots, or make a table as wide as the state that starts so."""
+    reduce_norm: Literal["none", "rms_norm"] = "none"
+    """Norm of group size D in front of the reduce; with "none" the function is kept to the bit."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights; "auto" keeps the checkpoint's."""
+    trust_remote_code: bool = False
+    """Run code that the checkpoint brings along."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +123,19 @@ def run_compare(config: CompareConfig) -> None:
 
 def run_generate(config: GenerateConfig) -> None:
     """`vwn generate`."""
-    from vwn.generation import generate
+    from vwn.generation import generate, generate_with_mtp
 
-    print(generate(**vars(config)))
+    if config.mtp:
+        if config.temperature:
+            raise UserError(f"--mtp decodes greedily, at temperature 0, got --temperature {config.temperature}")
+        drafted = generate_with_mtp(config.checkpoint, config.prompt, config.max_new_tokens)
+        print(json.dumps(asdict(drafted)) if config.json else drafted.text)
+        if not config.json:
+            print(f"vwn: {drafted.summary()}", file=sys.stderr)
+        return
+    temperature = 0.8 if config.temperature is None else config.temperature
+    text = generate(config.checkpoint, config.prompt, config.max_new_tokens, temperature, config.top_p, config.seed)
+    print(json.dumps({"text": text}) if config.json else text)
 
 
 def run_inspect(config: InspectCommand) -> None:
@@ -101,6 +148,27 @@ def run_inspect(config: InspectCommand) -> None:
         f"{config.out / 'inspect.html'}: {len(radii)} sublayers on {result['tokens']:,} tokens, spectral radius of the "
         f"carry {min(radii):.3f} to {max(radii):.3f}"
     )
+
+
+def run_eval(config: EvalCommand) -> None:
+    """`vwn eval`."""
+    from vwn.evaluation.run import evaluate_checkpoint, tasks_table, text_line
+
+    result = evaluate_checkpoint(config)
+    if "text" in result:
+        print(text_line(result))
+    if "tasks" in result:
+        print(tasks_table(result))
+
+
+def run_widen(config: WidenConfig) -> None:
+    """`vwn widen`."""
+    from vwn.hf.conversion import widen_checkpoint
+
+    wide = widen_checkpoint(**vars(config))
+    c, count = wide.config, sum(p.numel() for p in wide.parameters())
+    width = f"m = {c.m}, n = {c.n}"
+    print(f"{config.out}: {c.backbone.model_type}, {width}, {count:,} parameters, same logits as {config.model}")
 
 
 def run_cost(config: CostConfig) -> None:
@@ -127,6 +195,8 @@ RUN: dict[type, Any] = {
     CompareConfig: run_compare,
     GenerateConfig: run_generate,
     InspectCommand: run_inspect,
+    EvalCommand: run_eval,
+    WidenConfig: run_widen,
     CostConfig: run_cost,
 }
 
@@ -135,6 +205,8 @@ Command = (
     | Annotated[CompareConfig, tyro.conf.subcommand("compare", description="Train arms side by side and report.")]
     | Annotated[GenerateConfig, tyro.conf.subcommand("generate", description="Continue a prompt.")]
     | Annotated[InspectCommand, tyro.conf.subcommand("inspect", description="Look inside a trained model.")]
+    | Annotated[EvalCommand, tyro.conf.subcommand("eval", description="Measure a trained model.")]
+    | Annotated[WidenConfig, tyro.conf.subcommand("widen", description="Give a trained model virtual width.")]
     | Annotated[CostConfig, tyro.conf.subcommand("cost", description="What a width costs, by the paper's formulas.")]
 )
 

@@ -31,6 +31,8 @@ class OverWidthEmbedding(StatesItsInitialValues):
         ngram_buckets: rows of the table of each order, as wide as the token table's.
         table_factor: ``k``; above 1, a direct table is ``V x kD'`` and followed by a linear ``D' x kD'``: a wide
             table for a state that is not wider.
+        table: the backbone's own embedding, ``V x D``, to use and widen instead of a new one: it may be of a class that
+            scales its rows.
 
     Raises:
         ValueError: unknown ``form``; n-gram or table options that do not fit each other.
@@ -45,12 +47,13 @@ class OverWidthEmbedding(StatesItsInitialValues):
         ngram_order: int = 1,
         ngram_buckets: int = 0,
         table_factor: int = 1,
+        table: nn.Embedding | None = None,
     ) -> None:
         super().__init__()
         check_embedding(form, ngram_order, ngram_buckets, table_factor)
         self.geometry, self.form, self.table_factor = geometry, form, table_factor
         width = geometry.over_width * table_factor if form == "direct" else geometry.hidden_size
-        self.table = nn.Embedding(vocab_size, width, padding_idx)
+        self.table = nn.Embedding(vocab_size, width, padding_idx) if table is None else _widened_table(table, width)
         self.ngram = NgramEmbedding(ngram_order, ngram_buckets, width) if ngram_order > 1 else None
         if form == "factorised":
             self.expand_weight = nn.Parameter(torch.empty(geometry.over_width, geometry.hidden_size))
@@ -78,6 +81,15 @@ class OverWidthEmbedding(StatesItsInitialValues):
 
     def extra_repr(self) -> str:
         return f"form={self.form!r}" + (f", table_factor={self.table_factor}" if self.table_factor > 1 else "")
+
+
+def _widened_table(table: nn.Embedding, width: int) -> nn.Embedding:
+    """The same module; with new rows if they have to be of another width."""
+    if table.embedding_dim != width:
+        table.embedding_dim = width
+        table.weight = nn.Parameter(table.weight.new_empty(table.num_embeddings, width))
+        table.reset_parameters()
+    return table
 
 
 def check_embedding(form: str, ngram_order: int, ngram_buckets: int, table_factor: int) -> None:

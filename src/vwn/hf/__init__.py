@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from vwn.hf.configuration import VirtualWidthConfig
+from vwn.hf.conversion import widen, widen_checkpoint
 from vwn.hf.layouts import Layout, Sublayer, layout_of, register_layout
 from vwn.hf.modeling import (
     VirtualWidthCausalLMOutput,
@@ -10,6 +11,7 @@ from vwn.hf.modeling import (
     VirtualWidthModel,
     VirtualWidthModelOutput,
 )
+from vwn.hf.structure import find_structure
 
 AutoConfig.register("virtual_width", VirtualWidthConfig)
 AutoModel.register(VirtualWidthConfig, VirtualWidthModel)
@@ -23,6 +25,9 @@ __all__ = [
     "VirtualWidthForCausalLM",
     "VirtualWidthModel",
     "VirtualWidthModelOutput",
+    "find_structure",
     "layout_of",
     "register_layout",
+    "widen",
+    "widen_checkpoint",
 ]

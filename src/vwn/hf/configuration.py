@@ -50,7 +50,16 @@ class VirtualWidthConfig(PreTrainedConfig):
 
     model_type = "virtual_width"
     sub_configs = {"backbone": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "over_width_state", "router_logits", "mtp_logits", "losses"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "cache_params",
+        "over_width_state",
+        "router_logits",
+        "mtp_logits",
+        "losses",
+    ]
+
+    base_model_fsdp_plan = {"embed_tokens.table": "free_full_weight", "norm": "keep_full_weight"}
 
     backbone: Any = None  # a dict until __post_init__, then a config
     m: int = 1
@@ -83,7 +92,7 @@ class VirtualWidthConfig(PreTrainedConfig):
             if name in kwargs:
                 setattr(self, name, kwargs.pop(name))
         if self.tie_word_embeddings is None:
-            self.tie_word_embeddings = bool(self.backbone.tie_word_embeddings)
+            self.tie_word_embeddings = bool(getattr(self.backbone, "tie_word_embeddings", False))
         self._check_choices()
         self.reduce, self.reduce_norm = resolve_reduce(self.geometry, self.reduce, self.reduce_norm)
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -134,6 +143,17 @@ class VirtualWidthConfig(PreTrainedConfig):
     def geometry(self) -> Geometry:
         """``(D, m, n)`` and what follows from them."""
         return Geometry(self.backbone.hidden_size, self.m, self.n)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """The backbone's tensor-parallel plan; the over-width state and its routing are replicated."""
+        plan = self.backbone.base_model_tp_plan or {}
+        wide = {"embed_tokens.table": "embedding_rowwise"} if plan else {}
+        return wide | {f"backbone.{name}": style for name, style in plan.items()}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing: a class of an installed package is imported, its source is not copied into checkpoints."""
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The backbone's config: what caches, masks and generation read."""

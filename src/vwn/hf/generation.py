@@ -14,6 +14,17 @@ class NgramGenerationMixin(GenerationMixin):
     """``GenerationMixin`` whose inputs hold ``preceding_ids`` and ``padding_mask`` where the embedding needs them."""
 
     config: Any
+    base_model: Any
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> bool:
+        """As in transformers, which goes by the class's name to find out what the model calls its cache."""
+        prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        names = self.base_model.backbone.arguments
+        if names is not None and "cache_params" in names and "past_key_values" in model_kwargs:
+            model_kwargs["cache_params"] = model_kwargs.pop("past_key_values")
+        return prepared
 
     def prepare_inputs_for_generation(
         self,
@@ -50,7 +61,17 @@ class NgramGenerationMixin(GenerationMixin):
                     "the start, and no prefill_chunk_size"
                 )
         mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-        ids = with_context(known, order, attention_mask=mask)[:, -(order - 1 + length) :]
-        inputs["preceding_ids"] = ids[:, : order - 1].contiguous()
-        inputs["padding_mask"] = ids[:, order - 1 :] != NO_TOKEN
-        return inputs
+        return inputs | ngram_inputs(known, length, order, mask)
+
+
+def ngram_inputs(known: Tensor, length: int, order: int, attention_mask: Tensor | None) -> dict[str, Tensor]:
+    """``preceding_ids`` and ``padding_mask`` for the last ``length`` of all ids so far.
+
+    Args:
+        known: ``[B, T]``.
+        length: of the chunk to embed.
+        order: ``K`` of the n-grams.
+        attention_mask: of ``known``, see :func:`vwn.ngram.with_context`.
+    """
+    ids = with_context(known, order, attention_mask=attention_mask)[:, -(order - 1 + length) :]
+    return {"preceding_ids": ids[:, : order - 1].contiguous(), "padding_mask": ids[:, order - 1 :] != NO_TOKEN}

@@ -1,16 +1,22 @@
 """What a decoder layer consists of: its sublayers, each a pre-norm, a core and a post-norm.
 
-A layout is all that virtual width needs to know of a backbone. The residual adds are not part of it: they are what the
-connections replace.
+That is all that virtual width needs to know of a layer. The residual adds are not part of it: they are what the
+connections replace. Layers of transformers need no layout, theirs is found (:mod:`vwn.hf.structure`).
 """
 
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from vwn.errors import UserError
+from vwn.hf.structure import Structure, find_structure
 from vwn.ops import NormWeights
 
 
@@ -30,21 +36,79 @@ class Sublayer:
     post_norm: str | None = None
     takes_context: bool = False
 
-    def __call__(self, layer: Any, x: Tensor, context: dict[str, Any], normed: bool = False) -> Tensor:
-        """``[B, S, D] -> [B, S, D]`` with the modules of ``layer``; ``normed`` if the pre-norm was already applied."""
-        if self.pre_norm and not normed:
-            x = getattr(layer, self.pre_norm)(x)
+    def __call__(self, layer: Any, x: Tensor, context: dict[str, Any]) -> Tensor:
+        """``[B, S, D] -> [B, S, D]`` behind the pre-norm, with the modules of ``layer``."""
         core = getattr(layer, self.core)
         z = core(hidden_states=x, **context) if self.takes_context else core(x)
         z = z[0] if isinstance(z, tuple) else z
         return getattr(layer, self.post_norm)(z) if self.post_norm else z
 
-    def fusable_norm(self, layer: Any, dtype: torch.dtype) -> NormWeights | None:
-        """The pre-norm's weights if it is the RMSNorm that the ops know, in ``dtype`` and without hooks."""
-        norm: Any = getattr(layer, self.pre_norm) if self.pre_norm else None
-        if type(norm).__name__ not in _RMS_NORMS or has_hooks(norm):
-            return None
-        return NormWeights(norm.weight, norm.variance_epsilon) if norm.weight.dtype == dtype else None
+
+class Layout(tuple[Sublayer, ...]):
+    """The sublayers of a decoder layer, in the order in which they run."""
+
+    @property
+    def names(self) -> list[str]:
+        """The attributes of the cores."""
+        return [sublayer.core for sublayer in self]
+
+    def norm(self, layer: Any, i: int) -> Any:
+        """The pre-norm of sublayer ``i``, if it has one."""
+        name = self[i].pre_norm
+        return getattr(layer, name) if name else None
+
+    def run(self, layer: Any, seam: Any, hidden_states: Tensor, *args: Any, **context: Any) -> Tensor:
+        """The layer on an over-width state ``[B, S, D']``: for each sublayer read, run, write (eq. 10).
+
+        Args:
+            layer: the decoder layer.
+            seam: has ``read(i, state)`` and ``write(i, state, z)``.
+            hidden_states: the state.
+            args, context: mask, positions, cache and whatever else the backbone hands its layers.
+        """
+        if args:
+            raise TypeError(f"{type(layer).__name__} takes everything but the state by keyword")
+        state = hidden_states
+        for i, sublayer in enumerate(self):
+            state = seam.write(i, state, sublayer(layer, seam.read(i, state), context))
+        return state
+
+
+PRE_NORM = Layout(
+    (
+        Sublayer("self_attn", pre_norm="input_layernorm", takes_context=True),
+        Sublayer("mlp", pre_norm="post_attention_layernorm"),
+    )
+)
+
+_LAYOUTS: dict[str, Layout] = {}
+
+
+def register_layout(decoder_layer: str, layout: Iterable[Sublayer]) -> None:
+    """Say what the decoder layers of class name ``decoder_layer`` consist of, instead of having it found out.
+
+    The layout must reproduce the layer: with ``m = n = 1`` and frozen connections the widened model has to equal the
+    backbone to the bit, which is the test to write for a new one.
+    """
+    _LAYOUTS[decoder_layer] = Layout(layout)
+
+
+def layout_of(layer: nn.Module) -> Layout | Structure:
+    """What a decoder layer consists of: as registered, or else found in the source of its ``forward``.
+
+    Raises:
+        UserError: it does not just add to its residual stream.
+    """
+    registered = _LAYOUTS.get(type(layer).__name__)
+    return find_structure(layer) if registered is None else registered
+
+
+def fusable_norm(norm: Any, dtype: torch.dtype) -> NormWeights | None:
+    """The weights of a norm if it is the RMSNorm that the ops know, in ``dtype`` and without hooks."""
+    kind: Any = type(norm)
+    if norm is None or has_hooks(norm) or not _is_plain_rms_norm(kind):
+        return None
+    return NormWeights(norm.weight, norm.variance_epsilon) if norm.weight.dtype == dtype else None
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -53,43 +117,19 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(module)
 
 
-Layout = tuple[Sublayer, ...]
-
-# `weight * round(x / rms(x))`; others differ, for instance by a gain of `1 + weight`
-_RMS_NORMS = ("LlamaRMSNorm", "Qwen3RMSNorm", "MixtralRMSNorm", "Qwen3MoeRMSNorm")
-
-PRE_NORM: Layout = (
-    Sublayer("self_attn", pre_norm="input_layernorm", takes_context=True),
-    Sublayer("mlp", pre_norm="post_attention_layernorm"),
-)
-
-_LAYOUTS: dict[str, Layout] = {
-    "LlamaDecoderLayer": PRE_NORM,
-    "Qwen3DecoderLayer": PRE_NORM,
-    "MixtralDecoderLayer": PRE_NORM,
-    "Qwen3MoeDecoderLayer": PRE_NORM,
-}
+@cache
+def _is_plain_rms_norm(norm_class: Any) -> bool:
+    """Whether a norm computes Llama's ``weight * round(x / rms(x))``; others have, say, a gain of ``1 + weight``."""
+    if norm_class is LlamaRMSNorm or "RMSNorm" not in norm_class.__name__:
+        return norm_class is LlamaRMSNorm
+    try:
+        return _body(norm_class) == _body(LlamaRMSNorm)
+    except (OSError, TypeError, SyntaxError):
+        return False
 
 
-def register_layout(decoder_layer: str, layout: Layout) -> None:
-    """Make the decoder layers of class name ``decoder_layer`` widenable.
-
-    The layout must reproduce the layer: with ``m = n = 1`` and frozen connections the widened model has to equal the
-    backbone to the bit, which is the test to write for a new one.
-    """
-    _LAYOUTS[decoder_layer] = tuple(layout)
-
-
-def layout_of(layer: nn.Module) -> Layout:
-    """The layout of a decoder layer.
-
-    Raises:
-        UserError: none is known for its class.
-    """
-    name = type(layer).__name__
-    if name not in _LAYOUTS:
-        raise UserError(
-            f"no layout is known for the decoder layer {name}; known are {', '.join(sorted(_LAYOUTS))}. Describe its "
-            f'sublayers with vwn.hf.register_layout("{name}", (Sublayer(...), ...)); see docs/layouts.md'
-        )
-    return _LAYOUTS[name]
+def _body(norm_class: type) -> list[str]:
+    forward: Any = norm_class.forward  # type: ignore[attr-defined]
+    function: Any = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
+    docstring = ast.get_docstring(function) is not None
+    return [ast.unparse(statement) for statement in function.body[docstring:]]

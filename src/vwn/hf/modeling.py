@@ -12,18 +12,20 @@ from transformers.utils import can_return_tuple
 from vwn.embedding import OverWidthEmbedding, OverWidthReduce, UnembeddingExpand
 from vwn.errors import UserError
 from vwn.hf.configuration import VirtualWidthConfig
-from vwn.hf.generation import NgramGenerationMixin
+from vwn.hf.families import has_head_bias, scaled_embedding, scaled_hidden, scaled_logits, scales_logits
 from vwn.hf.layouts import has_hooks
 from vwn.hf.loss import choose_loss, fused_cross_entropy
+from vwn.hf.mtp_decoding import MtpGenerationMixin
 from vwn.hf.outputs import VirtualWidthCausalLMOutput, VirtualWidthModelOutput
+from vwn.hf.saving import SavingMixin
 from vwn.hf.stream import Stream, keeps_its_weights
-from vwn.hf.widening import VirtualWidthLayer, build_backbone, build_mtp_layer, init_virtual_width
+from vwn.hf.widening import VirtualWidthLayer, build_backbone, build_mtp_layer, init_virtual_width, widen_backbone
 from vwn.multi_token import MultiTokenPredictor
 from vwn.ops import choose
 from vwn.seam import Connection
 
 
-class VirtualWidthPreTrainedModel(PreTrainedModel):
+class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
     """What the two models share: flags, initialisation, access to the embedding table."""
 
     config: VirtualWidthConfig
@@ -40,8 +42,17 @@ class VirtualWidthPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        init_virtual_width(module)
+        backbone = getattr(self.base_model, "backbone", None)
+        if backbone is None:  # the model is still being put together
+            super()._init_weights(module)
+            init_virtual_width(module)
+        else:
+            backbone._init_weights(module)  # its final norm, embedding and head start by its own rules
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: initialisation leaves alone what was loaded, and the buffers that are not saved have to have it."""
+        return False
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -75,10 +86,12 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
     ``torch.compile``: with ``fullgraph=True`` it is refused, otherwise the graph breaks around the layers. Nor with
     layers that are sharded or wrapped, whose weights are elsewhere in the backward. MTP layers keep their states."""
 
-    def __init__(self, config: VirtualWidthConfig) -> None:
+    def __init__(self, config: VirtualWidthConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         g = config.geometry
-        self.backbone, self.norm = build_backbone(config, config.backbone)
+        self.backbone, self.norm, table = (
+            build_backbone(config, config.backbone) if backbone is None else widen_backbone(config, backbone)
+        )
         self.embed_tokens = OverWidthEmbedding(
             g,
             config.vocab_size,
@@ -87,13 +100,20 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
             config.ngram_order,
             config.ngram_buckets,
             config.table_factor,
+            table,
         )
+        self.embed_tokens.table._is_hf_initialized = False  # type: ignore[assignment] # its rows may be new
         self.reduce = self._new_reduce()
         self.mtp = nn.ModuleList(
             MultiTokenPredictor(g, layer, self._new_reduce(), norm)
             for layer, norm in (build_mtp_layer(config, k) for k in range(config.num_mtp_modules))
         )
         self.post_init()
+
+    @property
+    def layers(self) -> Any:
+        """The backbone's layers."""
+        return self.backbone.anatomy.layers(self.backbone)
 
     def _new_reduce(self) -> OverWidthReduce:
         c = self.config
@@ -110,6 +130,7 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
         use_cache: bool | None = None,
         preceding_ids: Tensor | None = None,
         padding_mask: Tensor | None = None,
+        cache_params: Cache | None = None,
         **kwargs: Any,
     ) -> VirtualWidthModelOutput:
         """``input_ids`` ``[B, S]`` or over-width ``inputs_embeds`` ``[B, S, D']`` to hidden states ``[B, S, D]``.
@@ -120,15 +141,18 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
             preceding_ids: with n-grams and a cache, the last ``K-1`` ids before ``input_ids``, ``[B, K-1]``, -1 where
                 there is none.
             padding_mask: 0 at padding, ``[B, S]``; n-grams take it from a two-dimensional ``attention_mask`` otherwise.
+            cache_params: the cache, for backbones that call it so.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        state: Any
         if input_ids is not None:
             if preceding_ids is None:
                 self._check_starts(past_key_values)
             if padding_mask is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
                 padding_mask = attention_mask
-            state = self.embed_tokens(input_ids, preceding_ids, padding_mask)
+            rows = self.embed_tokens(input_ids, preceding_ids, padding_mask)
+            state = scaled_embedding(rows, self.config.backbone)
         else:
             state = inputs_embeds
         self._check_width(state)
@@ -136,20 +160,21 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
             if kwargs.get(name) is None:
                 kwargs[name] = getattr(self.config, name)
         if self.config.connection != "residual":
-            kwargs["stream"] = Stream(self.backbone.layers, self._keep_every())
-        out = self.backbone(
+            kwargs["stream"] = Stream(self.layers, self._keep_every())
+        out = self.backbone.run(
             inputs_embeds=state.view_as(state),  # so that its gradients add up in one order, checkpointing or not
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache_params is None else cache_params,
             use_cache=use_cache,
             **kwargs,
         )
         return VirtualWidthModelOutput(
             last_hidden_state=self.norm(self.reduce(out.last_hidden_state)),
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
+            past_key_values=out.get("past_key_values", past_key_values),  # some change it without returning it
+            cache_params=out.get("cache_params"),
+            hidden_states=out.get("hidden_states"),
+            attentions=out.get("attentions"),
             router_logits=out.get("router_logits"),
             over_width_state=out.last_hidden_state,
             initial_state=state,
@@ -175,7 +200,9 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
         router_logits: list[Tensor] = []
 
         def run(layer: nn.Module, state: Tensor) -> Tensor:
-            out = layer(inputs_embeds=state, use_cache=False, **context)
+            out = layer.run(  # type: ignore[operator]
+                inputs_embeds=state, use_cache=False, **context
+            )
             router_logits.extend(out.get("router_logits") or ())
             return out.last_hidden_state
 
@@ -197,12 +224,12 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
                 f"keep_states_every = {every} cannot rebuild the states of connection {c.connection!r}{carry}; "
                 "set it to 1"
             )
-        checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in self.backbone.layers)
+        checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers)
         if every > 1 and self.training and checkpointing:
             raise UserError(
                 f"keep_states_every = {every} and gradient checkpointing both rebuild the states; use one of them"
             )
-        kept = all(isinstance(x, VirtualWidthLayer) and keeps_its_weights(x) for x in self.backbone.layers)
+        kept = all(isinstance(x, VirtualWidthLayer) and keeps_its_weights(x) for x in self.layers)
         if every > 1 and self.training and self.config.connection == "ghc" and not kept:
             raise UserError(
                 f"keep_states_every = {every} needs the layers' weights in the backward, and these are sharded (FSDP, "
@@ -227,20 +254,23 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
             )
 
 
-class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, NgramGenerationMixin):
+class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
     """A causal language model with virtual width and, optionally, multi-token prediction."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.table.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     loss_backend: str = "auto"
     """What computes the training loss: ``"liger"`` keeps no logits (and returns none), ``"torch"``, or ``"auto"``."""
 
-    def __init__(self, config: VirtualWidthConfig) -> None:
+    def __init__(self, config: VirtualWidthConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        self.model = VirtualWidthModel(config)
+        self.model = VirtualWidthModel(config, backbone)
         k = config.table_factor
         self.unembed_expand = UnembeddingExpand(config.hidden_size, k) if k > 1 else nn.Identity()
-        self.lm_head = nn.Linear(k * config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(k * config.hidden_size, config.vocab_size, bias=has_head_bias(config.backbone))
+        self._is_stateful = self.model.backbone._is_stateful  # whether its cache can be rolled back
         self.post_init()
 
     @can_return_tuple
@@ -256,6 +286,7 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, NgramGenerationMixin)
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
         output_mtp_logits: bool = False,
+        output_over_width_state: bool = False,
         num_items_in_batch: Tensor | int | None = None,
         preceding_ids: Tensor | None = None,
         padding_mask: Tensor | None = None,
@@ -267,6 +298,7 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, NgramGenerationMixin)
 
         Args:
             output_mtp_logits: also return the MTP modules' logits; they run anyway when there are labels.
+            output_over_width_state: also return ``H'_L``, which the first MTP module starts from.
             num_items_in_batch: number of targets over all accumulated batches, the loss's denominator.
             preceding_ids, padding_mask: for n-grams, see :meth:`VirtualWidthModel.forward`.
         """
@@ -319,12 +351,14 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, NgramGenerationMixin)
             loss=loss,
             logits=logits,
             past_key_values=out.past_key_values,
+            cache_params=out.cache_params,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
             router_logits=out.router_logits,
             aux_loss=aux_loss,
             losses=losses,
             mtp_logits=tuple(mtp_logits) if output_mtp_logits else None,
+            over_width_state=out.over_width_state if output_over_width_state else None,
         )
 
     @property
@@ -337,13 +371,15 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, NgramGenerationMixin)
         self.model.keep_states_every = every
 
     def _unembed(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(self.unembed_expand(hidden))
+        backbone = self.config.backbone
+        return scaled_logits(self.lm_head(self.unembed_expand(scaled_hidden(hidden, backbone))), backbone)
 
     def _fuses_loss(self) -> bool:
         """Whether the training loss is computed without the logits; only for an unembedding and a loss as they come."""
         backend = choose_loss(self.loss_backend, self.lm_head.weight.device)
         as_they_come = type(self.lm_head) is nn.Linear and not has_hooks(self.lm_head)
-        as_they_come &= not hasattr(self, "_loss_function")
+        as_they_come &= not hasattr(self, "_loss_function") and self.lm_head.bias is None
+        as_they_come &= not scales_logits(self.config.backbone)
         if self.loss_backend == "liger" and not as_they_come:
             raise UserError("loss backend 'liger' needs the model's own unembedding and loss function; use 'torch'")
         return backend == "liger" and as_they_come
@@ -380,7 +416,12 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, NgramGenerationMixin)
 
     def _aux_loss(self, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
         b = self.config.backbone
-        experts = getattr(b, "num_local_experts", None) or b.num_experts
+        if not router_logits:
+            raise UserError(
+                f"a backbone of type {b.model_type} hands out no router logits; set its output_router_logits to false"
+            )
+        counts = (getattr(b, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+        experts = next(count for count in counts if count)
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             tokens = router_logits[0].shape[0] // attention_mask.shape[0]
             attention_mask = attention_mask[:, -tokens:]  # in decoding it covers the cache as well

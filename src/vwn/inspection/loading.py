@@ -11,30 +11,9 @@ from torch import Tensor
 
 from vwn.errors import UserError
 from vwn.hf import VirtualWidthForCausalLM
+from vwn.training.directory import locate as locate
 
 DEFAULT_WINDOW = 512
-
-
-def locate(checkpoint: str) -> Path | str:
-    """The folder of a checkpoint: itself, or the last one of a run directory; a hub id stays as it is.
-
-    Raises:
-        UserError: there is no model.
-    """
-    path = Path(checkpoint)
-    if path.is_dir() and not (path / "config.json").exists():
-        from vwn.training.directory import last_checkpoint
-
-        path = last_checkpoint(path) or path
-    if not path.exists():
-        if checkpoint.count("/") == 1:
-            return checkpoint
-        raise UserError(f"there is no checkpoint at {checkpoint!r}; give a run directory or a hub id owner/name")
-    if not (path / "config.json").exists():
-        raise UserError(
-            f"{path} holds no model (no config.json); give the --out of a training run or a checkpoint-N in it"
-        )
-    return path
 
 
 def load_model(source: Path | str) -> VirtualWidthForCausalLM:

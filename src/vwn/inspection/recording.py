@@ -63,5 +63,5 @@ def record(model: VirtualWidthForCausalLM, ids: Tensor, visit: Visit) -> Tensor:
 
 def sublayer_names(model: VirtualWidthForCausalLM) -> list[str]:
     """``attn 1, mlp 1, attn 2, ...`` in the order in which they run."""
-    layers = enumerate(model.model.backbone.layers, 1)
-    return [f"{_SHORT.get(s.core, s.core)} {number}" for number, layer in layers for s in layer.layout]
+    layers = enumerate(model.model.layers, 1)
+    return [f"{_SHORT.get(name, name)} {number}" for number, layer in layers for name in layer.layout.names]

@@ -10,10 +10,11 @@ from tqdm.auto import tqdm
 from vwn.errors import UserError
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.inspection.config import InspectConfig
-from vwn.inspection.loading import load_model, load_tokens, locate
+from vwn.inspection.loading import load_model, load_tokens
 from vwn.inspection.measures import DepthMap, SublayerStatistics, Unrolled, split, static_routing, tanh_scales
 from vwn.inspection.recording import record, sublayer_names
 from vwn.seam import Connection
+from vwn.training.directory import locate
 
 BATCH_BYTES = 1 << 28
 

@@ -126,6 +126,28 @@ def last_checkpoint(directory: Path) -> Path | None:
     return None
 
 
+def locate(checkpoint: str) -> Path | str:
+    """The folder of a checkpoint: itself, or the last one of a run directory; a hub id stays as it is.
+
+    Raises:
+        UserError: there is no model.
+    """
+    path = Path(checkpoint)
+    if path.is_dir() and not (path / "config.json").exists():
+        path = last_checkpoint(path) or path
+    if not path.exists():
+        # owner/name is a hub id, unless its first part is a folder here or looks like one
+        is_local = checkpoint.startswith((".", "/", "~", "runs/")) or path.parent.is_dir()
+        if checkpoint.count("/") == 1 and not is_local:
+            return checkpoint
+        raise UserError(f"there is no checkpoint at {checkpoint!r}; give a run directory or a hub id owner/name")
+    if not (path / "config.json").exists():
+        raise UserError(
+            f"{path} holds no model (no config.json); give the --out of a training run or a checkpoint-N in it"
+        )
+    return path
+
+
 def damage_of(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be resumed from, as far as its files' own structure tells; None if it can."""
     try:

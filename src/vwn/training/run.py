@@ -19,6 +19,7 @@ from vwn.cost import model_cost
 from vwn.data import Corpus, prepare
 from vwn.errors import UserError
 from vwn.hf import VirtualWidthForCausalLM
+from vwn.hf.card import TrainingFacts
 from vwn.hf.loss import choose_loss
 from vwn.ops import choose
 from vwn.training import directory
@@ -154,10 +155,25 @@ def _train(config: TrainConfig, corpus: Corpus, model: Any, learning_rate: float
             seen = [p for p in validation_curve(trainer.state.log_history) if p["tokens"] < lost["tokens"]]
             diverged.result = result([*seen, lost | {"seconds": round(trainer.stopwatch.seconds, 3)}])
             raise
-    trainer.save_final()
     finished = result(validation_curve(trainer.state.log_history))
+    if isinstance(model, VirtualWidthForCausalLM):
+        model.training_facts = training_facts(config, finished, directory.read_json(config.out / "run.json"))
+    trainer.save_final()
     directory.write_json(config.out / "result.json", dataclasses.asdict(finished))
     return finished
+
+
+def training_facts(config: TrainConfig, result: RunResult, record: dict[str, Any]) -> TrainingFacts:
+    """What the model card says of a finished run, from its configuration, result and ``run.json``."""
+    last = result.curve[-1]
+    losses = {"next-token loss": last["loss"], "next-2-token loss": last["loss_2"]}
+    return TrainingFacts(
+        data=config.corpus.data,
+        tokens=int(last["tokens"] or 0),
+        losses={name: value for name, value in losses.items() if value is not None},
+        command=record["command"],
+        versions={name: value for name, value in record["versions"].items() if value is not None},
+    )
 
 
 def stored_result(out: Path) -> RunResult | None:

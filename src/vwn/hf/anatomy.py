@@ -1,0 +1,132 @@
+"""The parts of a base model of transformers: where its layers, its final norm and its token embedding are."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from vwn.errors import UserError
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Names of the parts of a base model.
+
+    Args:
+        stack_name: path from the model to the module that runs the layers; empty for the model itself.
+        layers_name: attribute of the stack that holds the list of layers.
+        norm_name: attribute of the stack that holds the norm behind the last layer, or empty.
+        embedding_name: path from the model to the token embedding.
+    """
+
+    stack_name: str
+    layers_name: str
+    norm_name: str
+    embedding_name: str
+
+    def stack(self, model: nn.Module) -> Any:
+        """The module that runs the layers."""
+        return model.get_submodule(self.stack_name)
+
+    def layers(self, model: nn.Module) -> Any:
+        """The ``nn.ModuleList`` of layers."""
+        return getattr(self.stack(model), self.layers_name)
+
+    def take_norm(self, model: nn.Module) -> nn.Module:
+        """The final norm, replaced by nothing."""
+        if not self.norm_name:
+            return nn.Identity()
+        stack = self.stack(model)
+        norm = getattr(stack, self.norm_name)
+        setattr(stack, self.norm_name, nn.Identity())
+        return norm
+
+    def take_embedding(self, model: nn.Module) -> Any:
+        """The token embedding, of which the model keeps nothing."""
+        parent, _, name = self.embedding_name.rpartition(".")
+        owner = model.get_submodule(parent)
+        table = getattr(owner, name)
+        setattr(owner, name, None)
+        return table
+
+
+def find_anatomy(model: Any) -> Anatomy:
+    """Find the parts in the source of the model's ``forward`` and of the modules inside it.
+
+    Raises:
+        UserError: no loop over a list of layers, more than one, no token embedding, or no way to give embeddings.
+    """
+    name = type(model).__name__
+    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+        raise UserError(f"{name} cannot be widened: its forward takes no inputs_embeds")
+    table = model.get_input_embeddings()
+    embedding = next((path for path, module in model.named_modules() if module is table and path), None)
+    if embedding is None or not isinstance(table, nn.Embedding):
+        raise UserError(f"{name} cannot be widened: it has no token embedding that could be replaced")
+    stacks = []
+    for path, module in model.named_modules():
+        for layers_name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) and (loop := _loop(module, layers_name)) is not None:
+                stacks.append((path, layers_name, loop))
+    stacks = [s for s in stacks if not any(_inside(s, other) for other in stacks)]
+    if len(stacks) != 1:
+        found = ", ".join(f"{path}.{layers}".lstrip(".") for path, layers, _ in stacks) or "none"
+        raise UserError(f"{name} cannot be widened: it should run one list of decoder layers, found {found}")
+    path, layers_name, norm_name = stacks[0]
+    if norm_name and _calls(model.get_submodule(path), norm_name) > 1:
+        raise UserError(f"{name} cannot be widened: it uses its final norm {norm_name!r} elsewhere as well")
+    return Anatomy(path, layers_name, norm_name, embedding)
+
+
+def _inside(stack: tuple[str, str, str], other: tuple[str, str, str]) -> bool:
+    """Whether a list of modules belongs to a layer of another, as a layer's experts do."""
+    prefix = f"{other[0]}.{other[1]}.".lstrip(".")
+    return stack[0].startswith(prefix)
+
+
+def _loop(stack: nn.Module, layers_name: str) -> str | None:
+    """Name of the module called first behind the loop over the layers (the final norm); ``None`` without one loop."""
+    body = _body(stack)
+    if sum(_runs_over(node, layers_name) for statement in body for node in ast.walk(statement)) != 1:
+        return None
+    for i, statement in enumerate(body):
+        if _runs_over(statement, layers_name):
+            return _first_module(stack, body[i + 1 :])
+    return None
+
+
+def _body(stack: nn.Module) -> list[ast.stmt]:
+    try:
+        tree: Any = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(stack).forward))))
+    except (OSError, TypeError, SyntaxError):
+        return []
+    return getattr(tree.body[0], "body", [])
+
+
+def _runs_over(node: ast.AST, layers_name: str) -> bool:
+    """Whether a node is a loop over ``self.layers``, a slice of it, or ``enumerate`` and the like of it."""
+    if not isinstance(node, ast.For):
+        return False
+    named = (n for n in ast.walk(node.iter) if isinstance(n, ast.Attribute) and n.attr == layers_name)
+    return any(isinstance(n.value, ast.Name) and n.value.id == "self" for n in named)
+
+
+def _calls(stack: nn.Module, name: str) -> int:
+    """How often a module is called in the stack's forward."""
+    nodes = (node for statement in _body(stack) for node in ast.walk(statement))
+    return sum(isinstance(n, ast.Call) and ast.unparse(n.func) == f"self.{name}" for n in nodes)
+
+
+def _first_module(stack: nn.Module, statements: list[ast.stmt]) -> str:
+    for statement in statements:
+        for node in ast.walk(statement):
+            f = node.func if isinstance(node, ast.Call) else None
+            of_self = isinstance(f, ast.Attribute) and isinstance(f.value, ast.Name) and f.value.id == "self"
+            if of_self and isinstance(getattr(stack, f.attr, None), nn.Module):  # type: ignore[union-attr]
+                return f.attr  # type: ignore[union-attr]
+    return ""

@@ -1,0 +1,128 @@
+"""What the model types of transformers do outside their decoder layers, and which cannot be widened.
+
+The layers explain themselves (:mod:`vwn.hf.structure`); what stands in front of and behind them is told here, by the
+names that the types' configs and modules have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Family:
+    """The facts about one model type.
+
+    Args:
+        positions: modules between the token embedding and the first layer whose output of width ``D`` is added.
+        embedding_norm: a norm of width ``D`` over the embedding.
+        multiplies_embedding: field of the config that multiplies the rows of the table, outside of the table.
+        head_bias: whether the unembedding has a bias.
+        divides_hidden: field of the config that divides the final hidden state.
+        divides_logits: field of the config that divides the logits.
+        multiplies_logits: field of the config that multiplies the logits.
+        refused: why the type cannot be widened.
+    """
+
+    positions: tuple[str, ...] = ()
+    embedding_norm: str | None = None
+    multiplies_embedding: str | None = None
+    head_bias: bool = False
+    divides_hidden: str | None = None
+    divides_logits: str | None = None
+    multiplies_logits: str | None = None
+    refused: str | None = None
+
+
+_WIDENED = Family(refused="its residual stream is widened already")
+_COHERE = Family(multiplies_logits="logit_scale")
+_GRANITE = Family(divides_logits="logits_scaling")
+_SHARED = Family(refused="its layers share weights and take the embedding beside the residual stream")
+
+FAMILIES: dict[str, Family] = {
+    "biogpt": Family(positions=("embed_positions",)),
+    "bloom": Family(embedding_norm="word_embeddings_layernorm"),
+    "codegen": Family(head_bias=True),
+    "cohere": _COHERE,
+    "cohere2": _COHERE,
+    "cohere2_moe": _COHERE,
+    "cohere_compass_text": _COHERE,
+    "deepseek_v4": _WIDENED,
+    "ctrl": Family(refused="it adds positions to the embedding in its own forward"),
+    "falcon_h1": Family(multiplies_embedding="embedding_multiplier", multiplies_logits="lm_head_multiplier"),
+    "gemma3n": _WIDENED,
+    "gemma3n_text": _WIDENED,
+    "glm5_next": _WIDENED,
+    "gpt-sw3": Family(positions=("wpe",)),
+    "gpt2": Family(positions=("wpe",)),
+    "gpt_bigcode": Family(positions=("wpe",)),
+    "gpt_neo": Family(positions=("wpe",)),
+    "gptj": Family(head_bias=True),
+    "granite": _GRANITE,
+    "granite_swa": _GRANITE,
+    "granitemoe": _GRANITE,
+    "granitemoe_swa": _GRANITE,
+    "granitemoehybrid": _GRANITE,
+    "granitemoeshared": _GRANITE,
+    "hrm_text": Family(refused="it runs its layers several times over, on states that it adds up between"),
+    "hy_v4": _WIDENED,
+    "hyperclovax": Family(multiplies_logits="logits_scaling"),
+    "inkling_text": Family(divides_hidden="logits_mup_width_multiplier"),
+    "inkling2_text": Family(refused="its layers mix all earlier states, by a residual scheme of their own"),
+    "minicpm3": Family(divides_hidden="logits_scaling"),
+    "modernbert-decoder": Family(refused="its head is more than one linear map"),
+    "opt": Family(positions=("embed_positions",)),
+    "phi": Family(head_bias=True),
+    "qwen4_exp": _WIDENED,
+    "qwen4_exp_text": _WIDENED,
+    "xglm": Family(positions=("embed_positions",)),
+    "zamba": _SHARED,
+    "zamba2": _SHARED,
+}
+
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def family_of(config: Any) -> Family:
+    """The facts about the model type of a transformers config."""
+    return FAMILIES.get(config.model_type, Family())
+
+
+def has_head_bias(config: Any) -> bool:
+    """Whether the unembedding has a bias."""
+    return family_of(config).head_bias or bool(getattr(config, "lm_head_bias", False))
+
+
+def scaled_embedding(state: Tensor, config: Any) -> Tensor:
+    """The embedding ``[..., D']`` that the backbone's layers expect, from rows of the table."""
+    name = family_of(config).multiplies_embedding
+    return state * getattr(config, name) if name else state
+
+
+def scaled_hidden(hidden: Tensor, config: Any) -> Tensor:
+    """What the unembedding gets: the final hidden state ``[..., D]``, divided if the model type does that."""
+    name = family_of(config).divides_hidden
+    return hidden / getattr(config, name) if name else hidden
+
+
+def scaled_logits(logits: Tensor, config: Any) -> Tensor:
+    """The model type's logits ``[..., V]`` from those of the linear map: scaled, and capped to ``c tanh(x / c)``."""
+    family = family_of(config)
+    if family.divides_logits:
+        logits = logits / getattr(config, family.divides_logits)
+    if family.multiplies_logits:
+        scale = getattr(config, family.multiplies_logits)
+        logits = logits if scale is None else logits * scale
+    cap = next((c for c in (getattr(config, name, None) for name in _SOFTCAPS) if c), None)
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def scales_logits(config: Any) -> bool:
+    """Whether :func:`scaled_hidden` or :func:`scaled_logits` do anything."""
+    family = family_of(config)
+    scaled = family.divides_hidden or family.divides_logits or family.multiplies_logits
+    return bool(scaled) or any(getattr(config, name, None) for name in _SOFTCAPS)

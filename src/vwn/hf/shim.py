@@ -1,0 +1,5 @@
+"""Loads this checkpoint with the installed package vwn. Nothing of the model is defined here."""
+
+from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM, VirtualWidthModel
+
+__all__ = ["VirtualWidthConfig", "VirtualWidthForCausalLM", "VirtualWidthModel"]
