@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import toy_layers
 from conftest import perturb
-from test_structure import D, Layer, add, run_plain, run_wide, widened
 from torch import Tensor, nn
+from toy_layers import D, run_plain, run_wide, widened
 
 from vwn import UserError
 from vwn.hf.structure import find_structure
@@ -66,7 +67,7 @@ def toy(body: str) -> Any:
         f"q = torch.ones(())\nz = self.attn(self.norm1(h))[0]\n{textwrap.dedent(body).strip()}\n", " " * 8
     )
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    names = {**globals(), "__name__": __name__}
+    names = {**vars(toy_layers), **globals(), "__name__": __name__}
     exec(compile(source, name, "exec"), names)
     layer = names["Toy"]()
     layer.adds_itself = AddsItself()

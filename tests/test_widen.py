@@ -287,3 +287,35 @@ def test_on_the_command_line(tmp_path, capsys, monkeypatch):
 
 def test_it_is_at_the_top_of_the_package():
     assert vwn.widen is vwn.hf.widen
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "falcon_mamba"])
+def test_what_needs_the_stream_says_so_where_it_does_not_reach_the_layers(model_type):
+    from vwn.inspection.recording import record
+
+    wide = widen(zoo.tiny_causal_lm(model_type), m=2, n=4).train()
+    with pytest.raises(UserError, match=f"type {model_type} does not hand"):
+        record(wide, ids_of(), lambda *_: None)
+    wide.model.keep_states_every = 2
+    with pytest.raises(UserError, match=f"type {model_type} does not; set it to 1"):
+        wide(ids_of(), labels=ids_of())
+
+
+@pytest.mark.parametrize(
+    "model_type", ["gpt2", "gemma3_text", "qwen3_next", "mistral", "granite", "cohere2", "bloom", "gptj"]
+)
+def test_the_stream_reaches_the_layers_of_others(model_type):
+    """Rebuilt states give the same gradients, and every sublayer can be looked into."""
+    from vwn.inspection.recording import record, sublayer_names
+
+    wide = perturb(widen(zoo.tiny_causal_lm(model_type), m=2, n=4), scale=0.05).train()
+    seen = []
+    record(wide.eval(), ids_of(), lambda i, *_: seen.append(i))
+    assert seen == list(range(len(sublayer_names(wide))))
+    gradients = []
+    for every in (1, 3):
+        wide.train().model.keep_states_every = every
+        wide.zero_grad()
+        wide(ids_of(), labels=ids_of()).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in wide.named_parameters() if p.grad is not None})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])

@@ -128,7 +128,8 @@ def _config(model: Any, embedding: str, **fields: Any) -> VirtualWidthConfig:
     refuse_family(backbone)
     if _base(model) is None:
         raise UserError(f"{name} cannot be widened: it is not a head on the base model of its config")
-    tied = bool(getattr(backbone, "tie_word_embeddings", False)) and not (embedding == "direct" and fields["n"] != fields["m"])
+    wide_table = embedding == "direct" and fields["n"] != fields["m"]
+    tied = bool(getattr(backbone, "tie_word_embeddings", False)) and not wide_table
     config = VirtualWidthConfig(
         backbone=backbone,
         embedding=embedding,

@@ -235,6 +235,11 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
                 f"keep_states_every = {every} needs the layers' weights in the backward, and these are sharded (FSDP, "
                 "ZeRO) or wrapped; set it to 1"
             )
+        if every > 1 and self.training and not self.backbone.hands_on_stream:
+            raise UserError(
+                f"keep_states_every = {every} needs a backbone that hands its layers what accompanies the state, which "
+                f"one of type {c.backbone.model_type} does not; set it to 1"
+            )
         if every > 1 and torch.compiler.is_compiling():
             raise UserError(f"keep_states_every = {every} does not go through torch.compile; set it to 1")
         return every

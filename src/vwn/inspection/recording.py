@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vwn.errors import UserError
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.hf.stream import Reader, Stream
 from vwn.seam import Connection
@@ -22,7 +23,7 @@ class RecordingStream(Stream):
 
     def __init__(self, visit: Visit) -> None:
         super().__init__()
-        self._visit, self._index = visit, 0
+        self._visit, self.index = visit, 0
 
     def read(self, state: Tensor, reader: Reader) -> Tensor:
         return reader.connection.read(state, reader.norm)
@@ -32,8 +33,8 @@ class RecordingStream(Stream):
         return new, self.read(new, reader)
 
     def write(self, state: Tensor, z: Tensor, connection: Connection, ahead: Reader | None = None) -> Tensor:
-        self._visit(self._index, state, z, connection)
-        self._index += 1
+        self._visit(self.index, state, z, connection)
+        self.index += 1
         return connection.write(state, z)
 
 
@@ -49,16 +50,27 @@ def record(model: VirtualWidthForCausalLM, ids: Tensor, visit: Visit) -> Tensor:
 
     Returns:
         the final state, ``[B, S, D']``.
+
+    Raises:
+        UserError: a backbone that does not hand its layers what accompanies the state.
     """
+    stream = RecordingStream(visit)
 
     def use_ours(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, kwargs | {"stream": RecordingStream(visit)}
+        return args, kwargs | {"stream": stream}
 
     hook = model.model.backbone.register_forward_pre_hook(use_ours, with_kwargs=True)
     try:
-        return model.model(input_ids=ids, use_cache=False).over_width_state
+        if model.model.backbone.arguments is None:
+            state = model.model(input_ids=ids, use_cache=False).over_width_state
+            if stream.index == len(sublayer_names(model)):
+                return state
     finally:
         hook.remove()
+    raise UserError(
+        f"a backbone of type {model.config.backbone.model_type} does not hand all of its layers what accompanies the "
+        "state, so they cannot be looked into"
+    )
 
 
 def sublayer_names(model: VirtualWidthForCausalLM) -> list[str]:
