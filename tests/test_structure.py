@@ -1,4 +1,4 @@
-"""The structure found in a layer's source: the toys.widened layer computes what the layer does, whatever its habits."""
+"""The structure found in a layer's source: the widened layer computes what the layer does, whatever its habits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 import torch
 import toy_layers as toys
 from conftest import perturb
+from zoo import tiny_causal_lm
 
-from vwn import UserError
+from vwn import UserError, widen
 from vwn.hf.structure import find_structure
 
 WITH_MASK = [toys.PreNorm, toys.Sandwich, toys.Helpers, toys.Branches, toys.Arguments]
@@ -109,10 +110,23 @@ def test_a_replaced_forward_is_refused() -> None:
 
 def test_without_source_or_stream_it_is_refused() -> None:
     names: dict[str, Any] = {"Layer": toys.Layer}
-    exec("class Unread(toys.Layer):\n    def forward(self, h):\n        return h + self.mlp(h)", names)
+    exec("class Unread(Layer):\n    def forward(self, h):\n        return h + self.mlp(h)", names)
     with pytest.raises(UserError, match=r"source of Unread\.forward cannot be read"):
         find_structure(names["Unread"]())
     with pytest.raises(UserError, match="does not take the residual stream as its first argument"):
         find_structure(toys.NoStream())
     with pytest.raises(UserError, match="calls super"):
         find_structure(toys.Inheriting())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma3_text"])
+def test_compiles_in_one_graph(model_type: str) -> None:
+    plain = tiny_causal_lm(model_type)
+    wide = perturb(widen(plain, m=2, n=3), scale=0.05).eval()
+    ids = torch.randint(1, 90, (2, 9))
+    with torch.no_grad():
+        expected = wide(ids, use_cache=False).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(wide, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)

@@ -159,8 +159,9 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name) is None:
                 kwargs[name] = getattr(self.config, name)
+        stream = None
         if self.config.connection != "residual":
-            kwargs["stream"] = Stream(self.layers, self._keep_every())
+            stream = kwargs["stream"] = Stream(self.layers, self._keep_every())
         out = self.backbone.run(
             inputs_embeds=state.view_as(state),  # so that its gradients add up in one order, checkpointing or not
             attention_mask=attention_mask,
@@ -169,6 +170,11 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
+        if stream is not None and stream.keep_every > 1 and not stream.used:
+            raise UserError(
+                f"keep_states_every = {stream.keep_every} needs a backbone that hands its layers what accompanies the "
+                f"state, which one of type {self.config.backbone.model_type} does not; set it to 1"
+            )
         return VirtualWidthModelOutput(
             last_hidden_state=self.norm(self.reduce(out.last_hidden_state)),
             past_key_values=out.get("past_key_values", past_key_values),  # some change it without returning it
@@ -234,11 +240,6 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
             raise UserError(
                 f"keep_states_every = {every} needs the layers' weights in the backward, and these are sharded (FSDP, "
                 "ZeRO) or wrapped; set it to 1"
-            )
-        if every > 1 and self.training and not self.backbone.hands_on_stream:
-            raise UserError(
-                f"keep_states_every = {every} needs a backbone that hands its layers what accompanies the state, which "
-                f"one of type {c.backbone.model_type} does not; set it to 1"
             )
         if every > 1 and torch.compiler.is_compiling():
             raise UserError(f"keep_states_every = {every} does not go through torch.compile; set it to 1")

@@ -38,7 +38,7 @@ class Stream:
 
     def __init__(self, layers: Sequence[Any] = (), keep_every: int = 1) -> None:
         self._layers, self._position, self._compiling = layers, 0, torch.compiler.is_compiling()
-        self._keep_every = keep_every
+        self.keep_every, self.used = keep_every, False
         self._read_ahead: tuple[Tensor, int | None, Reader, bool, Tensor] | None = None
         self._last: tuple[Tensor, int | None, KeptState] | None = None
 
@@ -54,6 +54,7 @@ class Stream:
 
     def read(self, state: Tensor, reader: Reader) -> Tensor:
         """What ``reader`` reads from ``state``: ``[..., D'] -> [..., D]``; there already if the last write did it."""
+        self.used = True
         ahead, self._read_ahead = self._read_ahead, None
         if ahead is not None:
             written, version, made_for, with_grad, x = ahead
@@ -83,11 +84,11 @@ class Stream:
         return new
 
     def _note(self, state: Tensor, z: Tensor, connection: Connection, new: Tensor) -> None:
-        if self._keep_every > 1 and torch.is_grad_enabled():
+        if self.keep_every > 1 and torch.is_grad_enabled():
             assert isinstance(connection, GeneralizedHyperConnection)
             assert connection.rewrites
             step = self._kept(state).step + 1
-            if step % self._keep_every:
+            if step % self.keep_every:
                 kept = KeptState(step, None, self._kept(state), z.detach(), connection)
             else:
                 kept = KeptState(step, new.detach())
@@ -102,7 +103,7 @@ class Stream:
     @contextmanager
     def _saving(self, state: Tensor) -> Iterator[None]:
         """Have the op save how to rebuild ``state`` instead of the state."""
-        if self._keep_every == 1 or not torch.is_grad_enabled():
+        if self.keep_every == 1 or not torch.is_grad_enabled():
             yield
             return
         kept, address, shape = self._kept(state), state.data_ptr(), state.shape

@@ -99,13 +99,6 @@ class VirtualWidthBackbone:
     anatomy: Anatomy
     arguments: frozenset[str] | None  # that its forward takes; None if it takes any
 
-    @property
-    def hands_on_stream(self) -> bool:
-        """Whether its layers get the stream, as far as signatures tell: the model's and all of its layers'."""
-        layers: Any = self.anatomy.layers(self)  # type: ignore[arg-type]
-        kinds: set[Any] = {type(layer).__mro__[2] for layer in layers if isinstance(layer, VirtualWidthLayer)}
-        return self.arguments is None and all(_takes_any(kind.forward) for kind in kinds)
-
     def run(self, **arguments: Any) -> Any:
         """Its forward, without what it has no argument for and could not use, such as positions beside ALiBi."""
         if self.arguments is not None and "cache_params" in self.arguments:
@@ -303,13 +296,8 @@ def _widen_front(config: VirtualWidthConfig, model: Any) -> None:
 
 def _arguments(model: nn.Module) -> frozenset[str] | None:
     parameters = inspect.signature(model.forward).parameters
-    takes_any = _takes_any(model.forward) and "cache_params" not in parameters
-    return None if takes_any else frozenset(parameters)
-
-
-def _takes_any(forward: Any) -> bool:
-    """Whether a function takes keyword arguments that it does not name."""
-    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return None if takes_any and "cache_params" not in parameters else frozenset(parameters)
 
 
 def _connection(config: VirtualWidthConfig, index: int) -> Connection:
