@@ -79,6 +79,8 @@ def main() -> None:
                     corpus=corpus,
                     width=WidthOptions(mtp=modules),
                     optim=OptimConfig(steps=options.steps, batch_size=8),
+                    eval_every=options.steps,
+                    save_every=options.steps,
                 )
                 report.add({"who": config.name, "modules": modules} | _row(config, options))
     report.done()

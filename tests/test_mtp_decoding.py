@@ -211,6 +211,30 @@ def test_it_stops_at_the_end_token_and_at_the_length():
         assert out[0, -1] == end
 
 
+def test_drafts_are_sampled_from_the_logits_that_are_handed_over(monkeypatch):
+    """Speculative sampling is exact for the distribution that the drafts were drawn from: the processed one."""
+    model, ids = build(vwn_config("llama", 2, 3, num_mtp_modules=2)), token_ids(1, 5)
+    seen: list[tuple[int, Tensor, Tensor]] = []
+    draft = MtpDrafts.get_candidates
+
+    def recording(self, input_ids, *args, **kwargs):
+        known, logits = draft(self, input_ids, *args, **kwargs)
+        if logits is not None:
+            seen.append((input_ids.shape[1], known, logits))
+        return known, logits
+
+    monkeypatch.setattr(MtpDrafts, "get_candidates", recording)
+    generate(model, ids, use_mtp=True, do_sample=True, temperature=3.0, top_k=5, max_new_tokens=6)
+    assert len(seen) > 1
+    for length, known, logits in seen:
+        further = model(known, output_mtp_logits=True).mtp_logits
+        for k in range(logits.shape[1]):
+            wanted = further[k][:, length - 2] / 3.0
+            wanted = wanted.masked_fill(wanted < wanted.topk(5).values[:, -1:], -torch.inf)
+            assert_close(logits[:, k], wanted, rtol=1e-3, atol=1e-4)
+            assert logits[0, k, known[0, length + k]] > -torch.inf
+
+
 @pytest.mark.slow
 def test_sampling_draws_from_the_models_distribution():
     """The pair of the 2nd and 3rd new token, of which the modules draft the second, against its exact distribution."""

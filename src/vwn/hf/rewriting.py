@@ -71,7 +71,7 @@ class Rewriter:
             raise self._refusal("its forward calls super() or uses variables of a function around it")
         self.tree = tree
         self._parameter = tree.args.args[1].arg if stream is None else stream
-        self._locals = _stored([tree]) | {a.arg for a in ast.walk(tree.args) if isinstance(a, ast.arg)}
+        self._locals = stored([tree]) | {a.arg for a in ast.walk(tree.args) if isinstance(a, ast.arg)}
         self._branches, self._sharing = Branches(owner, tree, self._holds), Sharing(owner)
         self._elsewhere = names_in_other_scopes(tree)
         self._holders: dict[str, _Held] = {}
@@ -91,7 +91,7 @@ class Rewriter:
             UserError: it does more to the stream than add to it.
         """
         self._hold(self._parameter, _Held(0, "_state0"))
-        self._out.append(ast.Assign([_store("_state0")], _load(self._parameter)))
+        self._out.append(ast.Assign([store("_state0")], load(self._parameter)))
         if not self._statements(self.tree.body):
             raise self._refusal("it does not return its residual stream")
         if self._version == 0:
@@ -184,17 +184,17 @@ class Rewriter:
             assert isinstance(value, ast.Call)
             held, call = self._state(residual), self._without_residual(value, residual)
             self._out.append(ast.Assign([self._target(targets[0])], call))
-            self._hold(first.id, self._write(held, _load(first.id)))
+            self._hold(first.id, self._write(held, load(first.id)))
             return
         shared = self._sharing.of(value, set(self._holders))
         plain = self._plain(value)
         self._out.append(ast.Assign([self._target(t) for t in targets], plain))
-        for name in _stored(targets):
+        for name in stored(targets):
             self._sharing.note(name, shared)
 
     def _target(self, target: Any) -> Any:
         """A target that is given something else than the stream."""
-        for name in _stored([target]):
+        for name in stored([target]):
             self._holders.pop(name, None)
             self._stale.discard(name)
             self._sharing.note(name, set())
@@ -202,8 +202,8 @@ class Rewriter:
 
     def _change(self, statement: ast.AugAssign, name: str) -> None:
         """``stream += z``, ``stream *= scale`` or ``z += stream``."""
-        before, changed = self._holders.get(name), ast.BinOp(_load(name), statement.op, statement.value)
-        own = self._sharing.of(_load(name), set(self._holders))
+        before, changed = self._holders.get(name), ast.BinOp(load(name), statement.op, statement.value)
+        own = self._sharing.of(load(name), set(self._holders))
         if before is None and any(tensor == STREAM or tensor.startswith(ARGUMENT) for tensor in own):
             raise self._refusal(f"its residual stream or an argument is changed in place by '{ast.unparse(statement)}'")
         if not (self._holds(changed) or self._scaled(changed)):
@@ -226,10 +226,10 @@ class Rewriter:
                 raise self._refusal("it returns from within a branch that is decided at run time")
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp) and self._holds(node.value):
                 self._doubt = "it adds to its residual stream in a branch that is decided at run time"
-        for name in sorted(_stored([block]) & self._holders.keys()):
+        for name in sorted(stored([block]) & self._holders.keys()):
             value = self._read_value(self._holders.pop(name))
             self._sharing.note(name, {STREAM})
-            self._out.append(ast.Assign([_store(name)], value))
+            self._out.append(ast.Assign([store(name)], value))
         self._conditional += 1
         self._out.append(self._plain(block))
         self._conditional -= 1
@@ -244,7 +244,7 @@ class Rewriter:
         held = self._state(parts[0])
         if held.version != self._version:
             raise self._refusal("it hands on an older state of its residual stream")
-        self.returns_tuple, last = isinstance(value, ast.Tuple), _load(held.state)
+        self.returns_tuple, last = isinstance(value, ast.Tuple), load(held.state)
         rest = [self._plain(part) for part in parts[1:] if part is not None]
         self._out.append(ast.Return(ast.Tuple([last, *rest], ast.Load()) if self.returns_tuple else last))
 
@@ -264,7 +264,7 @@ class Rewriter:
         if isinstance(node, ast.Call):
             return self._method_of_stream(node) or self._residual(node, False) is not None
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            return any(self._holds(term) or self._scaled(term) for term in _terms(node))
+            return any(self._holds(term) or self._scaled(term) for term in terms(node))
         return False
 
     def _method_of_stream(self, node: ast.Call) -> bool:
@@ -296,8 +296,8 @@ class Rewriter:
         if self._scaled(node):
             stream, factor = (node.left, node.right) if self._holds(node.left) else (node.right, node.left)
             held, factor = self._state(stream), self._plain(factor)
-            return self._changed(held, _call("scale", _load(held.state), factor))
-        terms = _terms(node)
+            return self._changed(held, call("scale", load(held.state), factor))
+        terms = terms(node)
         streams = [term for term in terms if self._holds(term) or self._scaled(term)]
         if len(streams) > 1:
             raise self._refusal(f"it adds its residual stream to itself in '{ast.unparse(node)}'")
@@ -311,10 +311,10 @@ class Rewriter:
         if method in _RESHAPES:
             self._shapes += 1
             name = f"_shape{self._shapes}"
-            self._out.append(ast.Assign([_store(name)], ast.Tuple([self._plain(a) for a in node.args], ast.Load())))
+            self._out.append(ast.Assign([store(name)], ast.Tuple([self._plain(a) for a in node.args], ast.Load())))
             return replace(held, shape=(method, name))
         arguments = [self._plain(a) for a in node.args], [self._plain(k) for k in node.keywords]
-        return self._changed(held, ast.Call(ast.Attribute(_load(held.state), method, ast.Load()), *arguments))
+        return self._changed(held, ast.Call(ast.Attribute(load(held.state), method, ast.Load()), *arguments))
 
     def _changed(self, held: _Held, value: ast.expr) -> _Held:
         """The same version in a variable of its own: scaled, cast or copied."""
@@ -322,7 +322,7 @@ class Rewriter:
             raise self._refusal("it changes its residual stream in a branch that is decided at run time")
         self._variables += 1
         name = f"_state{held.version}_{self._variables}"
-        self._out.append(ast.Assign([_store(name)], value))
+        self._out.append(ast.Assign([store(name)], value))
         return replace(held, state=name)
 
     def _write(self, held: _Held, z: ast.expr) -> _Held:
@@ -336,8 +336,8 @@ class Rewriter:
             shape = ast.Attribute(self._read_value(replace(held, shape=None)), "shape", ast.Load())
             z = ast.Call(ast.Attribute(z, "reshape", ast.Load()), [shape], [])
         self._version = held.version + 1
-        write = _call("write", ast.Constant(held.version), _load(held.state), z)
-        self._out.append(ast.Assign([_store(f"_state{self._version}")], write))
+        write = call("write", ast.Constant(held.version), load(held.state), z)
+        self._out.append(ast.Assign([store(f"_state{self._version}")], write))
         return _Held(self._version, f"_state{self._version}", held.shape)
 
     def _read_value(self, held: _Held) -> ast.expr:
@@ -345,11 +345,11 @@ class Rewriter:
         x = held.state.replace("_state", "_x")
         if held.state not in self._read:
             self._read[held.state] = held.version
-            self._out.append(ast.Assign([_store(x)], _call("read", ast.Constant(held.version), _load(held.state))))
+            self._out.append(ast.Assign([store(x)], call("read", ast.Constant(held.version), load(held.state))))
         if held.shape is None:
-            return _load(x)
+            return load(x)
         method, arguments = held.shape
-        return ast.Call(ast.Attribute(_load(x), method, ast.Load()), [ast.Starred(_load(arguments), ast.Load())], [])
+        return ast.Call(ast.Attribute(load(x), method, ast.Load()), [ast.Starred(load(arguments), ast.Load())], [])
 
     def _shape_source(self, held: _Held) -> ast.expr:
         """What has the shape of the stream, without reading anew."""
@@ -397,7 +397,7 @@ class Rewriter:
 
     def _without_residual(self, call: ast.Call, residual: ast.expr) -> ast.expr:
         """The call with zeros in place of the stream: what it would have added."""
-        zeros = _call("zeros", self._read_value(self._state(residual)))
+        zeros = call("zeros", self._read_value(self._state(residual)))
         return ast.Call(
             call.func,
             [zeros if a is residual else self._plain(a) for a in call.args],
@@ -460,28 +460,3 @@ class _Plain(ast.NodeTransformer):
 
     visit_IfExp = visit_BoolOp = visit_Compare = visit_ListComp = visit_SetComp = visit_DictComp = _conditionally
     visit_GeneratorExp = visit_Lambda = visit_Assert = _conditionally
-
-
-def _terms(node: ast.expr) -> list[ast.expr]:
-    """The terms of a sum, in order."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return [*_terms(node.left), *_terms(node.right)]
-    return [node]
-
-
-def _stored(nodes: list[Any]) -> set[str]:
-    """The variables that are given a value in some statements or targets."""
-    found = (n for node in nodes for n in ast.walk(node) if isinstance(n, ast.Name))
-    return {n.id for n in found if isinstance(n.ctx, ast.Store | ast.Del)}
-
-
-def _load(name: str) -> ast.Name:
-    return ast.Name(name, ast.Load())
-
-
-def _store(name: str) -> ast.Name:
-    return ast.Name(name, ast.Store())
-
-
-def _call(method: str, *arguments: ast.expr) -> ast.Call:
-    return ast.Call(ast.Attribute(_load("_seam"), method, ast.Load()), list(arguments), [])

@@ -12,7 +12,9 @@ STREAM, ARGUMENT = "the stream", "argument "
 
 _FRESH = ("shape", "dtype", "device", "ndim", "size", "dim")
 _PASS_ON = ("Identity", "Dropout", "DropPath")  # modules that may return what they are given
-_ASSIGNMENTS = ast.Assign | ast.AnnAssign | ast.AugAssign | ast.NamedExpr | ast.For | ast.comprehension
+_COMPOUND = ast.If | ast.For | ast.While | ast.With | ast.Try | ast.Match
+_EXPRESSIONS = ast.NamedExpr | ast.comprehension
+_ASSIGNMENTS = ast.Assign | ast.AnnAssign | ast.For
 
 
 class Sharing:
@@ -49,6 +51,8 @@ class Sharing:
             return self.of(node.value, holders)
         if isinstance(node, ast.Tuple | ast.List):
             return self._all(node.elts, holders)
+        if isinstance(node, ast.ListComp | ast.SetComp):
+            return self._all([node.elt, *(g.iter for g in node.generators)], holders)
         if isinstance(node, ast.Dict | ast.BoolOp):
             return self._all(node.values, holders)
         if isinstance(node, ast.IfExp):
@@ -73,21 +77,20 @@ class Sharing:
             if isinstance(node, ast.stmt):
                 in_place = isinstance(node, ast.AugAssign)
                 changes = [t for t in _flat(targets) if in_place or isinstance(t, ast.Subscript | ast.Attribute)]
-                # an attribute of self that is set is no attribute of a tensor
-                if any(STREAM in self.of(t.value if hasattr(t, "value") else t, holders) for t in changes):
+                kept = [t for t in changes if isinstance(node, ast.Assign) and STREAM in self.of(node.value, holders)]
+                if kept or any(STREAM in self.of(t.value if hasattr(t, "value") else t, holders) for t in changes):
                     return node
             elif isinstance(node, ast.Call) and STREAM in self._changed_by(node, holders):
                 return node
         return None
 
     def add_all(self, statement: ast.stmt, holders: set[str]) -> None:
-        """Note what the assignments inside a compound statement may share, in whatever order they run."""
-        if not isinstance(statement, ast.If | ast.For | ast.While | ast.With | ast.Try | ast.Match):
-            return
+        """Note what the assignments inside a statement may share, in whatever order they run."""
+        kinds: Any = _ASSIGNMENTS | _EXPRESSIONS if isinstance(statement, _COMPOUND) else _EXPRESSIONS
         for _ in range(3):  # an alias of an alias of an alias
             for node in ast.walk(statement):
                 value = getattr(node, "iter", getattr(node, "value", None))
-                if isinstance(node, _ASSIGNMENTS) and value is not None:
+                if isinstance(node, kinds) and value is not None:
                     targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                     for target in _flat(targets):
                         if isinstance(target, ast.Name) and (shared := self.of(value, holders)):
@@ -98,7 +101,7 @@ class Sharing:
         keywords = {k.arg: k.value for k in call.keywords}
         found = self.of(keywords["out"], holders) if "out" in keywords else set()
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-        in_place = name.endswith("_") and not name.endswith("__")
+        in_place = name.endswith("_")  # and what ends with "__" may be "__iadd__"
         flag = keywords.get("inplace")
         flagged = flag is not None and not (isinstance(flag, ast.Constant) and not flag.value)
         if isinstance(call.func, ast.Attribute) and _is_of_self(call.func):
@@ -107,7 +110,7 @@ class Sharing:
             found = found | self.of(call.func.value, holders)
         if (in_place or flagged) and call.args and _root(call.func) not in holders | self._tensors.keys():
             found = found | self.of(call.args[0], holders)
-        if flagged:
+        if flagged or (in_place and not call.args):
             found = found | self._all([*call.args, *keywords.values()], holders)
         return found
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from vwn.errors import UserError
 from vwn.hf import VirtualWidthForCausalLM
-from vwn.training.directory import locate as locate
 
 DEFAULT_WINDOW = 512
 
