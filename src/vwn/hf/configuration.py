@@ -151,6 +151,10 @@ class VirtualWidthConfig(PreTrainedConfig):
         wide = {"embed_tokens.table": "embedding_rowwise"} if plan else {}
         return wide | {f"backbone.{name}": style for name, style in plan.items()}
 
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: Any) -> None:
+        """Nothing: transformers before 5.18 sets what it finds, and here it follows from the backbone."""
+
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
         """Nothing: a class of an installed package is imported, its source is not copied into checkpoints."""
