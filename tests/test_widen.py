@@ -18,7 +18,8 @@ from vwn import UserError, VirtualWidthConfig, VirtualWidthForCausalLM, widen
 from vwn.cli import main
 from vwn.connection import GeneralizedHyperConnection
 
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "internlm3", "olmo", "seed_oss")
+LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "internlm3", "olmo", "seed_oss")
+LLAMA_LIKE = [kind for kind in LLAMA_FAMILY if kind in zoo.CAUSAL_TYPES]  # older versions have fewer
 
 
 def ids_of(rows: int = 2, length: int = 9) -> torch.Tensor:

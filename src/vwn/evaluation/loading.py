@@ -49,11 +49,3 @@ def check_positions(model: Any, window: int) -> None:
     limit, can_exceed = positions_of(model)
     if limit is not None and window > limit and not can_exceed:
         raise UserError(f"the model has {limit} positions, --window is {window}; lower --window")
-
-
-def run_record(source: Path | str) -> dict[str, Any]:
-    """``run.json`` of the training run that wrote a checkpoint; empty if there is none."""
-    from vwn.training.directory import read_json
-
-    folders = (source, source.resolve().parent) if isinstance(source, Path) else ()
-    return next((read_json(f / "run.json") for f in folders if (f / "run.json").exists()), {})

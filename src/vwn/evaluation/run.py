@@ -21,9 +21,9 @@ def evaluate_checkpoint(config: EvalConfig) -> dict[str, Any]:
         UserError: no checkpoint, no text, an unknown task, a missing file, or lm-eval is not installed.
     """
     from vwn.data import load_tokenizer
-    from vwn.evaluation.loading import load_model, run_record
+    from vwn.evaluation.loading import load_model
     from vwn.evaluation.text import load_text, measure_text
-    from vwn.training.directory import locate, write_json
+    from vwn.training.directory import locate, run_record, write_json
     from vwn.training.machine import provenance
 
     config.check()

@@ -21,10 +21,14 @@ class NgramGenerationMixin(GenerationMixin):
     ) -> bool:
         """As in transformers, which goes by the class's name to find out what the model calls its cache."""
         prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        names = self.base_model.backbone.arguments
-        if names is not None and "cache_params" in names and "past_key_values" in model_kwargs:
+        if self._says_cache_params and "past_key_values" in model_kwargs:
             model_kwargs["cache_params"] = model_kwargs.pop("past_key_values")
         return prepared
+
+    @property
+    def _says_cache_params(self) -> bool:
+        names = self.base_model.backbone.arguments
+        return names is not None and "cache_params" in names
 
     def prepare_inputs_for_generation(
         self,
@@ -47,6 +51,8 @@ class NgramGenerationMixin(GenerationMixin):
         """
         given = {"past_key_values": past_key_values, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **given, **kwargs)
+        if self._says_cache_params and kwargs.get("cache_params") is not None and inputs["input_ids"].shape[1] == 1:
+            inputs["attention_mask"] = None  # of all tokens, where older versions want one of the new token
         order = self.config.ngram_order
         if order == 1 or inputs.get("input_ids") is None:
             return inputs

@@ -18,6 +18,7 @@ from torch import nn
 from vwn.errors import UserError
 from vwn.hf.branches import Branches
 from vwn.hf.sharing import ARGUMENT, STREAM, Sharing, names_in_other_scopes
+from vwn.hf.syntax import load, on_seam, store, stored, terms_of
 
 # of what keeps the stream what it is, only a change of dtype is done, as the state has one shape throughout
 _CASTS, _COPIES, _RESHAPES = ("to", "float", "type_as"), ("contiguous", "clone"), ("view", "reshape")
@@ -264,7 +265,7 @@ class Rewriter:
         if isinstance(node, ast.Call):
             return self._method_of_stream(node) or self._residual(node, False) is not None
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            return any(self._holds(term) or self._scaled(term) for term in terms(node))
+            return any(self._holds(term) or self._scaled(term) for term in terms_of(node))
         return False
 
     def _method_of_stream(self, node: ast.Call) -> bool:
@@ -296,8 +297,8 @@ class Rewriter:
         if self._scaled(node):
             stream, factor = (node.left, node.right) if self._holds(node.left) else (node.right, node.left)
             held, factor = self._state(stream), self._plain(factor)
-            return self._changed(held, call("scale", load(held.state), factor))
-        terms = terms(node)
+            return self._changed(held, on_seam("scale", load(held.state), factor))
+        terms = terms_of(node)
         streams = [term for term in terms if self._holds(term) or self._scaled(term)]
         if len(streams) > 1:
             raise self._refusal(f"it adds its residual stream to itself in '{ast.unparse(node)}'")
@@ -336,7 +337,7 @@ class Rewriter:
             shape = ast.Attribute(self._read_value(replace(held, shape=None)), "shape", ast.Load())
             z = ast.Call(ast.Attribute(z, "reshape", ast.Load()), [shape], [])
         self._version = held.version + 1
-        write = call("write", ast.Constant(held.version), load(held.state), z)
+        write = on_seam("write", ast.Constant(held.version), load(held.state), z)
         self._out.append(ast.Assign([store(f"_state{self._version}")], write))
         return _Held(self._version, f"_state{self._version}", held.shape)
 
@@ -345,7 +346,7 @@ class Rewriter:
         x = held.state.replace("_state", "_x")
         if held.state not in self._read:
             self._read[held.state] = held.version
-            self._out.append(ast.Assign([store(x)], call("read", ast.Constant(held.version), load(held.state))))
+            self._out.append(ast.Assign([store(x)], on_seam("read", ast.Constant(held.version), load(held.state))))
         if held.shape is None:
             return load(x)
         method, arguments = held.shape
@@ -397,7 +398,7 @@ class Rewriter:
 
     def _without_residual(self, call: ast.Call, residual: ast.expr) -> ast.expr:
         """The call with zeros in place of the stream: what it would have added."""
-        zeros = call("zeros", self._read_value(self._state(residual)))
+        zeros = on_seam("zeros", self._read_value(self._state(residual)))
         return ast.Call(
             call.func,
             [zeros if a is residual else self._plain(a) for a in call.args],

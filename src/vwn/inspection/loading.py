@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -56,8 +55,9 @@ def load_tokens(source: Path | str, data: str | None, tokens: int, positions: in
     """
     from vwn.data.corpus import prepare
     from vwn.data.packing import PackedWindows
+    from vwn.training.directory import run_record
 
-    run = _run_of(source)
+    run = run_record(source)
     stored = run.get("config", {})
     if data is None:
         if "corpus.data" not in stored:
@@ -77,11 +77,3 @@ def load_tokens(source: Path | str, data: str | None, tokens: int, positions: in
     count = min(len(windows), max(1, tokens // window))
     ids = [windows[i * len(windows) // count]["input_ids"] for i in range(count)]
     return torch.stack(ids), f"{options['valid'] or name}{' (held-out part)' if options['valid'] is None else ''}"
-
-
-def _run_of(source: Path | str) -> dict[str, Any]:
-    """The record of the training run that wrote a checkpoint; empty if there is none."""
-    from vwn.training.directory import read_json
-
-    folders = (source, source.resolve().parent) if isinstance(source, Path) else ()
-    return next((read_json(f / "run.json") for f in folders if (f / "run.json").exists()), {})

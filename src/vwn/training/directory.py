@@ -148,6 +148,12 @@ def locate(checkpoint: str) -> Path | str:
     return path
 
 
+def run_record(source: Path | str) -> dict[str, Any]:
+    """``run.json`` of the training run that wrote a checkpoint; empty if there is none."""
+    folders = (source, source.resolve().parent) if isinstance(source, Path) else ()
+    return next((read_json(f / "run.json") for f in folders if (f / "run.json").exists()), {})
+
+
 def damage_of(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be resumed from, as far as its files' own structure tells; None if it can."""
     try:
