@@ -103,9 +103,9 @@ BAD = {
     "accumulation": (["--gradient-accumulation", "3"], "must divide --batch-size"),
     "model smaller than the tokenizer": (["--backbone", "{tmp}/narrow"], "knows 20 tokens"),
     "model shorter than the window": (["--backbone", "{tmp}/brief"], "knows 16 positions"),
-    "layers without a layout": (
-        ["--backbone", "{tmp}/gemma2", "--m", "2", "--n", "4", "--embedding", "factorised"],
-        "no layout is known",
+    "layers that are no sums": (
+        ["--backbone", "{tmp}/post-norm", "--m", "2", "--n", "4", "--embedding", "factorised"],
+        "cannot be widened",
     ),
     "no model at all": (["--backbone", "{tmp}/odd"], "odd"),
 }
@@ -113,7 +113,7 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def bad_files(tmp_path_factory, text):
-    from transformers import Gemma2Config, LlamaConfig
+    from transformers import LlamaConfig, OpenAIGPTConfig
 
     tmp = tmp_path_factory.mktemp("bad")
     (tmp / "empty.txt").write_text("")
@@ -124,7 +124,7 @@ def bad_files(tmp_path_factory, text):
     sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     LlamaConfig(**sizes, vocab_size=20, bos_token_id=None, eos_token_id=None).save_pretrained(tmp / "narrow")
     LlamaConfig(**sizes, vocab_size=300, max_position_embeddings=16).save_pretrained(tmp / "brief")
-    Gemma2Config(**sizes, vocab_size=300, num_key_value_heads=2, head_dim=32).save_pretrained(tmp / "gemma2")
+    OpenAIGPTConfig(vocab_size=300, n_embd=64, n_layer=1, n_head=2).save_pretrained(tmp / "post-norm")
     (tmp / "odd").mkdir()
     (tmp / "odd" / "config.json").write_text('{"model_type": "no such model"}')
     return tmp

@@ -54,16 +54,17 @@ def test_our_numbers_are_those_of_the_report():
     for name, row in rows.items():
         arm = summary[name]
         assert f"{arm['params'] / 1e6:.2f} M" in row
-        assert f"{arm['tokens_per_second']:,.0f}" in row
         assert f" {arm['flops_per_token'] / summary['plain']['flops_per_token']:.2f} " in row
-        for cell, key in zip(row.split("|")[5:7], ("loss", "loss_2"), strict=True):
+        for cell, key in zip(row.split("|")[4:6], ("loss", "loss_2"), strict=True):
             if name != "plain":
                 assert estimate(arm[key]["difference"]) in cell
                 assert ("not decided" in cell) == (arm[key]["verdict"] == "undecided")
     for key in ("loss", "loss_2"):
         assert estimate(summary["4x16"][key]["difference"]) in index
-    for name in ("plain", "4x16"):
-        assert f"{summary[name]['tokens_per_second']:,.0f}" in index
+    family = json.loads((ROOT / "results" / "family" / "report.json").read_text())["summary"]
+    for arm in family:
+        if arm["name"] in ("plain", "4x16"):
+            assert f"{arm['tokens_per_second']:,.0f}" in index
 
 
 def estimate(value):

@@ -175,9 +175,7 @@ def test_missing_tensors_of_ours_get_their_initial_values(tmp_path, kind, init):
     # Memory that from_pretrained may hand out unwritten: make it rubbish, not zeros.
     rubbish = [torch.full((4096,), float("nan")) for _ in range(200)]
     del rubbish
-    again, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, ignore_mismatched_sizes=True)
     assert set(info["missing_keys"]) == set(dropped)
     connections = [m for m in again.modules() if isinstance(m, GeneralizedHyperConnection)]
     assert len(connections) == 2 * 3

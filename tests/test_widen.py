@@ -236,6 +236,11 @@ def test_relatives_can_be_had_as_well():
         (lambda: widen(zoo.tiny_causal_lm("llama"), m=5, n=10), "5"),
         (lambda: widen(zoo.tiny_causal_lm("llama"), m=4, n=2), "n"),
         (lambda: widen(zoo.tiny_causal_lm("llama"), m=1, n=2, embedding="factorised"), "factorised"),
+        (lambda: widen(zoo.tiny_causal_lm("llama"), m=1, n=2, dinamic=False), "no option 'dinamic'"),
+        (lambda: widen(zoo.tiny_causal_lm("llama"), m=1, n=2, frozen=True), "no option 'frozen'"),
+        (lambda: widen(zoo.tiny_causal_lm("llama").to("meta"), m=1, n=2), "meta device"),
+        (lambda: widen(zoo.tiny_causal_lm("inkling_text"), m=1, n=2, embedding="direct"), "more than look up rows"),
+        (lambda: widen(zoo.tiny_causal_lm("glm_moe_dsa"), m=1, n=2, num_mtp_modules=1), "cannot have MTP modules"),
         (lambda: VirtualWidthForCausalLM(VirtualWidthConfig(backbone=zoo.tiny_config("hy_v4"), m=1, n=2)), "already"),
     ],
 )
@@ -318,3 +323,89 @@ def test_the_stream_reaches_the_layers_of_others(model_type):
         wide(ids_of(), labels=ids_of()).loss.backward()
         gradients.append({n: p.grad.clone() for n, p in wide.named_parameters() if p.grad is not None})
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", zoo.CAUSAL_TYPES)
+def test_multi_token_prediction_from_a_config(model_type):
+    """It trains, or one sentence says why not."""
+    config = zoo.tiny_config(model_type)
+    table = {"embedding": "replicated", "tie_word_embeddings": False}
+    try:
+        wide = VirtualWidthForCausalLM(VirtualWidthConfig(backbone=config, m=2, n=4, num_mtp_modules=1, **table))
+    except ValueError as refusal:
+        message = str(refusal)
+    else:
+        message = ""
+    if message:
+        assert "\n" not in message
+        assert model_type not in ("llama", "gpt2", "gemma3_text", "deepseek_v3", "qwen3_next", "bamba", "mamba")
+        return
+    out = wide(ids_of(), labels=ids_of())
+    assert len(out.losses) == 2
+    assert out.loss.isfinite()
+
+
+def test_a_config_of_several_modalities_is_refused():
+    from transformers import Gemma3Config
+
+    with pytest.raises(ValueError, match=r"gemma3 takes more than text.*gemma3_text"):
+        VirtualWidthConfig(backbone=Gemma3Config(), m=2, n=4)
+
+
+@pytest.mark.parametrize("model_type", ["cohere", "mamba", "longcat_flash", "flint", "gemma3_text"])
+def test_in_bfloat16_and_back(model_type, tmp_path):
+    """Sums in another order round otherwise, some weights stay in float32, and some types keep the state in it."""
+    zoo.tiny_causal_lm(model_type).save_pretrained(tmp_path / "plain")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16)
+    wide = widen(model.eval(), m=2, n=4)
+    assert wide.dtype == torch.bfloat16
+    wide.save_pretrained(tmp_path / "wide")
+    attention = wide.config._attn_implementation
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "wide", attn_implementation=attention)
+    assert loaded.dtype == torch.bfloat16
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids_of()).logits, wide(ids_of()).logits, rtol=0, atol=0)
+
+
+def test_a_checkpoint_that_is_not_whole_is_not_widened(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from vwn.hf import widen_checkpoint
+
+    zoo.tiny_causal_lm("llama").save_pretrained(tmp_path / "plain")
+    path = tmp_path / "plain/model.safetensors"
+    weights = load_file(path)
+    gone = weights.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"up_proj\.weight is one"):
+        widen_checkpoint(str(tmp_path / "plain"), tmp_path / "wide", m=2, n=4)
+    save_file(weights | {"model.layers.0.mlp.up_proj.weight": gone[:3].clone()}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"up_proj\.weight is one"):
+        widen_checkpoint(str(tmp_path / "plain"), tmp_path / "wide", m=2, n=4)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="damaged"):
+        widen_checkpoint(str(tmp_path / "plain"), tmp_path / "wide", m=2, n=4)
+    assert not (tmp_path / "wide").exists()
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "bloom"])
+def test_an_mtp_module_is_one_layer_without_a_front(model_type):
+    config = VirtualWidthConfig(
+        backbone=zoo.tiny_config(model_type), m=2, n=4, num_mtp_modules=1, tie_word_embeddings=False
+    )
+    names = [name for name, _ in VirtualWidthForCausalLM(config).model.mtp.named_parameters()]
+    assert not any("wpe" in name or "embed_positions" in name or "word_embeddings" in name for name in names)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "falcon_mamba", "llama", "gpt2", "qwen3_next"])
+def test_left_padded_batches_generate_what_the_plain_model_does(model_type):
+    model = zoo.tiny_causal_lm(model_type)
+    wide = widen(model, m=2, n=4)
+    ids, mask = ids_of(), torch.ones_like(ids_of())
+    mask[0, :3] = 0
+    options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
+    plain = model.generate(ids, attention_mask=mask, **options)
+    ours = wide.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(ours.sequences, plain.sequences)
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-4)

@@ -76,8 +76,6 @@ class WidenConfig:
     """Norm of group size D in front of the reduce; with "none" the function is kept to the bit."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights; "auto" keeps the checkpoint's."""
-    trust_remote_code: bool = False
-    """Run code that the checkpoint brings along."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +126,8 @@ def run_generate(config: GenerateConfig) -> None:
     if config.mtp:
         if config.temperature:
             raise UserError(f"--mtp decodes greedily, at temperature 0, got --temperature {config.temperature}")
+        if sampling := sorted({"top_p", "seed"} & given_options()):
+            raise UserError(f"--mtp decodes greedily, without --{sampling[0].replace('_', '-')}; leave it away")
         drafted = generate_with_mtp(config.checkpoint, config.prompt, config.max_new_tokens)
         print(json.dumps(asdict(drafted)) if config.json else drafted.text)
         if not config.json:

@@ -85,6 +85,11 @@ class OverWidthEmbedding(StatesItsInitialValues):
 
 def _widened_table(table: nn.Embedding, width: int) -> nn.Embedding:
     """The same module; with new rows if they have to be of another width."""
+    if table.embedding_dim != width and (len(list(table.parameters())) > 1 or len(list(table.children()))):
+        raise ValueError(
+            f"the backbone's {type(table).__name__} does more than look up rows, so it cannot be wider; use the "
+            "'replicated' or 'factorised' embedding"
+        )
     if table.embedding_dim != width:
         table.embedding_dim = width
         table.weight = nn.Parameter(table.weight.new_empty(table.num_embeddings, width))

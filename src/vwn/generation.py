@@ -8,7 +8,6 @@ from math import inf
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from vwn.errors import UserError
@@ -135,21 +134,13 @@ def timed(model: Any, ids: Tensor, **options: Any) -> tuple[Tensor, float]:
 
 def _load(checkpoint: str, prompt: str) -> tuple[Any, Any, Tensor]:
     """Model, tokenizer and the prompt's ids ``[1, T]``, on the GPU if there is one."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as hf_logging
+    from vwn.data import load_tokenizer
+    from vwn.evaluation.loading import load_model
 
-    import vwn.hf  # noqa: F401 - registers the Auto classes
-
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
     source = locate(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(str(source))
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
     if ids.shape[1] == 0:
         raise UserError("the --prompt is empty; give at least one character")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source).eval()
-    except SafetensorError as error:
-        raise UserError(f"the weights in {source} are damaged ({error}); take another checkpoint of the run") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device), tokenizer, ids.to(device)
+    model = load_model(source)
+    return model, tokenizer, ids.to(model.device)

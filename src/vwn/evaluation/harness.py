@@ -52,7 +52,7 @@ def load_tasks(names: Sequence[str], data_dir: Path) -> Tasks:
     """Read the tasks and their rows.
 
     Raises:
-        UserError: an unknown task, a task given twice, a file that is missing or damaged.
+        UserError: an unknown task, a file that is missing or damaged.
     """
     with _quiet():
         manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"data_dir": str(data_dir)})

@@ -26,7 +26,9 @@ def load_model(source: Path | str) -> Any:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+        )
     except SafetensorError as error:
         raise UserError(f"the weights in {source} are damaged ({error}); take another checkpoint of the run") from error
     if absent := sorted(found["missing_keys"]):

@@ -80,6 +80,12 @@ def _row(line: str, fields: Sequence[str], where: str) -> dict[str, Any]:
         kept = {field: row[field] for field in fields}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where} is not a JSON object with {', '.join(fields)}; restore it") from error
-    if "gold" in kept and not (isinstance(kept["gold"], int) and 0 <= kept["gold"] < len(kept["choices"])):
+    for field, value in kept.items():
+        texts = value if field == "choices" else [value]
+        if field != "gold" and not (isinstance(texts, list) and all(isinstance(t, str) and t.strip() for t in texts)):
+            raise UserError(f"{where} has {field} = {value!r:.40}, which should be text; restore it")
+    if "choices" in kept and len(kept["choices"]) < 2:
+        raise UserError(f"{where} has {len(kept['choices'])} choices, which should be two or more; restore it")
+    if "gold" in kept and not (type(kept["gold"]) is int and 0 <= kept["gold"] < len(kept["choices"])):
         raise UserError(f"{where} has gold = {kept['gold']!r:.20}, not the number of a choice; restore it")
     return kept

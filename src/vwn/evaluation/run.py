@@ -21,7 +21,7 @@ def evaluate_checkpoint(config: EvalConfig) -> dict[str, Any]:
         UserError: no checkpoint, no text, an unknown task, a missing file, or lm-eval is not installed.
     """
     from vwn.data import load_tokenizer
-    from vwn.evaluation.loading import load_model
+    from vwn.evaluation.loading import load_model, positions_of
     from vwn.evaluation.text import load_text, measure_text
     from vwn.training.directory import locate, run_record, write_json
     from vwn.training.machine import provenance
@@ -30,7 +30,7 @@ def evaluate_checkpoint(config: EvalConfig) -> dict[str, Any]:
     tasks: Any = None
     if config.tasks:
         if find_spec("lm_eval") is None:
-            raise UserError("--tasks need lm-eval, which is not installed; pip install 'vwn[eval]'")
+            raise UserError("--tasks need lm-eval, which is not installed; pip install '.[eval]' in the checkout")
         from vwn.evaluation.harness import load_tasks, run_tasks, scores
 
         assert config.data_dir is not None
@@ -38,6 +38,7 @@ def evaluate_checkpoint(config: EvalConfig) -> dict[str, Any]:
     source = locate(config.checkpoint)
     record = run_record(source)
     text = load_text(source, config.data, record) if config.measures_text else None
+    tokenizer = load_tokenizer(str(source)) if tasks is not None else None
     model = load_model(source)
     result: dict[str, Any] = {
         "checkpoint": str(source),
@@ -48,10 +49,10 @@ def evaluate_checkpoint(config: EvalConfig) -> dict[str, Any]:
         window = config.window or record.get("config", {}).get("corpus.window")
         result["text"] = measure_text(model, text, window, config.stride, config.max_tokens, config.batch_size)
     if tasks is not None:
-        tokenizer = load_tokenizer(str(source))
         found = run_tasks(model, tokenizer, tasks, config.limit, config.window, config.batch_size)
         result["versions"]["lm_eval"] = version("lm_eval")
         result |= {"tasks": scores(found), "truncated_requests": found["truncated"], "limit": config.limit}
+        result["tasks_window"] = config.window or positions_of(model)[0]
     if config.out is not None:
         write_json(config.out, result)
     return result

@@ -56,7 +56,10 @@ def load_text(source: Path | str, data: str | None, record: dict[str, Any]) -> T
         raise UserError(f"{source} does not say what text it was trained on (it has no run.json); give --data")
     else:
         train, valid = run["corpus.data"], run["corpus.valid"]
-        corpus = prepare(train, valid=valid, tokenizer=run["corpus.tokenizer"], window=2)
+        try:
+            corpus = prepare(train, valid=valid, tokenizer=run["corpus.tokenizer"], window=2)
+        except UserError as error:
+            raise UserError(f"the run's own text cannot be read ({error}); give --data") from error
         if corpus.fingerprint != record.get("text"):
             raise UserError(f"the text {train} is not the one that {source} was trained on any more; give --data")
         name, limit = valid or f"{train} (held-out part)", run["corpus.max_valid_tokens"]

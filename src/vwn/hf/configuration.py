@@ -86,6 +86,12 @@ class VirtualWidthConfig(PreTrainedConfig):
             self.backbone = _config_from_dict(self.backbone)
         elif not isinstance(self.backbone, PreTrainedConfig):
             raise ValueError(f"backbone must be a transformers config or its dict, got {type(self.backbone).__name__}")
+        elif self.backbone.get_text_config(decoder=True) is not self.backbone:
+            kind = self.backbone.get_text_config(decoder=True).model_type
+            raise ValueError(
+                f"a backbone of type {self.backbone.model_type} takes more than text; give the config of its text "
+                f"model, of type {kind}"
+            )
         else:
             self.backbone = deepcopy(self.backbone)  # several models may be made from one backbone's config
         for name in DELEGATED:

@@ -14,20 +14,27 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vwn.errors import UserError
 from vwn.hf.configuration import VirtualWidthConfig
 from vwn.hf.modeling import VirtualWidthForCausalLM
+from vwn.hf.saving import check_weight_files
 from vwn.hf.widening import base_model_class, build_mtp_layer, refuse_family
 from vwn.initialisation import StatesItsInitialValues
 from vwn.seam import Connection
 
 PROBE_SHAPE = (2, 19)
 
+OPTIONS = ("connection", "dynamic", "carry_constraint", "num_mtp_modules", "mtp_loss_weight")
+
+# where every bit is to stay the same in float32
+_EXACT = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "olmo", "seed_oss", "smollm3", "internlm3")
+
 _log = logging.getLogger("vwn.hf")
 
 # of the largest logit, per rounding step of the dtype: what the order of sums may change in a forward
-_ROUNDINGS = 64
+_ROUNDINGS, _ROUNDINGS_16_BIT = 64, 8
 
 
 def widen(
@@ -55,8 +62,8 @@ def widen(
             ``"rms_norm"``, the norm of group size ``D`` in front of the reduce, exact up to rounding in front of an
             RMSNorm or LayerNorm; needs integer ``r``.
         check: compare the logits before and after on random ids.
-        options: further fields of :class:`VirtualWidthConfig`, such as ``dynamic`` or ``num_mtp_modules`` (whose
-            modules are new and untrained).
+        options: fields of :class:`VirtualWidthConfig` that leave the function alone: ``connection``, ``dynamic``,
+            ``carry_constraint``, ``num_mtp_modules`` (new and untrained ones) and ``mtp_loss_weight``.
 
     Returns:
         the widened model, in the same mode, dtype and place.
@@ -72,7 +79,8 @@ def widen(
     wide.generation_config = shell.generation_config
     wide.train(model.training)
     if before is not None:
-        _compare(before, _probe(wide))
+        exact = config.backbone.model_type in _EXACT and wide.dtype == torch.float32 and reduce_norm == "none"
+        _compare(before, _probe(wide), wide.dtype, exact and not options)
     return wide
 
 
@@ -84,23 +92,31 @@ def widen_checkpoint(
     embedding: str = "replicated",
     reduce_norm: str = "none",
     dtype: str = "auto",
-    trust_remote_code: bool = False,
 ) -> VirtualWidthForCausalLM:
     """Load a causal LM and its tokenizer from safetensors, :func:`widen` it, and save both to ``out``.
 
     Raises:
-        UserError: no such model, one that cannot be widened, or an ``out`` that already holds something.
+        UserError: no such model, one that is not whole or cannot be widened, or an ``out`` that holds something.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already and not empty; give another folder for the widened model")
     if not Path(model).exists() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
         raise UserError(f"there is no model at {model!r}; give a folder with a config.json or a hub id owner/name")
-    where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if Path(model).is_dir() and (Path(model) / "config.json").exists():
+        check_weight_files(Path(model))
+    where: dict[str, Any] = {"trust_remote_code": False}
     try:
-        found = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True, **where)
+        found, info = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **where
+        )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"cannot load a causal LM from {model!r}: {str(error).strip().splitlines()[0]}") from error
+    if lacking := sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]):
+        raise UserError(
+            f"{len(lacking)} weights of the model are missing from {model}, or of another shape ({lacking[0]} is one), "
+            "and would be random; give a whole checkpoint"
+        )
     wide = widen(found, m=m, n=n, embedding=embedding, reduce_norm=reduce_norm)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, **where)
@@ -120,11 +136,21 @@ def _config(model: Any, embedding: str, **fields: Any) -> VirtualWidthConfig:
         raise UserError(f"the model has virtual width already (m = {c.m}, n = {c.n}); give its backbone to widen")
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise UserError(f"widen() takes a causal LM of transformers with its head (AutoModelForCausalLM), got {name}")
+    if unknown := sorted(set(fields) - {"m", "n", "reduce_norm", *OPTIONS}):
+        raise UserError(f"widen() has no option {unknown[0]!r}; it takes {', '.join(OPTIONS)} besides its own")
+    if fields.get("connection") == "residual":
+        raise UserError("connection 'residual' is the model as it is; give 'ghc' or 'hc'")
+    if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
+        raise UserError(f"the {name} has adapters; merge them into it, widen it, and attach new ones")
+    if model.device.type == "meta":
+        raise UserError(f"the {name} is on the meta device and has no weights to keep; load it first")
     if getattr(model, "is_quantized", False):
         raise UserError(f"the {name} is quantised, and its logits with it; widen the full-precision model")
     if embedding not in ("replicated", "direct"):
         raise UserError(f"embedding {embedding!r} cannot hold trained rows; use 'replicated' or 'direct'")
     backbone = model.config
+    if backbone.model_type not in CONFIG_MAPPING:
+        raise UserError(f"{name} is not of transformers itself, so a widened {backbone.model_type} could not be loaded")
     refuse_family(backbone)
     if _base(model) is None:
         raise UserError(f"{name} cannot be widened: it is not a head on the base model of its config")
@@ -184,8 +210,8 @@ def _materialise(wide: VirtualWidthForCausalLM, model: PreTrainedModel) -> None:
             connection.to_empty(device=place)
     wide.model.reduce.to_empty(device=device)
     for name, module in wide.named_modules():
-        if isinstance(module, StatesItsInitialValues) and any(True for _ in module.parameters(recurse=False)):
-            if not (name.endswith("embed_tokens") or name.startswith("model.mtp")):
+        if isinstance(module, StatesItsInitialValues):
+            if not name.startswith(("model.embed_tokens", "model.mtp")):
                 module.reset_parameters()
             if not isinstance(module, Connection):
                 module.to(dtype)
@@ -220,10 +246,11 @@ def _probe(model: PreTrainedModel) -> Tensor:
     return logits.float()
 
 
-def _compare(before: Tensor, after: Tensor) -> None:
-    eps = torch.finfo(torch.float32).eps
+def _compare(before: Tensor, after: Tensor, dtype: torch.dtype, exact: bool) -> None:
+    roundings = 0 if exact else _ROUNDINGS_16_BIT if dtype.itemsize < 4 else _ROUNDINGS
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     difference, scale = (before - after.to(before.device)).abs().max().item(), before.abs().max().item()
-    if not difference <= _ROUNDINGS * eps * max(scale, 1.0):
+    if not difference <= roundings * eps * max(scale, 1.0):
         raise UserError(
             f"widening changed the logits by up to {difference:.2e} of {scale:.2e}: the model does more than it shows, "
             "and cannot be widened as it is; please report its type"

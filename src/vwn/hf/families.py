@@ -25,6 +25,8 @@ class Family:
         divides_hidden: field of the config that divides the final hidden state.
         divides_logits: field of the config that divides the logits.
         multiplies_logits: field of the config that multiplies the logits.
+        no_aux_loss: whether its causal LM adds no auxiliary loss of its routers although its config has a coefficient.
+        no_mtp: why one of its layers cannot be an MTP module.
         refused: why the type cannot be widened.
     """
 
@@ -35,6 +37,8 @@ class Family:
     divides_hidden: str | None = None
     divides_logits: str | None = None
     multiplies_logits: str | None = None
+    no_aux_loss: bool = False
+    no_mtp: str | None = None
     refused: str | None = None
 
 
@@ -57,6 +61,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3n": _WIDENED,
     "gemma3n_text": _WIDENED,
     "glm5_next": _WIDENED,
+    "glm_moe_dsa": Family(no_mtp="its last layers need what an earlier one selected"),
     "gpt-sw3": Family(positions=("wpe",)),
     "gpt2": Family(positions=("wpe",)),
     "gpt_bigcode": Family(positions=("wpe",)),
@@ -73,6 +78,8 @@ FAMILIES: dict[str, Family] = {
     "hyperclovax": Family(multiplies_logits="logits_scaling"),
     "inkling_text": Family(divides_hidden="logits_mup_width_multiplier"),
     "inkling2_text": Family(refused="its layers mix all earlier states, by a residual scheme of their own"),
+    "llama4": Family(no_aux_loss=True),
+    "llama4_text": Family(no_aux_loss=True),
     "minicpm3": Family(divides_hidden="logits_scaling"),
     "modernbert-decoder": Family(refused="its head is more than one linear map"),
     "opt": Family(positions=("embed_positions",)),

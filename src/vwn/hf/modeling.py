@@ -12,7 +12,7 @@ from transformers.utils import can_return_tuple
 from vwn.embedding import OverWidthEmbedding, OverWidthReduce, UnembeddingExpand
 from vwn.errors import UserError
 from vwn.hf.configuration import VirtualWidthConfig
-from vwn.hf.families import has_head_bias, scaled_embedding, scaled_hidden, scaled_logits, scales_logits
+from vwn.hf.families import family_of, has_head_bias, scaled_embedding, scaled_hidden, scaled_logits, scales_logits
 from vwn.hf.layouts import has_hooks
 from vwn.hf.loss import choose_loss, fused_cross_entropy
 from vwn.hf.mtp_decoding import MtpGenerationMixin
@@ -39,6 +39,12 @@ class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _keep_in_fp32_modules_strict = ["connections"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embedding table, as single weights of a backbone may be kept in float32."""
+        table = getattr(self.base_model, "embed_tokens", None)
+        return super().dtype if table is None else table.table.weight.dtype
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -176,7 +182,8 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
                 f"state, which one of type {self.config.backbone.model_type} does not; set it to 1"
             )
         return VirtualWidthModelOutput(
-            last_hidden_state=self.norm(self.reduce(out.last_hidden_state)),
+            # some backbones keep the state in float32
+            last_hidden_state=self.norm(self.reduce(out.last_hidden_state.to(state.dtype))),
             past_key_values=out.get("past_key_values", past_key_values),  # some change it without returning it
             cache_params=out.get("cache_params"),
             hidden_states=out.get("hidden_states"),
@@ -312,9 +319,9 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
             raise ValueError(
                 f"labels need the logits of every position; leave logits_to_keep at 0, got {logits_to_keep}"
             )
-        if self._routes_experts:
-            if output_router_logits is None:
-                output_router_logits = self.config.backbone.output_router_logits
+        if self._routes_experts and output_router_logits is None:
+            output_router_logits = self.config.backbone.output_router_logits
+        if output_router_logits is not None:
             kwargs["output_router_logits"] = output_router_logits
         out = self.model(
             input_ids=input_ids,
@@ -349,7 +356,7 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
         loss = losses = aux_loss = None
         if labels is not None:
             losses, loss = self._losses(heads, None if fused else [logits, *mtp_logits], labels, num_items_in_batch)
-        if kwargs.get("output_router_logits"):
+        if kwargs.get("output_router_logits") and self._routes_experts:
             aux_loss = self._aux_loss((*(out.router_logits or ()), *mtp_router_logits), attention_mask)
             if loss is not None:
                 loss = loss + self.config.backbone.router_aux_loss_coef * aux_loss
@@ -418,7 +425,8 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
 
     @property
     def _routes_experts(self) -> bool:
-        return hasattr(self.config.backbone, "router_aux_loss_coef")
+        """Whether the type's own causal LM adds an auxiliary loss."""
+        return hasattr(self.config.backbone, "router_aux_loss_coef") and not family_of(self.config.backbone).no_aux_loss
 
     def _aux_loss(self, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
         b = self.config.backbone

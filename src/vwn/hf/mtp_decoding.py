@@ -169,6 +169,11 @@ class MtpGenerationMixin(NgramGenerationMixin):
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_generation_config(*args, **kwargs)
         config = prepared[0]
+        if config.use_mtp and self._is_stateful:
+            raise UserError(
+                f"use_mtp has to take back what the backbone's cache has seen, which one of type "
+                f"{self.config.backbone.model_type} cannot; leave use_mtp away"
+            )
         if config.use_mtp and not self.config.num_mtp_modules:
             raise UserError(
                 "use_mtp needs MTP modules and this model has none (num_mtp_modules = 0); train one with them, or "

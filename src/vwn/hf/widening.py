@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers import initialization as init
@@ -38,7 +39,7 @@ class VirtualWidthLayer:
 
     def forward(self, *args: Any, stream: Stream | None = None, **context: Any) -> Any:
         """What the layer returns, on a state ``[B, S, D']``; the other arguments are what the backbone hands it."""
-        state = args[0] if args else context["hidden_states"]
+        state: Any = next(value for value in (*args, *context.values()) if isinstance(value, Tensor))
         return self.layout.run(self, Seam(self, Stream() if stream is None else stream, state.dtype), *args, **context)
 
     def readers(self, dtype: torch.dtype) -> list[Reader]:
@@ -78,8 +79,9 @@ class Seam:
 
     def scale(self, state: Tensor, factor: Any) -> Tensor:
         """The state times a number, or times ``D`` of them in every slot."""
-        if isinstance(factor, Tensor) and factor.numel() > 1:
-            factor = repeat_over_slots(factor, self._readers[0].connection.geometry)
+        geometry = self._readers[0].connection.geometry
+        if isinstance(factor, Tensor) and factor.ndim and factor.shape[-1] == geometry.hidden_size > 1:
+            factor = repeat_over_slots(factor, geometry)
         return state * factor
 
     def zeros(self, x: Tensor) -> Tensor:
@@ -135,6 +137,15 @@ class RepeatedOverSlots:
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _new, (repeated_class, type(self).__mro__[2]), self.__dict__
+
+
+class NoPositions(nn.Module):
+    """Adds nothing where a backbone adds positions."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A zero, whatever it is asked for."""
+        like = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        return torch.zeros((), device=like.device)
 
 
 class NormedInBlocks:
@@ -260,11 +271,29 @@ def refuse_family(config: PreTrainedConfig) -> None:
 
 def build_mtp_layer(config: VirtualWidthConfig, index: int) -> tuple[Any, nn.Module]:
     """A backbone of one layer, of the kind of the backbone's last, for MTP module number ``index``; and its norm."""
-    model, norm, _ = build_backbone(config, config.mtp_backbone())
-    depth = config.backbone.num_hidden_layers
-    old = model.anatomy.layers(model)[0]
-    layer_class = type(old).__mro__[2] if config.connection != "residual" else type(old)
-    layer = layer_class(config.backbone, depth - 1)
+    family, kind = family_of(config.backbone), config.backbone.model_type
+    reason = family.no_mtp
+    try:
+        if reason is None:
+            model, norm, _ = build_backbone(config, config.mtp_backbone())
+            depth = config.backbone.num_hidden_layers
+            old = model.anatomy.layers(model)[0]
+            layer_class = type(old).__mro__[2] if config.connection != "residual" else type(old)
+            layer = layer_class(config.backbone, depth - 1)
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        StrictDataclassError,
+    ) as error:  # types count layers their way
+        reason = str(error).strip().splitlines()[-1].strip()
+    if reason is not None:
+        raise UserError(f"a backbone of type {kind} cannot have MTP modules, set num_mtp_modules to 0: {reason}")
+    stack = model.anatomy.stack(model)
+    for name in family.positions:  # the state has them already
+        setattr(stack, name, NoPositions())
+    if family.embedding_norm:
+        setattr(stack, family.embedding_norm, nn.Identity())
     for module in layer.modules():
         if hasattr(module, "layer_idx"):
             module.layer_idx = 0  # its cache, should it get one, has one layer
