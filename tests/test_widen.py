@@ -409,3 +409,29 @@ def test_left_padded_batches_generate_what_the_plain_model_does(model_type):
     ours = wide.generate(ids, attention_mask=mask, **options)
     assert torch.equal(ours.sequences, plain.sequences)
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-4)
+
+
+def generated(model, length=5, **options):
+    """Logits ``[T, V]`` of greedy decoding."""
+    options = dict(max_new_tokens=length, do_sample=False, pad_token_id=0, eos_token_id=None) | options
+    out = model.generate(ids_of(1, 7), output_logits=True, return_dict_in_generate=True, **options)
+    return torch.cat(out.logits)
+
+
+def test_where_the_rotary_embedding_changes_for_long_texts():
+    """Phi-3 computes its cache anew at that length."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 10}
+    rope |= {"partial_rotary_factor": 1.0, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    lengths = {"original_max_position_embeddings": 10, "max_position_embeddings": 64}
+    model = zoo.tiny_causal_lm("phi3", rope_parameters=rope, **lengths)
+    wide = widen(model, m=2, n=3)
+    torch.testing.assert_close(generated(wide, 10), generated(model, 10), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "gemma3_text", "nemotron_h", "gpt2"])
+def test_a_cache_of_fixed_length(model_type):
+    model = zoo.tiny_causal_lm(model_type)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    torch.testing.assert_close(
+        generated(widen(model, m=2, n=3), **static), generated(model, **static), rtol=1e-4, atol=1e-4
+    )

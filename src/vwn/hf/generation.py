@@ -1,10 +1,13 @@
-"""What ``generate()`` hands a model with n-gram embeddings besides the new ids: the ids before them."""
+"""What ``generate()`` hands a model: what the backbone's own causal LM would, and n-grams' ids before the chunk."""
 
+import inspect
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationMixin
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
 
 from vwn.errors import UserError
 from vwn.ngram import NO_TOKEN, with_context
@@ -30,6 +33,22 @@ class NgramGenerationMixin(GenerationMixin):
         names = self.base_model.backbone.arguments
         return names is not None and "cache_params" in names
 
+    @property
+    def create_masks_for_generate(self) -> Any:
+        """How the backbone's own causal LM makes masks for a cache of fixed length, if it has a way of its own."""
+        causal_class = AutoModelForCausalLM._model_mapping.get(type(self.config.backbone), None)
+        own = inspect.getattr_static(causal_class, "create_masks_for_generate", None)
+        if own is None:
+            return create_masks_for_generate
+        return own.__func__ if isinstance(own, staticmethod) else partial(own, self)
+
+    def _switches_rope(self, length: int, cache: Cache | None) -> bool:
+        """Whether this is where the rotary embedding changes for long texts (Phi-3), so that the cache is void."""
+        limit = getattr(self.config.backbone, "original_max_position_embeddings", None)
+        if cache is None or limit is None or self.config.backbone.model_type not in ("phi3", "phimoe"):
+            return False
+        return length > limit and 0 < cache.get_seq_length() <= limit
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -49,10 +68,13 @@ class NgramGenerationMixin(GenerationMixin):
         Raises:
             UserError: a cache of tokens whose ids are not given.
         """
+        if self._switches_rope(input_ids.shape[1], past_key_values):
+            past_key_values, kwargs["next_sequence_length"] = None, None
         given = {"past_key_values": past_key_values, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **given, **kwargs)
-        if self._says_cache_params and kwargs.get("cache_params") is not None and inputs["input_ids"].shape[1] == 1:
-            inputs["attention_mask"] = None  # of all tokens, where older versions want one of the new token
+        chunk = inputs.get("input_ids")
+        if kwargs.get("cache_params") is not None and chunk is not None and chunk.shape[1] == 1:
+            inputs["attention_mask"] = None  # of all tokens, where one of the new token is wanted
         order = self.config.ngram_order
         if order == 1 or inputs.get("input_ids") is None:
             return inputs
