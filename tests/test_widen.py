@@ -29,7 +29,9 @@ def ids_of(rows: int = 2, length: int = 9) -> torch.Tensor:
 def change_gauge(wide: VirtualWidthForCausalLM, spread: float = 0.3) -> None:
     """Other weights everywhere, same function: the state is kept as ``G_k H`` after write ``k``, for m = 1.
 
-    The plain residual stream is row 0 of ``H``. Each read, carry, write and the reduce undo and redo the change.
+    The plain residual stream is row 0 of ``H``; the others hold what it must not be mixed with: other rows of the
+    table, if it is as wide as the state, and other shares of what is written. Each read, carry, write and the reduce
+    undo and redo the change.
     """
     n = wide.config.n
     generator = torch.Generator().manual_seed(5)
@@ -39,13 +41,18 @@ def change_gauge(wide: VirtualWidthForCausalLM, spread: float = 0.3) -> None:
 
     g = torch.eye(n, dtype=torch.float64)
     with torch.no_grad():
+        table = wide.model.embed_tokens.table.weight
+        if table.shape[1] > wide.config.hidden_size:
+            table[:, wide.config.hidden_size :] = table[:, : wide.config.hidden_size].flip(0)
         for layer in wide.model.layers:
             for connection in layer.connections:
                 assert isinstance(connection, GeneralizedHyperConnection)
                 after, back = gauge(), torch.linalg.inv(g)
                 connection.static_alpha[:, :1] = back.T[:, :1]
                 connection.static_alpha[:, 1:] = (after @ back).T
-                connection.static_beta.copy_((after @ torch.ones(n, 1, dtype=torch.float64)).T)
+                shares = torch.rand(n, 1, generator=generator, dtype=torch.float64) * 2 - 1
+                shares[0] = 1
+                connection.static_beta.copy_((after @ shares).T)
                 g = after
         rows = torch.kron(torch.linalg.inv(g)[:1], torch.eye(wide.config.hidden_size, dtype=torch.float64))
         wide.model.reduce.weight.copy_(rows)
@@ -74,7 +81,7 @@ def test_every_read_and_write_is_where_it_belongs(model_type):
     """In another gauge every routing weight differs from its start and from its neighbours', and the logits do not."""
     model = zoo.tiny_causal_lm(model_type)
     try:
-        wide = widen(model, m=1, n=2)
+        wide = widen(model, m=1, n=2, embedding="replicated" if model_type == "inkling_text" else "direct")
     except UserError:
         pytest.skip("refused")
     change_gauge(wide)
@@ -82,7 +89,7 @@ def test_every_read_and_write_is_where_it_belongs(model_type):
         plain, ours = model(ids_of()).logits, wide(ids_of()).logits
     torch.testing.assert_close(ours, plain, rtol=2e-3, atol=2e-3 * plain.abs().max().item())
     with torch.no_grad():  # and it is a test: one read out of place shows
-        wide.model.layers[1].connections[0].static_alpha[0, 0] += 0.5
+        wide.model.layers[1].connections[0].static_alpha[1, 0] += 0.5
         moved = wide(ids_of()).logits
     assert (moved - plain).abs().max() > 10 * (ours - plain).abs().max()
 

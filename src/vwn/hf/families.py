@@ -57,7 +57,11 @@ FAMILIES: dict[str, Family] = {
     "cohere_compass_text": _COHERE,
     "deepseek_v4": _WIDENED,
     "ctrl": Family(refused="it adds positions to the embedding in its own forward"),
-    "falcon_h1": Family(multiplies_embedding="embedding_multiplier", multiplies_logits="lm_head_multiplier"),
+    "falcon_h1": Family(
+        multiplies_embedding="embedding_multiplier",
+        multiplies_logits="lm_head_multiplier",
+        no_mtp="its layers get a part from the whole model",
+    ),
     "gemma3n": _WIDENED,
     "gemma3n_text": _WIDENED,
     "glm5_next": _WIDENED,
