@@ -123,6 +123,8 @@ def _train(config: TrainConfig, corpus: Corpus, model: Any, learning_rate: float
         window=config.corpus.window,
         rate_factors=parse_factors(config.optim.rate_factors),
     )
+    if checkpoint is not None:
+        trainer.load_data_state(checkpoint)
     trainer.stopwatch.seconds = state.log_history[-1]["seconds"] if state.log_history else 0.0
 
     def result(curve: list[dict[str, float | None]]) -> RunResult:

@@ -17,8 +17,11 @@ from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallba
 from transformers.trainer_utils import sort_checkpoints
 
 from vwn.errors import UserError
+from vwn.training.directory import read_json, write_json
 from vwn.training.groups import scale_rates
 from vwn.weight_decay import no_weight_decay
+
+DATA_STATE = "data_state.json"
 
 
 class Diverged(UserError):
@@ -62,6 +65,7 @@ class VirtualWidthTrainer(Trainer):
         self.stopwatch = Stopwatch()
         self.add_callback(self.stopwatch)
         self.remove_callback(PrinterCallback)  # the progress bar shows what matters, the logs hold the rest
+        self.stream: Any = None  # the loader of streamed data: it alone knows where they stand
         self._losses: list[Tensor] = []
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -145,6 +149,7 @@ class VirtualWidthTrainer(Trainer):
         self._staging = run_dir / ".incomplete"
         try:
             super()._save_checkpoint(model, trial)
+            self.save_data_state(self._staging / name)
         finally:
             staging, self._staging = self._staging, None
         self.accelerator.wait_for_everyone()
@@ -155,6 +160,21 @@ class VirtualWidthTrainer(Trainer):
             for old in sort_checkpoints(str(run_dir))[:-2]:
                 _discard(Path(old))
         self.accelerator.wait_for_everyone()
+
+    def save_data_state(self, checkpoint: Path) -> None:
+        """Where the training data stands, into a checkpoint that is being written; on every rank, the first writes.
+
+        Nothing for packed windows: their place follows from the number of steps.
+        """
+        if self.stream is not None:
+            state = self.stream.state_dict()
+            if self.args.should_save:
+                write_json(checkpoint / DATA_STATE, state)
+
+    def load_data_state(self, checkpoint: Path) -> None:
+        """Continue streamed data where a checkpoint left them; before ``train``."""
+        if self.stream is not None:
+            self.stream.load_state_dict(read_json(checkpoint / DATA_STATE))
 
     def save_final(self) -> None:
         """Weights, config and tokenizer into the run directory; ``config.json`` comes last and makes it whole."""
