@@ -62,7 +62,8 @@ def record(model: VirtualWidthForCausalLM, ids: Tensor, visit: Visit) -> Tensor:
     hook = model.model.backbone.register_forward_pre_hook(use_ours, with_kwargs=True)
     try:
         if model.model.backbone.arguments is None:
-            state = model.model(input_ids=ids, use_cache=False).over_width_state
+            # the whole model, so that what shards it gathers its weights
+            state = model(ids, use_cache=False, output_over_width_state=True, logits_to_keep=1).over_width_state
             if stream.index == len(sublayer_names(model)):
                 return state
     finally:

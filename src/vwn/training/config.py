@@ -97,7 +97,7 @@ PLAIN_OPTIONS = ("mtp", "mtp_loss_weight", "ngram_order", "ngram_buckets", "tabl
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The budget and the optimiser: AdamW, linear warm-up, cosine decay."""
+    """The budget and the optimiser: AdamW, linear warm-up, cosine decay or none."""
 
     steps: int = 1000
     """Optimiser steps."""
@@ -110,8 +110,10 @@ class OptimConfig:
     backbone, table, expansion, routing, reduce and head."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; by default 5 % of all."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What follows the warm-up: decay to --final-learning-rate, or the peak rate to the end."""
     final_learning_rate: float = 0.1
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate at the end of a cosine, as a share of the peak."""
     weight_decay: float = 0.1
     """Decay of everything but biases, norm gains and the static routing matrices."""
     beta1: float = 0.9
@@ -199,6 +201,9 @@ class TrainConfig:
     """Steps between validations; by default 5 % of all."""
     save_every: int | None = None
     """Steps between checkpoints; by default 10 % of all."""
+    health_every: int | None = None
+    """Steps between measurements of gradients, state and routing (health.jsonl, and the logs); by default those
+    between validations, 0 for none."""
     resume: bool = False
     """Continue the run in --out from its last complete checkpoint."""
 
@@ -235,6 +240,7 @@ class TrainConfig:
         for name in ("log_every", "eval_every", "save_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, "at least 1", value)
+        require(self.health_every is None or self.health_every >= 0, "health-every", "0 or more", self.health_every)
 
     def _check_backend(self) -> None:
         free = self.width.connection == "ghc" and self.width.carry_constraint == "none"

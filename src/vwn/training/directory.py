@@ -188,13 +188,14 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write whole or not at all, as strict JSON: what is not finite becomes null."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(_finite(value), indent=1, default=str, allow_nan=False) + "\n")
+    partial.write_text(json.dumps(finite(value), indent=1, default=str, allow_nan=False) + "\n")
     partial.replace(path)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with None for every number that is not finite, which strict JSON cannot hold."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -122,6 +122,7 @@ def _train(config: TrainConfig, corpus: Corpus, model: Any, learning_rate: float
         callbacks=[ProgressBar(label)],
         window=config.corpus.window,
         rate_factors=parse_factors(config.optim.rate_factors),
+        health_every=config.intervals[1] if config.health_every is None else config.health_every,
     )
     if checkpoint is not None:
         trainer.load_data_state(checkpoint)
@@ -210,8 +211,8 @@ def training_arguments(config: TrainConfig, learning_rate: float, resumed: bool)
         gradient_accumulation_steps=o.gradient_accumulation,
         per_device_eval_batch_size=o.batch_size,
         learning_rate=learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": o.final_learning_rate},
+        lr_scheduler_type="cosine_with_min_lr" if o.schedule == "cosine" else "constant_with_warmup",
+        lr_scheduler_kwargs={"min_lr_rate": o.final_learning_rate} if o.schedule == "cosine" else {},
         warmup_steps=o.warmup_steps if o.warmup_steps is not None else max(1, o.steps // 20),
         weight_decay=o.weight_decay,
         adam_beta1=o.beta1,

@@ -19,6 +19,7 @@ from transformers.trainer_utils import sort_checkpoints
 from vwn.errors import UserError
 from vwn.training.directory import read_json, write_json
 from vwn.training.groups import scale_rates
+from vwn.training.health import HealthLog
 from vwn.weight_decay import no_weight_decay
 
 DATA_STATE = "data_state.json"
@@ -57,13 +58,23 @@ class VirtualWidthTrainer(Trainer):
     ``seconds`` (of training alone) so far.
     """
 
-    def __init__(self, *args: Any, window: int, rate_factors: Mapping[str, float] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        window: int,
+        rate_factors: Mapping[str, float] | None = None,
+        health_every: int = 0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, compute_metrics=mean_losses, **kwargs)
         self.rate_factors = rate_factors or {}
         a = self.args
         self.tokens_per_step = window * a.per_device_train_batch_size * a.gradient_accumulation_steps * a.world_size
         self.stopwatch = Stopwatch()
         self.add_callback(self.stopwatch)
+        self.health = HealthLog(self, health_every) if health_every else None
+        if self.health:
+            self.add_callback(self.health)
         self.remove_callback(PrinterCallback)  # the progress bar shows what matters, the logs hold the rest
         self.stream: Any = None  # the loader of streamed data: it alone knows where they stand
         self._losses: list[Tensor] = []
@@ -80,6 +91,13 @@ class VirtualWidthTrainer(Trainer):
         if fresh and self.rate_factors:
             scale_rates(optimizer, self.model, self.rate_factors)
         return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the Trainer's; shows complete gradients to the health log."""
+        loss = super().training_step(*args, **kwargs)
+        if self.health and self.accelerator.sync_gradients:
+            self.health.see_gradients(self.model)
+        return loss
 
     def compute_loss(
         self,
@@ -132,6 +150,9 @@ class VirtualWidthTrainer(Trainer):
             logs["objective"] = logs.pop("loss")
             logs |= named_losses(torch.stack(self._losses).float().mean(0).tolist())
             self._losses.clear()
+            if self.health:
+                logs |= self.health.unlogged
+                self.health.unlogged = {}
         if "eval_loss" in logs:
             self._check_finite(torch.tensor(logs["eval_loss"]), "validation loss")
         logs["tokens"] = self.state.global_step * self.tokens_per_step
