@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from vwn.errors import UserError
-from vwn.training.directory import last_checkpoint
+from vwn.training.checkpoints import last_checkpoint
 from vwn.training.health import effective_slots, gradient_norms, measure_state, read_health
 from vwn.training.run import train
 

@@ -9,8 +9,8 @@ from runs import config
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from vwn import no_weight_decay
+from vwn.training.checkpoints import last_checkpoint
 from vwn.training.config import WidthOptions
-from vwn.training.directory import last_checkpoint
 from vwn.training.model import build_model, load_backbone, model_config
 from vwn.training.run import load_corpus, train
 from vwn.training.trainer import VirtualWidthTrainer, head_losses

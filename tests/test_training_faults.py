@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from vwn.errors import UserError
-from vwn.training.directory import last_checkpoint, locked, read_json
+from vwn.training.checkpoints import last_checkpoint
+from vwn.training.directory import locked
+from vwn.training.files import CannotWrite, read_json
 from vwn.training.run import train
 from vwn.training.trainer import Diverged, VirtualWidthTrainer
 
@@ -76,7 +78,7 @@ def test_a_save_that_fails_leaves_no_checkpoint_behind(tmp_path, text, monkeypat
             raise OSError("No space left on device")
 
     monkeypatch.setattr(VirtualWidthTrainer, "_save_rng_state", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(CannotWrite, match=r"No space.*the last checkpoint, .*checkpoint-4, is untouched"):
         train(config(tmp_path / "run", text))
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
 

@@ -8,8 +8,9 @@ from vwn.compare.arms import parse_arm
 from vwn.compare.config import CompareConfig
 from vwn.errors import UserError
 from vwn.training import run as run_module
+from vwn.training.checkpoints import last_checkpoint
 from vwn.training.config import SpeedOptions, WidthOptions
-from vwn.training.directory import last_checkpoint, read_json
+from vwn.training.files import read_json
 from vwn.training.run import train
 
 

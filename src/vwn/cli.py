@@ -243,7 +243,7 @@ def main() -> None:
         if os.environ.get("VWN_DEBUG"):
             raise
         print(f"vwn: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "exit_code", 2))
     except KeyboardInterrupt:
         print("vwn: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
-import shutil
-import sys
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
 
 from vwn.errors import UserError
+from vwn.training.checkpoints import FORMAT, clear_rests, last_checkpoint
 from vwn.training.config import CorpusConfig, OptimConfig, SpeedOptions, TrainConfig, WidthOptions
+from vwn.training.files import read_json, write_json
 from vwn.training.machine import provenance
 
 LOCK = ".lock"
@@ -109,21 +106,10 @@ def adopt(config: TrainConfig, given: Set[str]) -> TrainConfig:
 
 def start(config: TrainConfig, fingerprint: str) -> None:
     """Record everything needed to repeat the run; drop what a killed one left half done."""
-    for rest in (config.out / ".incomplete", *config.out.glob(".discarded-*")):
-        shutil.rmtree(rest, ignore_errors=True)
+    clear_rests(config.out)
     if not (config.out / "run.json").exists():
-        write_json(config.out / "run.json", {"config": settings(config), "text": fingerprint, **provenance()})
-
-
-def last_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that can be read; only whole ones bear the name, but a disk may have damaged them since."""
-    found = [(int(m[1]), p) for p in directory.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    for _, checkpoint in sorted(found, reverse=True):
-        damage = damage_of(checkpoint)
-        if damage is None:
-            return checkpoint
-        print(f"vwn: {checkpoint} is damaged ({damage}); the one before is used", file=sys.stderr)
-    return None
+        record = {"config": settings(config), "text": fingerprint, "checkpoint_format": FORMAT, **provenance()}
+        write_json(config.out / "run.json", record)
 
 
 def locate(checkpoint: str) -> Path | str:
@@ -152,50 +138,3 @@ def run_record(source: Path | str) -> dict[str, Any]:
     """``run.json`` of the training run that wrote a checkpoint; empty if there is none."""
     folders = (source, source.resolve().parent) if isinstance(source, Path) else ()
     return next((read_json(f / "run.json") for f in folders if (f / "run.json").exists()), {})
-
-
-def damage_of(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, as far as its files' own structure tells; None if it can."""
-    try:
-        read_json(checkpoint / "trainer_state.json")
-        weights = list(checkpoint.glob("*.safetensors"))
-        if not weights:
-            return "no weights"
-        for path in weights:
-            safe_open(path, framework="pt")
-        for name in ("optimizer.pt", "scheduler.pt"):
-            torch.load(checkpoint / name, mmap=name == "optimizer.pt", weights_only=True)
-    except (UserError, OSError, SafetensorError, RuntimeError) as error:
-        return " ".join(str(error).split())[:100]
-    return None
-
-
-def read_json(path: Path) -> Any:
-    """A JSON object of ours.
-
-    Raises:
-        UserError: the file cannot be read or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it or restore it") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold what it should; delete it or restore it")
-    return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all, as strict JSON: what is not finite becomes null."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(finite(value), indent=1, default=str, allow_nan=False) + "\n")
-    partial.replace(path)
-
-
-def finite(value: Any) -> Any:
-    """The same with None for every number that is not finite, which strict JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

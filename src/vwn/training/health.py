@@ -21,7 +21,7 @@ from vwn.hf import VirtualWidthForCausalLM
 from vwn.inspection.measures import SublayerStatistics, split, static_routing, tanh_scales
 from vwn.inspection.recording import record, sublayer_names
 from vwn.seam import Connection
-from vwn.training.directory import finite
+from vwn.training.files import finite
 from vwn.training.groups import group_of_parameters
 
 FILE = "health.jsonl"

@@ -23,6 +23,7 @@ from vwn.hf.card import TrainingFacts
 from vwn.hf.loss import choose_loss
 from vwn.ops import choose
 from vwn.training import directory
+from vwn.training.checkpoints import agreed_checkpoint
 from vwn.training.config import SpeedOptions, TrainConfig
 from vwn.training.groups import parse_factors
 from vwn.training.machine import PeakMemory
@@ -104,7 +105,7 @@ def train(config: TrainConfig, corpus: Corpus | None = None, label: Label | None
 
 
 def _train(config: TrainConfig, corpus: Corpus, model: Any, learning_rate: float, label: Label) -> RunResult:
-    checkpoint = directory.last_checkpoint(config.out)
+    checkpoint = agreed_checkpoint(config.out)
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else TrainerState()
     trained = state.global_step >= config.optim.steps
     if trained:  # killed between the last checkpoint and the result
@@ -125,7 +126,7 @@ def _train(config: TrainConfig, corpus: Corpus, model: Any, learning_rate: float
         health_every=config.intervals[1] if config.health_every is None else config.health_every,
     )
     if checkpoint is not None:
-        trainer.load_data_state(checkpoint)
+        trainer.restore(checkpoint)
     trainer.stopwatch.seconds = state.log_history[-1]["seconds"] if state.log_history else 0.0
 
     def result(curve: list[dict[str, float | None]]) -> RunResult:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import sort_checkpoints
+from transformers import EvalPrediction, PrinterCallback, TrainerCallback
 
 from vwn.errors import UserError
-from vwn.training.directory import read_json, write_json
+from vwn.training.checkpoints import checkpoints
 from vwn.training.groups import scale_rates
 from vwn.training.health import HealthLog
+from vwn.training.saving import SavingTrainer, not_finite
 from vwn.weight_decay import no_weight_decay
-
-DATA_STATE = "data_state.json"
 
 
 class Diverged(UserError):
@@ -50,7 +47,7 @@ def named_losses(losses: Any) -> dict[str, float]:
     return {"loss" if k == 0 else f"loss_{k + 1}": float(value) for k, value in enumerate(losses)}
 
 
-class VirtualWidthTrainer(Trainer):
+class VirtualWidthTrainer(SavingTrainer):
     """A Trainer that logs every head's loss, decays by our rule, stops at a non-finite loss, and saves atomically.
 
     Training logs hold ``loss`` (next token), ``loss_2`` …, and ``objective``, their weighted sum with the router's
@@ -76,7 +73,6 @@ class VirtualWidthTrainer(Trainer):
         if self.health:
             self.add_callback(self.health)
         self.remove_callback(PrinterCallback)  # the progress bar shows what matters, the logs hold the rest
-        self.stream: Any = None  # the loader of streamed data: it alone knows where they stand
         self._losses: list[Tensor] = []
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -119,12 +115,15 @@ class VirtualWidthTrainer(Trainer):
 
     def _check_finite(self, value: Tensor, name: str) -> None:
         if not torch.isfinite(value).all():
-            last = max(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda p: p.stat().st_mtime, default=None)
-            kept = f"the last checkpoint is {last}; " if last else ""
-            raise Diverged(
-                f"the {name} is no longer finite at step {self.state.global_step + 1}; {kept}"
-                f"train again in another --out with a --learning-rate below {self.args.learning_rate:g}"
-            )
+            self._stop(f"the {name} is no longer finite")
+
+    def _stop(self, why: str) -> NoReturn:
+        last = next(iter(checkpoints(Path(self.args.output_dir)).values()), None)
+        kept = f"the last checkpoint is {last}; " if last else ""
+        raise Diverged(
+            f"{why} at step {self.state.global_step + 1}; {kept}"
+            f"train again in another --out with a --learning-rate below {self.args.learning_rate:g}"
+        )
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """All of the validation text, the last incomplete batch too."""
@@ -162,65 +161,10 @@ class VirtualWidthTrainer(Trainer):
     def _head_losses(self, outputs: Any) -> Tensor:
         return head_losses(outputs, getattr(self.model.config, "router_aux_loss_coef", 0.0))
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        for name, parameter in model.named_parameters():
-            self._check_finite(parameter.detach(), f"weight {name}")
-        # Written aside and renamed when whole: a killed run never leaves half a checkpoint under a checkpoint's name.
-        run_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        self._staging = run_dir / ".incomplete"
-        try:
-            super()._save_checkpoint(model, trial)
-            self.save_data_state(self._staging / name)
-        finally:
-            staging, self._staging = self._staging, None
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            _discard(run_dir / name)
-            (staging / name).rename(run_dir / name)
-            staging.rmdir()
-            for old in sort_checkpoints(str(run_dir))[:-2]:
-                _discard(Path(old))
-        self.accelerator.wait_for_everyone()
-
-    def save_data_state(self, checkpoint: Path) -> None:
-        """Where the training data stands, into a checkpoint that is being written; on every rank, the first writes.
-
-        Nothing for packed windows: their place follows from the number of steps.
-        """
-        if self.stream is not None:
-            state = self.stream.state_dict()
-            if self.args.should_save:
-                write_json(checkpoint / DATA_STATE, state)
-
-    def load_data_state(self, checkpoint: Path) -> None:
-        """Continue streamed data where a checkpoint left them; before ``train``."""
-        if self.stream is not None:
-            self.stream.load_state_dict(read_json(checkpoint / DATA_STATE))
-
-    def save_final(self) -> None:
-        """Weights, config and tokenizer into the run directory; ``config.json`` comes last and makes it whole."""
-        run_dir = Path(self.args.output_dir)
-        staging = run_dir / ".incomplete"
-        self.save_model(str(staging))
-        if self.args.should_save:
-            (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json says it all
-            for path in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
-                path.replace(run_dir / path.name)
-            staging.rmdir()
-
-    _staging: Path | None = None
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging or super()._get_output_dir(trial))
-
-
-def _discard(directory: Path) -> None:
-    """Delete a checkpoint so that a kill in the middle does not leave half of it under its name."""
-    if directory.exists():
-        trash = directory.with_name(f".discarded-{directory.name}")
-        shutil.rmtree(trash, ignore_errors=True)
-        directory.rename(trash)
-        shutil.rmtree(trash)
+    def _check_weights(self, model: nn.Module) -> None:
+        name = not_finite(model)
+        if name is not None:
+            self._stop(f"the weight {name} is no longer finite")
 
 
 class Stopwatch(TrainerCallback):
