@@ -16,6 +16,9 @@ CONNECTIONS = ("ghc", "hc", "mhc", "residual")
 # What trainers, generation and evaluation harnesses read from, or set on, the outer config.
 DELEGATED = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "use_cache")
 
+# What transformers chooses when a model is made; there is one choice, the backbone's.
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+
 
 @strict
 class VirtualWidthConfig(PreTrainedConfig):
@@ -103,6 +106,8 @@ class VirtualWidthConfig(PreTrainedConfig):
         self.reduce, self.reduce_norm = resolve_reduce(self.geometry, self.reduce, self.reduce_norm)
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
             kwargs.setdefault(key, getattr(self.backbone, key, None))
+        for name in IMPLEMENTATIONS:  # it would be set to None here, and with it the backbone's own
+            kwargs.setdefault(name, getattr(self.backbone, f"_{name}"))
         super().__post_init__(**kwargs)
 
     def _check_choices(self) -> None:
@@ -196,5 +201,5 @@ def _delegate(name: str) -> property:
     return property(lambda self: getattr(self.backbone, name), lambda self, value: setattr(self.backbone, name, value))
 
 
-for _name in DELEGATED:
+for _name in (*DELEGATED, *(f"_{name}_internal" for name in IMPLEMENTATIONS)):
     setattr(VirtualWidthConfig, _name, _delegate(_name))

@@ -19,10 +19,21 @@ from vwn.hf.mtp_decoding import MtpGenerationMixin
 from vwn.hf.outputs import VirtualWidthCausalLMOutput, VirtualWidthModelOutput
 from vwn.hf.saving import SavingMixin
 from vwn.hf.stream import Stream, keeps_its_weights
-from vwn.hf.widening import VirtualWidthLayer, build_backbone, build_mtp_layer, init_virtual_width, widen_backbone
+from vwn.hf.widening import (
+    VirtualWidthLayer,
+    base_model_class,
+    build_backbone,
+    build_mtp_layer,
+    init_virtual_width,
+    widen_backbone,
+)
 from vwn.multi_token import MultiTokenPredictor
 from vwn.ops import choose
 from vwn.seam import Connection
+
+# what transformers goes by when it chooses an attention implementation, compiles, or exports
+_BACKBONES_FLAGS = ("_supports_flash_attn", "_supports_sdpa", "_supports_flex_attn", "_supports_attention_backend")
+_BACKBONES_FLAGS += ("_compatible_flash_implementations", "_supports_context_parallel", "_can_compile_fullgraph")
 
 
 class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
@@ -33,12 +44,15 @@ class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
+    _supports_attention_backend = True  # of a class that knows no backbone; an instance has the backbone's flags
     _keep_in_fp32_modules_strict = ["connections"]
+
+    def __init__(self, config: VirtualWidthConfig) -> None:
+        self._backbone_class = base_model_class(config.backbone)
+        for flag in _BACKBONES_FLAGS:
+            if hasattr(self._backbone_class, flag):  # older transformers have fewer
+                setattr(self, flag, getattr(self._backbone_class, flag))
+        super().__init__(config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,9 +74,26 @@ class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
         """No: initialisation leaves alone what was loaded, and the buffers that are not saved have to have it."""
         return False
 
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return True  # passed on to the backbone, which refuses what it cannot run
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """What to run for a request: the same, or where there is none ``"sdpa"``, if the backbone supports that.
+
+        Raises:
+            UserError: the backbone does not support it.
+        """
+        try:
+            return super().get_correct_attn_implementation(requested_attention, is_init_check)
+        except ValueError as error:
+            kind = self.config.backbone.model_type
+            raise UserError(
+                f"a backbone of type {kind} does not support attn_implementation = {requested_attention!r}; "
+                "leave it away, or set it to 'eager'"
+            ) from error
+
+    def _can_set_attn_implementation(self) -> bool:
+        return self._backbone_class._can_set_attn_implementation()
+
+    def _can_set_experts_implementation(self) -> bool:
+        return self._backbone_class._can_set_experts_implementation()
 
     def set_connection_backend(self, backend: str) -> None:
         """Run all connections on ``"auto"``, ``"reference"``, ``"compiled"`` or ``"triton"`` (:mod:`vwn.ops`).
