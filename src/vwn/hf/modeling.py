@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple
 
 from vwn.embedding import OverWidthEmbedding, OverWidthReduce, UnembeddingExpand
 from vwn.errors import UserError
+from vwn.hf.auxiliary_loss import logit_loss, penalises_logits, router_loss, router_loss_weight, routes_experts
 from vwn.hf.configuration import VirtualWidthConfig
-from vwn.hf.families import family_of, has_head_bias, scaled_embedding, scaled_hidden, scaled_logits, scales_logits
+from vwn.hf.families import has_head_bias, scaled_embedding, scaled_hidden, scaled_logits, scales_logits
 from vwn.hf.layouts import has_hooks
 from vwn.hf.loss import choose_loss, fused_cross_entropy
 from vwn.hf.mtp_decoding import MtpGenerationMixin
@@ -350,8 +350,9 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
             raise ValueError(
                 f"labels need the logits of every position; leave logits_to_keep at 0, got {logits_to_keep}"
             )
-        if self._routes_experts and output_router_logits is None:
-            output_router_logits = self.config.backbone.output_router_logits
+        b = self.config.backbone
+        if routes_experts(b) and output_router_logits is None:
+            output_router_logits = b.output_router_logits
         if output_router_logits is not None:
             kwargs["output_router_logits"] = output_router_logits
         out = self.model(
@@ -387,10 +388,12 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
         loss = losses = aux_loss = None
         if labels is not None:
             losses, loss = self._losses(heads, None if fused else [logits, *mtp_logits], labels, num_items_in_batch)
-        if kwargs.get("output_router_logits") and self._routes_experts:
-            aux_loss = self._aux_loss((*(out.router_logits or ()), *mtp_router_logits), attention_mask)
+            if penalises_logits(b):
+                loss = loss + logit_loss(logits, b)
+        if kwargs.get("output_router_logits") and routes_experts(b):
+            aux_loss = router_loss((*(out.router_logits or ()), *mtp_router_logits), b, attention_mask)
             if loss is not None:
-                loss = loss + self.config.backbone.router_aux_loss_coef * aux_loss
+                loss = loss + router_loss_weight(b) * aux_loss
         return VirtualWidthCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -423,7 +426,7 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
         backend = choose_loss(self.loss_backend, self.lm_head.weight.device)
         as_they_come = type(self.lm_head) is nn.Linear and not has_hooks(self.lm_head)
         as_they_come &= not hasattr(self, "_loss_function") and self.lm_head.bias is None
-        as_they_come &= not scales_logits(self.config.backbone)
+        as_they_come &= not scales_logits(self.config.backbone) and not penalises_logits(self.config.backbone)
         if self.loss_backend == "liger" and not as_they_come:
             raise UserError("loss backend 'liger' needs the model's own unembedding and loss function; use 'torch'")
         return backend == "liger" and as_they_come
@@ -453,23 +456,3 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
                 mean = total / num_items_in_batch * ((length - 1) / max(1, length - 1 - k))
             objective = objective + mean * (1.0 if k == 0 else self.config.mtp_loss_weight)
         return tuple(losses), objective
-
-    @property
-    def _routes_experts(self) -> bool:
-        """Whether the type's own causal LM adds an auxiliary loss."""
-        return hasattr(self.config.backbone, "router_aux_loss_coef") and not family_of(self.config.backbone).no_aux_loss
-
-    def _aux_loss(self, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
-        b = self.config.backbone
-        if not router_logits:
-            raise UserError(
-                f"a backbone of type {b.model_type} hands out no router logits; set its output_router_logits to false"
-            )
-        counts = (getattr(b, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
-        experts = next(count for count in counts if count)
-        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            tokens = router_logits[0].shape[0] // attention_mask.shape[0]
-            attention_mask = attention_mask[:, -tokens:]  # in decoding it covers the cache as well
-        else:
-            attention_mask = None
-        return load_balancing_loss_func(router_logits, experts, b.num_experts_per_tok, attention_mask)
