@@ -32,8 +32,15 @@ from vwn.ops import choose
 from vwn.seam import Connection
 
 # what transformers goes by when it chooses an attention implementation, compiles, or exports
-_BACKBONES_FLAGS = ("_supports_flash_attn", "_supports_sdpa", "_supports_flex_attn", "_supports_attention_backend")
-_BACKBONES_FLAGS += ("_compatible_flash_implementations", "_supports_context_parallel", "_can_compile_fullgraph")
+_BACKBONES_FLAGS = (
+    "_supports_sdpa",
+    "_supports_flash_attn",
+    "_supports_flex_attn",
+    "_supports_attention_backend",
+    "_supports_context_parallel",
+    "_compatible_flash_implementations",
+    "_can_compile_fullgraph",
+)
 
 
 class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
@@ -388,7 +395,7 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
         loss = losses = aux_loss = None
         if labels is not None:
             losses, loss = self._losses(heads, None if fused else [logits, *mtp_logits], labels, num_items_in_batch)
-            if penalises_logits(b):
+            if logits is not None and penalises_logits(b):
                 loss = loss + logit_loss(logits, b)
         if kwargs.get("output_router_logits") and routes_experts(b):
             aux_loss = router_loss((*(out.router_logits or ()), *mtp_router_logits), b, attention_mask)
