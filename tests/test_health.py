@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from vwn.errors import UserError
 from vwn.training.checkpoints import last_checkpoint
-from vwn.training.health import effective_slots, gradient_norms, measure_state, read_health
+from vwn.training.health import concerns, effective_slots, gradient_norms, measure_state, read_health
 from vwn.training.run import train
 
 
@@ -79,7 +79,7 @@ def test_the_state_is_the_models_own():
     assert seen["rms"][-1] == pytest.approx(float(final.square().mean().sqrt()), rel=1e-6)
     first = model.model.embed_tokens(ids).detach()
     assert seen["rms"][0] == pytest.approx(float(first.square().mean().sqrt()), rel=1e-6)
-    alpha = model.model.layers[0].connections[0].routing_matrices(first).alpha[..., 2:]
+    alpha = model.model.layers[0].connections[0].routing_matrices(first).alpha[..., 2:].detach()
     radius = torch.linalg.eigvals(alpha).abs().amax(-1).mean()
     assert seen["spectral_radius"][0] == pytest.approx(float(radius), rel=1e-5)
     weakest = first.unflatten(-1, (4, -1)).square().mean((0, 1, -1)).sqrt()
@@ -156,3 +156,18 @@ def test_a_damaged_log_is_refused(tmp_path):
     (tmp_path / "health.jsonl").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         read_health(tmp_path)
+
+
+def test_what_goes_wrong_is_said_once(finished, tmp_path, text, caplog):
+    run, _ = finished
+    healthy = read_health(run.out)[-1]
+    assert concerns(healthy) == {}
+    huge = healthy | {"state": healthy["state"] | {"rms": [1.0, 1e7]}}
+    assert "routing=0.1" in concerns(huge)["state"]
+    assert concerns(healthy | {"state": {"rms": [1.0, math.nan]}}).keys() == {"state"}
+    saturated = healthy | {"state": healthy["state"] | {"saturated": [None, 0.7]}}
+    assert "70% of a sublayer" in concerns(saturated)["saturated"]
+    assert concerns(healthy | {"gradient_norm": {"total": 0.0}}).keys() == {"gradient"}
+    with caplog.at_level("WARNING", logger="vwn"):
+        train(config(tmp_path / "run", text, optim={"steps": 3, "learning_rate": 30.0}, health_every=1, eval_every=3))
+    assert sum("the state has grown" in r.message for r in caplog.records) == 1

@@ -6,6 +6,7 @@ Every measurement is a line of ``health.jsonl`` in the run directory; what is wo
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from pathlib import Path
@@ -29,6 +30,9 @@ PROBE_TOKENS = 256
 """Validation tokens that the state is looked at with, always the same."""
 ROUTED_TOKENS = 32
 """Of these, evenly spread, those whose routing matrices are looked at."""
+LARGEST_STATE = 1e6
+"""RMS above which a state is reported: sound runs of ours stay below 1e4, those that diverged passed 1e12."""
+logger = logging.getLogger(__name__)
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -43,6 +47,7 @@ class HealthLog(TrainerCallback):
     def __init__(self, trainer: Any, every: int) -> None:
         self.trainer, self.every = trainer, every
         self.path = Path(trainer.args.output_dir) / FILE
+        self.warned: set[str] = set()
         self.gradients: dict[str, Any] = {}
         self.unlogged: dict[str, float] = {}
         """What is worst of the last measurement, for the next training log to take along."""
@@ -74,6 +79,10 @@ class HealthLog(TrainerCallback):
         if state.is_world_process_zero:
             with self.path.open("a") as file:
                 file.write(json.dumps(finite(entry), allow_nan=False) + "\n")
+            for name, sentence in concerns(entry).items():
+                if name not in self.warned:
+                    logger.warning("step %d: %s", state.global_step, sentence)
+                self.warned.add(name)
         self.unlogged = {f"health_{name}": value for name, value in worst(entry).items()}
 
 
@@ -200,6 +209,27 @@ def worst(entry: dict[str, Any]) -> dict[str, float]:
     }
     known = {name: (f, [v for v in values or () if v is not None]) for name, (f, values) in chosen.items()}
     return {name: f(values) for name, (f, values) in known.items() if values}
+
+
+def concerns(entry: dict[str, Any]) -> dict[str, str]:
+    """What of a measurement the user should hear about, a sentence each, by a name of its own."""
+    found, seen = {}, worst(entry)
+    radius = seen.get("spectral_radius_max")
+    if not all(rms < LARGEST_STATE for rms in entry["state"]["rms"]):  # NaN too
+        found["state"] = f"the state has grown beyond an RMS of {LARGEST_STATE:g}; lower the learning rate"
+        if radius is not None:
+            found["state"] += (
+                f", or that of the routing alone (--rate-factors routing=0.1), or bound the carry, whose spectral "
+                f"radius is up to {radius:.2f} (--carry-constraint doubly_stochastic)"
+            )
+    if seen.get("saturated_max", 0) > 0.5:
+        found["saturated"] = (
+            f"{seen['saturated_max']:.0%} of a sublayer's dynamic routing is saturated and learns no more; lower the "
+            "learning rate of the routing (--rate-factors routing=0.1)"
+        )
+    if entry["gradient_norm"].get("total") == 0:
+        found["gradient"] = "all gradients are zero, so nothing is learnt any more; start again with a lower rate"
+    return found
 
 
 def read_health(directory: Path) -> list[dict[str, Any]]:
