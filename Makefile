@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export VWN_CACHE := $(CURDIR)/.cache/vwn
 export HF_HOME := $(CURDIR)/.cache/huggingface
 
-.PHONY: help quickstart test check bench docs lint format clean
+.PHONY: help quickstart test test-faults check bench docs lint format clean
 
 # Two to five minutes on two cores; the learning rates are the presets', tuned for each arm (README, results/quickstart).
 QUICKSTART := --data stdlib --tokenizer bpe:2048 --backbone tiny --arms plain 4x16 --seeds 0 \
@@ -17,6 +17,7 @@ QUICKSTART := --data stdlib --tokenizer bpe:2048 --backbone tiny --arms plain 4x
 help:
 	@echo "make quickstart  train a small model plain and with virtual width x4, and compare them (a few minutes)"
 	@echo "make test        the whole test suite"
+	@echo "make test-faults over 200 injected faults (kills, damage, full disks), up to half an hour"
 	@echo "make check       lint, types and the fast tests"
 	@echo "make bench       speed, memory and accuracy of the connections on this machine"
 	@echo "make docs        the documentation site, into build/site"
@@ -41,13 +42,18 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
 
+# Every injected fault; the table of docs/reliability.md comes from here.
+test-faults: $(STAMP)
+	mkdir -p build
+	VWN_FAULTS_TABLE=build/faults.md $(BIN)/python -m pytest -m faults tests/test_faults.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 check: lint
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not faults"
 
 # Leave the machine alone meanwhile. On a machine with a GPU each measures that.
 bench: $(STAMP)

@@ -18,6 +18,7 @@ from vwn.errors import UserError
 from vwn.evaluation.config import EvalConfig
 from vwn.inspection.config import InspectConfig
 from vwn.training.config import TrainConfig, WidthOptions, require
+from vwn.training.files import NO_ROOM, CannotWrite
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,16 @@ def given_options() -> set[str]:
     return {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags}
 
 
+def arguments() -> list[str]:
+    """The command line, with what tyro cannot say: of `train`, a `--resume` alone and one with a word after it."""
+    given, found = sys.argv[1:], []
+    for argument, following in zip(given, [*given[1:], ""], strict=True):
+        found.append("--resume=False" if argument == "--no-resume" and given[0] == "train" else argument)
+        if argument == "--resume" and given[0] == "train" and following not in ("auto", "True", "False"):
+            found[-1] = "--resume=True"
+    return found
+
+
 def show_our_logs() -> None:
     """What a run took and why (backends) goes to stderr, where its progress goes too."""
     handler = logging.StreamHandler()
@@ -231,6 +242,7 @@ def main() -> None:
     try:
         config = tyro.cli(
             Command,
+            args=arguments(),
             prog="vwn",
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         )
@@ -243,7 +255,8 @@ def main() -> None:
         if os.environ.get("VWN_DEBUG"):
             raise
         print(f"vwn: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 2))
+        full = isinstance(error, OSError) and error.errno in NO_ROOM
+        sys.exit(CannotWrite.exit_code if full else getattr(error, "exit_code", 2))
     except KeyboardInterrupt:
         print("vwn: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -12,7 +12,15 @@ from typing import Literal
 from vwn.compare.arms import BASELINE, Arm, check_arms, parse_arm
 from vwn.compare.studies import STUDIES
 from vwn.errors import UserError
-from vwn.training.config import CorpusConfig, OptimConfig, SpeedOptions, TrainConfig, WidthOptions, require
+from vwn.training.config import (
+    CorpusConfig,
+    OptimConfig,
+    ReliabilityOptions,
+    SpeedOptions,
+    TrainConfig,
+    WidthOptions,
+    require,
+)
 
 
 @dataclass(frozen=True)
@@ -142,5 +150,6 @@ class CompareConfig:
             speed=self.speed if not arm.is_plain else self.speed.of_plain,
             eval_every=self.eval_every,
             save_every=self.save_every,
+            reliability=ReliabilityOptions(skip_bad_steps=0),  # an arm that diverges is not to be helped
             resume=self.resume,
         )

@@ -161,7 +161,7 @@ class Comparison:
             return f"{label} ({self.progress.text()})"
 
         try:
-            result = train(dataclasses.replace(run, resume=run.out.exists()), self.corpus, shown)
+            result = train(dataclasses.replace(run, resume="auto"), self.corpus, shown)
         except Diverged as diverged:
             print(f"vwn: {label}: {diverged}", file=sys.stderr)
             directory.write_json(run.out / "result.json", dataclasses.asdict(diverged.result))
@@ -226,7 +226,7 @@ def shared_settings(config: CompareConfig) -> dict[str, Any]:
     """Everything that all arms have in common, by dotted name."""
     arm = dataclasses.replace(config.run(Arm(BASELINE), 0), width=config.width, speed=config.speed, optim=config.optim)
     apart = ("m", "n", "hidden_size", "intermediate_size", "seed", "optim.learning_rate")
-    return {k: v for k, v in directory.settings(arm).items() if k not in apart}
+    return {k: v for k, v in directory.settings(arm).items() if k not in apart and not k.startswith("reliability.")}
 
 
 def warn_of_untuned_rates(config: CompareConfig) -> None:

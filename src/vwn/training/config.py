@@ -174,6 +174,29 @@ class SpeedOptions:
 
 
 @dataclass(frozen=True)
+class ReliabilityOptions:
+    """What is kept, what is skipped, and how long is waited; may be changed when a run is resumed."""
+
+    keep_last: int = 2
+    """Checkpoints that stay; an old one goes when a newer one is whole."""
+    skip_bad_steps: int = 3
+    """Steps among the last 100 that may be skipped, because their loss or gradient was not finite or a spike, before
+    the run stops; 0 stops at the first."""
+    spike_factor: float = 0.0
+    """Skip a step whose loss or gradient norm is so many robust standard deviations above the median of the last 128;
+    0 skips only what is not finite."""
+    distributed_timeout: float = 30.0
+    """Minutes after which a process that does not answer is taken for lost, where there are several."""
+
+    def check(self) -> None:
+        """Refuse what no run can do."""
+        require(self.keep_last >= 1, "keep-last", "at least 1", self.keep_last)
+        require(0 <= self.skip_bad_steps < 100, "skip-bad-steps", "from 0 to 99", self.skip_bad_steps)
+        require(0 <= self.spike_factor < inf, "spike-factor", "finite and 0 or more", self.spike_factor)
+        require(0 < self.distributed_timeout < inf, "distributed-timeout", "positive", self.distributed_timeout)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run."""
 
@@ -195,6 +218,7 @@ class TrainConfig:
     width: WidthOptions = field(default_factory=WidthOptions)
     optim: OptimConfig = field(default_factory=OptimConfig)
     speed: SpeedOptions = field(default_factory=SpeedOptions)
+    reliability: ReliabilityOptions = field(default_factory=ReliabilityOptions)
     log_every: int | None = None
     """Steps between training-loss logs; by default 1 % of all."""
     eval_every: int | None = None
@@ -204,8 +228,8 @@ class TrainConfig:
     health_every: int | None = None
     """Steps between measurements of gradients, state and routing (health.jsonl, and the logs); by default those
     between validations, 0 for none."""
-    resume: bool = False
-    """Continue the run in --out from its last complete checkpoint."""
+    resume: bool | Literal["auto"] = False
+    """Continue the run in --out from its last whole checkpoint; `--resume auto` starts it where there is none yet."""
 
     def check(self) -> None:
         """Refuse what no run can do, before anything is read or written."""
@@ -213,6 +237,7 @@ class TrainConfig:
         self.optim.check()
         self.corpus.check()
         self.speed.check()
+        self.reliability.check()
         if (self.m is None) != (self.n is None):
             raise UserError(f"give both --m and --n, or neither; got m = {self.m}, n = {self.n}")
         if self.m is None and self.width.shape != WidthOptions():

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from vwn.errors import UserError
 from vwn.training.checkpoints import FORMAT, clear_rests, last_checkpoint
-from vwn.training.config import CorpusConfig, OptimConfig, SpeedOptions, TrainConfig, WidthOptions
+from vwn.training.config import CorpusConfig, OptimConfig, ReliabilityOptions, SpeedOptions, TrainConfig, WidthOptions
 from vwn.training.files import read_json, write_json
 from vwn.training.machine import provenance
 
@@ -62,9 +62,12 @@ def open_directory(directory: Path, record: str, resume: bool) -> dict[str, Any]
 
 
 def check_same(directory: Path, stored: dict[str, Any], asked: dict[str, Any], kind: str = "run") -> None:
-    """Refuse to continue with other settings than the work was started with."""
+    """Refuse to continue with other settings than the work was started with; options newer than it had defaults."""
+    defaults = settings(TrainConfig(out=directory))
     for name, value in asked.items():
-        if stored.get(name) != json.loads(json.dumps(value)):
+        if name.startswith("reliability."):
+            continue
+        if stored.get(name, json.loads(json.dumps(defaults.get(name)))) != json.loads(json.dumps(value)):
             raise UserError(
                 f"the {kind} in {directory} was started with {name} = {stored.get(name)!r}, not {value!r}; "
                 "leave the option away to continue it, or choose another --out"
@@ -98,10 +101,11 @@ def adopt(config: TrainConfig, given: Set[str]) -> TrainConfig:
         for name, value in settings(config).items()
     }
     parts: dict[str, Any] = {name: value for name, value in flat.items() if "." not in name}
-    groups = {"corpus": CorpusConfig, "width": WidthOptions, "optim": OptimConfig, "speed": SpeedOptions}
+    groups: dict[str, Any] = {"corpus": CorpusConfig, "width": WidthOptions, "optim": OptimConfig}
+    groups |= {"speed": SpeedOptions, "reliability": ReliabilityOptions}
     for group, make in groups.items():
         parts[group] = make(**{k.split(".")[1]: v for k, v in flat.items() if k.startswith(f"{group}.")})
-    return TrainConfig(out=config.out, resume=True, **parts)
+    return TrainConfig(out=config.out, resume=config.resume, **parts)
 
 
 def start(config: TrainConfig, fingerprint: str) -> None:

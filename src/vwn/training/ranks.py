@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch.distributed as dist
 
+from vwn.errors import UserError
+
 T = TypeVar("T")
+
+
+class LostProcess(UserError):
+    """Another process of the run is gone, or does not answer."""
+
+    exit_code = 69
+    """Of the command line: EX_UNAVAILABLE of sysexits.h."""
+
+
+@contextmanager
+def all_present() -> Iterator[None]:
+    """Say in a sentence that a process is gone, where the others notice by an error of torch.distributed or gloo."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        why = " ".join(str(error).split()).rpartition("] ")[2][:150]
+        raise LostProcess(
+            f"another process of this run is gone or does not answer ({why}); start all again with --resume auto"
+        ) from error
 
 
 def world_size() -> int:

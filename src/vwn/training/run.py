@@ -28,7 +28,9 @@ from vwn.training.config import SpeedOptions, TrainConfig
 from vwn.training.groups import parse_factors
 from vwn.training.machine import PeakMemory
 from vwn.training.model import build_model, load_backbone, model_config, resize_backbone
+from vwn.training.preemption import Stopped, StopSignals
 from vwn.training.presets import EMBEDDING_STD, PRESETS
+from vwn.training.ranks import all_present
 from vwn.training.trainer import Diverged, ProgressBar, VirtualWidthTrainer
 
 Label = str | Callable[[int], str]
@@ -71,12 +73,17 @@ def train(config: TrainConfig, corpus: Corpus | None = None, label: Label | None
         UserError: input that cannot be used, or a run directory that exists (without ``resume``) or belongs to another
             configuration or text (with it).
         Diverged: the loss or the weights became non-finite; its ``curve`` ends there.
+        Stopped: SIGTERM or Ctrl-C; a checkpoint is written.
+        CannotWrite: the disk is full; what was saved is untouched.
+        LostProcess: another process of the run is gone.
     """
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     config.check()
     check_device(config.speed)
-    stored = directory.open_directory(config.out, "run.json", config.resume)
+    stored = directory.open_directory(config.out, "run.json", bool(config.resume))
+    if stored is None and config.resume is True:
+        raise UserError(f"there is no run in {config.out} to continue; leave --resume away, or use --resume auto")
     if stored is not None:
         directory.check_same(config.out, stored.get("config", {}), directory.settings(config))
         if corpus is not None:
@@ -124,6 +131,9 @@ def _train(config: TrainConfig, corpus: Corpus, model: Any, learning_rate: float
         window=config.corpus.window,
         rate_factors=parse_factors(config.optim.rate_factors),
         health_every=config.intervals[1] if config.health_every is None else config.health_every,
+        keep_last=config.reliability.keep_last,
+        skip_bad_steps=config.reliability.skip_bad_steps,
+        spike_factor=config.reliability.spike_factor,
     )
     if checkpoint is not None:
         trainer.restore(checkpoint)
@@ -152,7 +162,11 @@ def _train(config: TrainConfig, corpus: Corpus, model: Any, learning_rate: float
         trainer.state = state
     else:
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with StopSignals() as signals, all_present():
+                trainer.add_callback(signals)
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if signals.agreed is not None and trainer.state.global_step < config.optim.steps:
+                raise Stopped(signals.agreed, trainer.state.global_step)
         except Diverged as diverged:
             end = trainer.state.global_step + 1
             lost = {"tokens": end * trainer.tokens_per_step, "loss": None, "loss_2": None}
@@ -237,6 +251,7 @@ def training_arguments(config: TrainConfig, learning_rate: float, resumed: bool)
         label_names=["labels"],
         disable_tqdm=True,
         report_to=["tensorboard"],
+        ddp_timeout=round(60 * config.reliability.distributed_timeout),
     )
 
 

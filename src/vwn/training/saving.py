@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
-from vwn.training.checkpoints import STAGING, checkpoints, publish, rotate, seal
+from vwn.training.checkpoints import MANIFEST, STAGING, checkpoints, publish, rotate, seal
 from vwn.training.files import CannotWrite, read_json, sync, sync_directory, write_json
-from vwn.training.ranks import everyones, first_ones
+from vwn.training.ranks import everyones, first_ones, rank, world_size
 
 DATA_STATE = "data_state.json"
 RUN_STATE = "run_state.json"
@@ -56,6 +57,12 @@ class SavingTrainer(Trainer):
         step = int(checkpoint.name.rpartition("-")[2])
         self._whole = [s for s in checkpoints(checkpoint.parent) if s <= step]
         self.load_data_state(checkpoint)
+        if (checkpoint / MANIFEST).exists() and rank() == 0:
+            wrote = read_json(checkpoint / MANIFEST)["world_size"]
+            if wrote != world_size():
+                print(
+                    f"vwn: {checkpoint} was written by {wrote} processes, {world_size()} go on with it", file=sys.stderr
+                )
         if (checkpoint / RUN_STATE).exists():  # earlier versions wrote none
             states = read_json(checkpoint / RUN_STATE)
             for name in self.stateful.keys() & states:

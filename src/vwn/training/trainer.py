@@ -17,6 +17,7 @@ from transformers import EvalPrediction, PrinterCallback, TrainerCallback
 from vwn.errors import UserError
 from vwn.training.checkpoints import checkpoints
 from vwn.training.groups import scale_rates
+from vwn.training.guards import StepGuard
 from vwn.training.health import HealthLog
 from vwn.training.saving import SavingTrainer, not_finite
 from vwn.weight_decay import no_weight_decay
@@ -61,6 +62,8 @@ class VirtualWidthTrainer(SavingTrainer):
         window: int,
         rate_factors: Mapping[str, float] | None = None,
         health_every: int = 0,
+        skip_bad_steps: int = 0,
+        spike_factor: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, compute_metrics=mean_losses, **kwargs)
@@ -74,6 +77,14 @@ class VirtualWidthTrainer(SavingTrainer):
             self.add_callback(self.health)
         self.remove_callback(PrinterCallback)  # the progress bar shows what matters, the logs hold the rest
         self._losses: list[Tensor] = []
+        self.step_losses: list[Tensor] = []  # of the forward passes of the step under way, and their tokens
+        self.step_inputs: list[Tensor] = []
+        self.gradient_norm: Any = None  # of the step under way, before clipping
+        guard, window = StepGuard(self, skip_bad_steps, spike_factor), LogWindow(self)
+        for callback in (guard, window):
+            self.add_callback(callback)
+        self.log_window = window
+        self.stateful |= {"guard": guard, "log": window}
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Everything but what :func:`vwn.no_weight_decay` names."""
@@ -88,9 +99,11 @@ class VirtualWidthTrainer(SavingTrainer):
             scale_rates(optimizer, self.model, self.rate_factors)
         return optimizer
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the Trainer's; shows complete gradients to the health log."""
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """As the Trainer's; remembers what the guard looks at, and shows complete gradients to the health log."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.step_losses.append(loss)
+        self.step_inputs.append(inputs["input_ids"])
         if self.health and self.accelerator.sync_gradients:
             self.health.see_gradients(self.model)
         return loss
@@ -102,7 +115,7 @@ class VirtualWidthTrainer(SavingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's loss; remembers each head's, and refuses to go on from a non-finite one."""
+        """The model's loss; remembers each head's."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             losses = self._head_losses(outputs)
@@ -110,14 +123,28 @@ class VirtualWidthTrainer(SavingTrainer):
                 # a stock model's loss is this batch's share of all accumulated ones, not its mean
                 losses = losses * num_items_in_batch / (inputs["labels"][:, 1:] != -100).sum()
             self._losses.append(losses)
-            self._check_finite(loss, "loss")
         return (loss, outputs) if return_outputs else loss
 
     def _check_finite(self, value: Tensor, name: str) -> None:
         if not torch.isfinite(value).all():
-            self._stop(f"the {name} is no longer finite")
+            self.stop(f"the {name} is no longer finite")
 
-    def _stop(self, why: str) -> NoReturn:
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        self.gradient_norm = super()._get_grad_norm(*args, **kwargs)
+        return self.gradient_norm
+
+    def forget_step(self) -> None:
+        """Leave the step under way out of the losses that are logged: its gradients are not used."""
+        del self._losses[len(self._losses) - len(self.step_losses) :]
+        self._tr_loss.copy_(self.log_window.before)
+        self.log_window.skipped += 1
+
+    def stop(self, why: str) -> NoReturn:
+        """End a run that cannot go on, naming what is left.
+
+        Raises:
+            Diverged: always.
+        """
         last = next(iter(checkpoints(Path(self.args.output_dir)).values()), None)
         kept = f"the last checkpoint is {last}; " if last else ""
         raise Diverged(
@@ -145,8 +172,10 @@ class VirtualWidthTrainer(SavingTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the heads' losses, tokens and seconds."""
-        if "loss" in logs and self._losses:
-            logs["objective"] = logs.pop("loss")
+        if "loss" in logs and not self._losses:
+            del logs["loss"]  # all its steps were skipped
+        if "loss" in logs:
+            logs["objective"] = logs.pop("loss") * self.log_window.mean_of_used(self.state.global_step)
             logs |= named_losses(torch.stack(self._losses).float().mean(0).tolist())
             self._losses.clear()
             if self.health:
@@ -154,6 +183,7 @@ class VirtualWidthTrainer(SavingTrainer):
                 self.health.unlogged = {}
         if "eval_loss" in logs:
             self._check_finite(torch.tensor(logs["eval_loss"]), "validation loss")
+        self.log_window.skipped = 0 if "learning_rate" in logs else self.log_window.skipped
         logs["tokens"] = self.state.global_step * self.tokens_per_step
         logs["seconds"] = round(self.stopwatch.seconds, 3)
         super().log(logs, start_time)
@@ -164,7 +194,43 @@ class VirtualWidthTrainer(SavingTrainer):
     def _check_weights(self, model: nn.Module) -> None:
         name = not_finite(model)
         if name is not None:
-            self._stop(f"the weight {name} is no longer finite")
+            self.stop(f"the weight {name} is no longer finite")
+
+
+class LogWindow(TrainerCallback):
+    """The steps since the last training log, which a checkpoint may cut in two: a resumed run logs the same."""
+
+    def __init__(self, trainer: VirtualWidthTrainer) -> None:
+        self.trainer, self.skipped = trainer, 0
+        self.saved: dict[str, Any] | None = None
+
+    def mean_of_used(self, step: int) -> float:
+        """What turns the mean over all steps of the window into that over those not skipped; 1.0 if none was."""
+        steps = step - self.logged
+        return steps / (steps - self.skipped) if self.skipped else 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        t = self.trainer
+        losses, objective = [row.tolist() for row in t._losses], t._tr_loss.item()
+        state = {"losses": losses, "objective": objective, "step": t._globalstep_last_logged, "skipped": self.skipped}
+        return state | {"seconds": t.stopwatch.seconds}
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        rank = self.trainer.args.process_index
+        self.saved = states[rank if rank < len(states) else 0]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.saved is not None:
+            t, self.skipped = self.trainer, self.saved["skipped"]
+            t._losses = [torch.tensor(row, device=args.device) for row in self.saved["losses"]]
+            t._tr_loss.fill_(self.saved["objective"])
+            t._globalstep_last_logged = self.saved["step"]
+            t.stopwatch.seconds = self.saved["seconds"]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before = self.trainer._tr_loss.clone()
+        self.logged = self.trainer._globalstep_last_logged  # moves on before the log is made
+        self.trainer.step_losses, self.trainer.step_inputs = [], []
 
 
 class Stopwatch(TrainerCallback):
@@ -176,8 +242,6 @@ class Stopwatch(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % args.save_steps == 0:
-            control.should_log = True  # so that no log spans a checkpoint: a resumed run logs the same
         self.seconds += time.perf_counter() - self.started
 
 
