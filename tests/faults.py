@@ -6,6 +6,7 @@ left alone; ``begun`` is the same run killed behind its second checkpoint, and e
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -27,7 +28,9 @@ from runs import without_seconds
 from safetensors.torch import load_file
 
 from vwn.training.checkpoints import checkpoints, damage_of
+from vwn.training.config import CorpusConfig, OptimConfig, SpeedOptions, TrainConfig
 from vwn.training.ranks import all_present, everyones
+from vwn.training.run import train
 
 STEPS, SAVE = 12, 4
 BACKBONE = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -53,6 +56,18 @@ class Lab:
         self.reference, self.begun = self.root / "reference", self.root / "begun"
         self.backbone = self.root / "backbone.json"
         self.backbone.write_text(json.dumps(BACKBONE))
+        made = TrainConfig(
+            out=self.root / "warm",  # what a first run imports and sets up, no child need do again
+            backbone=str(self.backbone),
+            m=2,
+            n=3,
+            corpus=CorpusConfig(data=str(self.text), window=16, max_valid_tokens=64),
+            optim=OptimConfig(steps=1, batch_size=2, learning_rate=0.01),
+            speed=SpeedOptions("reference"),
+        )
+        train(made)
+        gc.collect()
+        gc.freeze()  # or every child's collections would go through, and so copy, all that it inherited
         code, said = self.run(self.reference)
         assert code == 0, said
         killed, _ = self.run(self.begun, sabotage=lambda: kill_at_operation(None, f"checkpoint-{2 * SAVE}"))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -14,14 +15,13 @@ from pathlib import Path
 import pytest
 from faults import KINDS, NEEDS_ROOT, SEED, Lab, can_mount
 
-PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
-
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, text):
     """All runs of this file; when all faults were injected, their outcomes are written where VWN_FAULTS_TABLE says."""
     found = Lab(tmp_path_factory.mktemp("lab"), text)
     yield found
+    gc.unfreeze()
     if os.environ.get("VWN_FAULTS_TABLE"):
         Path(os.environ["VWN_FAULTS_TABLE"]).write_text(table(found.outcomes))
 
@@ -63,11 +63,3 @@ def test_all_faults(lab, kind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sample_of_faults(lab, kind) -> None:
     inject(lab, kind, count=1)
-
-
-def test_the_table_of_the_documentation_is_that_of_the_suite() -> None:
-    rows = [line.split("|") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
-    counts = {row[1].strip(): row[2].strip(" *") for row in rows if row[2].strip(" *").isdigit()}
-    assert set(counts) == {*KINDS, "**all**"}
-    total = int(counts.pop("**all**"))
-    assert sum(map(int, counts.values())) == total >= 200
