@@ -6,12 +6,13 @@ import json
 import logging
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from vwn.cluster.options import PlanOptions
 from vwn.compare.arms import check_arms, parse_arm
 from vwn.compare.config import CompareConfig
 from vwn.errors import UserError
@@ -93,6 +94,7 @@ class CostConfig:
     """Vocabulary of a preset; a config has its own."""
     mtp: int = 0
     """Multi-token prediction modules."""
+    plan: PlanOptions = field(default_factory=PlanOptions)
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -174,11 +176,19 @@ def run_widen(config: WidenConfig) -> None:
 
 def run_cost(config: CostConfig) -> None:
     """`vwn cost`."""
+    from vwn.cluster.hardware import parse_cluster
+    from vwn.cluster.plan import plans
+    from vwn.cluster.table import plan_rows, plan_text
     from vwn.compare.models import arm_models
     from vwn.cost import cost_table
     from vwn.training.model import load_backbone
     from vwn.training.presets import PRESETS
 
+    planned = {f.name for f in fields(PlanOptions)} & given_options()
+    if planned and config.plan.cluster is None:
+        raise UserError(f"--{min(planned).replace('_', '-')} plans a training run; name the machines with --cluster")
+    config.plan.check()
+    cluster = None if config.plan.cluster is None else parse_cluster(config.plan.cluster)
     for name in ("window", "vocab_size"):
         require(getattr(config, name) >= 1, name, "at least 1", getattr(config, name))
     # A preset takes the sizes asked for; a config has its own, and no tokenizer's to meet.
@@ -187,7 +197,11 @@ def run_cost(config: CostConfig) -> None:
     window = min(config.window, getattr(backbone, "max_position_embeddings", config.window))
     arms = check_arms(map(parse_arm, config.arms))
     models, _ = arm_models(arms, backbone, WidthOptions(mtp=config.mtp), window)
-    rows, table = cost_table(models, window)
+    if cluster is None:
+        rows, table = cost_table(models, window)
+    else:
+        found = plans(models, cluster, config.plan, window)
+        rows, table = plan_rows(found), plan_text(found)
     print(json.dumps(rows, indent=1) if config.json else table)
 
 
@@ -208,7 +222,7 @@ Command = (
     | Annotated[InspectCommand, tyro.conf.subcommand("inspect", description="Look inside a trained model.")]
     | Annotated[EvalCommand, tyro.conf.subcommand("eval", description="Measure a trained model.")]
     | Annotated[WidenConfig, tyro.conf.subcommand("widen", description="Give a trained model virtual width.")]
-    | Annotated[CostConfig, tyro.conf.subcommand("cost", description="What a width costs, by the paper's formulas.")]
+    | Annotated[CostConfig, tyro.conf.subcommand("cost", description="What a width costs, on one device or a cluster.")]
 )
 
 

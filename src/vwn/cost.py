@@ -109,7 +109,7 @@ def model_cost(config: PreTrainedConfig, *, sequence_length: int) -> ModelCost:
 
     widened = isinstance(config, VirtualWidthConfig)
     heads = config.num_mtp_modules if widened else 0
-    model = _build_on_meta(config)
+    model = build_on_meta(config)
     connections = [module for module in model.modules() if isinstance(module, Connection)]
     costs = [
         connection_cost(c.geometry, dynamic=c.dynamic, kind=c.kind, sinkhorn_rounds=c.sinkhorn_rounds)
@@ -119,7 +119,7 @@ def model_cost(config: PreTrainedConfig, *, sequence_length: int) -> ModelCost:
     text_config = config.get_text_config()
     idle, experts_flops = 0, 0
     for weight in _expert_weights(model):
-        active = weight.numel() * _top_k(model, text_config) // weight.shape[0]
+        active = weight.numel() * top_k(model, text_config) // weight.shape[0]
         idle += weight.numel() - active
         experts_flops += 2 * active if weight.ndim == 3 else 0
     return ModelCost(
@@ -138,7 +138,8 @@ def model_cost(config: PreTrainedConfig, *, sequence_length: int) -> ModelCost:
     )
 
 
-def _build_on_meta(config: PreTrainedConfig) -> nn.Module:
+def build_on_meta(config: PreTrainedConfig) -> nn.Module:
+    """The causal language model of a config, with shapes and no values (``UserError`` where there is none)."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -150,7 +151,7 @@ def _build_on_meta(config: PreTrainedConfig) -> nn.Module:
         return AutoModelForCausalLM.from_config(deepcopy(config))
 
 
-def _is_experts(module: nn.Module) -> bool:
+def is_experts(module: nn.Module) -> bool:
     """Whether a module holds one slice of each of its weights per expert."""
     own = [p for p in module.parameters(recurse=False) if p.ndim == 3]
     return bool(own) and all(p.shape[0] == getattr(module, "num_experts", None) for p in own)
@@ -158,13 +159,14 @@ def _is_experts(module: nn.Module) -> bool:
 
 def _expert_weights(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
-        if _is_experts(module):
+        if is_experts(module):
             yield from module.parameters(recurse=False)
 
 
-def _top_k(model: nn.Module, config: PreTrainedConfig) -> int:
+def top_k(model: nn.Module, config: PreTrainedConfig) -> int:
+    """Experts that a token meets."""
     if not hasattr(config, "num_experts_per_tok"):
-        raise UserError(_unknown(model, "its config has experts but no num_experts_per_tok"))
+        raise UserError(unknown(model, "its config has experts but no num_experts_per_tok"))
     return config.num_experts_per_tok
 
 
@@ -175,11 +177,11 @@ def _matrix_flops(model: Any, num_heads: int) -> dict[str, int]:
         id(module.fuse): module.geometry.n for module in model.modules() if isinstance(module, MultiTokenPredictor)
     }
     for module in model.modules():
-        if isinstance(module, nn.Embedding | NgramEmbedding | Connection) or _is_experts(module):
+        if isinstance(module, nn.Embedding | NgramEmbedding | Connection) or is_experts(module):
             continue
         matrices = [p for p in module.parameters(recurse=False) if p.ndim > 1]
         if any(p.ndim > 2 for p in matrices):
-            raise UserError(_unknown(model, f"{type(module).__name__} has weights that are not matrices"))
+            raise UserError(unknown(model, f"{type(module).__name__} has weights that are not matrices"))
         part, times = "linear", 1
         if module is model.get_output_embeddings() or isinstance(module, UnembeddingExpand):
             part, times = "unembedding", num_heads
@@ -202,14 +204,13 @@ def _attention_score_flops(model: nn.Module, depth: int, sequence_length: int) -
             widths.append(o.in_features)
     if len(widths) != depth:
         raise UserError(
-            _unknown(
-                model, f"{len(widths)} of its {depth} layers have an attention with q_proj and o_proj of one width"
-            )
+            unknown(model, f"{len(widths)} of its {depth} layers have an attention with q_proj and o_proj of one width")
         )
     return 4 * sequence_length * sum(widths)
 
 
-def _unknown(model: nn.Module, why: str) -> str:
+def unknown(model: nn.Module, why: str) -> str:
+    """Why a model is refused, as a sentence."""
     return (
         f"the cost of {type(model).__name__} does not follow from its shapes: {why}; known are decoders such as Llama, "
         "Qwen3, Mixtral and Qwen3-MoE"
