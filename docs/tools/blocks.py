@@ -36,7 +36,11 @@ def made(words: list[str]) -> str:
     if words[:2] == ["vwn", "cost"]:
         from vwn.cli import main
 
-        with mock.patch.object(sys, "argv", words), contextlib.redirect_stdout(io.StringIO()) as printed:
+        with (
+            contextlib.chdir(DOCS.parent),
+            mock.patch.object(sys, "argv", words),
+            contextlib.redirect_stdout(io.StringIO()) as printed,
+        ):
             main()
         return printed.getvalue()
     raise ValueError(f"no block is made by {shlex.join(words)}")

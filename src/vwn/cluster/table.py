@@ -8,7 +8,7 @@ from typing import Any
 
 from vwn.cluster.plan import Plan
 
-_NAME_WIDTH = 16
+_NAME_WIDTH = 14
 
 
 def plan_rows(found: Mapping[str, list[Plan]]) -> list[dict[str, Any]]:
@@ -101,7 +101,7 @@ def _time_lines(named: list[tuple[str, Plan]]) -> list[str]:
 
 def _sent_lines(named: list[tuple[str, Plan]]) -> list[str]:
     lines = [
-        f"{'GB sent by a GPU':{_NAME_WIDTH}} {'fsdp':>8} {'copies':>8} {'tp':>8} {'pipeline':>8} | "
+        f"{'GB sent by one':{_NAME_WIDTH}} {'fsdp':>8} {'copies':>8} {'tp':>8} {'pipeline':>8} | "
         f"{'checkpoint':>11} {'to write':>9}"
     ]
     for name, plan in named:

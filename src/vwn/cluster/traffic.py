@@ -58,7 +58,7 @@ def traffic(shape: ModelShape, layout: Layout, options: PlanOptions) -> Traffic:
     around = 4 + {"none": 4, "selective": 6, "full": 8}[options.checkpointing]  # of the forward, and of the backward
     at_table = 2 * (shape.ratio if shape.direct else 1)
     at_heads = 2 * (1 + len(shape.mtp))
-    inner = layers * around + at_table + at_heads
+    inner = layers * around + (at_table + at_heads if layout.pp == 1 else max(at_table, at_heads))
     return Traffic(
         fsdp=Collective(
             held * (gathers * e.compute + reduces * e.reduce), len(groups) * (gathers + reduces), layout.fsdp
