@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -22,6 +23,7 @@ def plan_text(found: Mapping[str, list[Plan]]) -> str:
     lines = [*_heading(named[0][1]), "", *_layout_lines(named), "", *_time_lines(named), "", *_sent_lines(named)]
     notes = [f"{name}: does not fit: {plan.advice}" for name, plan in named if not plan.fits]
     notes += [note for name, plan in named if (note := _boundary_note(name, plan))]
+    notes = [line for note in notes for line in textwrap.wrap(note, 110, subsequent_indent="  ")]
     return "\n".join([*lines, *([""] if notes else []), *notes, "", *_legend(named[0][1])])
 
 
