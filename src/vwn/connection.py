@@ -90,8 +90,8 @@ class GeneralizedHyperConnection(Connection):
         }
         if self.dynamic:
             values |= {
-                "dynamic_alpha": torch.zeros_like(self.dynamic_alpha, device="cpu"),
-                "dynamic_beta": torch.zeros_like(self.dynamic_beta, device="cpu"),
+                "dynamic_alpha": torch.zeros(self.shapes["dynamic_alpha"]),
+                "dynamic_beta": torch.zeros(self.shapes["dynamic_beta"]),
                 "scale_alpha": torch.ones(n, m + n),
                 "scale_beta": torch.ones(m, n),
                 "norm_weight": torch.ones(self.geometry.segment_size),

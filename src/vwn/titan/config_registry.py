@@ -1,0 +1,93 @@
+"""Configurations to start from: ``torchrun -m torchtitan.train --module vwn.titan --config NAME``.
+
+A function without arguments each; what it returns is changed on the command line or in a function of your own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.optimizer import LRSchedulersContainer
+from torchtitan.config import ParallelismConfig, TrainingConfig
+from torchtitan.distributed.activation_checkpoint import SelectiveAC
+from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
+
+from vwn.titan.sizes import Backbone, VirtualWidth
+from vwn.titan.trainer import VirtualWidthTrainer, adamw, model_spec
+
+
+def debug() -> VirtualWidthTrainer.Config:
+    """A model of some 6 M parameters for a first look: six layers of 256, ``r = 1.5``."""
+    return config(
+        Backbone(),
+        VirtualWidth(),
+        learning_rate=3e-3,
+        hf_assets_path="./tests/assets/tokenizer",
+        dataset="c4_test",
+        training=TrainingConfig(local_batch_size=8, seq_len=512, steps=10, disable_cuda_graphs=True),
+        lr_scheduler=LRSchedulersContainer.Config(warmup_steps=2),
+        log_freq=1,
+    )
+
+
+def llama_1b() -> VirtualWidthTrainer.Config:
+    """The widths and depth of Llama 3.2 1B, untied, with ``(m, n) = (2, 3)``: ``r = 1.5``."""
+    sizes = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32)
+    return _llama3(Backbone(vocab_size=128256, num_key_value_heads=8, **sizes), learning_rate=4e-4)
+
+
+def llama_8b() -> VirtualWidthTrainer.Config:
+    """The sizes of Llama 3 8B with ``(m, n) = (2, 3)``: ``r = 1.5``. The rate is Llama's, untuned here."""
+    sizes = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)
+    return _llama3(Backbone(vocab_size=128256, num_key_value_heads=8, **sizes), learning_rate=3e-4)
+
+
+def llama_8b_r8() -> VirtualWidthTrainer.Config:
+    """Llama 3 8B at the paper's largest ratio, ``(m, n) = (8, 64)``: ``r = 8``, with one MTP module."""
+    c = llama_8b()
+    c.virtual_width = VirtualWidth(m=8, n=64, num_mtp_modules=1)
+    c.model_spec = model_spec(c.backbone, c.virtual_width)
+    return c
+
+
+def _llama3(backbone: Backbone, learning_rate: float) -> VirtualWidthTrainer.Config:
+    return config(
+        backbone,
+        VirtualWidth(),
+        learning_rate=learning_rate,
+        hf_assets_path="./assets/hf/Llama-3.1-8B",
+        dataset="c4",
+        training=TrainingConfig(local_batch_size=1, seq_len=8192, steps=1000, disable_cuda_graphs=True),
+        lr_scheduler=LRSchedulersContainer.Config(warmup_steps=200),
+        log_freq=10,
+    )
+
+
+def config(
+    backbone: Backbone,
+    width: VirtualWidth,
+    *,
+    learning_rate: float,
+    hf_assets_path: str,
+    dataset: str,
+    training: TrainingConfig,
+    lr_scheduler: Any,
+    log_freq: int = 10,
+) -> VirtualWidthTrainer.Config:
+    """A trainer's config from sizes, a rate and data; for a registry of your own."""
+    return VirtualWidthTrainer.Config(
+        backbone=backbone,
+        virtual_width=width,
+        model_spec=model_spec(backbone, width),
+        hf_assets_path=hf_assets_path,
+        optimizer=adamw(learning_rate),
+        lr_scheduler=lr_scheduler,
+        training=training,
+        dataloader=HuggingFaceTextDataLoader.Config(dataset=dataset),
+        metrics=MetricsProcessor.Config(log_freq=log_freq),
+        parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),  # the others shard with torch 2.14 only
+        checkpoint=CheckpointManager.Config(interval=500, last_save_model_only=False),
+        activation_checkpoint=SelectiveAC.Config(),
+    )

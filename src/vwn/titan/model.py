@@ -1,0 +1,261 @@
+"""The model: torchtitan's decoder with over-width embedding, connections, reduce, and optional MTP modules.
+
+``B`` batch, ``S`` sequence, ``D'`` over-width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchtitan.models.common.attention import ScaledDotProductAttention
+from torchtitan.models.common.config_utils import (
+    get_attention_config,
+    make_ffn_config,
+    make_gqa_config,
+    make_moe_config,
+    make_routed_experts_config,
+    make_router_config,
+)
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.models.common.embedding import Embedding
+from torchtitan.models.common.linear import Linear
+from torchtitan.models.common.param_init import skip_param_init
+from torchtitan.models.common.rope import CosSinRoPE
+from torchtitan.models.deepseek_v3.mtp import roll_mtp_sequence
+from torchtitan.protocols.module import ModuleList
+
+from vwn.connection_cost import connection_cost
+from vwn.errors import UserError
+from vwn.titan.initialisation import initialise
+from vwn.titan.modules import (
+    Block,
+    BlockLinear,
+    Connection,
+    Expand,
+    Norm,
+    OverWidthEmbedding,
+    Predictor,
+    Reduce,
+    ReducedNorm,
+)
+from vwn.titan.sharding import set_sharding
+from vwn.titan.sizes import Backbone, VirtualWidth, check_sizes, initial_std
+
+_LATER = {"weight": skip_param_init}  # the model initialises all its weights itself
+_EXPERTS = dict.fromkeys(("w1_EFD", "w2_EDF", "w3_EFD"), skip_param_init)
+
+
+class VirtualWidthDecoder(Decoder):
+    """Token ids to logits, through an over-width stream (sections 3.2-3.4)."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Decoder.Config):
+        """Of the parts, from :func:`model_config`, and the sizes that they were made from."""
+
+        backbone: Backbone
+        width: VirtualWidth
+        mtp_layers: list[Predictor.Config] = field(default_factory=list)
+        seed: int | None = None
+
+        def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
+            """Take over the run's sequence length, seed and parallelism.
+
+            Raises:
+                UserError: a parallelism that a virtual width is not carried by.
+            """
+            check_parallelism(config.parallelism, self.backbone, self.width, len(self.layers))
+            depth = len(self.layers)
+            self.layers.extend(self.mtp_layers)  # so that the engine sets up their attention and experts too
+            try:
+                Decoder.Config.update_from_config(self, config=config, **kwargs)
+            finally:
+                del self.layers[depth:]
+            self.seed = config.debug.seed
+            p = config.parallelism
+            set_sharding(self, sequence=p.enable_sequence_parallel, experts=p.expert_parallel_degree > 1)
+
+        def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+            """Parameters, and FLOPs of a training step per token: matrices, attention and connections (section 3.5)."""
+            b, g = self.backbone, self.tok_embeddings.geometry
+            sizes = {name: p.numel() for name, p in model.named_parameters()}
+            idle = 1 - b.num_experts_per_tok / b.num_experts if b.num_experts else 0
+            matrices = sum(
+                size * (1 - idle if ".inner_experts." in name else 1)
+                for name, size in sizes.items()
+                if ".connections." not in name and not name.startswith("tok_embeddings.table.")
+            )
+            matrices += len(self.mtp_layers) * self.lm_head.in_features * self.lm_head.out_features
+            depth = len(self.layers) + len(self.mtp_layers)
+            connections = 3 * 2 * depth * connection_cost(g, dynamic=self.width.dynamic).matmul_flops
+            return sum(sizes.values()), int(6 * matrices + 12 * depth * b.hidden_size * seq_len + connections)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.mtp_layers = ModuleList(predictor.build() for predictor in config.mtp_layers) or None
+
+    def init_states(self, *, buffer_device: torch.device | None = None) -> None:
+        """Buffers as the engine has them, then every weight from the seed and its name."""
+        super().init_states(buffer_device=buffer_device)
+        config: Any = self.config
+        initialise(self, torch.initial_seed() if config.seed is None else config.seed, initial_std(config.backbone))
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, attention_masks: Any = None) -> Any:
+        """``[B, S]`` ids, or a pipeline stage's state ``[B, S, D']``, to logits ``[B, S, V]`` or the next state.
+
+        With MTP modules, a list: the logits of the next token, then of each one further.
+        """
+        state = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens
+        for layer in self.layers.values():
+            state = layer(state, attention_masks, positions)
+        hidden = state if self.norm is None else self.norm(state)
+        if self.mtp_layers is None:
+            return hidden if self.lm_head is None or self._skip_lm_head else self.lm_head(hidden)
+        if self._skip_lm_head:
+            raise UserError("a chunked loss does not take the logits of MTP modules; set num_mtp_modules to 0")
+        outputs = [hidden]
+        for ahead, predictor in enumerate(self.mtp_layers, 1):
+            # under sequence parallelism a shift of the embeddings would cross ranks, a shift of the ids does not
+            later = roll_mtp_sequence(tokens, shift=ahead, positions=positions, fill_value=0)
+            hidden, state = predictor(
+                state, self.tok_embeddings(later), lambda layer, x: layer(x, attention_masks, positions)
+            )
+            outputs.append(hidden)
+        return [self.lm_head(hidden) for hidden in outputs]
+
+
+def check_parallelism(parallelism: Any, backbone: Backbone, width: VirtualWidth, depth: int) -> None:
+    """Refuse what torchtitan 0.3, or a virtual width in it, does not carry.
+
+    Raises:
+        UserError: naming the option and the way out.
+    """
+    p = parallelism
+    if width.num_mtp_modules and p.pipeline_parallel_degree > 1:
+        raise UserError(
+            f"virtual_width.num_mtp_modules = {width.num_mtp_modules} does not go with pipeline_parallel_degree = "
+            f"{p.pipeline_parallel_degree}: torchtitan 0.3 has no multi-token prediction in a pipeline; set one of "
+            "them to 0 or 1"
+        )
+    if p.context_parallel_degree > 1:
+        raise UserError(
+            f"context_parallel_degree = {p.context_parallel_degree} has not been tried with a virtual width; set it to "
+            "1 and shard the sequence by tensor_parallel_degree"
+        )
+    if p.spmd_backend != "partial_dtensor":
+        raise UserError(
+            f"a virtual width runs on parallelism.spmd_backend 'partial_dtensor', got {p.spmd_backend!r}; leave it as "
+            "vwn.titan.config_registry sets it"
+        )
+    if p.expert_parallel_degree > 1 and not backbone.num_experts:
+        raise UserError(
+            f"expert_parallel_degree = {p.expert_parallel_degree} needs experts; set backbone.num_experts, or it to 1"
+        )
+    if backbone.num_experts % max(p.expert_parallel_degree, 1):
+        raise UserError(
+            f"expert_parallel_degree = {p.expert_parallel_degree} does not divide backbone.num_experts = "
+            f"{backbone.num_experts}"
+        )
+    if p.pipeline_parallel_degree > depth:
+        raise UserError(
+            f"pipeline_parallel_degree = {p.pipeline_parallel_degree} is more than the {depth} layers of the model"
+        )
+
+
+def model_config(backbone: Backbone, width: VirtualWidth) -> VirtualWidthDecoder.Config:
+    """The parts of a model of these sizes.
+
+    Raises:
+        UserError: sizes that do not fit each other.
+    """
+    b, w, g = backbone, width, check_sizes(backbone, width)
+    table = g.over_width if w.embedding == "direct" else g.hidden_size
+    return VirtualWidthDecoder.Config(
+        backbone=b,
+        width=w,
+        dim=b.hidden_size,
+        vocab_size=b.vocab_size,
+        tok_embeddings=OverWidthEmbedding.Config(  # type: ignore[arg-type]
+            geometry=g,
+            form=w.embedding,
+            table=Embedding.Config(num_embeddings=b.vocab_size, embedding_dim=table, param_init=_LATER),
+            expand=Expand.Config(geometry=g) if w.embedding == "factorised" else None,
+        ),
+        norm=ReducedNorm.Config(reduce=_reduce(g, w), norm=_norm(b)),  # type: ignore[arg-type]
+        lm_head=Linear.Config(in_features=b.hidden_size, out_features=b.vocab_size, param_init=_LATER),
+        layers=[_block(b, w, g) for _ in range(b.num_hidden_layers)],
+        mtp_layers=[
+            Predictor.Config(
+                geometry=g,
+                fuse=BlockLinear.Config(in_features=2 * g.segment_size, out_features=g.segment_size),
+                layer=_block(b, w, g),
+                reduce=_reduce(g, w),
+                norm=_norm(b),
+            )
+            for _ in range(w.num_mtp_modules)
+        ],
+    )
+
+
+def _norm(b: Backbone) -> Norm.Config:
+    return Norm.Config(normalized_shape=b.hidden_size, eps=b.rms_norm_eps, param_init=_LATER)
+
+
+def _reduce(g: Any, w: VirtualWidth) -> Reduce.Config:
+    return Reduce.Config(geometry=g, form=w.reduce, norm=w.reduce_norm, init=w.reduce_init)
+
+
+def _block(b: Backbone, w: VirtualWidth, g: Any) -> Block.Config:
+    sdpa = b.attention == "sdpa"
+    attention = make_gqa_config(
+        dim=b.hidden_size,
+        n_heads=b.num_attention_heads,
+        n_kv_heads=b.num_key_value_heads,
+        wqkv_param_init=_LATER,
+        wo_param_init=_LATER,
+        inner_attention=ScaledDotProductAttention.Config() if sdpa else get_attention_config(b.attention),
+        rope=CosSinRoPE.Config(
+            dim=b.hidden_size // b.num_attention_heads, max_seq_len=b.max_position_embeddings, theta=b.rope_theta
+        ),
+    )
+    connection = dict(geometry=g, dynamic=w.dynamic, carry_constraint=w.carry_constraint, backend=w.backend)
+    return Block.Config(
+        attention=attention,
+        attention_norm=_norm(b),
+        ffn_norm=_norm(b),
+        feed_forward=None if b.num_experts else _ffn(b),
+        moe=_experts(b) if b.num_experts else None,
+        connections=[Connection.Config(**connection) for _ in range(2)],  # type: ignore[arg-type]
+    )
+
+
+def _ffn(b: Backbone) -> Any:
+    return make_ffn_config(
+        dim=b.hidden_size, hidden_dim=b.intermediate_size, w1_param_init=_LATER, w2w3_param_init=_LATER
+    )
+
+
+def _experts(b: Backbone) -> Any:
+    """Routed as in Mixtral: the softmax of the chosen experts' logits."""
+    return make_moe_config(
+        num_experts=b.num_experts,
+        router=make_router_config(
+            dim=b.hidden_size,
+            num_experts=b.num_experts,
+            gate_param_init=_LATER,
+            top_k=b.num_experts_per_tok,
+            score_func="softmax",
+            route_norm=True,
+        ),
+        routed_experts=make_routed_experts_config(
+            dim=b.hidden_size,
+            hidden_dim=b.intermediate_size,
+            num_experts=b.num_experts,
+            top_k=b.num_experts_per_tok,
+            param_init=_EXPERTS,
+            comm_backend="standard",
+        ),
+        load_balance_coeff=None,
+    )

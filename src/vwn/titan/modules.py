@@ -1,0 +1,257 @@
+"""The parts of virtual width as torchtitan's modules: the package's own classes, each with a config and a plan.
+
+Every one is the class of the same role in :mod:`vwn`, built from a torchtitan ``Config``, so that it can be sharded
+and initialised like the engine's own. ``m`` segments, ``n`` slots, ``d`` segment width, ``D' = n d``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import spmd_types as spmd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torchtitan.distributed.parallel_dims import MeshAxisName
+from torchtitan.models.common.decoder import TransformerBlock
+from torchtitan.models.common.embedding import Embedding
+from torchtitan.models.common.nn_modules import RMSNorm
+from torchtitan.protocols.module import Module, ModuleList
+
+import vwn.embedding
+import vwn.multi_token
+from vwn.connection import GeneralizedHyperConnection
+from vwn.embedding import repeat_over_slots
+from vwn.geometry import Geometry
+from vwn.initialisation import StatesItsInitialValues
+
+
+def local(t: Tensor) -> Tensor:
+    """This rank's part of a tensor: the state and what is read from it are plain, sublayers give ``DTensor``."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+class Part(Module):
+    """A part of virtual width: it works on this rank's tokens, and its small weights are whole on every rank.
+
+    Under tensor parallelism a weight is a replicated ``DTensor``, which its attribute gives as a plain tensor; with the
+    sequence sharded each rank's gradient is of its own tokens, so that they are summed over the ranks.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if not isinstance(value, DTensor) or value.device_mesh.mesh_dim_names != ("tp",):
+            return value
+        assert self._sharding_config is not None
+        layout = self._sharding_config.state_shardings[name].per_axis_spmd_types()[MeshAxisName.TP]
+        return value.to_local(grad_placements=[Partial() if layout is spmd.R else Replicate()])
+
+    def _init_self_parameters(self) -> None:
+        """Nothing: the model initialises all weights in one place (:mod:`vwn.titan.initialisation`)."""
+
+
+class Norm(RMSNorm):
+    """The engine's RMSNorm, whose plan wraps what it calls ``input``; torch before 2.14 calls it ``x``."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(RMSNorm.Config):
+        """The engine's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., D]`` to ``[..., D]``."""
+        return super().forward(input)
+
+
+class Connection(GeneralizedHyperConnection, Part):
+    """One sublayer's connection to the over-width state (eq. 10)."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        """``(D, m, n)`` and the arguments of :class:`vwn.connection.GeneralizedHyperConnection`."""
+
+        geometry: Geometry
+        dynamic: bool = True
+        carry_constraint: str = "none"
+        backend: str = "auto"
+
+    def __init__(self, config: Config) -> None:
+        g = config.geometry
+        super().__init__(
+            g.hidden_size, g.m, g.n, config.dynamic, config.carry_constraint, False, backend=config.backend
+        )
+
+
+class Reduce(vwn.embedding.OverWidthReduce, Part):
+    """The final state back to the backbone's width."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        """The arguments of :class:`vwn.embedding.OverWidthReduce`."""
+
+        geometry: Geometry
+        form: str | None = None
+        norm: str | None = None
+        init: str = "first_slots"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.geometry, config.form, config.norm, config.init)
+
+
+class ReducedNorm(Module):
+    """Reduce, then the backbone's final norm, together what the engine calls ``norm``."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        """Of the two."""
+
+        reduce: Reduce.Config
+        norm: Norm.Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.reduce = config.reduce.build()
+        self.norm = config.norm.build()
+
+    def forward(self, state: Tensor) -> Tensor:
+        """``[B, S, D']`` to ``[B, S, D]``."""
+        return self.norm(self.reduce(state))
+
+
+class Expand(StatesItsInitialValues, Part):
+    """The linear ``D -> D'`` of the factorised embedding (section 3.2)."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        """``(D, m, n)``."""
+
+        geometry: Geometry
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        g = config.geometry
+        self.weight = nn.Parameter(torch.empty(g.over_width, g.hidden_size))
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """As in :class:`vwn.embedding.OverWidthEmbedding`: the rows keep their variance."""
+        return {"weight": torch.randn(self.weight.shape) * self.weight.shape[1] ** -0.5}
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """``[..., D]`` to ``[..., D']``."""
+        return F.linear(rows, self.weight).to(rows.dtype)
+
+
+class OverWidthEmbedding(Module):
+    """Token ids to the first over-width state: the engine's vocabulary-parallel table, then what its form asks for."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        """``table`` is ``V x D'`` for the direct form, else ``V x D``."""
+
+        geometry: Geometry
+        form: str
+        table: Embedding.Config
+        expand: Expand.Config | None = None
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.geometry, self.form = config.geometry, config.form
+        self.table = config.table.build()
+        self.expand = None if config.expand is None else config.expand.build()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``[B, S]`` to ``[B, S, D']``."""
+        rows = local(self.table(tokens))
+        if self.expand is not None:
+            return self.expand(rows)
+        return repeat_over_slots(rows, self.geometry) if self.form == "replicated" else rows
+
+
+class Block(TransformerBlock):
+    """The engine's attention and FFN (or experts) between two connections instead of two residual adds."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TransformerBlock.Config):
+        """Of the engine's block, and the connections of attention and FFN."""
+
+        connections: list[Connection.Config]
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.attention = config.attention.build()
+        self.attention_norm = config.attention_norm.build()
+        self.ffn_norm = config.ffn_norm.build()
+        self.connections = ModuleList(connection.build() for connection in config.connections)
+        self.moe_enabled = config.moe is not None  # the name by which the engine finds experts
+        if config.moe is not None:
+            self.moe = config.moe.build()
+        else:
+            assert config.feed_forward is not None
+            self.feed_forward = config.feed_forward.build()
+
+    def forward(self, state: Tensor, attention_masks: Any, positions: Tensor | None = None) -> Tensor:
+        """``[B, S, D'] -> [B, S, D']``: read, run, write, twice (eq. 10); ``S`` is the rank's share of the sequence."""
+        attention, ffn = self.connections
+        x = attention.read(state)
+        z = local(self.attention(self.attention_norm(x), attention_masks, positions))
+        state, x = attention.write_read(state, z, ffn)
+        z = local(self.ffn(self.ffn_norm(x)))
+        return ffn.write(state, z)
+
+    @property
+    def ffn(self) -> nn.Module:
+        """The second sublayer."""
+        return self.moe if self.moe_enabled else self.feed_forward
+
+
+class BlockLinear(vwn.multi_token.BlockLinear, Part):
+    """The small matrix of an MTP module, shared by the slots."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        """Widths."""
+
+        in_features: int
+        out_features: int
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.in_features, config.out_features)
+
+
+class Predictor(vwn.multi_token.MultiTokenPredictor, Part):
+    """One MTP module (section 3.4): fuse, one more block, reduce, norm."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        """Of its parts; the engine's rules for blocks find ``attention`` and ``moe`` here."""
+
+        geometry: Geometry
+        fuse: BlockLinear.Config
+        layer: Block.Config
+        reduce: Reduce.Config
+        norm: Norm.Config
+
+        @property
+        def attention(self) -> Any:
+            """Of the block, whose positions the engine sets to the run's."""
+            return self.layer.attention
+
+        @property
+        def moe(self) -> Any:
+            """Of the block, whose experts the engine sets up."""
+            return self.layer.moe
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.geometry, config.layer.build(), config.reduce.build(), config.norm.build())
+        self.fuse = config.fuse.build()
+
+    @property
+    def moe_enabled(self) -> bool:
+        """Whether the block has experts."""
+        return self.layer.moe_enabled
+
+    @property
+    def moe(self) -> nn.Module:
+        """The block's experts."""
+        return self.layer.moe

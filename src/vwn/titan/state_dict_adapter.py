@@ -1,0 +1,87 @@
+"""Names of weights here and in :class:`vwn.hf.VirtualWidthForCausalLM` with a Llama backbone; the values are the same.
+
+The rotary embedding is transformers' own (halves, not pairs), so that no matrix is permuted.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torchtitan.protocols.state_dict_adapter import StateDictAdapter
+
+from vwn.errors import UserError
+
+_BLOCK = {
+    "attention.qkv_linear.wq": "self_attn.q_proj",
+    "attention.qkv_linear.wk": "self_attn.k_proj",
+    "attention.qkv_linear.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+_PREFIXES = (  # theirs follow ours; the rest of a name is the same
+    (r"layers\.(\d+)\.", r"model.backbone.layers.{}."),
+    (r"mtp_layers\.(\d+)\.layer\.", r"model.mtp.{}.layer.layers.0."),
+    (r"mtp_layers\.(\d+)\.", r"model.mtp.{}."),
+    (r"tok_embeddings\.expand\.weight$", r"model.embed_tokens.expand_weight"),
+    (r"tok_embeddings\.", r"model.embed_tokens."),
+    (r"norm\.reduce\.", r"model.reduce."),
+    (r"norm\.norm\.", r"model.norm."),
+    (r"lm_head\.", r"lm_head."),
+)
+
+
+class VirtualWidthStateDictAdapter(StateDictAdapter):
+    """Between the engine's weights and those of the transformers model."""
+
+    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The same tensors under the names of transformers.
+
+        Raises:
+            UserError: a model with experts, whose weights transformers lays out otherwise.
+        """
+        self._refuse_experts()
+        return {hf_name(name): value for name, value in state_dict.items()}
+
+    def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The inverse of :meth:`to_hf`."""
+        self._refuse_experts()
+        return {engine_name(name): value for name, value in hf_state_dict.items()}
+
+    def _refuse_experts(self) -> None:
+        if self.model_config.backbone.num_experts:  # type: ignore[attr-defined]
+            raise UserError(
+                "a model with experts is not converted while it trains; leave last_save_in_hf and initial_load_in_hf "
+                "off, and run python -m vwn.titan.export on its checkpoint"
+            )
+
+
+def hf_name(name: str) -> str:
+    """``layers.0.attention.wo.weight`` to ``model.backbone.layers.0.self_attn.o_proj.weight``."""
+    for ours, theirs in _PREFIXES:
+        if match := re.match(ours, name):
+            rest = name[match.end() :]
+            block = ours.startswith(r"layers") or r"layer\." in ours
+            return theirs.format(*match.groups()) + (_renamed(rest, _BLOCK) if block else rest)
+    raise KeyError(name)
+
+
+def engine_name(name: str) -> str:
+    """The inverse of :func:`hf_name`."""
+    for ours, theirs in _PREFIXES:
+        pattern = re.escape(theirs).replace(r"\{\}", r"(\d+)")
+        if match := re.match(pattern, name):
+            rest = name[match.end() :]
+            block = ours.startswith(r"layers") or r"layer\." in ours
+            prefix = re.sub(r"\(\\d\+\)", "{}", ours).replace("\\", "").rstrip("$").format(*match.groups())
+            return prefix + (_renamed(rest, {v: k for k, v in _BLOCK.items()}) if block else rest)
+    raise KeyError(name)
+
+
+def _renamed(name: str, names: dict[str, str]) -> str:
+    stem, leaf = name.rsplit(".", 1)
+    return f"{names.get(stem, stem)}.{leaf}"
