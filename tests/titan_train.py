@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,22 +41,42 @@ def _step(self, *, arg_mbs=None, kwarg_mbs=None, target_mbs=None, losses=None, l
     self._step_microbatches(arg_mbs, kwarg_mbs, target_mbs, losses, return_outputs, loss_kwargs)
 
 
+def layout(metrics):
+    """Of every weight: its kind, the names of its mesh, how it lies on it, and the shape of this rank's part."""
+    weights = {}
+    for part in metrics.model_parts:
+        for name, p in part.named_parameters():
+            kind = [type(p.data).__name__]
+            if hasattr(p, "placements"):
+                kind += [p.device_mesh.mesh_dim_names, [str(x) for x in p.placements], p.to_local().shape]
+            weights[name.replace("_checkpoint_wrapped_module.", "")] = kind
+    return weights
+
+
 def main() -> None:
     put_shim_in_place()
     record = Path(sys.argv.pop(1))
     from torchtitan import train
     from torchtitan.components.metrics import MetricsProcessor
 
-    log = MetricsProcessor.log
+    from vwn.titan.modules import Block
+
+    log, forward, states = MetricsProcessor.log, Block.forward, []
+
+    def watched(self, state, *args):
+        states.append([type(state).__name__, *state.shape])
+        return forward(self, state, *args)
 
     def recorded(self, step, global_avg_loss, global_max_loss, grad_norm, extra_metrics=None):
         with record.open("a") as f:
             f.write(json.dumps({"step": step, "loss": float(global_avg_loss), "grad_norm": float(grad_norm)}) + "\n")
         if step == int(os.environ.get("TITAN_KILL_AT", -1)):
-            os._exit(9)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == 1:
+            record.with_suffix(".layout").write_text(json.dumps({"states": states, "weights": layout(self)}))
         log(self, step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
 
-    MetricsProcessor.log = recorded
+    MetricsProcessor.log, Block.forward = recorded, watched
     train.main()
 
 

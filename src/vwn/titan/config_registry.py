@@ -11,21 +11,26 @@ from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.optimizer import LRSchedulersContainer
 from torchtitan.config import ParallelismConfig, TrainingConfig
+from torchtitan.config.configs import DebugConfig
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 
+from vwn.titan import data  # noqa: F401  # adds the formats of files to torchtitan's data sets
 from vwn.titan.sizes import Backbone, VirtualWidth
 from vwn.titan.trainer import VirtualWidthTrainer, adamw, model_spec
 
 
 def debug() -> VirtualWidthTrainer.Config:
-    """A model of some 6 M parameters for a first look: six layers of 256, ``r = 1.5``."""
+    """Six layers of 256 and ``r = 1.5``, for a first look: with a tokenizer and a file of your own.
+
+    ``--hf_assets_path FOLDER`` has the ``tokenizer.json``, ``--dataloader.dataset_path FILE`` the text.
+    """
     return config(
         Backbone(),
         VirtualWidth(),
         learning_rate=3e-3,
-        hf_assets_path="./tests/assets/tokenizer",
-        dataset="c4_test",
+        hf_assets_path=".",
+        dataset="jsonl",
         training=TrainingConfig(local_batch_size=8, seq_len=512, steps=10, disable_cuda_graphs=True),
         lr_scheduler=LRSchedulersContainer.Config(warmup_steps=2),
         log_freq=1,
@@ -34,13 +39,15 @@ def debug() -> VirtualWidthTrainer.Config:
 
 def llama_1b() -> VirtualWidthTrainer.Config:
     """The widths and depth of Llama 3.2 1B, untied, with ``(m, n) = (2, 3)``: ``r = 1.5``."""
-    sizes = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32)
+    sizes: dict[str, Any] = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32)
     return _llama3(Backbone(vocab_size=128256, num_key_value_heads=8, **sizes), learning_rate=4e-4)
 
 
 def llama_8b() -> VirtualWidthTrainer.Config:
     """The sizes of Llama 3 8B with ``(m, n) = (2, 3)``: ``r = 1.5``. The rate is Llama's, untuned here."""
-    sizes = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)
+    sizes: dict[str, Any] = dict(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32
+    )
     return _llama3(Backbone(vocab_size=128256, num_key_value_heads=8, **sizes), learning_rate=3e-4)
 
 
@@ -90,4 +97,5 @@ def config(
         parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),  # the others shard with torch 2.14 only
         checkpoint=CheckpointManager.Config(interval=500, last_save_model_only=False),
         activation_checkpoint=SelectiveAC.Config(),
+        debug=DebugConfig(save_config_file="config.json"),  # which vwn.titan.export reads
     )

@@ -177,13 +177,13 @@ def model_config(backbone: Backbone, width: VirtualWidth) -> VirtualWidthDecoder
         width=w,
         dim=b.hidden_size,
         vocab_size=b.vocab_size,
-        tok_embeddings=OverWidthEmbedding.Config(  # type: ignore[arg-type]
+        tok_embeddings=OverWidthEmbedding.Config(
             geometry=g,
             form=w.embedding,
             table=Embedding.Config(num_embeddings=b.vocab_size, embedding_dim=table, param_init=_LATER),
             expand=Expand.Config(geometry=g) if w.embedding == "factorised" else None,
         ),
-        norm=ReducedNorm.Config(reduce=_reduce(g, w), norm=_norm(b)),  # type: ignore[arg-type]
+        norm=ReducedNorm.Config(reduce=_reduce(g, w), norm=_norm(b)),
         lm_head=Linear.Config(in_features=b.hidden_size, out_features=b.vocab_size, param_init=_LATER),
         layers=[_block(b, w, g) for _ in range(b.num_hidden_layers)],
         mtp_layers=[
@@ -227,7 +227,7 @@ def _block(b: Backbone, w: VirtualWidth, g: Any) -> Block.Config:
         ffn_norm=_norm(b),
         feed_forward=None if b.num_experts else _ffn(b),
         moe=_experts(b) if b.num_experts else None,
-        connections=[Connection.Config(**connection) for _ in range(2)],  # type: ignore[arg-type]
+        connections=[Connection.Config(**connection) for _ in range(2)],
     )
 
 

@@ -247,11 +247,11 @@ class Predictor(vwn.multi_token.MultiTokenPredictor, Part):
         self.fuse = config.fuse.build()
 
     @property
-    def moe_enabled(self) -> bool:
+    def moe_enabled(self) -> Any:
         """Whether the block has experts."""
         return self.layer.moe_enabled
 
     @property
-    def moe(self) -> nn.Module:
+    def moe(self) -> Any:
         """The block's experts."""
         return self.layer.moe

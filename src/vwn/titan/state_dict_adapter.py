@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
 from vwn.errors import UserError
@@ -22,7 +23,10 @@ _BLOCK = {
     "feed_forward.w2": "mlp.down_proj",
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
+    "moe.router.gate": "mlp.gate",
 }
+_EXPERTS = "moe.routed_experts.inner_experts."
+_FUSED, _DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 _PREFIXES = (  # theirs follow ours; the rest of a name is the same
     (r"layers\.(\d+)\.", r"model.backbone.layers.{}."),
     (r"mtp_layers\.(\d+)\.layer\.", r"model.mtp.{}.layer.layers.0."),
@@ -45,19 +49,47 @@ class VirtualWidthStateDictAdapter(StateDictAdapter):
             UserError: a model with experts, whose weights transformers lays out otherwise.
         """
         self._refuse_experts()
-        return {hf_name(name): value for name, value in state_dict.items()}
+        return to_transformers(state_dict)
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
         """The inverse of :meth:`to_hf`."""
         self._refuse_experts()
-        return {engine_name(name): value for name, value in hf_state_dict.items()}
+        return from_transformers(hf_state_dict)
 
     def _refuse_experts(self) -> None:
-        if self.model_config.backbone.num_experts:  # type: ignore[attr-defined]
+        if self.model_config.backbone.num_experts:
             raise UserError(
                 "a model with experts is not converted while it trains; leave last_save_in_hf and initial_load_in_hf "
                 "off, and run python -m vwn.titan.export on its checkpoint"
             )
+
+
+def to_transformers(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The engine's weights as ``VirtualWidthForCausalLM`` has them, with gate and up of the experts in one tensor."""
+    out = {}
+    for name, value in state_dict.items():
+        stem, found, leaf = name.partition(_EXPERTS)
+        if not found:
+            out[hf_name(name)] = value
+        elif leaf == "w2_EDF":
+            out[hf_name(stem) + _DOWN] = value
+        elif leaf == "w1_EFD":
+            out[hf_name(stem) + _FUSED] = torch.cat([value, state_dict[f"{stem}{_EXPERTS}w3_EFD"]], dim=1)
+    return out
+
+
+def from_transformers(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`to_transformers`."""
+    out = {}
+    for name, value in state_dict.items():
+        if name.endswith(_FUSED):
+            stem = engine_name(name.removesuffix(_FUSED)) + _EXPERTS
+            out[stem + "w1_EFD"], out[stem + "w3_EFD"] = (half.contiguous() for half in value.chunk(2, dim=1))
+        elif name.endswith(_DOWN):
+            out[engine_name(name.removesuffix(_DOWN)) + _EXPERTS + "w2_EDF"] = value
+        else:
+            out[engine_name(name)] = value
+    return out
 
 
 def hf_name(name: str) -> str:
@@ -83,5 +115,7 @@ def engine_name(name: str) -> str:
 
 
 def _renamed(name: str, names: dict[str, str]) -> str:
+    if not name:
+        return name
     stem, leaf = name.rsplit(".", 1)
     return f"{names.get(stem, stem)}.{leaf}"

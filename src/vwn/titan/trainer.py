@@ -14,6 +14,7 @@ from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
+from vwn.errors import UserError
 from vwn.titan.loss import MultiTokenLoss
 from vwn.titan.model import check_parallelism, model_config
 from vwn.titan.parallelize import parallelize
@@ -40,6 +41,11 @@ class VirtualWidthTrainer(Trainer):
         config.loss = loss_config(b, w)
         check_parallelism(config.parallelism, b, w, b.num_hidden_layers)
         super().__init__(config)
+        if (tokens := self.tokenizer.get_vocab_size()) > b.vocab_size:
+            raise UserError(
+                f"the tokenizer in {config.hf_assets_path} has {tokens} tokens, backbone.vocab_size is {b.vocab_size}; "
+                "make it as large"
+            )
 
 
 def model_spec(backbone: Backbone, width: VirtualWidth) -> ModelSpec:

@@ -1,0 +1,81 @@
+"""A checkpoint of torchtitan as a folder for transformers: ``python -m vwn.titan.export CHECKPOINT OUT``.
+
+One process, on the CPU; the checkpoint may come from any parallelism.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from vwn.errors import UserError
+from vwn.titan.sizes import Backbone, VirtualWidth, hf_config
+from vwn.titan.state_dict_adapter import from_transformers, to_transformers
+
+CONFIG = "config.json"
+"""Where a run writes its configuration, in its dump folder."""
+
+
+def export(checkpoint: Path, out: Path, config: Path | None = None) -> Any:
+    """Write the model of ``checkpoint`` (``.../checkpoint/step-N``) to ``out``, and return it.
+
+    Args:
+        config: the run's ``config.json``; two folders above the checkpoint where none is given.
+
+    Raises:
+        UserError: no checkpoint, no config, or an ``out`` that is there already.
+    """
+    from vwn.hf import VirtualWidthForCausalLM
+
+    if not (checkpoint / ".metadata").is_file():
+        raise UserError(
+            f"{checkpoint} is not a checkpoint of torchtitan; give a folder such as outputs/checkpoint/step-500"
+        )
+    if out.exists():
+        raise UserError(f"{out} exists already; give a folder that is to be made")
+    run = _read_config(config or checkpoint.resolve().parent.parent / CONFIG)
+    model = VirtualWidthForCausalLM(hf_config(Backbone(**run["backbone"]), VirtualWidth(**run["virtual_width"])))
+    state = from_transformers({name: torch.empty_like(t) for name, t in model.state_dict().items()})
+    dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)
+    model.load_state_dict(to_transformers(state))
+    model.save_pretrained(out)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (source := Path(run.get("hf_assets_path") or "") / name).is_file():
+            shutil.copyfile(source, out / name)
+    return model
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"the run's configuration is not at {path}; name it with --config") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON; name the run's configuration with --config") from error
+    if not isinstance(run, dict) or not {"backbone", "virtual_width"} <= run.keys():
+        raise UserError(f"{path} is not the configuration of a run of vwn.titan; name it with --config")
+    return run
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m vwn.titan.export", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a folder such as outputs/checkpoint/step-500")
+    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("--config", type=Path, help="the run's config.json, if it is not in the dump folder")
+    args = parser.parse_args()
+    try:
+        export(args.checkpoint, args.out, args.config)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

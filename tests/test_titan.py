@@ -1,0 +1,196 @@
+"""Virtual width in torchtitan, in one process: the model, its start, its loss, its names and what is refused."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import vwn
+
+SOURCE = Path(vwn.__file__).parent
+
+
+def test_every_import_of_torchtitan_is_in_one_package():
+    files = [f for f in SOURCE.rglob("*.py") if re.search(r"\b(import|from) (torchtitan|spmd_types)", f.read_text())]
+    assert files
+    assert {f.relative_to(SOURCE).parts[0] for f in files} == {"titan"}
+
+
+def test_without_torchtitan_one_sentence():
+    code = "import sys; sys.modules['torchtitan'] = None; import vwn.titan"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stderr.splitlines()[-1] == "ImportError: vwn.titan needs torchtitan 0.3; install vwn[titan]"
+
+
+pytest.importorskip("torchtitan", reason="torchtitan is not installed: vwn[titan]")
+
+from vwn.hf import VirtualWidthForCausalLM  # noqa: E402
+from vwn.titan import Backbone, VirtualWidth, hf_config  # noqa: E402
+from vwn.titan.initialisation import ROWS, _draw  # noqa: E402
+from vwn.titan.model import check_parallelism, model_config  # noqa: E402
+from vwn.titan.state_dict_adapter import from_transformers, to_transformers  # noqa: E402
+from vwn.titan.trainer import NO_DECAY, loss_config, model_spec  # noqa: E402
+
+SIZES = dict(
+    vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, attention="sdpa",
+)  # fmt: skip
+WIDTHS = [
+    dict(m=2, n=3, num_mtp_modules=2),
+    dict(m=2, n=4, embedding="factorised", carry_constraint="doubly_stochastic"),
+    dict(m=3, n=3, dynamic=False, num_mtp_modules=1),
+    dict(m=1, n=2, embedding="replicated", reduce="sum"),
+]
+
+
+def build(width, **sizes):
+    backbone, width = Backbone(**SIZES | sizes), VirtualWidth(**width)
+    config = model_config(backbone, width)
+    config.seed = 3
+    model = config.build()
+    model.verify_module_protocol()
+    model.init_states()
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(1)
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+    return backbone, width, model
+
+
+@pytest.mark.parametrize("width", WIDTHS, ids=str)
+def test_logits_and_loss_are_those_of_the_transformers_model(width):
+    backbone, width, model = build(width)
+    theirs = VirtualWidthForCausalLM(hf_config(backbone, width)).eval()
+    theirs.load_state_dict(to_transformers(model.state_dict()))
+    back = from_transformers(theirs.state_dict())
+    assert back.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(back[name], value), name
+
+    ids = torch.randint(0, 61, (2, 17))
+    expected = theirs(ids, labels=ids, output_mtp_logits=True, num_items_in_batch=32)
+    given = model(ids[:, :-1], positions=torch.arange(16).expand(2, 16))
+    heads = given if width.num_mtp_modules else [given]
+    torch.testing.assert_close(heads[0], expected.logits[:, :-1], rtol=0, atol=2e-5)
+    for k, (logits, further) in enumerate(zip(heads[1:], expected.mtp_logits, strict=True), 1):
+        torch.testing.assert_close(logits[:, :-k], further[:, : 16 - k], rtol=0, atol=2e-5)
+    loss, _ = loss_config(backbone, width).build()(given, ids[:, 1:], torch.tensor(32))
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-6, atol=0)
+
+
+def test_experts_route_as_in_mixtral(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # in which the engine computes experts
+    backbone, width, model = build(dict(m=2, n=3), num_experts=4)
+    theirs = VirtualWidthForCausalLM(hf_config(backbone, width)).eval()
+    theirs.load_state_dict(to_transformers(model.state_dict()))
+    ids = torch.randint(0, 61, (2, 16))
+    torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=0, atol=2e-5)
+    assert from_transformers(theirs.state_dict()).keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("width", WIDTHS, ids=str)
+def test_undecayed_weights_are_those_of_the_rule(width):
+    model = model_config(Backbone(**SIZES), VirtualWidth(**width)).build()
+    undecayed = {name for name, _ in model.named_parameters() if re.search(NO_DECAY, name)}
+    assert undecayed == vwn.no_weight_decay(model)
+    assert any("static_alpha" in name for name in undecayed)
+
+
+def test_documents_of_a_window_are_kept_apart_in_what_mtp_predicts():
+    backbone, width, model = build(dict(m=2, n=3, num_mtp_modules=1))
+    ids = torch.randint(0, 61, (1, 9))
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    given = model(ids[:, :-1], positions=positions)
+    loss = loss_config(backbone, width).build()
+    changed = ids.clone()
+    changed[0, 5] = (
+        changed[0, 5] + 1
+    ) % 61  # the label at position 4, which is 3's further target, in another document
+    both = [loss(given, x[:, 1:], torch.tensor(8), positions=positions)[0] for x in (ids, changed)]
+    main = [torch.nn.functional.cross_entropy(given[0][0], x[0, 1:]) for x in (ids, changed)]
+    torch.testing.assert_close(both[0] - both[1], main[0] - main[1])
+
+
+def test_a_start_does_not_depend_on_how_it_is_cut():
+    whole = torch.empty(2 * ROWS + 10, 3)
+    _draw(whole, "key", 2.0)
+    again, other = torch.empty_like(whole), torch.empty_like(whole)
+    _draw(again, "key", 2.0)
+    _draw(other, "other", 2.0)
+    assert torch.equal(whole, again)
+    assert not torch.equal(whole, other)
+    assert not torch.equal(whole[:10], whole[ROWS : ROWS + 10])
+    assert whole.std().item() == pytest.approx(2.0, rel=0.05)
+
+
+def test_the_start_is_that_of_the_paper():
+    config = model_config(Backbone(**SIZES), VirtualWidth(m=2, n=3))
+    config.seed = 0
+    model = config.build()
+    model.init_states()
+    a = model.layers["1"].connections[0].static_alpha
+    assert torch.equal(a, torch.cat([torch.eye(3)[:, :2], torch.eye(3)], dim=1))
+    assert model.tok_embeddings.table.weight.std().item() == pytest.approx(1.0, rel=0.1)
+    assert model.lm_head.weight.std().item() == pytest.approx(24**-0.5, rel=0.1)
+
+
+def parallelism(**changes):
+    fields = dict.fromkeys(
+        ("pipeline_parallel_degree", "context_parallel_degree", "expert_parallel_degree", "tensor_parallel_degree"), 1
+    )
+    return SimpleNamespace(**fields | {"spmd_backend": "partial_dtensor"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "width", "sentence"),
+    [
+        ({"pipeline_parallel_degree": 2}, {}, {"num_mtp_modules": 1}, "no multi-token prediction in a pipeline"),
+        ({"pipeline_parallel_degree": 3}, {}, {}, "more than the 2 layers"),
+        ({"context_parallel_degree": 2}, {}, {}, "has not been tried"),
+        ({"spmd_backend": "full_dtensor"}, {}, {}, "'partial_dtensor', got 'full_dtensor'"),
+        ({"expert_parallel_degree": 2}, {}, {}, "needs experts"),
+        ({"expert_parallel_degree": 4}, {"num_experts": 6}, {}, "does not divide backbone.num_experts = 6"),
+    ],
+)
+def test_a_parallelism_that_is_not_carried_is_refused(changes, sizes, width, sentence):
+    backbone, width = Backbone(**SIZES | sizes), VirtualWidth(**width)
+    with pytest.raises(vwn.UserError, match=re.escape(sentence)):
+        check_parallelism(parallelism(**changes), backbone, width, backbone.num_hidden_layers)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "width", "sentence"),
+    [
+        ({}, {"m": 5, "n": 5}, "m = 5 does not divide the hidden size 24"),
+        ({}, {"m": 2, "n": 3, "reduce": "identity"}, "needs n = m"),
+        ({"num_attention_heads": 5}, {}, "does not divide hidden_size = 24"),
+        ({"num_key_value_heads": 3}, {}, "does not divide num_attention_heads = 4"),
+        ({"num_experts": 2, "num_experts_per_tok": 3}, {}, "between 1 and num_experts = 2"),
+        ({}, {"num_mtp_modules": -1}, "must be 0 or more"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes, width, sentence):
+    with pytest.raises(vwn.UserError, match=re.escape(sentence)):
+        model_config(Backbone(**SIZES | sizes), VirtualWidth(**width))
+
+
+def test_experts_are_not_converted_while_training():
+    spec = model_spec(Backbone(**SIZES | {"num_experts": 4}), VirtualWidth())
+    with pytest.raises(vwn.UserError, match=r"vwn\.titan\.export"):
+        spec.state_dict_adapter(spec.model, None).to_hf({})
+
+
+def test_flops_count_matrices_attention_and_connections():
+    config = model_config(Backbone(**SIZES), VirtualWidth(m=2, n=3))
+    model = config.build()
+    parameters, flops = config.get_nparams_and_flops(model, 16)
+    assert parameters == sum(p.numel() for p in model.parameters())
+    dense = 2 * (24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 40 + 2 * 24) + 24 * 36 + 24 + 24 * 61
+    wide = 4 * (2 * (2 * 2 + 3) * 36 + 2 * (2 + 3) * 36 + 2 * 3 * 24)
+    assert flops == 6 * dense + 12 * 2 * 24 * 16 + 3 * wide
