@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools  # noqa: F401 - for the toys
 import itertools
 import linecache
+import operator  # noqa: F401
 import textwrap
+from operator import iadd  # noqa: F401
 from typing import Any
 
 import pytest
@@ -142,6 +145,13 @@ REFUSED = {
     "y = self.drop(h)\ny += 1\nreturn h + z": IN_PLACE,
     "self.kept = h\nself.kept += 1\nreturn h + z": IN_PLACE,
     "h.__iadd__(z)\nreturn h + z": IN_PLACE,
+    "setattr(self, 'kept', h)\nself.kept += 1\nreturn h + z": IN_PLACE,
+    "operator.iadd(h, z)\nreturn h + z": IN_PLACE,
+    "iadd(h, z)\nreturn h + z": IN_PLACE,
+    "y = list(map(torch.relu_, [h]))\nreturn h + z": IN_PLACE,
+    "y = list(map(functools.partial(torch.relu_), [h]))\nreturn h + z": IN_PLACE,
+    "f = torch.relu_\ny = f(h)\nreturn h + z": IN_PLACE,
+    "a = []\na.append(h)\na[0] += 1\nreturn h + z": IN_PLACE,
     "y = [x.mul_(2) for x in (h,)]\nreturn h + z": IN_PLACE,
     "y = [x for x in (h,)][0]\ny += 1\nreturn h + z": IN_PLACE,
     "nn.init.ones_(tensor=h)\nreturn h + z": IN_PLACE,
@@ -207,6 +217,7 @@ RIGHT = [
     "h = h.clone()\nreturn h.view(h.shape) + z.expand_as(h)",
     "r = h\nr *= 0.5\ny = self.mlp(h)\nreturn r + y",
     "z += h\nreturn z",
+    "z = map(torch.relu_, [z])\nreturn h + list(z)[0]",
 ]
 
 

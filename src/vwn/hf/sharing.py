@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,8 @@ STREAM, ARGUMENT = "the stream", "argument "
 
 _FRESH = ("shape", "dtype", "device", "ndim", "size", "dim")
 _PASS_ON = ("Identity", "Dropout", "DropPath")  # modules that may return what they are given
+_KEEPERS = ("setattr", "__setattr__", "__setitem__", "setitem", "setdefault", "append", "extend", "insert")
+_OPERATORS = {name for name in dir(operator) if name[0] == "i" and name[1:] in {*dir(operator), "concat"}}  # iadd, imul
 _COMPOUND = ast.If | ast.For | ast.While | ast.With | ast.Try | ast.Match
 _EXPRESSIONS = ast.NamedExpr | ast.comprehension
 _ASSIGNMENTS = ast.Assign | ast.AnnAssign | ast.For
@@ -74,6 +77,8 @@ class Sharing:
         self.add_all(statement, holders)
         for node in ast.walk(statement):
             targets = getattr(node, "targets", [getattr(node, "target", None)])
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute) and _changes_in_place(node.value):
+                return node  # a function under another name, which is not followed
             if isinstance(node, ast.stmt):
                 in_place = isinstance(node, ast.AugAssign)
                 changes = [t for t in _flat(targets) if in_place or isinstance(t, ast.Subscript | ast.Attribute)]
@@ -112,6 +117,10 @@ class Sharing:
             found = found | self.of(call.args[0], holders)
         if flagged or (in_place and not call.args):
             found = found | self._all([*call.args, *keywords.values()], holders)
+        # what changes its argument by another name, what keeps it where it is not followed, and functions given to others
+        handed_over = any(_changes_in_place(a) for a in (*call.args, *keywords.values()))
+        if name in _KEEPERS or handed_over or _changes_in_place(call.func):
+            found = found | self._all([*call.args, *keywords.values()], holders)
         return found
 
     def _all(self, nodes: Iterable[Any], holders: set[str]) -> set[str]:
@@ -149,6 +158,14 @@ def _flat(targets: Iterable[Any]) -> list[Any]:
     for target in targets:
         found += _flat(target.elts) if isinstance(target, ast.Tuple | ast.List) else [target]
     return [t.value if isinstance(t, ast.Starred) else t for t in found if t is not None]
+
+
+def _changes_in_place(node: Any) -> bool:
+    """Whether an expression names a function that changes what it is given: ``torch.relu_``, ``operator.iadd``."""
+    if isinstance(node, ast.Call):  # functools.partial(torch.relu_)
+        return any(_changes_in_place(a) for a in node.args)
+    name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+    return name.strip("_") in _OPERATORS or (name.endswith("_") and not name.endswith("__"))
 
 
 def _root(node: Any) -> str | None:
