@@ -163,3 +163,59 @@ def test_the_norm_and_the_embedding_are_taken() -> None:
     torch.testing.assert_close(norm(model(h)), norm(Usual.forward(model.decoder, inputs_embeds=h)))
     assert anatomy.layers(model) is model.decoder.layers
     assert isinstance(Anatomy("", "layers", "", "tokens").take_norm(NoNorm()), nn.Identity)
+
+
+class NoNormBehind(Stack):
+    """A projection is the first module behind the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(4, 4)
+
+    def forward(self, inputs_embeds: Tensor) -> Tensor:
+        for layer in self.layers:
+            inputs_embeds = layer(inputs_embeds)
+        return self.norm(self.project(inputs_embeds))
+
+
+class DropsFirst(NoNormBehind):
+    def forward(self, inputs_embeds: Tensor) -> Tensor:
+        for layer in self.layers:
+            inputs_embeds = layer(inputs_embeds)
+        return self.norm(self.drop(inputs_embeds))
+
+
+class ProjectsBehind(NoNormBehind):
+    def forward(self, inputs_embeds: Tensor) -> Tensor:
+        for layer in self.layers:
+            inputs_embeds = layer(inputs_embeds)
+        return self.project(self.norm(inputs_embeds))
+
+
+class NormBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+
+class NormInNameOnly(NoNormBehind):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = NormBlock()
+
+
+@pytest.mark.parametrize(
+    ("model_class", "found"),
+    [
+        (NoNormBehind, r"project \(Linear\), norm \(LayerNorm\)"),
+        (ProjectsBehind, r"norm \(LayerNorm\), project \(Linear\)"),
+        (NormInNameOnly, r"project \(NormBlock\), norm"),
+    ],
+)
+def test_what_is_behind_the_layers_is_a_norm(model_class: Any, found: str) -> None:
+    with pytest.raises(UserError, match=f"should run a norm and nothing else, not {found}"):
+        find_anatomy(model_class())
+
+
+def test_what_only_drops_is_passed_over() -> None:
+    assert find_anatomy(DropsFirst()).norm_name == "norm"

@@ -227,3 +227,9 @@ def test_is_right(body: str) -> None:
     h = torch.randn(2, 4, D).double()
     with torch.no_grad():
         torch.testing.assert_close(run_wide(widened(layer), h)[0], run_plain(layer, h)[0], rtol=1e-10, atol=1e-10)
+
+
+def test_a_number_is_not_written() -> None:
+    layer = toy("h = h + z\nreturn h + 1")
+    with pytest.raises(UserError, match="Toy adds 1, no tensor, to its residual stream in sublayer 1"):
+        run_wide(widened(layer), torch.randn(2, 4, D).double())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,8 @@ def find_anatomy(model: Any) -> Anatomy:
     """Find the parts in the source of the model's ``forward`` and of the modules inside it.
 
     Raises:
-        UserError: no loop over a list of layers, more than one, no token embedding, or no way to give embeddings.
+        UserError: no loop over a list of layers, more than one, no token embedding, no way to give embeddings, or
+            something else than a norm behind the layers.
     """
     name = type(model).__name__
     if "inputs_embeds" not in inspect.signature(model.forward).parameters:
@@ -77,26 +79,39 @@ def find_anatomy(model: Any) -> Anatomy:
     if len(stacks) != 1:
         found = ", ".join(f"{path}.{layers}".lstrip(".") for path, layers, _ in stacks) or "none"
         raise UserError(f"{name} cannot be widened: it should run one list of decoder layers, found {found}")
-    path, layers_name, norm_name = stacks[0]
+    path, layers_name, called = stacks[0]
+    norm_name = called[0] if called else ""
     if norm_name and _calls(model.get_submodule(path), norm_name) > 1:
         raise UserError(f"{name} cannot be widened: it uses its final norm {norm_name!r} elsewhere as well")
+    behind = dict.fromkeys(called)
+    if len(behind) > 1 or not all(_is_norm(getattr(model.get_submodule(path), n)) for n in behind):
+        found = ", ".join(f"{n} ({type(getattr(model.get_submodule(path), n)).__name__})" for n in behind)
+        raise UserError(
+            f"{name} cannot be widened: behind its last layer should run a norm and nothing else, not {found}"
+        )
     return Anatomy(path, layers_name, norm_name, embedding)
 
 
-def _inside(stack: tuple[str, str, str], other: tuple[str, str, str]) -> bool:
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module says that it is a norm, has no modules inside, and no weights but vectors."""
+    named = "norm" in type(module).__name__.lower() or isinstance(module, nn.Identity)
+    return named and not any(module.children()) and all(p.ndim == 1 for p in module.parameters())
+
+
+def _inside(stack: tuple[str, str, list[str]], other: tuple[str, str, list[str]]) -> bool:
     """Whether a list of modules belongs to a layer of another, as a layer's experts do."""
     prefix = f"{other[0]}.{other[1]}.".lstrip(".")
     return stack[0].startswith(prefix)
 
 
-def _loop(stack: nn.Module, layers_name: str) -> str | None:
-    """Name of the module called first behind the loop over the layers (the final norm); ``None`` without one loop."""
+def _loop(stack: nn.Module, layers_name: str) -> list[str] | None:
+    """The modules called behind the loop over the layers, the final norm; ``None`` without one loop."""
     body = _body(stack)
     if sum(_runs_over(node, layers_name) for statement in body for node in ast.walk(statement)) != 1:
         return None
     for i, statement in enumerate(body):
         if _runs_over(statement, layers_name):
-            return _first_module(stack, body[i + 1 :])
+            return _modules(stack, body[i + 1 :])
     return None
 
 
@@ -122,11 +137,16 @@ def _calls(stack: nn.Module, name: str) -> int:
     return sum(isinstance(n, ast.Call) and ast.unparse(n.func) == f"self.{name}" for n in nodes)
 
 
-def _first_module(stack: nn.Module, statements: list[ast.stmt]) -> str:
-    for statement in statements:
-        for node in ast.walk(statement):
-            f = node.func if isinstance(node, ast.Call) else None
-            of_self = isinstance(f, ast.Attribute) and isinstance(f.value, ast.Name) and f.value.id == "self"
-            if of_self and isinstance(getattr(stack, f.attr, None), nn.Module):  # type: ignore[union-attr]
-                return f.attr  # type: ignore[union-attr]
-    return ""
+def _modules(stack: nn.Module, statements: list[ast.stmt]) -> list[str]:
+    """The modules of the stack that some statements call, in the order in which they run; dropout aside."""
+    calls = (n.func for statement in statements for n in _in_order(statement) if isinstance(n, ast.Call))
+    of_self = [f.attr for f in calls if isinstance(f, ast.Attribute) and ast.unparse(f.value) == "self"]
+    found = [name for name in of_self if isinstance(getattr(stack, name, None), nn.Module)]
+    return [name for name in found if not isinstance(getattr(stack, name), nn.Dropout)]
+
+
+def _in_order(node: ast.AST) -> Iterator[ast.AST]:
+    """What an expression is made of before the expression."""
+    for child in ast.iter_child_nodes(node):
+        yield from _in_order(child)
+    yield node

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from vwn.errors import UserError
 from vwn.hf.structure import Structure, find_structure
 from vwn.ops import NormWeights
 
@@ -41,6 +42,12 @@ class Sublayer:
         core = getattr(layer, self.core)
         z = core(hidden_states=x, **context) if self.takes_context else core(x)
         z = z[0] if isinstance(z, tuple) else z
+        if not isinstance(z, Tensor) or z.shape != x.shape:
+            got = list(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise UserError(
+                f"sublayer {self.core!r} of {_class_name(layer)} should return a tensor {list(x.shape)} as it was "
+                f"given, or a tuple that begins with one, got {got}"
+            )
         return getattr(layer, self.post_norm)(z) if self.post_norm else z
 
 
@@ -51,6 +58,25 @@ class Layout(tuple[Sublayer, ...]):
     def names(self) -> list[str]:
         """The attributes of the cores."""
         return [sublayer.core for sublayer in self]
+
+    def check(self, layer: nn.Module) -> None:
+        """Raise a ``UserError`` if the layer lacks a module that the layout names, or cannot be called as it says."""
+        for sublayer in self:
+            for name in filter(None, (sublayer.core, sublayer.pre_norm, sublayer.post_norm)):
+                if not callable(getattr(layer, name, None)):
+                    has = ", ".join(name for name, _ in layer.named_children())
+                    raise UserError(
+                        f"the layout of {_class_name(layer)} names {name!r}, which the layer does not have; "
+                        f"it has {has}"
+                    )
+            takes = (
+                inspect.signature(getattr(layer, sublayer.core).forward).parameters if sublayer.takes_context else {}
+            )
+            if takes and "hidden_states" not in takes:
+                raise UserError(
+                    f"sublayer {sublayer.core!r} of {_class_name(layer)} takes its input as {next(iter(takes))!r}; "
+                    "with takes_context=True it has to be called 'hidden_states'"
+                )
 
     def norm(self, layer: Any, i: int) -> Any:
         """The pre-norm of sublayer ``i``, if it has one."""
@@ -67,7 +93,10 @@ class Layout(tuple[Sublayer, ...]):
             args, context: mask, positions, cache and whatever else the backbone hands its layers.
         """
         if args:
-            raise TypeError(f"{type(layer).__name__} takes everything but the state by keyword")
+            raise UserError(
+                f"{_class_name(layer)} has a registered layout and takes everything but the state by keyword; have the "
+                "backbone hand mask, positions and cache to its layers by name"
+            )
         state = hidden_states
         for i, sublayer in enumerate(self):
             state = seam.write(i, state, sublayer(layer, seam.read(i, state), context))
@@ -88,19 +117,38 @@ def register_layout(decoder_layer: str, layout: Iterable[Sublayer]) -> None:
     """Say what the decoder layers of class name ``decoder_layer`` consist of, instead of having it found out.
 
     The layout must reproduce the layer: with ``m = n = 1`` and frozen connections the widened model has to equal the
-    backbone to the bit, which is the test to write for a new one.
+    backbone to the bit, which is the test to write for a new one. Every process that builds or loads such a model has
+    to register it.
+
+    Raises:
+        UserError: no sublayers, or something else among them. What a layer lacks shows when a model is built.
     """
-    _LAYOUTS[decoder_layer] = Layout(layout)
+    found = Layout(layout)
+    if not found or not all(isinstance(sublayer, Sublayer) for sublayer in found):
+        raise UserError(
+            f"the layout of {decoder_layer} should be one or more Sublayer(...), in the order in which they run, "
+            f"got {tuple(found)}"
+        )
+    _LAYOUTS[decoder_layer] = found
 
 
 def layout_of(layer: nn.Module) -> Layout | Structure:
     """What a decoder layer consists of: as registered, or else found in the source of its ``forward``.
 
     Raises:
-        UserError: it does not just add to its residual stream.
+        UserError: it does not just add to its residual stream, or lacks what its layout names.
     """
     registered = _LAYOUTS.get(type(layer).__name__)
-    return find_structure(layer) if registered is None else registered
+    if registered is None:
+        return find_structure(layer)
+    registered.check(layer)
+    return registered
+
+
+def _class_name(layer: Any) -> str:
+    """Of the layer's own class, widened or not."""
+    kind = type(layer)
+    return kind.__mro__[2].__name__ if kind.__name__.startswith("VirtualWidth") else kind.__name__
 
 
 def fusable_norm(norm: Any, dtype: torch.dtype) -> NormWeights | None:

@@ -117,7 +117,7 @@ class Sharing:
             found = found | self.of(call.args[0], holders)
         if flagged or (in_place and not call.args):
             found = found | self._all([*call.args, *keywords.values()], holders)
-        # what changes its argument by another name, what keeps it where it is not followed, and functions given to others
+        # changed by another name, kept where it is not followed, or given to what calls a changing function
         handed_over = any(_changes_in_place(a) for a in (*call.args, *keywords.values()))
         if name in _KEEPERS or handed_over or _changes_in_place(call.func):
             found = found | self._all([*call.args, *keywords.values()], holders)

@@ -74,6 +74,12 @@ class Seam:
 
     def write(self, i: int, state: Tensor, z: Tensor) -> Tensor:
         """The state after the output ``z`` ``[B, S, D]`` of sublayer ``i``, reading for the next one meanwhile."""
+        if not isinstance(z, Tensor):
+            name = type(self._layer).__mro__[2].__name__
+            raise UserError(
+                f"{name} adds {z!r}, no tensor, to its residual stream in sublayer {i}; "
+                "make it a tensor of the stream's shape"
+            )
         ahead = self._readers[i + 1] if i + 1 < len(self._readers) else self._next_layers_reader(state.dtype)
         return self._stream.write(state, z.to(state.dtype), self._readers[i].connection, ahead)
 
