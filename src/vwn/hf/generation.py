@@ -40,7 +40,8 @@ class NgramGenerationMixin(GenerationMixin):
         own = inspect.getattr_static(causal_class, "create_masks_for_generate", None)
         if own is None:
             return create_masks_for_generate
-        return own.__func__ if isinstance(own, staticmethod) else partial(own, self)
+        make = own.__func__ if isinstance(own, staticmethod) else partial(own, self)
+        return lambda config, **given: make(config=config.get_text_config(decoder=True), **given)
 
     def _switches_rope(self, length: int, cache: Cache | None) -> bool:
         """Whether this is where the rotary embedding changes for long texts (Phi-3), so that the cache is void."""
