@@ -59,7 +59,7 @@ def test_speed_options_give_the_same_losses(tmp_path, text, finished, speed):
 def test_speed_options_reach_the_model(tmp_path, text, monkeypatch):
     seen = []
     apply = run_module.apply_speed
-    monkeypatch.setattr(run_module, "apply_speed", lambda model, speed: (apply(model, speed), seen.append(model)))
+    monkeypatch.setattr(run_module, "apply_speed", lambda model, *a, **k: (apply(model, *a, **k), seen.append(model)))
     speed = SpeedOptions(connection_backend="reference", keep_states_every=3, loss_backend="torch")
     train(config(tmp_path / "run", text, speed=speed, optim={"steps": 2}))
     (model,) = seen

@@ -6,9 +6,10 @@ import json
 import logging
 import os
 import sys
+import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
@@ -20,6 +21,7 @@ from vwn.evaluation.config import EvalConfig
 from vwn.inspection.config import InspectConfig
 from vwn.training.config import TrainConfig, WidthOptions, require
 from vwn.training.files import NO_ROOM, CannotWrite
+from vwn.training.ranks import first_process, launched_processes
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,16 @@ class CostConfig:
 def run_train(config: TrainConfig) -> None:
     """`vwn train`."""
     from vwn.training.directory import adopt
+    from vwn.training.distributed import leave
     from vwn.training.machine import keep_freed_memory
     from vwn.training.run import train
 
     keep_freed_memory()
     config = adopt(config, given_options())
     result = train(config)
+    leave()
+    if not first_process():
+        return
     last = result.curve[-1]
     further = "" if last["loss_2"] is None else f", next-2-token {last['loss_2']:.4f}"
     print(f"{config.out}: validation loss {last['loss']:.4f} nats per token{further} after {last['tokens']:,} tokens")
@@ -248,7 +254,16 @@ def show_our_logs() -> None:
     handler.setFormatter(logging.Formatter("vwn: %(message)s"))
     logger = logging.getLogger("vwn")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if first_process() else logging.ERROR)
+
+
+def fail(sentence: str, code: int) -> NoReturn:
+    """Say it once, whatever the number of processes, and exit."""
+    if first_process():
+        print(sentence, file=sys.stderr)
+    else:
+        time.sleep(2)  # the launcher ends all when one has ended, and the first is to have spoken
+    sys.exit(code)
 
 
 def main() -> None:
@@ -261,6 +276,11 @@ def main() -> None:
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         )
         show_our_logs()
+        if launched_processes() > 1 and not isinstance(config, TrainConfig):
+            raise UserError(
+                f"{launched_processes()} processes were launched, and only vwn train works in several; start this "
+                "command without a launcher"
+            )
         RUN[type(config)](config)
     except BrokenPipeError:  # the reader of our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -268,9 +288,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("VWN_DEBUG"):
             raise
-        print(f"vwn: {' '.join(str(error).split())}", file=sys.stderr)
         full = isinstance(error, OSError) and error.errno in NO_ROOM
-        sys.exit(CannotWrite.exit_code if full else getattr(error, "exit_code", 2))
+        fail(f"vwn: {' '.join(str(error).split())}", CannotWrite.exit_code if full else getattr(error, "exit_code", 2))
     except KeyboardInterrupt:
         print("vwn: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -278,8 +297,7 @@ def main() -> None:
         if os.environ.get("VWN_DEBUG"):
             raise
         text = " ".join(str(error).split())[:300]
-        print(f"vwn: {type(error).__name__}: {text} (unexpected; VWN_DEBUG=1 shows where)", file=sys.stderr)
-        sys.exit(1)
+        fail(f"vwn: {type(error).__name__}: {text} (unexpected; VWN_DEBUG=1 shows where)", 1)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ class OptimConfig:
     steps: int = 1000
     """Optimiser steps."""
     batch_size: int = 16
-    """Windows per optimiser step and process."""
+    """Windows per optimiser step, over all processes."""
     learning_rate: float | None = None
     """Peak learning rate; by default the preset's, for plain and wide models separately."""
     rate_factors: tuple[str, ...] = ()
@@ -228,6 +228,10 @@ class TrainConfig:
     health_every: int | None = None
     """Steps between measurements of gradients, state and routing (health.jsonl, and the logs); by default those
     between validations, 0 for none."""
+    parallel: Literal["auto", "ddp", "fsdp2", "hsdp"] = "auto"
+    """Under torchrun or accelerate launch: a copy of the model in each process (`ddp`), the model sharded over all of
+    them (`fsdp2`), or sharded within a node and copied over nodes (`hsdp`). `auto`: what accelerate's configuration
+    asks for, else `ddp`."""
     resume: bool | Literal["auto"] = False
     """Continue the run in --out from its last whole checkpoint; `--resume auto` starts it where there is none yet."""
 

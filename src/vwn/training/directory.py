@@ -84,11 +84,11 @@ def check_same_text(directory: Path, stored: dict[str, Any], fingerprint: str) -
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:
-    """Everything that determines the run, flat, by dotted name; where it lies and whether it resumes do not."""
+    """Everything that determines the run, flat, by dotted name; where it lies, on what, and whether it resumes do not."""
     flat: dict[str, Any] = {}
     for name, value in dataclasses.asdict(config).items():
         flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
-    return {name: value for name, value in flat.items() if name not in ("out", "resume")}
+    return {name: value for name, value in flat.items() if name not in ("out", "parallel", "resume")}
 
 
 def adopt(config: TrainConfig, given: Set[str]) -> TrainConfig:
@@ -105,7 +105,7 @@ def adopt(config: TrainConfig, given: Set[str]) -> TrainConfig:
     groups |= {"speed": SpeedOptions, "reliability": ReliabilityOptions}
     for group, make in groups.items():
         parts[group] = make(**{k.split(".")[1]: v for k, v in flat.items() if k.startswith(f"{group}.")})
-    return TrainConfig(out=config.out, resume=config.resume, **parts)
+    return TrainConfig(out=config.out, parallel=config.parallel, resume=config.resume, **parts)
 
 
 def start(config: TrainConfig, fingerprint: str) -> None:

@@ -6,7 +6,9 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,26 @@ from vwn.hf import VirtualWidthForCausalLM
 from vwn.hf.card import TrainingFacts
 from vwn.hf.loss import choose_loss
 from vwn.ops import choose
+from vwn.seam import Connection
 from vwn.training import directory
 from vwn.training.checkpoints import agreed_checkpoint
 from vwn.training.config import SpeedOptions, TrainConfig
+from vwn.training.distributed import (
+    SHARDED,
+    AsAskedFor,
+    first_alone,
+    join,
+    parallel_arguments,
+    resolve,
+    together,
+)
 from vwn.training.groups import parse_factors
 from vwn.training.machine import PeakMemory
 from vwn.training.model import build_model, load_backbone, model_config, resize_backbone
 from vwn.training.preemption import Stopped, StopSignals
 from vwn.training.presets import EMBEDDING_STD, PRESETS
-from vwn.training.ranks import all_present
+from vwn.training.ranks import all_present, first_ones, first_process, rank, world_size
+from vwn.training.sharding import MODEL, load_weights
 from vwn.training.trainer import Diverged, ProgressBar, VirtualWidthTrainer
 
 Label = str | Callable[[int], str]
@@ -81,18 +94,13 @@ def train(config: TrainConfig, corpus: Corpus | None = None, label: Label | None
     hf_logging.disable_progress_bar()
     config.check()
     check_device(config.speed)
-    stored = directory.open_directory(config.out, "run.json", bool(config.resume))
-    if stored is None and config.resume is True:
-        raise UserError(f"there is no run in {config.out} to continue; leave --resume away, or use --resume auto")
-    if stored is not None:
-        directory.check_same(config.out, stored.get("config", {}), directory.settings(config))
-        if corpus is not None:
-            directory.check_same_text(config.out, stored, corpus.fingerprint)
-        result = stored_result(config.out)
-        if result is not None:
-            return result
+    join(timedelta(minutes=config.reliability.distributed_timeout))
+    parallel = resolve(config)
+    stored, result = first_ones(together(lambda: _open(config, corpus) if rank() == 0 else (None, None)))
+    if result is not None:
+        return result
     learning_rate = learning_rate_of(config)
-    corpus = corpus or load_corpus(config)
+    corpus = corpus or first_alone(lambda: load_corpus(config))
     if len(corpus.train) < config.optim.batch_size:
         raise UserError(
             f"the text gives {len(corpus.train)} windows of {config.corpus.window} tokens, fewer than one batch of "
@@ -106,19 +114,45 @@ def train(config: TrainConfig, corpus: Corpus | None = None, label: Label | None
     backbone = resize_backbone(backbone, config.hidden_size, config.intermediate_size)
     embedding_std = EMBEDDING_STD if config.backbone in PRESETS else None
     model = build_model(model_config(backbone, config.m, config.n, config.width), config.seed, embedding_std)
-    with directory.locked(config.out):
-        directory.start(config, corpus.fingerprint)
-        return _train(config, corpus, model, learning_rate, label or config.name)
+    with ExitStack() as stack:
+        together(lambda: _begin(stack, config, corpus.fingerprint) if rank() == 0 else None)
+        return _train(config, corpus, model, learning_rate, label or config.name, parallel)
 
 
-def _train(config: TrainConfig, corpus: Corpus, model: Any, learning_rate: float, label: Label) -> RunResult:
+def _open(config: TrainConfig, corpus: Corpus | None) -> tuple[dict[str, Any] | None, RunResult | None]:
+    """The record of the run in ``config.out`` and, if it has ended, its result; None for what is not there."""
+    stored = directory.open_directory(config.out, "run.json", bool(config.resume))
+    if stored is None and config.resume is True:
+        raise UserError(f"there is no run in {config.out} to continue; leave --resume away, or use --resume auto")
+    if stored is None:
+        return None, None
+    directory.check_same(config.out, stored.get("config", {}), directory.settings(config))
+    if corpus is not None:
+        directory.check_same_text(config.out, stored, corpus.fingerprint)
+    return stored, stored_result(config.out)
+
+
+def _begin(stack: ExitStack, config: TrainConfig, fingerprint: str) -> None:
+    """Keep others out of the run directory for as long as ``stack`` is open, and record the run."""
+    stack.enter_context(directory.locked(config.out))
+    directory.start(config, fingerprint)
+
+
+def _train(
+    config: TrainConfig, corpus: Corpus, model: Any, learning_rate: float, label: Label, parallel: str
+) -> RunResult:
     checkpoint = agreed_checkpoint(config.out)
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else TrainerState()
     trained = state.global_step >= config.optim.steps
     if trained:  # killed between the last checkpoint and the result
-        model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    arguments = training_arguments(config, learning_rate, resumed=checkpoint is not None)
-    apply_speed(model.to(arguments.device), config.speed)
+        if (checkpoint / MODEL).is_dir():
+            load_weights(model, checkpoint)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    arguments = training_arguments(config, learning_rate, checkpoint is not None, parallel_arguments(parallel, model))
+    if parallel not in SHARDED:  # a sharded one moves layer by layer
+        model.to(arguments.device)
+    apply_speed(model, config.speed, arguments.device, whole=parallel not in SHARDED)
     memory = PeakMemory()
     trainer = VirtualWidthTrainer(
         model=model,
@@ -127,7 +161,7 @@ def _train(config: TrainConfig, corpus: Corpus, model: Any, learning_rate: float
         eval_dataset=spread(corpus.valid, config.corpus.max_valid_tokens // config.corpus.window),
         processing_class=corpus.tokenizer,
         data_collator=default_data_collator,
-        callbacks=[ProgressBar(label)],
+        callbacks=[AsAskedFor(parallel), ProgressBar(label)],
         window=config.corpus.window,
         rate_factors=parse_factors(config.optim.rate_factors),
         health_every=config.intervals[1] if config.health_every is None else config.health_every,
@@ -177,7 +211,8 @@ def _train(config: TrainConfig, corpus: Corpus, model: Any, learning_rate: float
     if isinstance(model, VirtualWidthForCausalLM):
         model.training_facts = training_facts(config, finished, directory.read_json(config.out / "run.json"))
     trainer.save_final()
-    directory.write_json(config.out / "result.json", dataclasses.asdict(finished))
+    if rank() == 0:
+        directory.write_json(config.out / "result.json", dataclasses.asdict(finished))
     return finished
 
 
@@ -211,8 +246,10 @@ def load_corpus(config: TrainConfig) -> Corpus:
     return prepare(c.data, valid=c.valid, tokenizer=c.tokenizer, window=c.window)
 
 
-def training_arguments(config: TrainConfig, learning_rate: float, resumed: bool) -> TrainingArguments:
-    """The Trainer's settings for a run."""
+def training_arguments(
+    config: TrainConfig, learning_rate: float, resumed: bool, parallel: dict[str, Any]
+) -> TrainingArguments:
+    """The Trainer's settings for a run; ``parallel`` is what they say of its processes."""
     o = config.optim
     log, evaluate, save = config.intervals
     if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
@@ -222,9 +259,9 @@ def training_arguments(config: TrainConfig, learning_rate: float, resumed: bool)
     return TrainingArguments(
         output_dir=str(config.out),
         max_steps=o.steps,
-        per_device_train_batch_size=o.batch_size // o.gradient_accumulation,
+        per_device_train_batch_size=o.batch_size // (o.gradient_accumulation * world_size()),
         gradient_accumulation_steps=o.gradient_accumulation,
-        per_device_eval_batch_size=o.batch_size,
+        per_device_eval_batch_size=max(1, o.batch_size // world_size()),
         learning_rate=learning_rate,
         lr_scheduler_type="cosine_with_min_lr" if o.schedule == "cosine" else "constant_with_warmup",
         lr_scheduler_kwargs={"min_lr_rate": o.final_learning_rate} if o.schedule == "cosine" else {},
@@ -252,6 +289,7 @@ def training_arguments(config: TrainConfig, learning_rate: float, resumed: bool)
         disable_tqdm=True,
         report_to=["tensorboard"],
         ddp_timeout=round(60 * config.reliability.distributed_timeout),
+        **parallel,
     )
 
 
@@ -262,13 +300,24 @@ def check_device(speed: SpeedOptions) -> None:
     choose_loss(speed.loss_backend, device)
 
 
-def apply_speed(model: Any, speed: SpeedOptions) -> None:
-    """Set up a model for the options of a run, on the device it will run on."""
+def apply_speed(model: Any, speed: SpeedOptions, device: torch.device, whole: bool = True) -> None:
+    """Set up a model for the options of a run.
+
+    Args:
+        model: wherever it is now.
+        speed: the options.
+        device: that it will run on.
+        whole: whether its weights will all be there in one process; a fused loss needs the unembedding's.
+    """
     if isinstance(model, VirtualWidthForCausalLM):
-        choose_loss(speed.loss_backend, model.device)
-        model.loss_backend = speed.loss_backend
+        choose_loss(speed.loss_backend, device)
+        model.loss_backend = speed.loss_backend if whole else "torch"
         if model.config.connection != "residual":
-            model.set_connection_backend(speed.connection_backend)
+            if whole:
+                model.set_connection_backend(speed.connection_backend)
+            else:  # it is not yet on the device that decides
+                for connection in (m for m in model.modules() if isinstance(m, Connection)):
+                    connection.set_backend(speed.connection_backend)
             model.model.keep_states_every = speed.keep_states_every
     if not speed.gradient_checkpointing:
         return
@@ -313,5 +362,6 @@ def flops_per_token(config: Any, window: int) -> float | None:
     try:
         return model_cost(config, sequence_length=window).forward_flops_per_token
     except UserError as unknown:
-        print(f"vwn: FLOPs are left out of the result: {unknown}", file=sys.stderr)
+        if first_process():
+            print(f"vwn: FLOPs are left out of the result: {unknown}", file=sys.stderr)
         return None

@@ -19,7 +19,9 @@ from vwn.training.checkpoints import checkpoints
 from vwn.training.groups import scale_rates
 from vwn.training.guards import StepGuard
 from vwn.training.health import HealthLog
+from vwn.training.ranks import world_size
 from vwn.training.saving import SavingTrainer, not_finite
+from vwn.training.sharding import ShardingTrainer
 from vwn.weight_decay import no_weight_decay
 
 
@@ -48,7 +50,7 @@ def named_losses(losses: Any) -> dict[str, float]:
     return {"loss" if k == 0 else f"loss_{k + 1}": float(value) for k, value in enumerate(losses)}
 
 
-class VirtualWidthTrainer(SavingTrainer):
+class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
     """A Trainer that logs every head's loss, decays by our rule, stops at a non-finite loss, and saves atomically.
 
     Training logs hold ``loss`` (next token), ``loss_2`` …, and ``objective``, their weighted sum with the router's
@@ -176,7 +178,10 @@ class VirtualWidthTrainer(SavingTrainer):
             del logs["loss"]  # all its steps were skipped
         if "loss" in logs:
             logs["objective"] = logs.pop("loss") * self.log_window.mean_of_used(self.state.global_step)
-            logs |= named_losses(torch.stack(self._losses).float().mean(0).tolist())
+            losses = torch.stack(self._losses).float().mean(0)
+            if world_size() > 1:  # every process has had as many windows
+                torch.distributed.all_reduce(losses)
+            logs |= named_losses((losses / world_size()).tolist())
             self._losses.clear()
             if self.health:
                 logs |= self.health.unlogged

@@ -1,0 +1,166 @@
+"""A run of several processes: how the model is spread over them, by accelerate, and how they start and fail together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import ParallelismConfig
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from vwn.errors import UserError
+from vwn.hf import VirtualWidthForCausalLM
+from vwn.training.config import TrainConfig
+from vwn.training.ranks import everyones, launched_processes, rank, world_size
+
+T = TypeVar("T")
+
+SHARDED = ("fsdp2", "hsdp")
+
+
+def join(patience: timedelta) -> None:
+    """Meet the other processes of the launcher (``torchrun``, ``accelerate launch``, ``srun``), if there are any.
+
+    Args:
+        patience: how long one waits for the others, also for the first to prepare the text.
+    """
+    if launched_processes() > 1 and not dist.is_initialized():
+        on_cpu = not torch.cuda.is_available()
+        PartialState(cpu=on_cpu, timeout=patience, **({"backend": "gloo"} if on_cpu else {}))
+
+
+def leave() -> None:
+    """Part from the others after a run that went well."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def together(act: Callable[[], T]) -> T:
+    """What ``act`` gives here, once it has gone well everywhere; what the user has to repair in one is raised in all."""
+    failure: ValueError | OSError | None = None
+    try:
+        result = act()
+    except (ValueError, OSError) as error:
+        failure = error
+    said = next((text for text in everyones(None if failure is None else str(failure)) if text is not None), None)
+    if failure is not None:
+        raise failure
+    if said is not None:
+        raise UserError(said)
+    return result
+
+
+def first_alone(act: Callable[[], T]) -> T:
+    """``act`` by the first process, and then, when what it has prepared is there, by the others."""
+    made = together(lambda: act() if rank() == 0 else None)
+    return together(lambda: act() if made is None else made)
+
+
+def resolve(config: TrainConfig) -> str:
+    """``none``, ``ddp``, ``fsdp2`` or ``hsdp``: what ``--parallel`` and the launcher ask for.
+
+    Raises:
+        UserError: they contradict each other, or an option does not go with it.
+    """
+    world, asked, o, s = world_size(), config.parallel, config.optim, config.speed
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if by_launcher and os.environ.get("FSDP_VERSION", "2") != "2":
+        raise UserError("the accelerate configuration asks for FSDP 1; set fsdp_version: 2 in it")
+    if world == 1:
+        if asked != "auto":
+            raise UserError(
+                f"--parallel {asked} needs several processes and there is one; start with torchrun or accelerate "
+                "launch, or leave --parallel away"
+            )
+        return "none"
+    if by_launcher and asked == "ddp":
+        raise UserError("--parallel ddp contradicts the accelerate configuration, which asks for FSDP; use one of them")
+    parallel = ("fsdp2" if by_launcher else "ddp") if asked == "auto" else asked
+    if o.batch_size % (world * o.gradient_accumulation):
+        raise UserError(
+            f"--batch-size {o.batch_size} is shared by {world} processes in {o.gradient_accumulation} passes each; "
+            f"make it a multiple of {world * o.gradient_accumulation}"
+        )
+    if parallel in SHARDED:
+        for option, given in (("--keep-states-every", s.keep_states_every > 1), ("--compile", s.compile)):
+            if given:
+                raise UserError(f"{option} does not go with --parallel {parallel}; leave it away")
+        if s.loss_backend == "liger":
+            raise UserError(
+                f"--loss-backend liger needs the unembedding's weights whole, which --parallel {parallel} shards; "
+                "use torch"
+            )
+    if parallel == "hsdp" and not (local := _per_node()) < world:
+        raise UserError(
+            f"--parallel hsdp copies over nodes what it shards within one, and all {local} processes are on one node; "
+            "use fsdp2"
+        )
+    return parallel
+
+
+def _per_node() -> int:
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or 0)
+    if local < 2 or world_size() % local:
+        raise UserError(
+            f"--parallel hsdp needs LOCAL_WORLD_SIZE, the processes of a node: 2 or more, the same on each; got {local}"
+        )
+    return local
+
+
+def parallel_arguments(parallel: str, model: nn.Module) -> dict[str, Any]:
+    """What the Trainer's arguments say of ``parallel``, for ``model``."""
+    arguments: dict[str, Any] = {}
+    if parallel != "none" and not torch.cuda.is_available():
+        arguments["ddp_backend"] = "gloo"
+    if parallel in SHARDED:
+        arguments["fsdp"] = True
+        arguments["fsdp_config"] = {
+            "version": 2,
+            "state_dict_type": "SHARDED_STATE_DICT",
+            "transformer_layer_cls_to_wrap": layer_classes(model),
+            "reshard_after_forward": os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true"),
+            "cpu_offload": os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true",
+        }
+    if parallel == "hsdp":
+        local = _per_node()
+        arguments["parallelism_config"] = ParallelismConfig(
+            dp_replicate_size=world_size() // local, dp_shard_size=local
+        )
+    return arguments
+
+
+def layer_classes(model: Any) -> list[str] | None:
+    """Names of the classes of its layers, those of MTP modules too: each is sharded and gathered as one."""
+    if not isinstance(model, VirtualWidthForCausalLM):
+        return None  # transformers knows them
+    layers = [*model.model.layers]
+    for predictor in model.model.mtp:
+        layers += predictor.layer.anatomy.layers(predictor.layer)
+    return sorted({type(layer).__name__ for layer in layers})
+
+
+class AsAskedFor(TrainerCallback):
+    """Raises at the start of the training unless the model is spread over the processes as it should be.
+
+    Args:
+        parallel: as :func:`resolve` gives it.
+    """
+
+    def __init__(self, parallel: str) -> None:
+        self.parallel = parallel
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+        if self.parallel in SHARDED and whole:
+            raise UserError(
+                f"--parallel {self.parallel} was asked for, but accelerate has left {whole[0]} whole on the device "
+                f"{args.device.type}; use --parallel ddp there"
+            )
