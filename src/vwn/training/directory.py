@@ -84,7 +84,7 @@ def check_same_text(directory: Path, stored: dict[str, Any], fingerprint: str) -
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:
-    """Everything that determines the run, flat, by dotted name; where it lies, on what, and whether it resumes do not."""
+    """Everything that determines the run, flat, by dotted name; not where it lies, on what, or whether it resumes."""
     flat: dict[str, Any] = {}
     for name, value in dataclasses.asdict(config).items():
         flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}

@@ -1,4 +1,4 @@
-"""A run of several processes: how the model is spread over them, by accelerate, and how they start and fail together."""
+"""A run of several processes: how the model is spread over them, and how they start and fail together."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def leave() -> None:
 
 
 def together(act: Callable[[], T]) -> T:
-    """What ``act`` gives here, once it has gone well everywhere; what the user has to repair in one is raised in all."""
+    """What ``act`` gives here, once it has gone well everywhere; a failure of one is raised in all."""
     failure: ValueError | OSError | None = None
     try:
         result = act()
