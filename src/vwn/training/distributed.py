@@ -141,8 +141,9 @@ def layer_classes(model: Any) -> list[str] | None:
     """Names of the classes of its layers, those of MTP modules too: each is sharded and gathered as one."""
     if not isinstance(model, VirtualWidthForCausalLM):
         return None  # transformers knows them
-    layers = [*model.model.layers]
-    for predictor in model.model.mtp:
+    layers: list[Any] = [*model.model.layers]
+    predictors: Any = model.model.mtp
+    for predictor in predictors:
         layers += predictor.layer.anatomy.layers(predictor.layer)
     return sorted({type(layer).__name__ for layer in layers})
 

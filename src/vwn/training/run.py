@@ -144,7 +144,7 @@ def _train(
     checkpoint = agreed_checkpoint(config.out)
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else TrainerState()
     trained = state.global_step >= config.optim.steps
-    if trained:  # killed between the last checkpoint and the result
+    if trained and checkpoint is not None:  # killed between the last checkpoint and the result
         if (checkpoint / MODEL).is_dir():
             load_weights(model, checkpoint)
         else:
