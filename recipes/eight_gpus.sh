@@ -8,7 +8,7 @@ shift
 
 # The dashes after -m: without them the launcher takes --m and --n for abbreviations of its own options.
 exec python -m accelerate.commands.launch --config_file "${ACCELERATE:-$here/eight_gpus_fsdp2.yaml}" \
-    ${PROCESSES:+--num_processes "$PROCESSES"} -m -- vwn train --out "$out" --resume \
+    ${PROCESSES:+--num_processes "$PROCESSES"} -m -- vwn train --out "$out" --resume auto \
     --data "${DATA:-stdlib}" --tokenizer bpe:8192 --window 1024 \
     --backbone large --m 4 --n 16 --mtp 1 --batch-size 256 --gradient-accumulation 2 --steps 5000 \
     "$@"

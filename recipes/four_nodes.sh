@@ -9,7 +9,7 @@ shift
 # The dashes after -m: without them the launcher takes --m and --n for abbreviations of its own options.
 exec python -m torch.distributed.run --nnodes "${NODES:-4}" --nproc-per-node "${PROCESSES:-8}" \
     --node-rank "${NODE_RANK:-0}" --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
-    -m -- vwn train --out "$out" --resume --parallel "${PARALLEL:-hsdp}" \
+    -m -- vwn train --out "$out" --resume auto --parallel "${PARALLEL:-hsdp}" \
     --data "${DATA:-stdlib}" --tokenizer bpe:8192 --window 1024 \
     --backbone large --m 4 --n 16 --mtp 1 --batch-size 1024 --gradient-accumulation 2 --steps 5000 \
     "$@"

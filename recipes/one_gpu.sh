@@ -4,7 +4,7 @@ set -euo pipefail
 out=$1
 shift
 
-CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} exec python -m vwn train --out "$out" --resume \
+CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} exec python -m vwn train --out "$out" --resume auto \
     --data "${DATA:-stdlib}" --tokenizer bpe:8192 --window 1024 \
     --backbone small --m 4 --n 16 --mtp 1 --batch-size 64 --gradient-accumulation 2 --steps 5000 \
     "$@"

@@ -31,7 +31,8 @@ def test_accelerate_reads_the_configurations(path):
 @pytest.mark.parametrize("path", [*RECIPES.glob("*.sh"), *RECIPES.glob("*.sbatch")], ids=lambda p: p.name)
 def test_scripts_are_scripts(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
-    assert "-m -- vwn" in path.read_text() or path.suffix == ".sbatch" or path.stem == "one_gpu"
+    if path.stem in ("eight_gpus", "four_nodes"):  # without the dashes a launcher takes --m for an option of its own
+        assert "-m -- vwn" in path.read_text()
 
 
 @pytest.mark.slow
