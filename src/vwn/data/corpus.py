@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from vwn.cache import default_cache_dir, load_or_build
 from vwn.data.packing import PackedWindows, Written, smallest_dtype, write_tokens
-from vwn.data.sources import Source, resolve
+from vwn.data.sources import Source, resolve, resolve_valid
 from vwn.data.tokenizer import bpe_size, load_tokenizer, wrap
 from vwn.errors import UserError
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from vwn.data.stream import TextStream
+    from vwn.data.streaming import TokenStream
 
 _FORMAT = 1  # of the token stream and of the cache's files; a change of either makes old entries unused
 _TRAIN, _VALID, _META, _TOKENIZER = "train.bin", "valid.bin", "meta.json", "tokenizer.json"
@@ -33,16 +34,17 @@ _TRAIN, _VALID, _META, _TOKENIZER = "train.bin", "valid.bin", "meta.json", "toke
 class Corpus:
     """A text ready for training.
 
-    `train_tokens` and `valid_tokens` count the whole streams, the dropped remainder of a window included.
+    `train_tokens` and `valid_tokens` count the whole streams, the dropped remainder of a window included;
+    `train_tokens` is None, and `train` a `TokenStream`, where the text is streamed.
     `valid_bytes_per_token` is bytes of UTF-8 per token of the validation stream, so that bits per byte are
     `loss / (ln 2 * valid_bytes_per_token)`. `fingerprint` is a hash of both token streams: equal text, split and
     tokeniser give an equal one on any machine.
     """
 
-    train: PackedWindows
+    train: PackedWindows | TokenStream
     valid: PackedWindows
     tokenizer: PreTrainedTokenizerFast
-    train_tokens: int
+    train_tokens: int | None
     valid_tokens: int
     valid_bytes_per_token: float
     fingerprint: str
@@ -76,8 +78,28 @@ def prepare(
         raise UserError(f"a window of {window} tokens predicts nothing; give a window of at least 2")
     if not 0 < valid_fraction < 1:
         raise UserError(f"a validation fraction of {valid_fraction} is not between 0 and 1; give for example 0.1")
+    return _prepared(resolve(data, valid, valid_fraction), data, tokenizer, window, cache_dir, valid_fraction)
+
+
+def prepare_valid(valid: str, *, tokenizer: str, window: int, cache_dir: Path | None = None) -> Corpus:
+    """All of a validation text (its validation side, where it has one), with a tokeniser that exists.
+
+    For training on streamed data, and for reading such a run's validation text again: both sides of the corpus are
+    this text. Otherwise as `prepare`.
+    """
+    source = resolve_valid(valid)
+    return _prepared((source, source), valid, tokenizer, window, cache_dir, 0.1)
+
+
+def _prepared(
+    sources: tuple[Source, Source | None],
+    data: str,
+    tokenizer: str,
+    window: int,
+    cache_dir: Path | None,
+    valid_fraction: float,
+) -> Corpus:
     ready = None if bpe_size(tokenizer) else load_tokenizer(tokenizer, max_length=window)
-    sources = resolve(data, valid, valid_fraction)
     job = _Job(*sources, tokenizer, ready, window, valid_fraction)
     entry = load_or_build((cache_dir or default_cache_dir()) / job.key(), _load_entry, job.build)
     valid_name = sources[1].name if sources[1] else f"(the last {100 * valid_fraction:g}% of {data})"

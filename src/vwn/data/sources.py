@@ -126,11 +126,24 @@ def resolve(data: str, valid: str | None, valid_fraction: float) -> tuple[Source
     return train, _open(valid, "valid", valid_fraction)[0]
 
 
+def resolve_valid(spec: str) -> Source:
+    """The source for the validation side alone."""
+    return _open(spec, "valid", 0.1)[0]
+
+
 def _open(spec: str, side: Side, valid_fraction: float) -> tuple[Source, Source | None]:
     """The source for one side, and the validation side that belongs to it, if any."""
     if spec == STDLIB:
         sides = _stdlib_sides(valid_fraction)
         return sides[side], sides["valid"]
+    source = open_local(spec)
+    return _hub(spec, side) if source is None else (source, None)
+
+
+def open_local(spec: str) -> FileSource | None:
+    """A file, a folder or the training side of `stdlib`; None for what can only be a hub id."""
+    if spec == STDLIB:
+        return _stdlib_sides(0.1)["train"]
     path = Path(spec).expanduser()
     exists = bool(spec) and os.path.exists(path)
     looks_local = is_supported(path) or spec.startswith((".", "/", "~")) or spec.count("/") > 1 or "\\" in spec
@@ -138,12 +151,12 @@ def _open(spec: str, side: Side, valid_fraction: float) -> tuple[Source, Source 
         kinds = ", ".join(SUFFIXES)
         raise UserError(f"{spec!r} does not exist; give a file ({kinds}), a folder, {STDLIB!r} or a hub id")
     if not exists:
-        return _hub(spec, side)
+        return None
     if path.is_dir():
-        return _folder(spec, path), None
+        return _folder(spec, path)
     if not is_supported(path):
         raise UserError(f"{spec} is none of the supported kinds of data: {', '.join(SUFFIXES)} or a folder of them")
-    return FileSource(spec, (path,)), None
+    return FileSource(spec, (path,))
 
 
 def _folder(spec: str, folder: Path) -> FileSource:

@@ -26,17 +26,25 @@ class CorpusConfig:
     folder of them, or a hub id."""
     valid: str | None = None
     """Validation text; without it a part of the training text is held out."""
+    stream: tuple[str, ...] = ()
+    """Training text in place of --data that is read, tokenised and packed while the model trains: files, folders,
+    patterns (`shards/*.parquet`) or hub ids, each with `=WEIGHT` for its share of the tokens. Needs --valid."""
     tokenizer: str = "bytes"
     """`bytes`, `bpe:SIZE` (trained on the corpus), a path, or a hub id."""
     window: int = 256
     """Tokens per training example."""
     max_valid_tokens: int = 131_072
     """Validation tokens used, evenly spread over the validation text."""
+    workers: int = 0
+    """Processes that read ahead of each training process; the batches are the same with any number."""
 
     def check(self) -> None:
         """Refuse what no run can do."""
         require(self.window >= 2, "window", "at least 2", self.window)
         require(self.max_valid_tokens >= 1, "max-valid-tokens", "at least 1", self.max_valid_tokens)
+        require(self.workers >= 0, "workers", "0 or more", self.workers)
+        if self.stream and self.data != CorpusConfig.data:
+            raise UserError(f"--stream takes the place of --data; give one of them, not --data {self.data} too")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,301 @@
+"""Streamed training data: text tokenised and packed while the model trains, whose place is saved with a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import resource
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from vwn.data.corpus import Corpus, prepare_valid
+from vwn.data.lanes import START, Lane, Position, lane_count, lane_of
+from vwn.data.mixture import parse_sources, sources_of_step
+from vwn.data.shards import Shards, open_shards
+from vwn.data.tokenizer import bpe_size
+from vwn.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_FORMAT = 1  # of the state
+_logger = logging.getLogger(__name__)
+
+Positions = dict[int, list[Position]]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStream(IterableDataset[dict[str, torch.Tensor]]):
+    """Windows of token ids from several sources, without end; `StreamLoader` makes batches of it.
+
+    `weights` are the sources' shares of all tokens. `batch_size` is global: windows per optimiser step of all
+    processes together. The batches depend on what is here and on nothing else.
+    """
+
+    sources: tuple[Shards, ...]
+    weights: tuple[float, ...]
+    tokenizer: PreTrainedTokenizerFast
+    window: int
+    batch_size: int
+    seed: int
+
+    @property
+    def lanes(self) -> int:
+        """Readers that the sources are divided among."""
+        return lane_count(self.batch_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the sources' files, as `Shards` has it, and of the tokeniser."""
+        digest = hashlib.blake2b(self.tokenizer.backend_tokenizer.to_str().encode(), digest_size=16)
+        for source in self.sources:
+            digest.update(source.fingerprint.encode())
+        return digest.hexdigest()
+
+    def open(self, lane: int, source: int, position: Position) -> Lane:
+        """A lane of one source."""
+        return Lane(
+            self.sources[source],
+            lane,
+            self.lanes,
+            self._encode,
+            int(self.tokenizer.eos_token_id),
+            self.seed + source & 0xFFFFFFFF,
+            position,
+        )
+
+    def _encode(self, text: str) -> np.ndarray:
+        encoded = self.tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return np.asarray(encoded[0].ids, dtype=np.int64)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return ({"input_ids": x, "labels": x.clone()} for b in StreamLoader(self) for x in b["input_ids"])
+
+
+def prepare_stream(
+    sources: Sequence[str], *, valid: str | None, tokenizer: str, window: int, batch_size: int, seed: int = 0
+) -> Corpus:
+    """A corpus whose training side is streamed: nothing of it is written anywhere, and it is never all in memory.
+
+    Args:
+        sources: each a file, a folder, a pattern (`shards/*.parquet`) or a hub id, with `=WEIGHT` behind it for its
+            share of the tokens.
+        valid: validation text, prepared as `prepare` does.
+        tokenizer: `bytes`, a folder or a hub id.
+        window: tokens per window.
+        batch_size: windows per optimiser step, of all processes together.
+        seed: of the order of the units and of the mixture.
+
+    Raises:
+        UserError: a source that is missing, unreadable or empty; no `valid`; a tokeniser that is yet to be trained.
+    """
+    weights = parse_sources(sources)
+    if valid is None:
+        raise UserError("--stream needs --valid: streamed text is never seen as a whole, so no part can be held out")
+    if bpe_size(tokenizer):
+        raise UserError(
+            f"--stream needs a tokenizer that exists, not {tokenizer}: train one on a sample with vwn train "
+            f"--data SAMPLE --tokenizer {tokenizer} --steps 1 --out runs/sample, and give --tokenizer runs/sample"
+        )
+    held_out = prepare_valid(valid, tokenizer=tokenizer, window=window)
+    shards = tuple(open_shards(source, lane_count(batch_size)) for source in weights)
+    train = TokenStream(shards, tuple(weights.values()), held_out.tokenizer, window, batch_size, seed)
+    return Corpus(
+        train=train,
+        valid=held_out.valid,
+        tokenizer=held_out.tokenizer,
+        train_tokens=None,
+        valid_tokens=held_out.valid_tokens,
+        valid_bytes_per_token=held_out.valid_bytes_per_token,
+        fingerprint=f"{held_out.fingerprint}+{train.fingerprint}",
+    )
+
+
+class StreamLoader:
+    """This process's batches of a `TokenStream`, without end, and where they stand.
+
+    Process `rank` of `world` fills slots `rank * B / world` on of every global batch B, in `accumulation` batches
+    `{"input_ids": LongTensor [B / world / accumulation, window], "labels": the same}`. Each of `workers` processes
+    reads some of its lanes, ahead of the training; 0 reads in this one. None of these four changes what a global batch
+    holds, so a state may be loaded with others than it was saved with.
+    """
+
+    def __init__(self, stream: TokenStream, rank: int = 0, world: int = 1, accumulation: int = 1, workers: int = 0):
+        if stream.batch_size % (world * accumulation):
+            raise UserError(
+                f"--batch-size {stream.batch_size} cannot be divided among {world} processes with "
+                f"--gradient-accumulation {accumulation}; make it a multiple of {world * accumulation}"
+            )
+        self.stream = stream
+        self.rank, self.world, self.accumulation = rank, world, accumulation
+        own_lanes = stream.lanes // world
+        self.workers = min(workers, own_lanes)
+        self.step = 0
+        self.positions: Positions = {}
+        self._passes = [0] * len(stream.sources)
+        _allow_files(own_lanes * len(stream.sources))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the data stand after the last batch taken, in all processes (each must call it), as JSON."""
+        positions = self.positions
+        if self.world > 1:
+            gathered: list[Positions | None] = [None] * self.world
+            torch.distributed.all_gather_object(gathered, positions)
+            positions = {lane: place for part in gathered for lane, place in (part or {}).items()}
+        start = [START] * len(self.stream.sources)
+        lanes = [positions.get(lane, start) for lane in range(self.stream.lanes)]
+        return {
+            "format": _FORMAT,
+            "step": self.step,
+            "lanes": self.stream.lanes,
+            "sources": [
+                {"name": source.name, "fingerprint": source.fingerprint, "positions": [_write(p[i]) for p in lanes]}
+                for i, source in enumerate(self.stream.sources)
+            ],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there, whatever the number of processes and workers now. Raises `UserError` for other data."""
+        try:
+            known = [(s["name"], s["fingerprint"], [_read(p) for p in s["positions"]]) for s in state["sources"]]
+            step, lanes = int(state["step"]), int(state["lanes"])
+            readable = state["format"] == _FORMAT and all(len(places) == lanes for _, _, places in known)
+        except (KeyError, TypeError, ValueError):
+            readable = False
+        if not readable:
+            raise UserError("the checkpoint's place in the streamed data cannot be read; use the checkpoint before it")
+        if lanes != self.stream.lanes or len(known) != len(self.stream.sources):
+            raise UserError(
+                f"the checkpoint has {len(known)} sources in {lanes} lanes, the run {len(self.stream.sources)} in "
+                f"{self.stream.lanes}; continue with the --stream and --batch-size it was started with"
+            )
+        for (name, fingerprint, _), source in zip(known, self.stream.sources, strict=True):
+            if fingerprint != source.fingerprint:
+                raise UserError(f"the files of {source.name} are not those that {name} had; restore them")
+        self.step = step
+        own = self.stream.batch_size // self.world
+        self.positions = {
+            lane: [places[lane] for _, _, places in known]
+            for lane in range(lanes)
+            if lane % self.stream.batch_size // own == self.rank
+        }
+        self._passes = [
+            max(self._pass(i, lane, place[0]) for lane, place in enumerate(places))
+            for i, (_, _, places) in enumerate(known)
+        ]
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        size = self.stream.batch_size // self.world // self.accumulation
+        shares = [iter(self._share(worker)) for worker in range(max(self.workers, 1))]
+        for number in count():
+            ids = torch.empty(size, self.stream.window, dtype=torch.long)
+            step, part = self.step, number % self.accumulation
+            for worker, share in enumerate(shares):
+                rows = _rows(self, step, part, worker)
+                if not rows:
+                    continue
+                made = next(share)
+                if isinstance(made, str):
+                    raise UserError(made)
+                windows, places = made
+                ids[[row for row, _ in rows]] = windows
+                for (_, lane), (source, place) in zip(rows, places, strict=True):
+                    self._note(lane, source, place)
+            if part + 1 == self.accumulation:
+                self.step = step + 1
+            yield {"input_ids": ids, "labels": ids.clone()}
+
+    def _share(self, worker: int) -> Any:
+        share = _Share(self, worker)
+        if not self.workers:
+            return share
+        # A tokenizer that has threads of its own must not be forked while they run; a worker is one thread.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        return DataLoader(share, batch_size=None, num_workers=1, prefetch_factor=4)
+
+    def _note(self, lane: int, source: int, place: Position) -> None:
+        self.positions.setdefault(lane, [START] * len(self.stream.sources))[source] = place
+        number = self._pass(source, lane, place[0])
+        if number > self._passes[source]:
+            self._passes[source] = number
+            if self.rank == 0:
+                name = self.stream.sources[source].name
+                _logger.info("%s has ended at step %d: pass %d of it begins", name, self.step + 1, number + 1)
+
+    def _pass(self, source: int, lane: int, units: int) -> int:
+        return (lane + units * self.stream.lanes) // len(self.stream.sources[source].units)
+
+
+class _Share(IterableDataset[Any]):
+    """What one worker makes of each batch: windows `[rows, window]` and where their lanes stand after them.
+
+    A `UserError` travels as its sentence: a worker's exceptions arrive with a traceback in their text.
+    """
+
+    def __init__(self, loader: StreamLoader, worker: int):
+        self._loader, self._worker = loader, worker
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._windows()
+        except UserError as error:
+            yield str(error)
+
+    def _windows(self) -> Iterator[tuple[torch.Tensor, list[tuple[int, Position]]]]:
+        loader, stream = self._loader, self._loader.stream
+        start, open_lanes = [START] * len(stream.sources), dict[tuple[int, int], Lane]()
+        positions = dict(loader.positions)
+        for step in count(loader.step):
+            sources = sources_of_step(stream.weights, stream.batch_size, step, stream.seed)
+            for part in range(loader.accumulation):
+                windows, places = [], []
+                for _, lane in _rows(loader, step, part, self._worker):
+                    source = int(sources[lane % stream.batch_size])
+                    key = lane, source
+                    if key not in open_lanes:
+                        open_lanes[key] = stream.open(lane, source, positions.get(lane, start)[source])
+                    windows.append(torch.from_numpy(open_lanes[key].take(stream.window)))
+                    places.append((source, open_lanes[key].position))
+                if windows:
+                    yield torch.stack(windows), places
+
+
+def _rows(loader: StreamLoader, step: int, part: int, worker: int) -> list[tuple[int, int]]:
+    """The rows of a batch that a worker fills, each with its lane. A lane is always of the same worker."""
+    stream, workers = loader.stream, max(loader.workers, 1)
+    own = stream.batch_size // loader.world
+    size = own // loader.accumulation
+    first = step % (stream.lanes // stream.batch_size) * own + part * size  # number among the process's lanes
+    slot = loader.rank * own + part * size
+    return [
+        (row, lane_of(step, slot + row, stream.batch_size)) for row in range(size) if (first + row) % workers == worker
+    ]
+
+
+def _write(position: Position) -> str:
+    return " ".join(map(str, position))
+
+
+def _read(text: str) -> Position:
+    unit, offset, part, taken = map(int, text.split())
+    return unit, offset, part, taken
+
+
+def _allow_files(lanes: int) -> None:
+    """Each lane of each source keeps a file open: raise this process's limit where it is too low."""
+    wanted = lanes + 256
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        if hard != resource.RLIM_INFINITY and hard < wanted:
+            raise UserError(
+                f"{lanes} files are read at once, but this machine lets a process open {hard}; "
+                "take fewer sources or a smaller --batch-size per process, or raise the limit (ulimit -Hn)"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
