@@ -84,6 +84,10 @@ class CompareConfig:
         if self.study is not None and self.study not in STUDIES:
             raise UserError(f"--study must be one of {', '.join(STUDIES)}; got {self.study!r}")
         check_arms(self.parsed)
+        if self.corpus.stream:
+            raise UserError(
+                "a comparison trains all arms on prepared text; give --data, and leave --stream to vwn train"
+            )
         if not self.seeds:
             raise UserError("--seeds needs at least one value")
         if len(set(self.seeds)) != len(self.seeds):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +89,17 @@ def prepare_valid(valid: str, *, tokenizer: str, window: int, cache_dir: Path | 
     """
     source = resolve_valid(valid)
     return _prepared((source, source), valid, tokenizer, window, cache_dir, 0.1)
+
+
+def prepare_run(settings: Mapping[str, Any], *, window: int) -> Corpus:
+    """The text of a training run by the settings in its `run.json`; of one on streamed data, only what it validated on.
+
+    The corpus's fingerprint is the `text` of `run.json`, or the part of it in front of a `+`.
+    """
+    tokenizer, valid = settings["corpus.tokenizer"], settings["corpus.valid"]
+    if settings.get("corpus.stream"):
+        return prepare_valid(valid, tokenizer=tokenizer, window=window)
+    return prepare(settings["corpus.data"], valid=valid, tokenizer=tokenizer, window=window)
 
 
 def _prepared(

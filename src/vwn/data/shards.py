@@ -31,17 +31,17 @@ class Shards:
     units: tuple[Unit, ...]
     fingerprint: str
     hub: Any = None
-    _passes: dict[int, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+    _passes: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     def unit(self, index: int, seed: int) -> Unit:
         """Unit `index` of the endless sequence of passes, each of which has every unit once, in an order of its own."""
         number, place = divmod(index, len(self.units))
-        if number not in self._passes:
+        if (seed, number) not in self._passes:
             if len(self._passes) > 8:
                 self._passes.clear()
             # RandomState's numbers are frozen; those of numpy's newer generators may change with its version.
-            self._passes[number] = np.random.RandomState([seed, number]).permutation(len(self.units))
-        return self.units[self._passes[number][place]]
+            self._passes[seed, number] = np.random.RandomState([seed, number]).permutation(len(self.units))
+        return self.units[self._passes[seed, number][place]]
 
     def pieces(self, unit: Unit, offset: int) -> Iterator[Piece]:
         """The unit's text from `offset` on."""

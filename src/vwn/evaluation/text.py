@@ -48,6 +48,7 @@ def load_text(source: Path | str, data: str | None, record: dict[str, Any]) -> T
         UserError: no text, or not the one the run was validated on any more.
     """
     from vwn.data import prepare
+    from vwn.data.corpus import prepare_run
 
     run = record.get("config", {})
     if data is not None:
@@ -57,10 +58,10 @@ def load_text(source: Path | str, data: str | None, record: dict[str, Any]) -> T
     else:
         train, valid = run["corpus.data"], run["corpus.valid"]
         try:
-            corpus = prepare(train, valid=valid, tokenizer=run["corpus.tokenizer"], window=2)
+            corpus = prepare_run(run, window=2)
         except UserError as error:
             raise UserError(f"the run's own text cannot be read ({error}); give --data") from error
-        if corpus.fingerprint != record.get("text"):
+        if corpus.fingerprint != record.get("text", "").partition("+")[0]:
             raise UserError(f"the text {train} is not the one that {source} was trained on any more; give --data")
         name, limit = valid or f"{train} (held-out part)", run["corpus.max_valid_tokens"]
     tokens = np.memmap(corpus.valid.path, dtype=corpus.valid.dtype, mode="r")

@@ -53,7 +53,7 @@ def load_tokens(source: Path | str, data: str | None, tokens: int, positions: in
     Raises:
         UserError: no text, or one of fewer than two tokens, or no longer the text of the run.
     """
-    from vwn.data.corpus import prepare
+    from vwn.data.corpus import prepare, prepare_run
     from vwn.data.packing import PackedWindows
     from vwn.training.directory import run_record
 
@@ -62,18 +62,16 @@ def load_tokens(source: Path | str, data: str | None, tokens: int, positions: in
     if data is None:
         if "corpus.data" not in stored:
             raise UserError(f"{source} does not say what text it was trained on (it has no run.json); give --data")
-        name, options = (
-            stored["corpus.data"],
-            {"valid": stored["corpus.valid"], "tokenizer": stored["corpus.tokenizer"]},
-        )
+        name, valid = stored["corpus.data"], stored["corpus.valid"]
+        corpus = prepare_run(stored, window=2)
     else:
-        name, options = data, {"valid": data, "tokenizer": str(source)}
-    corpus = prepare(name, window=2, **options)
-    if data is None and corpus.fingerprint != run.get("text"):
+        name = valid = data
+        corpus = prepare(data, valid=data, window=2, tokenizer=str(source))
+    if data is None and corpus.fingerprint != run.get("text", "").partition("+")[0]:
         raise UserError(f"the text {name} is not the one that {source} was trained on any more; give --data")
     window = stored.get("corpus.window", DEFAULT_WINDOW)
     window = min(window, positions or window, tokens, corpus.valid_tokens)
     windows = PackedWindows(corpus.valid.path, corpus.valid.dtype, window)
     count = min(len(windows), max(1, tokens // window))
     ids = [windows[i * len(windows) // count]["input_ids"] for i in range(count)]
-    return torch.stack(ids), f"{options['valid'] or name}{' (held-out part)' if options['valid'] is None else ''}"
+    return torch.stack(ids), valid or f"{name} (held-out part)"

@@ -21,6 +21,8 @@ from vwn.training.machine import provenance
 LOCK = ".lock"
 PARTIAL = re.compile(r"\..*\.partial")  # what a killed process had begun to write
 
+FREE = ("corpus.workers",)  # settings that a run may be continued with others of: the batches are the same
+
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
@@ -65,7 +67,7 @@ def check_same(directory: Path, stored: dict[str, Any], asked: dict[str, Any], k
     """Refuse to continue with other settings than the work was started with; options newer than it had defaults."""
     defaults = settings(TrainConfig(out=directory))
     for name, value in asked.items():
-        if name.startswith("reliability."):
+        if name in FREE or name.startswith("reliability."):
             continue
         if stored.get(name, json.loads(json.dumps(defaults.get(name)))) != json.loads(json.dumps(value)):
             raise UserError(

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments, 
 from transformers.utils import logging as hf_logging
 
 from vwn.cost import model_cost
-from vwn.data import Corpus, prepare
+from vwn.data import Corpus, PackedWindows, prepare
+from vwn.data.streaming import prepare_stream
 from vwn.errors import UserError
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.hf.card import TrainingFacts
@@ -101,7 +102,7 @@ def train(config: TrainConfig, corpus: Corpus | None = None, label: Label | None
         return result
     learning_rate = learning_rate_of(config)
     corpus = corpus or first_alone(lambda: load_corpus(config))
-    if len(corpus.train) < config.optim.batch_size:
+    if isinstance(corpus.train, PackedWindows) and len(corpus.train) < config.optim.batch_size:
         raise UserError(
             f"the text gives {len(corpus.train)} windows of {config.corpus.window} tokens, fewer than one batch of "
             f"{config.optim.batch_size}; lower --batch-size or --window, or give more text"
@@ -221,7 +222,7 @@ def training_facts(config: TrainConfig, result: RunResult, record: dict[str, Any
     last = result.curve[-1]
     losses = {"next-token loss": last["loss"], "next-2-token loss": last["loss_2"]}
     return TrainingFacts(
-        data=config.corpus.data,
+        data=", ".join(config.corpus.stream) or config.corpus.data,
         tokens=int(last["tokens"] or 0),
         losses={name: value for name, value in losses.items() if value is not None},
         command=record["command"],
@@ -241,8 +242,17 @@ def stored_result(out: Path) -> RunResult | None:
 
 
 def load_corpus(config: TrainConfig) -> Corpus:
-    """The run's text, tokenised and packed."""
+    """The run's text, tokenised and packed, or to be streamed."""
     c = config.corpus
+    if c.stream:
+        return prepare_stream(
+            c.stream,
+            valid=c.valid,
+            tokenizer=c.tokenizer,
+            window=c.window,
+            batch_size=config.optim.batch_size,
+            seed=config.seed,
+        )
     return prepare(c.data, valid=c.valid, tokenizer=c.tokenizer, window=c.window)
 
 
@@ -285,6 +295,8 @@ def training_arguments(
         torch_compile=config.speed.compile,
         remove_unused_columns=False,
         dataloader_drop_last=True,
+        dataloader_num_workers=config.corpus.workers,
+        ignore_data_skip=bool(config.corpus.stream),  # a stream is opened where it stands
         label_names=["labels"],
         disable_tqdm=True,
         report_to=["tensorboard"],

@@ -11,9 +11,11 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 from tqdm import tqdm
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback
 
+from vwn.data.streaming import StreamLoader, TokenStream
 from vwn.errors import UserError
 from vwn.training.checkpoints import checkpoints
 from vwn.training.groups import scale_rates
@@ -70,6 +72,7 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
     ) -> None:
         super().__init__(*args, compute_metrics=mean_losses, **kwargs)
         self.rate_factors = rate_factors or {}
+        self.window = window
         a = self.args
         self.tokens_per_step = window * a.per_device_train_batch_size * a.gradient_accumulation_steps * a.world_size
         self.stopwatch = Stopwatch()
@@ -87,6 +90,15 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
             self.add_callback(callback)
         self.log_window = window
         self.stateful |= {"guard": guard, "log": window}
+        if isinstance(self.train_dataset, TokenStream):
+            self.stream = StreamLoader(
+                self.train_dataset,
+                a.process_index,
+                a.world_size,
+                a.gradient_accumulation_steps,
+                a.dataloader_num_workers,
+            )
+            self.add_callback(StreamedEpoch())
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Everything but what :func:`vwn.no_weight_decay` names."""
@@ -153,6 +165,17 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
             f"{why} at step {self.state.global_step + 1}; {kept}"
             f"train again in another --out with a --learning-rate below {self.args.learning_rate:g}"
         )
+
+    def get_train_dataloader(self) -> Any:
+        """Batches of packed windows in an order that depends on the seed alone, or those of streamed data."""
+        return self.stream or super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        # Whole global batches only, so that an epoch has as many steps however they are divided among processes.
+        sampler = super()._get_train_sampler(train_dataset)
+        batch = self.tokens_per_step // self.window
+        size = len(self.train_dataset) // batch * batch
+        return RandomSampler(sampler.data_source, num_samples=size, generator=sampler.generator)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """All of the validation text, the last incomplete batch too."""
@@ -248,6 +271,13 @@ class Stopwatch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds += time.perf_counter() - self.started
+
+
+class StreamedEpoch(TrainerCallback):
+    """Streamed data have no epochs: what the Trainer calls so is the share of the run, also of a continued one."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.epoch = state.global_step / state.max_steps
 
 
 class ProgressBar(TrainerCallback):
