@@ -255,8 +255,14 @@ def test_batches_do_not_depend_on_processes_accumulation_or_workers(sources, wor
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [((1, 1, 0), (1, 1, 0)), ((2, 1, 0), (1, 1, 0)), ((1, 1, 2), (4, 1, 0)), ((2, 2, 0), (1, 1, 3)), ((4, 1, 0), (2, 1, 1))],
-)  # fmt: skip
+    [
+        ((1, 1, 0), (1, 1, 0)),
+        ((2, 1, 0), (1, 1, 0)),
+        ((1, 1, 2), (4, 1, 0)),
+        ((2, 2, 0), (1, 1, 3)),
+        ((4, 1, 0), (2, 1, 1)),
+    ],
+)
 def test_a_restart_goes_on_with_any_number_of_processes_and_workers(sources, before, after):
     stream = stream_of(*sources, weights=(0.5, 0.3, 0.2))
     whole = list(global_batches(stream, 30))
@@ -339,7 +345,7 @@ def test_damage_is_one_sentence_also_from_a_worker(tmp_path, workers):
     source = open_shards(str(path), 1)
     path.write_bytes(path.read_bytes()[:-40] + b"\n{broken\n")
     with pytest.raises(UserError, match=r"^the line at byte \d+ of .*text.jsonl is not valid JSON[^\n]*$"):
-        list(global_batches(stream_of(source), 5000, workers=workers))
+        list(global_batches(stream_of(source, window=512), 200, workers=workers))
 
 
 def test_empty_sources_and_missing_options_are_refused(tmp_path):
