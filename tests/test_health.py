@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from vwn.errors import UserError
 from vwn.training.checkpoints import last_checkpoint
+from vwn.training.groups import default_factors
 from vwn.training.health import concerns, effective_slots, gradient_norms, measure_state, read_health
-from vwn.training.run import train
+from vwn.training.model import build_model, load_backbone, model_config
+from vwn.training.run import rate_factors, train
 
 
 def test_a_run_measures_at_its_first_and_last_step_and_between(finished):
@@ -171,3 +174,29 @@ def test_what_goes_wrong_is_said_once(finished, tmp_path, text, caplog):
     with caplog.at_level("WARNING", logger="vwn"):
         train(config(tmp_path / "run", text, optim={"steps": 3, "learning_rate": 30.0}, health_every=1, eval_every=3))
     assert sum("the state has grown" in r.message for r in caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "fields", "factors"),
+    [
+        (4, {}, {}),
+        (24, {}, {"routing": 5 / 48}),
+        (24, {"dynamic": False}, {"routing": 5 / 48}),
+        (24, {"carry_constraint": "doubly_stochastic"}, {}),
+        (24, {"connection": "residual"}, {}),
+    ],
+)
+def test_the_routing_of_deep_models_learns_slower(layers, fields, factors):
+    width = (1, 1) if "connection" in fields else (2, 4)
+    model = build(vwn_config("llama", *width, {"num_hidden_layers": layers}, **fields))
+    assert default_factors(model) == factors
+
+
+def test_a_factor_that_is_given_is_the_one(tmp_path, text):
+    deep = load_backbone("nano", 256, 32).to_dict() | {"num_hidden_layers": 5, "vocab_size": 300}
+    (tmp_path / "deep.json").write_text(json.dumps(deep))
+    run = config(tmp_path / "run", text, backbone=str(tmp_path / "deep.json"))
+    model = build_model(model_config(load_backbone(run.backbone, 257, 32), 4, 10, run.width), 0)
+    assert rate_factors(run, model) == {"routing": 0.5}  # 5 layers; MTP modules do not count
+    given = replace(run, optim=replace(run.optim, rate_factors=("routing=1", "table=3")))
+    assert rate_factors(given, model) == {"routing": 1.0, "table": 3.0}

@@ -115,7 +115,8 @@ class OptimConfig:
     """Peak learning rate; by default the preset's, for plain and wide models separately."""
     rate_factors: tuple[str, ...] = ()
     """Learning rates of single parameter groups as `GROUP=FACTOR` of the peak rate, such as `routing=0.3`; groups are
-    backbone, table, expansion, routing, reduce and head."""
+    backbone, table, expansion, routing, reduce and head. By default routing=5/L in a model of L > 8 sublayers
+    with free carries."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; by default 5 % of all."""
     schedule: Literal["cosine", "constant"] = "cosine"

@@ -11,7 +11,10 @@ from torch import nn
 from vwn.embedding import OverWidthEmbedding, OverWidthReduce, UnembeddingExpand
 from vwn.errors import UserError
 from vwn.ngram import NgramEmbedding
+from vwn.seam import Connection
 
+SHALLOW = 8
+"""Sublayers up to which the routing learns as fast as the rest; those of the preset whose rates were swept."""
 GROUPS = ("backbone", "table", "expansion", "routing", "reduce", "head")
 
 
@@ -68,6 +71,18 @@ def parse_factors(items: tuple[str, ...]) -> dict[str, float]:
             raise UserError(f"--rate-factors names {group} twice")
         factors[group] = factor
     return factors
+
+
+def default_factors(model: nn.Module) -> dict[str, float]:
+    """The factors that hold where none are given: the routing of a deep model learns slower.
+
+    Free carries multiply over the ``L`` sublayers of the backbone, so small changes in all of them grow as ``(1 + rate)^L``. With 48
+    sublayers the whole rate diverged and a tenth of it did not (results/stability); between there and
+    :data:`SHALLOW`, where the whole rate is sound, ``5 / L`` is a guess. A doubly-stochastic carry cannot grow.
+    """
+    sublayers = [c for name, c in model.named_modules() if isinstance(c, Connection) and ".mtp." not in name]
+    free = any(c.kind == "ghc" and not c.sinkhorn_rounds for c in sublayers)
+    return {"routing": 5 / len(sublayers)} if free and len(sublayers) > SHALLOW else {}
 
 
 def scale_rates(optimizer: torch.optim.Optimizer, model: nn.Module, factors: Mapping[str, float]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -38,7 +39,7 @@ from vwn.training.distributed import (
     resolve,
     together,
 )
-from vwn.training.groups import parse_factors
+from vwn.training.groups import default_factors, parse_factors
 from vwn.training.machine import PeakMemory
 from vwn.training.model import build_model, load_backbone, model_config, resize_backbone
 from vwn.training.preemption import Stopped, StopSignals
@@ -46,6 +47,8 @@ from vwn.training.presets import EMBEDDING_STD, PRESETS
 from vwn.training.ranks import all_present, first_ones, first_process, rank, world_size
 from vwn.training.sharding import MODEL, load_weights
 from vwn.training.trainer import Diverged, ProgressBar, VirtualWidthTrainer
+
+logger = logging.getLogger(__name__)
 
 Label = str | Callable[[int], str]
 
@@ -164,7 +167,7 @@ def _train(
         data_collator=default_data_collator,
         callbacks=[AsAskedFor(parallel), ProgressBar(label)],
         window=config.corpus.window,
-        rate_factors=parse_factors(config.optim.rate_factors),
+        rate_factors=rate_factors(config, model),
         health_every=config.intervals[1] if config.health_every is None else config.health_every,
         keep_last=config.reliability.keep_last,
         skip_bad_steps=config.reliability.skip_bad_steps,
@@ -215,6 +218,16 @@ def _train(
     if rank() == 0:
         directory.write_json(config.out / "result.json", dataclasses.asdict(finished))
     return finished
+
+
+def rate_factors(config: TrainConfig, model: Any) -> dict[str, float]:
+    """The factors given, and the defaults for the other groups, of which the log tells."""
+    given = parse_factors(config.optim.rate_factors)
+    added = {group: factor for group, factor in default_factors(model).items() if group not in given}
+    for group, factor in added.items():
+        logger.info("the %s of this deep model learns at %.3g of the rate (--rate-factors %s=1: at all of it)",
+                    group, factor, group)  # fmt: skip
+    return added | given
 
 
 def training_facts(config: TrainConfig, result: RunResult, record: dict[str, Any]) -> TrainingFacts:
