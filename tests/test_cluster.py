@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from test_cost import backbone
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from vwn.cluster.boundary import boundary
@@ -34,6 +36,7 @@ from vwn.cluster.traffic import traffic
 from vwn.connection import GeneralizedHyperConnection
 from vwn.errors import UserError
 from vwn.hf import VirtualWidthConfig
+from vwn.training.presets import PRESETS
 
 WINDOW = 64
 ONE = Cluster("one", Gpu(80, 100, 1000, 100, 10), per_node=1, nodes=1)
@@ -434,3 +437,40 @@ def test_on_the_command_line(monkeypatch: Any, capsys: Any) -> None:
         assert code == 2
         assert message in err
         assert err.count("\n") == 1
+
+
+def test_the_page_says_how_far_the_prediction_is_from_the_measured_step() -> None:
+    """One thread of a CPU; its FLOP/s are what the plain model's step says."""
+    root = Path(__file__).parents[1]
+    measured, copies = (
+        json.loads((root / "benchmarks" / "results" / f"{name}-cpu.json").read_text())["rows"]
+        for name in ("training_step", "connections")
+    )
+    bandwidth = statistics.median(row["gb_per_s"] for row in copies if row["pass"] == "copy")
+    rows = [r for r in measured if (r["family"], r["threads"], r["variant"]) == ("dense", 1, "auto")]
+    fields = {k: v for k, v in PRESETS["tiny"].fields(2048, 256).items() if k != "model_type"}
+    o = options(
+        batch_tokens=2048, micro_batch=8, precision="float32", checkpointing="none", fused_loss=False,
+        efficiency=1.0, bandwidth_share=1.0,
+    )  # fmt: skip
+
+    def planned(tflops: float, **width: Any) -> Any:
+        made = VirtualWidthConfig(backbone=LlamaConfig(**fields), num_mtp_modules=1, **width)
+        machine = Cluster("cpu", Gpu(16, tflops, bandwidth, 1, 1), 1, 1)
+        return make_plan(model_shape(made, 256), machine, o, Layout(1, 1, 1, 1, 1))
+
+    page = (root / "docs" / "scale.md").read_text()
+    for row in rows:
+        one = planned(1.0, connection="residual")
+        peak = one.time.compute / (row["plain_median_ms"] / 1e3 - one.time.optimizer)
+        m, n = row["connection"]
+        plain, wide = planned(peak, connection="residual"), planned(peak, m=m, n=n)
+        assert plain.time.step == pytest.approx(row["plain_median_ms"] / 1e3)
+        saved = (wide.memory.activations + wide.memory.logits) / 1e6
+        assert saved == pytest.approx(row["saved_mb"], rel=0.25)
+        assert 1 < wide.time.step / plain.time.step < row["time_ratio"]
+        line = (
+            f"| `({m},{n})` | {wide.time.step / plain.time.step:.2f} | {row['time_ratio']:.2f} | {saved:.0f} | "
+            f"{row['saved_mb']:.0f} |"
+        )
+        assert line in page, line

@@ -18,10 +18,11 @@ from tiny import (
     vwn_config,
 )
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, BertConfig, OpenAIGPTConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, OpenAIGPTConfig, PreTrainedModel
 
 from vwn import ops
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM, layout_of, register_layout
+from vwn.hf.configuration import _say_untied
 
 KINDS = pytest.mark.parametrize("kind", BACKBONES)
 
@@ -310,10 +311,20 @@ def test_options_that_do_not_fit_are_refused_in_one_sentence(fields, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_tied_backbone_with_a_wide_table_is_refused_by_its_own_setting():
+def test_a_tied_backbone_with_a_wide_table_is_untied_and_says_so(caplog):
+    _say_untied.cache_clear()
+    with caplog.at_level("WARNING", "vwn.hf"):
+        config = VirtualWidthConfig(backbone=GPT2Config(), m=2, n=4)
+        VirtualWidthConfig(backbone=GPT2Config(), m=2, n=4)
+    assert config.tie_word_embeddings is False
+    assert [r.getMessage().startswith("the backbone of type gpt2 ties") for r in caplog.records] == [True]
+    assert VirtualWidthConfig.from_dict(config.to_dict()).tie_word_embeddings is False
+    tied = {"tie_word_embeddings": True}
+    assert vwn_config("llama", 2, 2, tied).tie_word_embeddings is True
+    assert vwn_config("llama", 2, 4, tied, embedding="factorised").tie_word_embeddings is True
     with pytest.raises(ValueError, match="tie_word_embeddings"):
-        vwn_config("llama", 2, 4, {"tie_word_embeddings": True})
-    assert not vwn_config("llama", 2, 4, {"tie_word_embeddings": True}, tie_word_embeddings=False).tie_word_embeddings
+        vwn_config("llama", 2, 4, tied, tie_word_embeddings=True)
+    assert not vwn_config("llama", 2, 4, tied, tie_word_embeddings=False).tie_word_embeddings
 
 
 def test_a_whole_number_is_a_loss_weight():

@@ -279,6 +279,12 @@ def test_refusals():
         generate(without, ids, use_mtp=True)
     with pytest.raises(ValueError, match="use_cache"):
         generate(model, ids, use_mtp=True, use_cache=False)
+    recorded = {"return_dict_in_generate": True, "output_attentions": True}
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(UserError, match=r"'sdpa' does not give; call set_attn_implementation\('eager'\)"):
+        generate(model, ids, use_mtp=True, **recorded)
+    model.set_attn_implementation("eager")
+    assert len(generate(model, ids, use_mtp=True, **recorded).attentions) > 0
 
 
 def test_other_drafts_are_left_to_transformers():

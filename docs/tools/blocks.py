@@ -1,7 +1,7 @@
 """Code blocks of the pages that are made from the code: `python docs/tools/blocks.py` writes them anew.
 
 Such a block stands under a comment that says how it is made: ``<!-- made by: vwn cost --backbone medium -->``, or
-``<!-- made by: diff OLD NEW -->`` for two files of the repository.
+``<!-- made by: diff OLD NEW -->`` for two files of the repository, ``<!-- made by: file NAME -->`` for one.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def made(words: list[str]) -> str:
     if words[0] == "diff":
         old, new = ((DOCS.parent / name).read_text().splitlines() for name in words[1:])
         return "".join(f"{line}\n" for line in changes(old, new))
+    if words[0] == "file":
+        return (DOCS.parent / words[1]).read_text()
     if words[:2] == ["vwn", "cost"]:
         from vwn.cli import main
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval import simple_evaluate
+from lm_eval import evaluator, simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -103,9 +103,10 @@ def _top_level(loaded: dict[str, Any]) -> tuple[list[Any], list[Any]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what lm-eval logs, keep standard output for our own results, and its bootstrap in this process."""
+    """Silence lm-eval's log and git, keep standard output for our own results, and its bootstrap in this process."""
     logger = logging.getLogger("lm_eval")
-    level, forks = logger.level, os.environ.get("DISABLE_MULTIPROC")
+    level, forks, commit = logger.level, os.environ.get("DISABLE_MULTIPROC"), evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None  # git complains on stderr where there is no repository
     logger.setLevel(logging.ERROR)
     os.environ["DISABLE_MULTIPROC"] = "1"  # else it forks a process that has threads
     try:
@@ -113,6 +114,7 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+        evaluator.get_git_commit_hash = commit
         if forks is None:
             del os.environ["DISABLE_MULTIPROC"]
         else:

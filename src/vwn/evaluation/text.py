@@ -125,6 +125,8 @@ def measure_text(
     heads = 1 + (model.config.num_mtp_modules if isinstance(model, VirtualWidthForCausalLM) else 0)
     window = _check_window(model, text, window, heads)
     stride = stride or window
+    if max_tokens is not None and max_tokens < window:
+        raise UserError(f"--max-tokens {max_tokens} is less than one window of {window}; raise it, or lower --window")
     if stride > window:
         raise UserError(f"--stride must be at most the window of {window}, got {stride}")
     starts = _spread((len(text.tokens) - window) // stride + 1, stride, max_tokens or text.max_tokens)

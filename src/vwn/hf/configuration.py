@@ -1,6 +1,8 @@
 """Configuration of a virtual-width model: any causal-LM backbone config of transformers, plus the virtual width."""
 
+import logging
 from copy import deepcopy
+from functools import cache
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -10,6 +12,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vwn.connection import CARRY_CONSTRAINTS
 from vwn.embedding import EMBEDDING_FORMS, REDUCE_INITS, check_embedding, resolve_reduce
 from vwn.geometry import Geometry
+
+_log = logging.getLogger("vwn.hf")
 
 CONNECTIONS = ("ghc", "hc", "mhc", "residual")
 
@@ -102,6 +106,9 @@ class VirtualWidthConfig(PreTrainedConfig):
                 setattr(self, name, kwargs.pop(name))
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.backbone, "tie_word_embeddings", False))
+            if self.tie_word_embeddings and self.embedding == "direct" and self.n != self.m:
+                self.tie_word_embeddings = False
+                _say_untied(self.backbone.model_type)
         self._check_choices()
         self.reduce, self.reduce_norm = resolve_reduce(self.geometry, self.reduce, self.reduce_norm)
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -182,6 +189,15 @@ class VirtualWidthConfig(PreTrainedConfig):
         config = type(self.backbone)(**fields | {"num_hidden_layers": 1} | per_layer)
         config._attn_implementation = self.backbone._attn_implementation
         return config
+
+
+@cache
+def _say_untied(model_type: str) -> None:
+    _log.warning(
+        "the backbone of type %s ties its embeddings, but a direct table is as wide as the state: not tied here "
+        "(embedding='factorised' or 'replicated' would keep them tied)",
+        model_type,
+    )
 
 
 def _config_from_dict(fields: dict[str, Any]) -> PreTrainedConfig:

@@ -181,6 +181,12 @@ class MtpGenerationMixin(NgramGenerationMixin):
             )
         if config.use_mtp and (config.num_beams or 1) > 1:
             raise UserError(f"use_mtp goes with greedy decoding and sampling, not with num_beams = {config.num_beams}")
+        kind = self.config.backbone._attn_implementation
+        if config.use_mtp and config.return_dict_in_generate and config.output_attentions and kind != "eager":
+            raise UserError(
+                f"output_attentions needs attention weights, which attn_implementation {kind!r} does not give; call "
+                "set_attn_implementation('eager') first, or leave output_attentions away"
+            )
         return prepared
 
     def _get_candidate_generator(self, generation_config: GenerationConfig, **kwargs: Any) -> CandidateGenerator:
