@@ -27,6 +27,7 @@ PIECE = 1 << 15
 """Bytes of text, or characters of a row, that are tokenised at once; longer documents are cut at line ends."""
 _SEPARATOR = SEPARATOR.encode()
 _BATCH_BYTES = 1 << 20
+_BUFFER = 1 << 18  # of packed bytes; without it a whole column of a row group is held
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def _parquet(unit: Unit, offset: int) -> Iterator[Piece]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(unit.path) as file:
+        with pyarrow.parquet.ParquetFile(unit.path, buffer_size=_BUFFER, pre_buffer=False) as file:
             column = parquet_column(file, unit.path)
             row = 0
             for group in range(unit.start, unit.stop):
