@@ -214,7 +214,7 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
-        if stream is not None and stream.keep_every > 1 and not stream.used:
+        if stream is not None and stream.keep_every > 1 and torch.is_grad_enabled() and not stream.used:
             raise UserError(
                 f"keep_states_every = {stream.keep_every} needs a backbone that hands its layers what accompanies the "
                 f"state, which one of type {self.config.backbone.model_type} does not; set it to 1"

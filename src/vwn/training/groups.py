@@ -76,9 +76,10 @@ def parse_factors(items: tuple[str, ...]) -> dict[str, float]:
 def default_factors(model: nn.Module) -> dict[str, float]:
     """The factors that hold where none are given: the routing of a deep model learns slower.
 
-    Free carries multiply over the ``L`` sublayers of the backbone, so small changes in all of them grow as ``(1 + rate)^L``. With 48
-    sublayers the whole rate diverged and a tenth of it did not (results/stability); between there and
-    :data:`SHALLOW`, where the whole rate is sound, ``5 / L`` is a guess. A doubly-stochastic carry cannot grow.
+    Free carries multiply over the ``L`` sublayers of the backbone, so small changes in all of them grow as
+    ``(1 + rate)^L``. With 48 sublayers the whole rate diverged and a tenth of it did not (results/stability); between
+    there and :data:`SHALLOW`, where the whole rate is sound, ``5 / L`` is a guess. A doubly-stochastic carry cannot
+    grow.
     """
     sublayers = [c for name, c in model.named_modules() if isinstance(c, Connection) and ".mtp." not in name]
     free = any(c.kind == "ghc" and not c.sinkhorn_rounds for c in sublayers)
