@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from faults import KINDS, NEEDS_ROOT, SEED, Lab, can_mount
 
+PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
+
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, text):
@@ -63,3 +65,11 @@ def test_all_faults(lab, kind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sample_of_faults(lab, kind) -> None:
     inject(lab, kind, count=1)
+
+
+def test_the_table_of_the_documentation_is_that_of_the_suite() -> None:
+    rows = [line.split("|") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    counts = {row[1].strip(): row[2].strip(" *") for row in rows if row[2].strip(" *").isdigit()}
+    assert set(counts) == {*KINDS, "**all**"}
+    total = int(counts.pop("**all**"))
+    assert sum(map(int, counts.values())) == total >= 200

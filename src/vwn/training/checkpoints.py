@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vwn.errors import UserError
-from vwn.training.files import read_json, sync, sync_directory, write_json
+from vwn.training.files import as_json, read_json, sync, sync_directory, write_json
 from vwn.training.ranks import everyones, first_ones, rank, world_size
 
 MANIFEST = "manifest.json"
@@ -83,11 +83,12 @@ def damage_of(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
     if not (checkpoint / MANIFEST).exists():
         return _damage_without_manifest(checkpoint)
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        said = (checkpoint / MANIFEST).read_text()
+        manifest = json.loads(said)
         if manifest["format"] > FORMAT:
             return f"{MANIFEST} is of a newer vwn, format {manifest['format']}"
         listed = {name: (entry["bytes"], entry["blake2b"]) for name, entry in manifest["files"].items()}
-        if manifest["self"] != _seal(manifest):
+        if manifest["self"] != _seal(manifest) or said != as_json(manifest):
             return f"{MANIFEST} is not what was written"
         if checkpoint.name != f"checkpoint-{manifest['step']}":
             return f"{MANIFEST} is that of checkpoint-{manifest['step']}"

@@ -36,6 +36,11 @@ def read_json(path: Path) -> Any:
     return value
 
 
+def as_json(value: Any) -> str:
+    """As our files have it: strict, what is not finite is null."""
+    return json.dumps(finite(value), indent=1, default=str, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write whole or not at all, as strict JSON: what is not finite becomes null.
 
@@ -45,7 +50,7 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("w") as file:
-            file.write(json.dumps(finite(value), indent=1, default=str, allow_nan=False) + "\n")
+            file.write(as_json(value))
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

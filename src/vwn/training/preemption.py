@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from vwn.errors import UserError
-from vwn.training.ranks import everyones
+from vwn.training.ranks import largest
 
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 """Of the command line: EX_TEMPFAIL of sysexits.h, and a shell's for Ctrl-C."""
@@ -24,7 +24,7 @@ class Stopped(UserError):
     def __init__(self, signum: int, step: int) -> None:
         super().__init__(
             f"stopped by {signal.Signals(signum).name} after step {step}, whose checkpoint is written; "
-            "go on with --resume auto"
+            "go on with --resume"
         )
         self.exit_code = EXIT_CODES[signal.Signals(signum)]
 
@@ -40,7 +40,6 @@ class StopSignals(TrainerCallback):
         self.received: int | None = None
         self.agreed: int | None = None
         """The signal that all processes stop for."""
-        self.saved = -1
 
     def __enter__(self) -> StopSignals:
         self.before: dict[int, Any] = {}
@@ -61,20 +60,20 @@ class StopSignals(TrainerCallback):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def _agree(self) -> bool:
-        self.agreed = self.agreed or max(everyones(self.received or 0)) or None
+    def _agree(self, device: Any) -> bool:
+        self.agreed = self.agreed or largest(self.received or 0, device) or None
         return self.agreed is not None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._agree():
+        if self._agree(args.device):
             control.should_save = control.should_training_stop = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step and self._agree():  # without another step
+        if state.global_step and self._agree(args.device):  # without another step
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._agree():  # what came during the save needs no other
+        if self._agree(args.device):  # what came during the save needs no other
             control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

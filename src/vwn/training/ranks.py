@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from vwn.errors import UserError
@@ -71,3 +72,12 @@ def first_ones(value: T) -> T:
     found = [value]
     dist.broadcast_object_list(found, src=0)
     return found[0]
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest value of any process; cheap enough for every step. All of them must ask."""
+    if world_size() == 1:
+        return value
+    found = torch.tensor(value, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
