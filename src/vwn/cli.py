@@ -21,7 +21,7 @@ from vwn.evaluation.config import EvalConfig
 from vwn.inspection.config import InspectConfig
 from vwn.training.config import TrainConfig, WidthOptions, require
 from vwn.training.files import NO_ROOM, CannotWrite
-from vwn.training.ranks import first_process, launched_processes
+from vwn.training.ranks import LostProcess, first_process, launched_processes
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def show_our_logs() -> None:
 
 def fail(sentence: str, code: int) -> NoReturn:
     """Say it once, whatever the number of processes, and exit."""
-    if first_process():
+    if first_process() or code == LostProcess.exit_code:  # the first may be the one that is gone
         print(sentence, file=sys.stderr)
     else:
         time.sleep(2)  # the launcher ends all when one has ended, and the first is to have spoken
@@ -289,7 +289,9 @@ def main() -> None:
         if os.environ.get("VWN_DEBUG"):
             raise
         full = isinstance(error, OSError) and error.errno in NO_ROOM
-        fail(f"vwn: {' '.join(str(error).split())}", CannotWrite.exit_code if full else getattr(error, "exit_code", 2))
+        advice = "; the disk takes no more: make room and go on with --resume, nothing saved is lost" if full else ""
+        code = CannotWrite.exit_code if full else getattr(error, "exit_code", 2)
+        fail(f"vwn: {' '.join(str(error).split())}{advice}", code)
     except KeyboardInterrupt:
         print("vwn: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -64,7 +64,9 @@ class HealthLog(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and self.path.exists():  # a resumed run takes its last steps once more
             lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= state.global_step]
-            self.path.write_text("".join(f"{line}\n" for line in lines))
+            partial = self.path.with_name(f".{self.path.name}.partial")
+            partial.write_text("".join(f"{line}\n" for line in lines))
+            partial.replace(self.path)  # a kill in between loses no line
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.is_due(state.global_step):
