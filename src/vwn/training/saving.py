@@ -183,5 +183,6 @@ def _is_of_writing(error: BaseException) -> bool:
     """Whether an error is the disk's: torch hides the system's in its own, and sharded saving in another."""
     if isinstance(error, OSError | SafetensorError | CannotWrite):
         return True
-    hidden = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "unexpected pos" in str(error))
+    signs = ("PytorchStreamWriter", "unexpected pos", "iostream error")
+    hidden = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     return hidden or type(error).__name__ == "CheckpointException"

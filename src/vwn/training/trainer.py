@@ -241,7 +241,7 @@ class LogWindow(TrainerCallback):
         t = self.trainer
         losses, objective = [row.tolist() for row in t._losses], t._tr_loss.item()
         state = {"losses": losses, "objective": objective, "step": t._globalstep_last_logged, "skipped": self.skipped}
-        return state | {"seconds": t.stopwatch.seconds}
+        return state | {"seconds": t.stopwatch.seconds, "health": t.health.unlogged if t.health else {}}
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         rank = self.trainer.args.process_index
@@ -254,6 +254,8 @@ class LogWindow(TrainerCallback):
             t._tr_loss.fill_(self.saved["objective"])
             t._globalstep_last_logged = self.saved["step"]
             t.stopwatch.seconds = self.saved["seconds"]
+            if t.health:
+                t.health.unlogged = self.saved["health"]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.before = self.trainer._tr_loss.clone()
