@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +78,7 @@ def prepare(
         raise UserError(f"a window of {window} tokens predicts nothing; give a window of at least 2")
     if not 0 < valid_fraction < 1:
         raise UserError(f"a validation fraction of {valid_fraction} is not between 0 and 1; give for example 0.1")
-    return _prepared(resolve(data, valid, valid_fraction), data, tokenizer, window, cache_dir, valid_fraction)
+    return _prepared(lambda: resolve(data, valid, valid_fraction), data, tokenizer, window, cache_dir, valid_fraction)
 
 
 def prepare_valid(valid: str, *, tokenizer: str, window: int, cache_dir: Path | None = None) -> Corpus:
@@ -87,8 +87,7 @@ def prepare_valid(valid: str, *, tokenizer: str, window: int, cache_dir: Path | 
     For training on streamed data, and for reading such a run's validation text again: both sides of the corpus are
     this text. Otherwise as `prepare`.
     """
-    source = resolve_valid(valid)
-    return _prepared((source, source), valid, tokenizer, window, cache_dir, 0.1)
+    return _prepared(lambda: (resolve_valid(valid),) * 2, valid, tokenizer, window, cache_dir, 0.1)
 
 
 def prepare_run(settings: Mapping[str, Any], *, window: int) -> Corpus:
@@ -103,7 +102,7 @@ def prepare_run(settings: Mapping[str, Any], *, window: int) -> Corpus:
 
 
 def _prepared(
-    sources: tuple[Source, Source | None],
+    find_sources: Callable[[], tuple[Source, Source | None]],
     data: str,
     tokenizer: str,
     window: int,
@@ -111,6 +110,7 @@ def _prepared(
     valid_fraction: float,
 ) -> Corpus:
     ready = None if bpe_size(tokenizer) else load_tokenizer(tokenizer, max_length=window)
+    sources = find_sources()  # only now: it may ask the hub, and a bad tokeniser is known at once
     job = _Job(*sources, tokenizer, ready, window, valid_fraction)
     entry = load_or_build((cache_dir or default_cache_dir()) / job.key(), _load_entry, job.build)
     valid_name = sources[1].name if sources[1] else f"(the last {100 * valid_fraction:g}% of {data})"
