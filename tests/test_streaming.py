@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -161,6 +162,10 @@ def test_the_lanes_take_turns_and_keep_their_slots(batch):
 
 def test_weights_are_shares_of_the_tokens():
     assert parse_sources(["a=3", "b"]) == {"a": 0.75, "b": 0.25}
+    assert parse_sources(["d/lang=en/*.jsonl", "d/lang=de/*.jsonl=3"]) == {
+        "d/lang=en/*.jsonl": 0.25,
+        "d/lang=de/*.jsonl": 0.75,
+    }
     weights, batch = (0.5, 0.3, 0.2), 7
     drawn = np.stack([sources_of_step(weights, batch, step, 1) for step in range(2000)])
     for source, weight in enumerate(weights):
@@ -298,7 +303,9 @@ def test_a_restart_does_not_read_what_was_used_up(tmp_path, monkeypatch):
     *_, (_, state) = global_batches(stream, 160)
     read: list[tuple[Unit, int]] = []
     monkeypatch.setattr(
-        shards, "read_pieces", lambda unit, offset: read.append((unit, offset)) or read_pieces(unit, offset)
+        shards,
+        "read_pieces",
+        lambda unit, offset, skipped=None: read.append((unit, offset)) or read_pieces(unit, offset),
     )
     next(global_batches(stream, 1, state=state))
     assert len(read) == 1
@@ -346,6 +353,52 @@ def test_damage_is_one_sentence_also_from_a_worker(tmp_path, workers):
     path.write_bytes(path.read_bytes()[:-40] + b"\n{broken\n")
     with pytest.raises(UserError, match=r"^the line at byte \d+ of .*text.jsonl is not valid JSON[^\n]*$"):
         list(global_batches(stream_of(source, window=512), 200, workers=workers))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_stopped_by_a_broken_row_goes_on_without_it(tmp_path, caplog, workers):
+    lines = [json.dumps({"text": text}) for text in documents(300, longest=20)]
+    broken = lines[150].replace("{", "[", 1)
+    blank = " " * len(broken.encode())  # what is left out leaves no trace: as if the line were empty
+
+    def loader(name: str, line: str, allowed: int) -> StreamLoader:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join([*lines[:150], line, *lines[151:]]))
+        stream = dataclasses.replace(stream_of(open_shards(str(path), 16)), skip_bad_rows=allowed)
+        return StreamLoader(stream, workers=workers)
+
+    strict = loader("a", broken, 0)
+    states = [strict.state_dict()]
+    with pytest.raises(UserError, match=r"the line at byte \d+ .* is not valid JSON.*--skip-bad-rows"):
+        states.extend(strict.state_dict() for _ in strict)
+    stop = len(states) + 200
+    whole = [batch["input_ids"] for _, batch in zip(range(stop), loader("b", blank, 0), strict=False)]
+    tolerant = loader("a", broken, 4)
+    tolerant.load_state_dict(states[-1])
+    with caplog.at_level("ERROR"):
+        rest = [batch["input_ids"] for _, batch in zip(range(len(states) - 1, stop), tolerant, strict=False)]
+    assert all(torch.equal(a, b) for a, b in zip(whole[len(states) - 1 :], rest, strict=True))
+    assert 1 <= sum("is not valid JSON" in line and "skipped" in line for line in caplog.messages) <= 4
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
+def test_more_broken_rows_than_allowed_stop_it(tmp_path, kind):
+    if kind == "jsonl":
+        path = tmp_path / "a.jsonl"
+        path.write_text('{"text": "first"}\n' + '{"text": 1}\n' * 500)
+    elif kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        path, bad = tmp_path / "a.parquet", pyarrow.array([b"first"] + [b"\xff"] * 500).cast(pyarrow.binary())
+        bad = pyarrow.Array.from_buffers(pyarrow.string(), len(bad), bad.buffers())  # not UTF-8, as a fault writes it
+        pyarrow.parquet.write_table(pyarrow.table({"text": bad}), path)
+    else:
+        path = tmp_path / "a.txt"
+        path.write_bytes(b"first\n" + b"\xff" * 20_000)
+    stream = dataclasses.replace(stream_of(open_shards(str(path), 16)), skip_bad_rows=3)
+    with pytest.raises(UserError, match="more than 3 rows cannot be read"):
+        list(StreamLoader(stream))
 
 
 def test_empty_sources_and_missing_options_are_refused(tmp_path):

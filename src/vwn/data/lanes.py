@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from vwn.data.pieces import cut
+from vwn.data.pieces import Skipped, cut
 from vwn.data.shards import Shards
 
 Position = tuple[int, int, int, int]
@@ -38,7 +38,18 @@ class Lane:
     unit is read by one lane, and all lanes begin a new pass at about the same time.
     """
 
-    def __init__(self, source: Shards, lane: int, lanes: int, encode: Encode, end: int, seed: int, position: Position):
+    def __init__(
+        self,
+        source: Shards,
+        lane: int,
+        lanes: int,
+        encode: Encode,
+        end: int,
+        seed: int,
+        position: Position,
+        skipped: Skipped | None = None,
+    ):
+        self._skipped = skipped
         self._source, self._lane, self._lanes, self._seed = source, lane, lanes, seed
         self._encode, self._end = encode, end
         self._parts = self._read(*position[:3])
@@ -69,7 +80,7 @@ class Lane:
         """Parts of documents as tokens, each with its place."""
         while True:
             unit = self._source.unit(self._lane + count * self._lanes, self._seed)
-            for piece in self._source.pieces(unit, offset):
+            for piece in self._source.pieces(unit, offset, self._skipped):
                 for number, (text, ends) in enumerate(cut(piece.text)):
                     if number >= first:
                         ids = self._encode(text)

@@ -21,7 +21,7 @@ def parse_sources(specs: Sequence[str]) -> dict[str, float]:
     weights: dict[str, float] = {}
     for spec in specs:
         source, given, number = spec.rpartition("=")
-        if not given or Path(spec).expanduser().exists():
+        if not given or Path(spec).expanduser().exists() or any(c in number for c in "/*?["):
             source, number = spec, "1"
         try:
             weight = float(number)

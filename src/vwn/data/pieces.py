@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import lzma
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -50,6 +50,10 @@ class Unit:
         return offset // self.block % self.parts == self.part
 
 
+Skipped = Callable[[str], None]
+"""Told of a row that cannot be read, in a sentence; it is left out."""
+
+
 class Piece(NamedTuple):
     """Text that begins at ``offset``, from where it can be read again; ``ends`` where a document ends with it."""
 
@@ -58,16 +62,17 @@ class Piece(NamedTuple):
     ends: bool
 
 
-def read_pieces(unit: Unit, offset: int = 0) -> Iterator[Piece]:
+def read_pieces(unit: Unit, offset: int = 0, skipped: Skipped | None = None) -> Iterator[Piece]:
     """The unit's text in order from ``offset`` (of a piece that it gave, or 0) on. Empty documents are passed over.
 
     Every byte between documents belongs to exactly one of the units that share a file. A document that two of them
-    share is cut at a line end and read as two. Raises ``UserError`` for a file that cannot be read.
+    share is cut at a line end and read as two. Raises ``UserError`` for a file that cannot be read, and for a row (of
+    plain text: a piece) that cannot be read, unless ``skipped`` is there to be told.
     """
     suffix = kind(unit.path)
     read = _text if suffix in ("", ".txt", ".txt.xz") else _parquet if suffix == ".parquet" else _json_lines
     try:
-        yield from read(unit, offset)
+        yield from read(unit, offset, skipped)
     except (lzma.LZMAError, EOFError) as error:
         raise UserError(f"{unit.path} is not a complete .xz file ({error}); pack it again with xz") from error
     except OSError as error:
@@ -86,6 +91,22 @@ def cut(text: str) -> list[tuple[str, bool]]:
         if document_:
             parts.append((document_[start:], True))
     return parts
+
+
+def row_text(find: Callable[[], str | None], skipped: Skipped | None) -> str | None:
+    """A row's text by ``find``; none where it is empty, or left out as it cannot be read."""
+    try:
+        return find()
+    except UserError as error:
+        if skipped is None:
+            raise UserError(f"{error}, or leave such rows out (--skip-bad-rows 100)") from error
+        skipped(str(error))
+        return None
+
+
+def document_of(value: object, where: str) -> str | None:
+    """A row's value as a document's text; none where it is empty."""
+    return next(document(value, where), None)
 
 
 class _Window:
@@ -114,7 +135,7 @@ def _open(path: Path) -> IO[bytes]:
     return cast(IO[bytes], lzma.open(path)) if kind(path).endswith(".xz") else open(path, "rb")
 
 
-def _text(unit: Unit, offset: int) -> Iterator[Piece]:
+def _text(unit: Unit, offset: int, skipped: Skipped | None) -> Iterator[Piece]:
     with _open(unit.path) as file:
         start, stop = (_after_text(file, x) if unit.stop else 0 for x in (unit.start, unit.stop))
         if unit.stop and start >= stop:
@@ -125,11 +146,9 @@ def _text(unit: Unit, offset: int) -> Iterator[Piece]:
             begin = window.offset
             window.skip(after)
             if size and unit.owns(begin):
-                try:
-                    text = block[:size].decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise _not_utf8(unit.path, begin + error.start) from error
-                yield Piece(begin, text, ends or not unit.owns(window.offset))
+                text = row_text(partial(_utf8, block[:size], begin, unit.path), skipped)
+                if text is not None:
+                    yield Piece(begin, text, ends or not unit.owns(window.offset))
 
 
 def _first_piece(block: bytes) -> tuple[int, int, bool]:
@@ -163,7 +182,7 @@ def _after_text(file: IO[bytes], offset: int) -> int:
     return next((first + i for i in range(offset - first, len(block)) if block[i] & 0xC0 != 0x80), size)
 
 
-def _json_lines(unit: Unit, offset: int) -> Iterator[Piece]:
+def _json_lines(unit: Unit, offset: int, skipped: Skipped | None) -> Iterator[Piece]:
     column = _json_column(unit.path)
     with _open(unit.path) as file:
         start, stop = (_after_line(file, x) if unit.stop else 0 for x in (unit.start, unit.stop))
@@ -173,13 +192,18 @@ def _json_lines(unit: Unit, offset: int) -> Iterator[Piece]:
             if unit.stop and begin >= stop:
                 return
             if unit.owns(begin) and line.strip():
-                where = f"the line at byte {begin} of {unit.path}"
-                row = _parse_row(_decode(line, begin, unit.path), where)
-                if column not in row:
-                    raise UserError(f"{where} has no column {column!r}; give every line the columns of the first")
-                for text in list(document(row[column], where))[:1]:
+                text = row_text(partial(_line_text, line, begin, unit.path, column), skipped)
+                if text is not None:
                     yield Piece(begin, text, True)
             begin += len(line)
+
+
+def _line_text(line: bytes, begin: int, path: Path, column: str) -> str | None:
+    where = f"the line at byte {begin} of {path}"
+    row = _parse_row(_decode(line, begin, path), where)
+    if column not in row:
+        raise UserError(f"{where} has no column {column!r}; give every line the columns of the first")
+    return document_of(row[column], where)
 
 
 def _after_line(file: IO[bytes], offset: int) -> int:
@@ -193,23 +217,27 @@ def _after_line(file: IO[bytes], offset: int) -> int:
 def _json_column(path: Path) -> str:
     """The column of a file, as its first line has it."""
     with _open(path) as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             if line.strip():
-                where = f"line 1 of {path}"
+                where = f"line {number} of {path}"
                 row = _parse_row(_decode(line, 0, path), where)
                 return text_column({key: isinstance(value, str) for key, value in row.items()}, where)
     return "text"
 
 
 def _decode(line: bytes, begin: int, path: Path) -> str:
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, begin + error.start) from error
+    text = _utf8(line, begin, path)
     return text if begin else text.removeprefix("\ufeff")
 
 
-def _parquet(unit: Unit, offset: int) -> Iterator[Piece]:
+def _utf8(block: bytes, begin: int, path: Path) -> str:
+    try:
+        return block.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, begin + error.start) from error
+
+
+def _parquet(unit: Unit, offset: int, skipped: Skipped | None) -> Iterator[Piece]:
     import pyarrow
     import pyarrow.parquet
 
@@ -224,9 +252,9 @@ def _parquet(unit: Unit, offset: int) -> Iterator[Piece]:
                     continue
                 for value in _values(file, group, column):
                     if row >= offset and unit.owns(row):
-                        for text in list(document(value, f"row {row + 1} from row group {unit.start} of {unit.path}"))[
-                            :1
-                        ]:
+                        where = f"row {row + 1} from row group {unit.start} of {unit.path}"
+                        text = row_text(partial(document_of, value, where), skipped)
+                        if text is not None:
                             yield Piece(row, text, True)
                     row += 1
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
@@ -245,4 +273,14 @@ def _values(file: Any, group: int, column: str) -> Iterator[Any]:
     meta = file.metadata.row_group(group)
     at_once = min(max(_BATCH_BYTES * meta.num_rows // max(meta.total_byte_size, 1), 1), 1024)
     for batch in file.iter_batches(batch_size=at_once, row_groups=[group], columns=[column], use_threads=False):
-        yield from batch.column(0).to_pylist()
+        try:
+            yield from batch.column(0).to_pylist()
+        except UnicodeDecodeError:  # somewhere among them; what is not text is seen to row by row
+            yield from map(_text_or_bytes, batch.column(0).cast("binary").to_pylist())
+
+
+def _text_or_bytes(value: bytes | None) -> str | bytes | None:
+    try:
+        return value if value is None else value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value

@@ -8,13 +8,14 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vwn.data.pieces import PIECE, Piece, Unit, parquet_column, read_pieces
-from vwn.data.reading import SUFFIXES, document, first_line, is_supported, kind, string_columns, text_column
+from vwn.data.pieces import PIECE, Piece, Skipped, Unit, document_of, parquet_column, read_pieces, row_text
+from vwn.data.reading import SUFFIXES, first_line, is_supported, kind, string_columns, text_column
 from vwn.data.sources import open_local, quiet
 from vwn.errors import UserError
 
@@ -43,9 +44,9 @@ class Shards:
             self._passes[seed, number] = np.random.RandomState([seed, number]).permutation(len(self.units))
         return self.units[self._passes[seed, number][place]]
 
-    def pieces(self, unit: Unit, offset: int) -> Iterator[Piece]:
-        """The unit's text from `offset` on."""
-        return read_pieces(unit, offset) if self.hub is None else self.hub.pieces(unit, offset)
+    def pieces(self, unit: Unit, offset: int, skipped: Skipped | None = None) -> Iterator[Piece]:
+        """The unit's text from `offset` on, as `read_pieces` gives it."""
+        return (read_pieces if self.hub is None else self.hub.pieces)(unit, offset, skipped)
 
 
 def open_shards(spec: str, lanes: int) -> Shards:
@@ -66,7 +67,7 @@ def open_shards(spec: str, lanes: int) -> Shards:
     units = [unit for path in files for unit in _units(path, at_most)]
     parts = -(-lanes // len(units))
     shards = Shards(spec, tuple(part for unit in units for part in _divided(unit, parts)), _fingerprint(paths))
-    if not any(True for unit in units for _ in read_pieces(unit)):
+    if not any(True for unit in units for _ in read_pieces(unit, skipped=lambda _: None)):
         raise UserError(f"{spec} is empty; give a source with text in it")
     if parts > 1 and any(kind(path).endswith(".xz") for path in files):
         _logger.info("%s has fewer packed files than lanes (%s): each is unpacked %s times over", spec, lanes, parts)
@@ -153,14 +154,14 @@ class HubRows:
     rows: Any
     column: str
 
-    def pieces(self, unit: Unit, offset: int) -> Iterator[Piece]:
+    def pieces(self, unit: Unit, offset: int, skipped: Skipped | None = None) -> Iterator[Piece]:
         """The shard's rows; those before `offset` are fetched again but not looked at."""
         shard = self.rows.shard(num_shards=self.rows.num_shards, index=unit.start, contiguous=True)
         for row, values in enumerate(shard.skip(offset) if offset else shard, offset):
             if unit.owns(row):
-                for text in list(document(values[self.column], f"row {row + 1} of shard {unit.start} of {self.name}"))[
-                    :1
-                ]:
+                where = f"row {row + 1} of shard {unit.start} of {self.name}"
+                text = row_text(partial(document_of, values[self.column], where), skipped)
+                if text is not None:
                     yield Piece(row, text, True)
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from vwn.data.corpus import Corpus, prepare_valid
 from vwn.data.lanes import START, Lane, Position, lane_count, lane_of
 from vwn.data.mixture import parse_sources, sources_of_step
+from vwn.data.pieces import Skipped
 from vwn.data.shards import Shards, open_shards
 from vwn.data.tokenizer import bpe_size
 from vwn.errors import UserError
@@ -36,7 +37,8 @@ class TokenStream(IterableDataset[dict[str, torch.Tensor]]):
     """Windows of token ids from several sources, without end; `StreamLoader` makes batches of it.
 
     `weights` are the sources' shares of all tokens. `batch_size` is global: windows per optimiser step of all
-    processes together. The batches depend on what is here and on nothing else.
+    processes together. The batches depend on what is here and on nothing else. Up to `skip_bad_rows` rows that cannot
+    be read are left out by each process, and logged.
     """
 
     sources: tuple[Shards, ...]
@@ -45,6 +47,7 @@ class TokenStream(IterableDataset[dict[str, torch.Tensor]]):
     window: int
     batch_size: int
     seed: int
+    skip_bad_rows: int = 0
 
     @property
     def lanes(self) -> int:
@@ -59,7 +62,7 @@ class TokenStream(IterableDataset[dict[str, torch.Tensor]]):
             digest.update(source.fingerprint.encode())
         return digest.hexdigest()
 
-    def open(self, lane: int, source: int, position: Position) -> Lane:
+    def open(self, lane: int, source: int, position: Position, skipped: Skipped | None = None) -> Lane:
         """A lane of one source."""
         return Lane(
             self.sources[source],
@@ -69,6 +72,7 @@ class TokenStream(IterableDataset[dict[str, torch.Tensor]]):
             int(self.tokenizer.eos_token_id),
             self.seed + source & 0xFFFFFFFF,
             position,
+            skipped,
         )
 
     def _encode(self, text: str) -> np.ndarray:
@@ -80,7 +84,14 @@ class TokenStream(IterableDataset[dict[str, torch.Tensor]]):
 
 
 def prepare_stream(
-    sources: Sequence[str], *, valid: str | None, tokenizer: str, window: int, batch_size: int, seed: int = 0
+    sources: Sequence[str],
+    *,
+    valid: str | None,
+    tokenizer: str,
+    window: int,
+    batch_size: int,
+    seed: int = 0,
+    skip_bad_rows: int = 0,
 ) -> Corpus:
     """A corpus whose training side is streamed: nothing of it is written anywhere, and it is never all in memory.
 
@@ -92,6 +103,7 @@ def prepare_stream(
         window: tokens per window.
         batch_size: windows per optimiser step, of all processes together.
         seed: of the order of the units and of the mixture.
+        skip_bad_rows: how many rows that cannot be read each process leaves out and logs; at the next one it stops.
 
     Raises:
         UserError: a source that is missing, unreadable or empty; no `valid`; a tokeniser that is yet to be trained.
@@ -106,7 +118,7 @@ def prepare_stream(
         )
     held_out = prepare_valid(valid, tokenizer=tokenizer, window=window)
     shards = tuple(open_shards(source, lane_count(batch_size)) for source in weights)
-    train = TokenStream(shards, tuple(weights.values()), held_out.tokenizer, window, batch_size, seed)
+    train = TokenStream(shards, tuple(weights.values()), held_out.tokenizer, window, batch_size, seed, skip_bad_rows)
     return Corpus(
         train=train,
         valid=held_out.valid,
@@ -140,6 +152,7 @@ class StreamLoader:
         self.step = 0
         self.positions: Positions = {}
         self._passes = [0] * len(stream.sources)
+        self._skipped = 0
         _allow_files(own_lanes * len(stream.sources))
 
     def state_dict(self) -> dict[str, Any]:
@@ -178,7 +191,10 @@ class StreamLoader:
             )
         for (name, fingerprint, _), source in zip(known, self.stream.sources, strict=True):
             if fingerprint != source.fingerprint:
-                raise UserError(f"the files of {source.name} are not those that {name} had; restore them")
+                raise UserError(
+                    f"the files of {source.name} are not those that {name} had; restore them "
+                    "(rows that cannot be read need no repair: --skip-bad-rows 100)"
+                )
         self.step = step
         own = self.stream.batch_size // self.world
         self.positions = {
@@ -204,7 +220,8 @@ class StreamLoader:
                 made = next(share)
                 if isinstance(made, str):
                     raise UserError(made)
-                windows, places = made
+                windows, places, skipped = made
+                self._report(skipped)
                 ids[[row for row, _ in rows]] = windows
                 for (_, lane), (source, place) in zip(rows, places, strict=True):
                     self._note(lane, source, place)
@@ -229,12 +246,20 @@ class StreamLoader:
                 name = self.stream.sources[source].name
                 _logger.info("%s has ended at step %d: pass %d of it begins", name, self.step + 1, number + 1)
 
+    def _report(self, skipped: list[str]) -> None:
+        for sentence in skipped:
+            _logger.error("%s; skipped", sentence)  # an error, as other processes than the first say nothing less
+        self._skipped += len(skipped)
+        if self._skipped > self.stream.skip_bad_rows:
+            raise UserError(_too_many(self.stream.skip_bad_rows, skipped[-1]))
+
     def _pass(self, source: int, lane: int, units: int) -> int:
         return (lane + units * self.stream.lanes) // len(self.stream.sources[source].units)
 
 
 class _Share(IterableDataset[Any]):
-    """What one worker makes of each batch: windows `[rows, window]` and where their lanes stand after them.
+    """What one worker makes of each batch: windows `[rows, window]`, where their lanes stand after them, and which
+    rows were left out on the way.
 
     A `UserError` travels as its sentence: a worker's exceptions arrive with a traceback in their text.
     """
@@ -248,10 +273,16 @@ class _Share(IterableDataset[Any]):
         except UserError as error:
             yield str(error)
 
-    def _windows(self) -> Iterator[tuple[torch.Tensor, list[tuple[int, Position]]]]:
+    def _windows(self) -> Iterator[tuple[torch.Tensor, list[tuple[int, Position]], list[str]]]:
         loader, stream = self._loader, self._loader.stream
         start, open_lanes = [START] * len(stream.sources), dict[tuple[int, int], Lane]()
-        positions = dict(loader.positions)
+        positions, left_out = dict(loader.positions), list[str]()
+
+        def skip(sentence: str) -> None:
+            left_out.append(sentence)
+            if len(left_out) > stream.skip_bad_rows:  # a file of nothing else would never fill a window
+                raise UserError(_too_many(stream.skip_bad_rows, sentence))
+
         for step in count(loader.step):
             sources = sources_of_step(stream.weights, stream.batch_size, step, stream.seed)
             for part in range(loader.accumulation):
@@ -260,11 +291,14 @@ class _Share(IterableDataset[Any]):
                     source = int(sources[lane % stream.batch_size])
                     key = lane, source
                     if key not in open_lanes:
-                        open_lanes[key] = stream.open(lane, source, positions.get(lane, start)[source])
+                        open_lanes[key] = stream.open(
+                            lane, source, positions.get(lane, start)[source], skip if stream.skip_bad_rows else None
+                        )
                     windows.append(torch.from_numpy(open_lanes[key].take(stream.window)))
                     places.append((source, open_lanes[key].position))
                 if windows:
-                    yield torch.stack(windows), places
+                    yield torch.stack(windows), places, left_out.copy()
+                    left_out.clear()
 
 
 def _rows(loader: StreamLoader, step: int, part: int, worker: int) -> list[tuple[int, int]]:
@@ -277,6 +311,10 @@ def _rows(loader: StreamLoader, step: int, part: int, worker: int) -> list[tuple
     return [
         (row, lane_of(step, slot + row, stream.batch_size)) for row in range(size) if (first + row) % workers == worker
     ]
+
+
+def _too_many(allowed: int, sentence: str) -> str:
+    return f"{sentence}; more than {allowed} rows cannot be read (--skip-bad-rows)"
 
 
 def _write(position: Position) -> str:

@@ -35,6 +35,8 @@ class CorpusConfig:
     """Tokens per training example."""
     max_valid_tokens: int = 131_072
     """Validation tokens used, evenly spread over the validation text."""
+    skip_bad_rows: int = 0
+    """Streamed rows that cannot be read and are left out and logged, by each process, before it stops."""
     workers: int = 0
     """Processes that read ahead of each training process; the batches are the same with any number."""
 
@@ -43,6 +45,9 @@ class CorpusConfig:
         require(self.window >= 2, "window", "at least 2", self.window)
         require(self.max_valid_tokens >= 1, "max-valid-tokens", "at least 1", self.max_valid_tokens)
         require(self.workers >= 0, "workers", "0 or more", self.workers)
+        require(self.skip_bad_rows >= 0, "skip-bad-rows", "0 or more", self.skip_bad_rows)
+        if self.skip_bad_rows and not self.stream:
+            raise UserError("--skip-bad-rows goes with --stream; leave it away, or repair the rows of --data")
         if self.stream and self.data != CorpusConfig.data:
             raise UserError(f"--stream takes the place of --data; give one of them, not --data {self.data} too")
 

@@ -21,7 +21,8 @@ from vwn.training.machine import provenance
 LOCK = ".lock"
 PARTIAL = re.compile(r"\..*\.partial")  # what a killed process had begun to write
 
-FREE = ("corpus.workers",)  # settings that a run may be continued with others of: the batches are the same
+# Settings that a run may be continued with others of: the batches are the same, but for rows that cannot be read.
+FREE = ("corpus.workers", "corpus.skip_bad_rows")
 
 
 @contextmanager

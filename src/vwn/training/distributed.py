@@ -75,6 +75,8 @@ def resolve(config: TrainConfig) -> str:
     if by_launcher and os.environ.get("FSDP_VERSION", "2") != "2":
         raise UserError("the accelerate configuration asks for FSDP 1; set fsdp_version: 2 in it")
     if world == 1:
+        if by_launcher:
+            raise UserError("the accelerate configuration asks for FSDP and there is one process; start several")
         if asked != "auto":
             raise UserError(
                 f"--parallel {asked} needs several processes and there is one; start with torchrun or accelerate "
@@ -160,6 +162,12 @@ class AsAskedFor(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+        parts = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+        if self.parallel not in SHARDED and parts:
+            raise UserError(
+                f"accelerate has sharded {parts[0]}, which was not asked for (--parallel {self.parallel}); ask for "
+                "fsdp2, or take FSDP out of the accelerate configuration"
+            )
         if self.parallel in SHARDED and whole:
             raise UserError(
                 f"--parallel {self.parallel} was asked for, but accelerate has left {whole[0]} whole on the device "

@@ -265,6 +265,7 @@ def load_corpus(config: TrainConfig) -> Corpus:
             window=c.window,
             batch_size=config.optim.batch_size,
             seed=config.seed,
+            skip_bad_rows=c.skip_bad_rows,
         )
     return prepare(c.data, valid=c.valid, tokenizer=c.tokenizer, window=c.window)
 

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer
 
 from vwn.errors import UserError
+from vwn.training.distributed import together
 from vwn.training.ranks import rank
 
 MODEL, OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
@@ -98,13 +99,16 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
 
 
 def _load_whole_weights(model: nn.Module, checkpoint: Path) -> None:
-    weights: dict[str, Any] = {}
-    if rank() == 0:
+    def read() -> dict[str, Any]:
+        weights: dict[str, Any] = {}
         for path in sorted(checkpoint.glob("*.safetensors")):
             weights |= load_file(path)
         tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
         if missing := sorted(name for name, _ in model.named_parameters() if name not in weights.keys() | tied):
             raise UserError(f"{checkpoint} lacks {len(missing)} weights of the model, such as {missing[0]}")
+        return weights
+
+    weights = together(lambda: read() if rank() == 0 else {})
     set_model_state_dict(model, weights, options=_FROM_FIRST)
 
 
