@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median
 from typing import Any
 
 import matplotlib
@@ -19,8 +19,8 @@ import matplotlib.pyplot as plt
 from vwn.training.directory import read_json, write_json
 from vwn.training.health import read_health
 
-SPIKE = 0.3
-"""Nats by which the validation loss rises above its lowest so far where it counts as a spike."""
+DIVERGED = 1.0
+"""Nats by which the last validation loss is above the lowest where a run counts as diverged."""
 LABELS = {
     "loss": "validation loss, nats",
     "gradient": "gradient norm",
@@ -69,7 +69,7 @@ def outcome(run: Path) -> dict[str, Any]:
         "learning_rate": read_json(run / "result.json")["learning_rate"],
         "final_loss": losses[-1],
         "lowest_loss": lowest,
-        "diverged": losses[-1] is None or losses[-1] > losses[0],
+        "diverged": losses[-1] is None or losses[-1] > lowest + DIVERGED,
         "largest_rise": rise,
         "gradient_median": median(norms[len(norms) // 2 :]),
         "gradient_max": max(norms),
@@ -83,25 +83,24 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Mean ± standard deviation over seeds, an arm a line, as Markdown."""
+    """Lowest to highest over seeds, an arm a line, as Markdown: the runs of an arm may end quite differently."""
     columns = {
         "learning_rate": "rate", "final_loss": "final loss", "largest_rise": "largest rise of the loss",
-        "gradient_median": "gradient norm (median, 2nd half)", "gradient_max": "largest gradient norm",
-        "gradient_of_first_over_last_layer": "gradient, first / last layer", "final_rms": "RMS of the final state",
-        "growth": "final / first state", "spectral_radius": "largest spectral radius",
-        "saturated": "largest saturated share", "effective_slots": "fewest effective slots",
-        "weakest_slot": "weakest slot",
+        "gradient_max": "largest gradient norm", "growth": "RMS of the final state over that of the first",
+        "spectral_radius": "largest spectral radius", "saturated": "largest saturated share",
+        "effective_slots": "fewest effective slots",
     }  # fmt: skip
-    arms = dict.fromkeys(row["arm"] for row in rows)
     head = ["arm", "diverged", *columns.values()]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for arm in arms:
+    for arm in dict.fromkeys(row["arm"] for row in rows):
         of_arm = [row for row in rows if row["arm"] == arm]
         cells = [arm, f"{sum(row['diverged'] for row in of_arm)} of {len(of_arm)}"]
         for key in columns:
-            values = [row[key] for row in of_arm if row[key] is not None]
-            spread = f" ± {stdev(values):.2g}" if len(values) > 1 and key != "learning_rate" else ""
-            cells.append(f"{mean(values):.4g}{spread}" if values else "–")
+            values = sorted(row[key] for row in of_arm if row[key] is not None)
+            shown = list(dict.fromkeys(f"{value:.3g}" for value in values))
+            beyond = "; overflow" if key == "growth" and 0 < len(values) < len(of_arm) else ""
+            empty = "overflow" if key == "growth" and any(row["diverged"] for row in of_arm) else "–"
+            cells.append((" … ".join([shown[0], shown[-1]][: len(shown)]) if shown else empty) + beyond)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -147,7 +146,7 @@ def main() -> None:
     options.add_argument("out", type=Path, metavar="OUT", help="folder for stability.json and the figures")
     chosen = options.parse_args()
     record = read_json(chosen.comparison / "compare.json")
-    order = [str(word).partition(":")[0] for word in record["config"]["arms"]]
+    order = [str(word).partition(":")[0] for word in record["plan"]["arms"]]
     runs = sorted(
         (run for run in (chosen.comparison / "arms").iterdir() if (run / "result.json").exists()),
         key=lambda run: (order.index(run.name.rpartition("-seed")[0]), run.name),
