@@ -109,20 +109,20 @@ def draw(runs: list[Path], out: Path) -> None:
     """Every quantity over the steps, a line for each run; and the last state's RMS and gradient by depth."""
     arms = list(dict.fromkeys(run.name.rpartition("-seed")[0] for run in runs))
     colours = dict(zip(arms, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
     for axis, (name, label) in zip(axes.flat, LABELS.items(), strict=True):
         for run in runs:
             arm = run.name.rpartition("-seed")[0]
-            points = [(x, y) for x, y in series(run)[name] if y is not None]
-            label_once = arm if run.name.endswith(f"-seed{_first_seed(runs)}") else None
+            points = [(x, y) for x, y in series(run)[name] if y]  # nothing at 0 on a logarithmic axis
+            label_once = arm if run.name.endswith(f"-seed{_first_seed(runs)}") and name == "loss" else None
             if points:
                 axis.plot(*zip(*points, strict=True), color=colours[arm], lw=1, alpha=0.8, label=label_once)
         axis.set(xlabel="step", title=label)
         if name in ("gradient", "final_rms"):
             axis.set_yscale("log")
-    axes.flat[0].legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(out / "over-steps.png", dpi=150)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.6), layout="constrained")
     for run in runs:
         arm, last = run.name.rpartition("-seed")[0], read_health(run)[-1]
         label_once = arm if run.name.endswith(f"-seed{_first_seed(runs)}") else None
@@ -131,7 +131,7 @@ def draw(runs: list[Path], out: Path) -> None:
         right.plot(range(1, len(layers) + 1), layers, color=colours[arm])
     left.set(xlabel="sublayer", title="RMS of the state at the last step", yscale="log")
     right.set(xlabel="layer", title="gradient norm of the layer at the last step", yscale="log")
-    left.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(out / "over-depth.png", dpi=150)
 
 
@@ -155,8 +155,9 @@ def main() -> None:
         raise SystemExit(f"{chosen.comparison} holds no finished run")
     rows = [outcome(run) for run in runs]
     chosen.out.mkdir(parents=True, exist_ok=True)
-    made_with = {key: record.get(key) for key in ("command", "created", "versions", "machine")}
-    write_json(chosen.out / "stability.json", {**made_with, "runs": rows})
+    made_with = {key: record.get(key) for key in ("created", "versions", "machine")}
+    commands = [record["command"], *(again["command"] for again in record.get("continued", []))]
+    write_json(chosen.out / "stability.json", {"commands": commands, **made_with, "runs": rows})
     draw(runs, chosen.out)
     print(table(rows))
 

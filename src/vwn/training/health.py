@@ -31,7 +31,7 @@ PROBE_TOKENS = 256
 ROUTED_TOKENS = 32
 """Of these, evenly spread, those whose routing matrices are looked at."""
 LARGEST_STATE = 1e6
-"""RMS above which a state is reported; sound runs stay below 1e5 (results/stability)."""
+"""RMS above which a state is reported; sound runs stay below 2e5 (results/stability)."""
 logger = logging.getLogger(__name__)
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
