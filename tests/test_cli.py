@@ -49,6 +49,14 @@ def test_train_and_generate(run, checkpoint):
     assert greedy.startswith("sea ")
 
 
+def test_the_tokenizer_of_a_run_is_loaded_without_asking_for_trust(checkpoint):
+    code = "import sys; from vwn.data import load_tokenizer; print(load_tokenizer(sys.argv[1]).eos_token)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(checkpoint)], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert done.stdout == "<|endoftext|>\n", done.stdout + done.stderr
+
+
 def test_cost_as_table_and_json(run):
     code, out, _ = run("cost", "--backbone", "small", "--arms", "plain", "2x3", "8x64")
     assert code == 0

@@ -98,9 +98,12 @@ def _load(spec: str, max_length: int) -> PreTrainedTokenizerFast:
     looks_local = spec.startswith((".", "/", "~")) or os.path.exists(folder)
     if not spec or (looks_local and not os.path.isdir(folder)):
         raise UserError(f"the tokenizer {spec!r} is not a folder; give {BYTES!r}, 'bpe:8192', a folder or a hub id")
+    import vwn.hf  # noqa: F401  a run's folder says of what type its model is: known here, or its code would be asked for
+
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder) if os.path.isdir(folder) else spec)
+            path = str(folder) if os.path.isdir(folder) else spec
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # refuses where it would ask
     except Exception as error:  # `tokenizers` raises bare Exception for a damaged file
         raise UserError(
             f"the tokenizer {spec!r} cannot be loaded ({first_line(error)}); give {BYTES!r}, 'bpe:8192', a folder that "
