@@ -14,7 +14,7 @@ from conftest import perturb
 from tiny import build, token_ids, vwn_config
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import DynamicCache, GPT2Config
+from transformers import CONFIG_MAPPING, DynamicCache, GPT2Config
 
 from vwn import UserError
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
@@ -285,6 +285,23 @@ def test_refusals():
         generate(model, ids, use_mtp=True, **recorded)
     model.set_attn_implementation("eager")
     assert len(generate(model, ids, use_mtp=True, **recorded).attentions) > 0
+
+
+def test_a_choice_of_keys_that_ties_is_refused():
+    """Doge beyond its window: keys of equal tokens tie, and which are kept differs between one pass and several."""
+    backbone = CONFIG_MAPPING["doge"](
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        keep_window_size=9,
+    )
+    backbone.bos_token_id = backbone.eos_token_id = backbone.pad_token_id = None
+    model, ids = build(VirtualWidthConfig(backbone=backbone, m=2, n=3, num_mtp_modules=1)), token_ids(1, 4)
+    assert torch.equal(generate(model, ids, use_mtp=True, max_new_tokens=5), generate(model, ids, max_new_tokens=5))
+    with pytest.raises(UserError, match=r"keep_window_size = 9 .* here max_length is 10: ask for fewer tokens"):
+        generate(model, ids, use_mtp=True, max_new_tokens=6)
 
 
 def test_other_drafts_are_left_to_transformers():

@@ -257,6 +257,31 @@ def test_refusals(make, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_model_spread_by_accelerate_is_refused(tmp_path):
+    """Where layers have hooks, and where single weights are on disk; but not for hooks that leave them alone."""
+    dispatch, ids = pytest.importorskip("accelerate").dispatch_model, torch.arange(3, 10)[None]
+
+    def spread(**places: str):
+        model = zoo.tiny_causal_lm("llama")
+        wanted = model(ids).logits
+        parts = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+        place = {f"model.layers.{i}.{part}": "cpu" for i in range(zoo.LAYERS) for part in parts}
+        place |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+        place |= {name.replace("__", "."): where for name, where in places.items()}
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        return dispatch(model, place, main_device="cpu", offload_dir=folder, force_hooks=True), wanted
+
+    model, wanted = spread()
+    assert torch.equal(widen(model, m=2, n=3)(ids).logits, wanted)
+    for name in ("lm_head", "model__layers__1__mlp", "model__layers__1__input_layernorm"):
+        weight = f"{name.replace('__', '.')}."
+        with pytest.raises(UserError, match=rf"offloaded \({weight}.* is one\).*load it without offloading"):
+            widen(spread(**{name: "disk"})[0], m=2, n=3)
+    whole = dispatch(zoo.tiny_causal_lm("llama"), {"": "cpu"}, force_hooks=True)
+    with pytest.raises(UserError, match="widen the model before that"):
+        widen(whole, m=2, n=3)
+
+
 def test_a_model_that_does_more_than_it_shows_is_refused(monkeypatch):
     """What the probe is for: the head of this model scales its logits, and no table says so."""
     from vwn.hf import families

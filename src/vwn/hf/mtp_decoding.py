@@ -204,6 +204,13 @@ class MtpGenerationMixin(NgramGenerationMixin):
             raise UserError("use_mtp needs the prompt's ids, not inputs_embeds; give input_ids")
         if (batch := kwargs["input_ids"].shape[0]) > 1:
             raise UserError(f"use_mtp generates for one prompt at a time, got a batch of {batch}")
+        window = getattr(self.config.backbone, "keep_window_size", None)  # Doge: equal tokens tie in the choice of keys
+        if window is not None and generation_config.max_length > window:
+            raise UserError(
+                f"beyond keep_window_size = {window} tokens what a backbone of type {self.config.backbone.model_type} "
+                f"attends to hangs on rounding, so that use_mtp might change the text; here max_length is "
+                f"{generation_config.max_length}: ask for fewer tokens, or leave use_mtp away"
+            )
         drafts = MtpDrafts(self, generation_config, kwargs.get("logits_processor"))
         self.draft_counts = drafts.counts
         return drafts
