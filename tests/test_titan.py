@@ -17,7 +17,7 @@ from vwn.titan import Backbone, VirtualWidth, hf_config
 from vwn.titan.initialisation import ROWS, _draw
 from vwn.titan.model import check_parallelism, model_config
 from vwn.titan.state_dict_adapter import from_transformers, to_transformers
-from vwn.titan.trainer import NO_DECAY, loss_config, model_spec
+from vwn.titan.trainer import NO_DECAY, adamw, loss_config, model_spec, slow_routing
 
 SIZES = dict(
     vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
@@ -82,6 +82,25 @@ def test_undecayed_weights_are_those_of_the_rule(width):
     undecayed = {name for name, _ in model.named_parameters() if re.search(NO_DECAY, name)}
     assert undecayed == vwn.no_weight_decay(model)
     assert any("static_alpha" in name for name in undecayed)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_the_routing_of_a_deep_model_learns_slower(dynamic):
+    backbone, width = Backbone(**SIZES | {"num_hidden_layers": 10}), VirtualWidth(dynamic=dynamic)
+    model = model_config(backbone, width).build()
+
+    def rates(width: VirtualWidth) -> dict[str, tuple[float, float]]:
+        optimizer = adamw(0.1, 0.3)
+        slow_routing(optimizer, backbone, width)
+        first = ((n, next(g for g in optimizer.param_groups if re.search(g.pattern, n))) for n in model.state_dict())
+        return {n: (g.optimizer_kwargs["lr"], g.optimizer_kwargs["weight_decay"]) for n, g in first}
+
+    spared, found = vwn.no_weight_decay(model), rates(width)
+    for name, (rate, decay) in found.items():
+        assert rate == pytest.approx(0.1 * (5 / 20 if "connections" in name else 1)), name
+        assert decay == (0.0 if name in spared else 0.3), name
+    assert any("connections" in name for name in found)
+    assert {rate for rate, _ in rates(VirtualWidth(carry_constraint="doubly_stochastic")).values()} == {0.1}
 
 
 def test_documents_of_a_window_are_kept_apart_in_what_mtp_predicts():

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from vwn.errors import UserError
@@ -20,7 +21,10 @@ from vwn.titan.model import check_parallelism, model_config
 from vwn.titan.parallelize import parallelize
 from vwn.titan.sizes import Backbone, VirtualWidth
 from vwn.titan.state_dict_adapter import VirtualWidthStateDictAdapter
+from vwn.training.groups import routing_factor
 
+ROUTING = r"\.connections\.\d+(?=\.).*"
+"""Parameters of the connections, by name."""
 NO_DECAY = r"(norm\.weight|norm_weight|norm_bias|\.bias|\.static_alpha|\.static_beta)$"
 """Parameters that weight decay leaves alone, by name: those of :func:`vwn.no_weight_decay`."""
 
@@ -39,6 +43,7 @@ class VirtualWidthTrainer(Trainer):
         b, w = config.backbone, config.virtual_width
         config.model_spec = model_spec(b, w)
         config.loss = loss_config(b, w)
+        slow_routing(config.optimizer, b, w)
         check_parallelism(config.parallelism, b, w, b.num_hidden_layers)
         super().__init__(config)
         if (tokens := self.tokenizer.get_vocab_size()) > b.vocab_size:
@@ -66,6 +71,23 @@ def loss_config(backbone: Backbone, width: VirtualWidth) -> Any:
     if not width.num_mtp_modules:
         return CrossEntropyLoss.Config(global_vocab_size=backbone.vocab_size)
     return MultiTokenLoss.Config(weight=width.mtp_loss_weight, global_vocab_size=backbone.vocab_size)
+
+
+def slow_routing(optimizer: Any, backbone: Backbone, width: VirtualWidth) -> None:
+    """Have the routing of a deep model learn at :func:`vwn.training.groups.routing_factor` of the rate.
+
+    Only of :func:`adamw`'s two groups, which become four: groups of one's own say all themselves.
+    """
+    groups = optimizer.param_groups
+    factor = routing_factor(2 * backbone.num_hidden_layers)
+    if factor == 1 or width.carry_constraint != "none" or [g.pattern for g in groups] != [NO_DECAY, r".*"]:
+        return
+    slowed = []
+    for group in groups if width.dynamic else groups[:1]:
+        options = {**group.optimizer_kwargs, "lr": group.optimizer_kwargs["lr"] * factor}
+        slowed.append(replace(group, pattern=ROUTING + group.pattern, optimizer_kwargs=options))
+    logger.info(f"the routing learns at {factor:.3g} of the rate over {2 * backbone.num_hidden_layers} sublayers")
+    optimizer.param_groups = slowed + groups
 
 
 def adamw(learning_rate: float, weight_decay: float = 0.1, **options: Any) -> OptimizersContainer.Config:

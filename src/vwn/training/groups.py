@@ -73,17 +73,22 @@ def parse_factors(items: tuple[str, ...]) -> dict[str, float]:
     return factors
 
 
-def default_factors(model: nn.Module) -> dict[str, float]:
-    """The factors that hold where none are given: the routing of a deep model learns slower.
+def routing_factor(sublayers: int) -> float:
+    """The share of the peak rate at which free carries over so many sublayers learn where nothing else is said.
 
     Free carries multiply over the ``L`` sublayers of the backbone, so small changes in all of them grow as
     ``(1 + rate)^L``. With 48 sublayers the whole rate diverged and a tenth of it did not (results/stability); between
     there and :data:`SHALLOW`, where the whole rate is sound, ``5 / L`` is a guess. A doubly-stochastic carry cannot
     grow.
     """
+    return 5 / sublayers if sublayers > SHALLOW else 1.0
+
+
+def default_factors(model: nn.Module) -> dict[str, float]:
+    """The factors that hold where none are given, see :func:`routing_factor`."""
     sublayers = [c for name, c in model.named_modules() if isinstance(c, Connection) and ".mtp." not in name]
     free = any(c.kind == "ghc" and not c.sinkhorn_rounds for c in sublayers)
-    return {"routing": 5 / len(sublayers)} if free and len(sublayers) > SHALLOW else {}
+    return {"routing": routing_factor(len(sublayers))} if free and len(sublayers) > SHALLOW else {}
 
 
 def scale_rates(optimizer: torch.optim.Optimizer, model: nn.Module, factors: Mapping[str, float]) -> None:
