@@ -221,7 +221,8 @@ def test_sharding_that_does_not_come_about_is_refused(tmp_path, text):
 
 @pytest.mark.slow
 def test_copies_over_nodes_of_what_is_sharded_within_them(alone, tmp_path, text):
-    run = small(tmp_path / "run", text, parallel="hsdp")
+    again = SpeedOptions(gradient_checkpointing=True)  # gathers the layers' weights a second time, for the same losses
+    run = small(tmp_path / "run", text, parallel="hsdp", speed=again)
     with Processes(perturbed_train, run, world=4, local=2, log=tmp_path / "log") as processes:
         assert processes.wait() == [0] * 4, processes.said()
     assert_same_run(run.out, alone)
