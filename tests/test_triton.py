@@ -17,6 +17,7 @@ from vwn import ops  # noqa: E402 - the variable must be there before Triton is 
 from vwn.errors import UserError  # noqa: E402
 from vwn.ops import backends, reference  # noqa: E402
 from vwn.ops import triton as backend  # noqa: E402
+from vwn.ops.triton_tuning import Launch  # noqa: E402
 from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,9 +33,15 @@ def _nan_in_fresh_memory():
     torch.use_deterministic_algorithms(False)
 
 
+def launched(monkeypatch, launch: Launch | None) -> None:
+    """Not as the rule has it, if there is a ``launch``."""
+    if launch is not None:
+        monkeypatch.setattr(backend, "chosen", lambda *_: launch)
+
+
 @pytest.fixture
 def several_chunks(monkeypatch):
-    monkeypatch.setattr(backend, "_CHUNKS", (16, False))
+    launched(monkeypatch, Launch(16, False, 8))
 
 
 @pytest.fixture
@@ -132,10 +139,10 @@ def test_forward(m, n, d, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-@pytest.mark.parametrize("chunks", [(None, False), (16, False), (16, True)])
+@pytest.mark.parametrize("launch", [None, Launch(16, False, 8), Launch(16, True, 4)])
 @pytest.mark.parametrize(("m", "n", "d"), [(2, 3, 40), (3, 7, 33)])
-def test_norm(m, n, d, dtype, chunks, monkeypatch):
-    monkeypatch.setattr(backend, "_CHUNKS", chunks)
+def test_norm(m, n, d, dtype, launch, monkeypatch):
+    launched(monkeypatch, launch)
     case = Case(m, n, d, dtype, tokens=5, write=False)
     none, x = case.forward()
     assert none is None
@@ -156,7 +163,7 @@ def test_static_routing_and_any_number_of_tokens(tokens, dynamic):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("m", "n", "d"), [(2, 3, 40), (8, 64, 33)])
 def test_forward_in_chunks(m, n, d, dtype):
-    assert backend.tiling(m, n, d, 16)["NC"] > 1
+    assert backend.tiling(m, n, d, Launch(16, False, 8))["NC"] > 1
     case = Case(m, n, d, dtype, tokens=5)
     new, x = case.forward()
     assert_close(new, case.exact_forward()[0])
@@ -231,10 +238,11 @@ def test_gradients_of_many_tiles_add_up(m, n, d):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize(
-    ("m", "n", "d", "chunks"), [(2, 3, 40, (None, False)), (2, 3, 40, (16, True)), (4, 8, 20, (16, False))]
+    ("m", "n", "d", "launch"),
+    [(2, 3, 40, None), (2, 3, 40, Launch(16, True, 4)), (4, 8, 20, Launch(16, False, 8))],
 )
-def test_fused_is_write_then_read(m, n, d, dtype, chunks, monkeypatch):
-    monkeypatch.setattr(backend, "_CHUNKS", chunks)
+def test_fused_is_write_then_read(m, n, d, dtype, launch, monkeypatch):
+    launched(monkeypatch, launch)
     c = Case(m, n, d, dtype, tokens=5)
     new, _ = backend.forward(c.state, c.z, c.write, None, None)
     _, x = backend.forward(new, None, None, c.read, c.norm)

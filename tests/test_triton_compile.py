@@ -20,14 +20,18 @@ THREADS = 256
 SHAPES = [(m, n, width) for m, n in ((2, 3), (4, 8), (4, 16), (8, 64)) for width in (2048, 4096, 8192)]
 
 
-def compiled(m: int, n: int, width: int, dtype: str) -> dict[str, dict[str, int]]:
-    """Registers, bytes spilled and bytes of shared memory of each kernel with write, read and norm."""
+def compiled(m: int, n: int, width: int, dtype: str, candidate: int = 0) -> dict[str, dict[str, int]]:
+    """Registers, bytes spilled and bytes of shared memory of each kernel with write, read and norm.
+
+    ``candidate``: which of the launches that are measured; the first is the rule's.
+    """
     import torch
 
     from vwn.ops import triton as backend
     from vwn.ops.triton_backward import boundary_backward
     from vwn.ops.triton_forward import boundary
     from vwn.ops.triton_sums import sums
+    from vwn.ops.triton_tuning import candidates
     from vwn.ops.weights import NormWeights, RoutingWeights
 
     d = width // m
@@ -35,13 +39,14 @@ def compiled(m: int, n: int, width: int, dtype: str) -> dict[str, dict[str, int]
     shapes = [(n, m + n), (m, n), (d, m + n), (d, m), (n, m + n), (m, n), (d,)]
     write = RoutingWeights(*map(torch.empty, shapes), 1e-6)
     state, z = torch.empty(1, n * d, dtype=stored), torch.empty(1, width, dtype=stored)
-    b = backend._Boundary(state, write, write.to_read, NormWeights(torch.empty(width, dtype=stored), 1e-6))
+    norm, launch = NormWeights(torch.empty(width, dtype=stored), 1e-6), candidates(n, d)[candidate]
+    b = backend._Boundary(state, write, write.to_read, norm, launch)
     common = {**b.sizes, **b.flags, **b.part, "SPLIT": backend._split(state), "WEIGHTS": True}
     tensors = [t for t in b.weights if isinstance(t, torch.Tensor)]
     parts = torch.empty(1)
     calls = {
-        "forward": (boundary, [state, z, state, z, 1, *b.weights], backend._LAUNCH),
-        "backward": (boundary_backward, [state, z, state, z, state, z, parts, 1, *b.weights], backend._LAUNCH),
+        "forward": (boundary, [state, z, state, z, 1, *b.weights], b.options),
+        "backward": (boundary_backward, [state, z, state, z, state, z, parts, 1, *b.weights], b.options),
         "sums": (sums, [parts, 1, *tensors, *(b.weights[i] for i in (2, 3, 6, 9, 11))], {}),
     }
     return {name: resources(kernel, arguments, common, options) for name, (kernel, arguments, options) in calls.items()}
@@ -111,6 +116,14 @@ def test_the_kernels_fit_in_other_dtypes_and_odd_shapes(m, n, dtype):
     check(in_a_process(m, n, 384, dtype), spilled=1024)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("candidate", [2, 5])  # the largest tiles, of eight warps and of four
+@pytest.mark.parametrize(("m", "n", "width"), [(2, 3, 2048), (4, 16, 4096)])
+def test_what_is_measured_runs_on_an_h100(m, n, width, candidate):
+    kernels = in_a_process(m, n, width, "bfloat16", candidate)
+    assert all(kernel["shared"] <= SHARED_MEMORY for kernel in kernels.values())
+
+
 if __name__ == "__main__":
-    *sizes, dtype = sys.argv[1:]
-    print(json.dumps(compiled(*map(int, sizes), dtype)))
+    m, n, width, dtype, *candidate = sys.argv[1:]
+    print(json.dumps(compiled(int(m), int(n), int(width), dtype, *map(int, candidate))))

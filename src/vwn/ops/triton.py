@@ -1,7 +1,7 @@
 """Backend ``"triton"``: the kernels of a boundary for a GPU, and in Triton's interpreter, for tests, on a CPU.
 
-Shapes: ``T`` tokens, ``n`` slots, ``m`` segments, ``d = D / m`` segment width. Nothing is tuned by measuring: the
-sizes of tiles follow from the shape by a rule, for the order of a sum, and so the bits of a result, depends on them.
+Shapes: ``T`` tokens, ``n`` slots, ``m`` segments, ``d = D / m`` segment width. :mod:`vwn.ops.triton_tuning` says how
+large tiles are.
 """
 
 from __future__ import annotations
@@ -14,16 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vwn.ops.triton_tuning import Launch, chosen, power, rows
 from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_WARPS = 8
-_KEPT = 32768
-"""Numbers of a tile that so many warps hold without spilling, next to what they compute with."""
 _PROGRAMS = 264
 """Of a backward; a constant, so that sums are the same on every GPU: two for each of the 132 processors of an H100."""
-_CHUNKS: tuple[int | None, bool] = (None, False)
-"""Columns of a chunk and whether the forward holds all chunks, if not as the rule has it: for tests."""
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -40,31 +36,23 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _power(x: int) -> int:
-    """The least power of two that is at least ``x``."""
-    return 1 << max(x - 1, 0).bit_length()
-
-
 @cache
-def tiling(m: int, n: int, d: int, columns: int | None = None, keep: bool = False) -> dict[str, Any]:
-    """Sizes of tiles and programs: a rule of the shape alone, so that each sum has one order, forward and backward.
+def tiling(m: int, n: int, d: int, launch: Launch) -> dict[str, Any]:
+    """Sizes of tiles and programs, from the shape and the launch alone, so that each sum has one order.
 
     Args:
         m: fraction rate.
         n: slots.
         d: segment width.
-        columns: of a chunk, and ``keep``: whether the forward holds all chunks; if not as the rule has it.
+        launch: as :func:`vwn.ops.triton_tuning.chosen`.
 
     Returns:
         the constants of the kernels, see :mod:`vwn.ops.triton_tiles`.
     """
-    slots, segments = _power(n), _power(m)
-    rows = max(16, slots)  # tensor cores multiply 16 rows or more
-    if columns is None:
-        columns, keep = 256 if rows < 64 else 4096 // rows, rows * d <= _KEPT
-    columns = max(16, min(columns, _power(d)))
+    slots, segments, height = power(n), power(m), rows(n)
+    columns = max(16, min(launch.columns, power(d)))
     # With few rows a product is too small to be shared out among the warps, so each takes a piece of its columns.
-    pieces = min(_WARPS, columns // 16) if rows < 64 else 1
+    pieces = min(launch.warps, columns // 16) if height < 64 else 1
     return {
         "TAU": float(d) ** 0.5,
         "n": n,
@@ -72,31 +60,35 @@ def tiling(m: int, n: int, d: int, columns: int | None = None, keep: bool = Fals
         "d": d,
         "N": slots,
         "M": segments,
-        "BT": rows // slots,
-        "R": rows,
-        "Q": max(16, rows // slots * segments),
+        "BT": height // slots,
+        "R": height,
+        "Q": max(16, height // slots * segments),
         "S": pieces,
         "BD": columns // pieces,
         "NC": -(-d // columns),
-        "KEEP": keep,
+        "KEEP": launch.keep,
     }
-
-
-# Several stages would load ahead into shared memory, more than there is.
-_LAUNCH: dict[str, Any] = {"num_warps": _WARPS, "num_stages": 1}
 
 
 class _Boundary:
     """What the kernels take besides the tensors of tokens."""
 
     def __init__(
-        self, state: Tensor, write: RoutingWeights | None, read: ReadWeights | None, norm: NormWeights | None
+        self,
+        state: Tensor,
+        write: RoutingWeights | None,
+        read: ReadWeights | None,
+        norm: NormWeights | None,
+        launch: Launch | None,
     ) -> None:
         weights = write if write is not None else read
         assert weights is not None
         n, m = weights.n, weights.m
         d = state.shape[1] // n
-        self.sizes = tiling(m, n, d, *_CHUNKS)
+        launch = launch or chosen(m, n, d, state.device, state.dtype)
+        self.sizes = tiling(m, n, d, launch)
+        # Several stages would load ahead into shared memory, more than there is.
+        self.options = {"num_warps": launch.warps, "num_stages": 1}
         self.tokens = state.shape[0]
         self.tiles = -(-self.tokens // self.sizes["BT"])
         self.hidden_size = m * d
@@ -126,17 +118,21 @@ def forward(
     write: RoutingWeights | None,
     read: ReadWeights | None,
     norm: NormWeights | None = None,
+    launch: Launch | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As :func:`vwn.ops.reference.forward`, for contiguous ``[T, D']`` and ``[T, D]``; one launch."""
+    """As :func:`vwn.ops.reference.forward`, for contiguous ``[T, D']`` and ``[T, D]``; one launch.
+
+    ``launch``: how, if not as :func:`vwn.ops.triton_tuning.chosen` has it.
+    """
     from vwn.ops import triton_forward
 
-    b = _Boundary(state, write, read, norm)
+    b = _Boundary(state, write, read, norm, launch)
     new = None if write is None else torch.empty_like(state)
     x = None if read is None else state.new_empty(b.tokens, b.hidden_size)
     if b.tiles:
-        launch = triton_forward.boundary[(b.tiles,)]
+        kernel = triton_forward.boundary[(b.tiles,)]
         with torch.cuda.device_of(state):
-            launch(state, z, new, x, b.tokens, *b.weights, SPLIT=_split(state), **b.sizes, **b.flags, **_LAUNCH)
+            kernel(state, z, new, x, b.tokens, *b.weights, SPLIT=_split(state), **b.sizes, **b.flags, **b.options)
     return new, x
 
 
@@ -149,11 +145,12 @@ def backward(
     read: ReadWeights | None,
     norm: NormWeights | None,
     needs_weights: bool,
+    launch: Launch | None = None,
 ) -> list[Tensor]:
     """As :func:`vwn.ops.reference.backward`, for contiguous ``[T, D']`` and ``[T, D]``; at most two launches."""
     from vwn.ops import triton_backward, triton_sums
 
-    b = _Boundary(state, write, read, norm)
+    b = _Boundary(state, write, read, norm, launch)
     programs = min(b.tiles, _PROGRAMS)
     of_state = torch.empty_like(state)
     of_z = None if z is None else torch.empty_like(z)
@@ -170,7 +167,7 @@ def backward(
                 **sizes,
                 **b.flags,
                 **b.part,
-                **_LAUNCH,
+                **b.options,
             )
         if needs_weights:
             of_weights = [torch.empty_like(w) if isinstance(w, Tensor) else None for w in b.weights]
