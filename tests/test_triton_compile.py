@@ -117,7 +117,7 @@ def test_the_kernels_fit_in_other_dtypes_and_odd_shapes(m, n, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("candidate", [2, 5])  # the largest tiles, of eight warps and of four
+@pytest.mark.parametrize("candidate", [2, 3])  # the largest tiles, of eight warps and of four
 @pytest.mark.parametrize(("m", "n", "width"), [(2, 3, 2048), (4, 16, 4096)])
 def test_what_is_measured_runs_on_an_h100(m, n, width, candidate):
     kernels = in_a_process(m, n, width, "bfloat16", candidate)

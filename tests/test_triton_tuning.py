@@ -58,7 +58,7 @@ def anew(*arguments, **options):
 def test_candidates_are_few_differ_and_begin_with_the_rule(m, n, d):
     found = tuning.candidates(n, d)
     assert found[0] == tuning.rule(n, d)
-    assert len(set(found)) == len(found) <= 6
+    assert len(set(found)) == len(found) <= 5
     sizes = [backend.tiling(m, n, d, launch) for launch in found]
     for launch, size in zip(found, sizes, strict=True):
         assert size["NC"] * size["S"] * size["BD"] >= d
