@@ -55,7 +55,7 @@ def rule(n: int, d: int) -> Launch:
 
 @cache
 def candidates(n: int, d: int) -> tuple[Launch, ...]:
-    """What is measured, at most five; the rule is the first. Half the warps with twice the columns spill a great deal."""
+    """What is measured, at most five; the rule is the first. Half the warps do not hold twice the columns."""
     first = rule(n, d)
     sizes = [first.columns, first.columns // 2, first.columns * 2]
     launches = [_launch(n, d, columns, _WARPS) for columns in sizes]
