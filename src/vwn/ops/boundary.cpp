@@ -51,44 +51,65 @@ inline void narrow(float v, _Float16& out) { out = _Float16(v); }
 
 // Matrix products on small matrices whose rows are padded to whole vectors
 
-// c[i][v] (+)= sum over k of a[i * ai + k * ak] * b[k][v], a tile of RI rows and RV vectors
-template <class C, int RI, int RV>
-inline void tile_nn(C* c, int64_t ldc, const C* a, int64_t ai, int64_t ak, const C* b, int64_t ldb, int64_t K, bool add) {
+// sum over k < K of a[i * ai + k * ak] * b[k][w]
+template <class C> struct Term {
+  const C* a;
+  int64_t ai, ak;
+  const C* b;
+  int64_t ldb, K;
+};
+// c[i][w] = factor[i] * start[i][w] + terms; no factor is one, no start is zero
+template <class C> struct Product {
+  C* c;
+  int64_t ld;
+  const C *start, *factor;
+  Term<C> terms[2];
+  int count;
+};
+
+// A tile of RI rows from row i0 and RV vectors from column w0
+template <class C, int RI, int RV> inline void tile_nn(const Product<C>& p, int64_t i0, int64_t w0) {
   using vec = typename Simd<C>::vec;
   constexpr int L = Simd<C>::L;
   vec acc[RI][RV];
   for (int i = 0; i < RI; i++)
-    for (int v = 0; v < RV; v++) acc[i][v] = add ? at(c + i * ldc + v * L) : vec{};
-  for (int64_t k = 0; k < K; k++) {
-    vec row[RV];
-    for (int v = 0; v < RV; v++) row[v] = at(b + k * ldb + v * L);
-    for (int i = 0; i < RI; i++) {
-      const C s = a[i * ai + k * ak];
-      for (int v = 0; v < RV; v++) acc[i][v] += s * row[v];
+    for (int v = 0; v < RV; v++) {
+      const int64_t e = (i0 + i) * p.ld + w0 + v * L;
+      acc[i][v] = !p.start ? vec{} : p.factor ? p.factor[i0 + i] * at(p.start + e) : at(p.start + e);
+    }
+  for (int term = 0; term < p.count; term++) {
+    const Term<C>& t = p.terms[term];
+    const C *a = t.a + i0 * t.ai, *b = t.b + w0;
+    for (int64_t k = 0; k < t.K; k++) {
+      vec row[RV];
+      for (int v = 0; v < RV; v++) row[v] = at(b + k * t.ldb + v * L);
+      for (int i = 0; i < RI; i++) {
+        const C s = a[i * t.ai + k * t.ak];
+        for (int v = 0; v < RV; v++) acc[i][v] += s * row[v];
+      }
     }
   }
   for (int i = 0; i < RI; i++)
-    for (int v = 0; v < RV; v++) at(c + i * ldc + v * L) = acc[i][v];
+    for (int v = 0; v < RV; v++) at(p.c + (i0 + i) * p.ld + w0 + v * L) = acc[i][v];
 }
 
-template <class C, int RI, int RV>
-inline void rows_nn(int64_t I, C* c, int64_t ldc, const C* a, int64_t ai, int64_t ak, const C* b, int64_t ldb, int64_t K,
-                    bool add) {
-  int64_t i = 0;
-  for (; i + RI <= I; i += RI) tile_nn<C, RI, RV>(c + i * ldc, ldc, a + i * ai, ai, ak, b, ldb, K, add);
+template <class C, int RI, int RV> inline void rows_nn(int64_t I, const Product<C>& p, int64_t i, int64_t w) {
+  for (; i + RI <= I; i += RI) tile_nn<C, RI, RV>(p, i, w);
   if constexpr (RI > 1)
-    if (i < I) rows_nn<C, RI == 4 ? 3 : (RI + 1) / 2, RV>(I - i, c + i * ldc, ldc, a + i * ai, ai, ak, b, ldb, K, add);
+    if (i < I) rows_nn<C, RI == 4 ? 3 : (RI + 1) / 2, RV>(I, p, i, w);
 }
 
-// C[I x W] (+)= A[I x K] B[K x W]; W whole vectors
-template <class C>
-inline void nn(int64_t I, int64_t W, int64_t K, C* c, int64_t ldc, const C* a, int64_t ai, int64_t ak, const C* b,
-               int64_t ldb, bool add) {
+// I rows and W columns of a product; W whole vectors
+template <class C> inline void nn(int64_t I, int64_t W, const Product<C>& p) {
   constexpr int L = Simd<C>::L;
-  int64_t v = 0;
-  for (; v + 4 * L <= W; v += 4 * L) rows_nn<C, 4, 4>(I, c + v, ldc, a, ai, ak, b + v, ldb, K, add);
-  for (; v + 2 * L <= W; v += 2 * L) rows_nn<C, kRows, 2>(I, c + v, ldc, a, ai, ak, b + v, ldb, K, add);
-  for (; v < W; v += L) rows_nn<C, kRows, 1>(I, c + v, ldc, a, ai, ak, b + v, ldb, K, add);
+  int64_t w = 0;
+  for (; w + 4 * L <= W; w += 4 * L) rows_nn<C, 4, 4>(I, p, 0, w);
+  for (; w + 2 * L <= W; w += 2 * L) rows_nn<C, kRows, 2>(I, p, 0, w);
+  for (; w < W; w += L) rows_nn<C, kRows, 1>(I, p, 0, w);
+}
+// c (+)= one term
+template <class C> inline void nn(int64_t I, int64_t W, C* c, int64_t ld, const Term<C>& term, bool add) {
+  nn<C>(I, W, Product<C>{c, ld, add ? c : nullptr, nullptr, {term, {}}, 1});
 }
 
 // Shuffles of a pair of vectors, seen as 2L numbers: every second number; the first or last halves interleaved
@@ -119,39 +140,54 @@ template <class C> struct Shuffle {
   }
 };
 
-// The sums of the L vectors x[0..L), as one vector
-template <class C> __attribute__((always_inline)) inline typename Simd<C>::vec sums(typename Simd<C>::vec* x) {
-  for (int length = Simd<C>::L; length > 1; length /= 2)
-    for (int i = 0; i < length / 2; i++)
-      x[i] = Shuffle<C>::even(x[2 * i], x[2 * i + 1]) + Shuffle<C>::odd(x[2 * i], x[2 * i + 1]);
-  return x[0];
+// The sums of the N vectors x[0..N), as one vector; N at most L, what lies past the sums is zero
+template <class C, int N, int length = Simd<C>::L>
+__attribute__((always_inline)) inline typename Simd<C>::vec sums(typename Simd<C>::vec* x) {
+  if constexpr (length > 1) {
+    constexpr int half = (N + 1) / 2;
+    for (int i = 0; i < half; i++) {
+      const auto second = 2 * i + 1 < N ? x[2 * i + 1] : typename Simd<C>::vec{};
+      x[i] = Shuffle<C>::even(x[2 * i], second) + Shuffle<C>::odd(x[2 * i], second);
+    }
+    return sums<C, half, length / 2>(x);
+  } else {
+    return x[0];
+  }
 }
 
+// out[i] = a_i . b_i over W numbers, for I rows, at most N; a whole vector is stored
+template <class C, int N>
+inline void tile_dots(int64_t I, int64_t W, C* out, const C* a, int64_t lda, const C* b, int64_t ldb) {
+  typename Simd<C>::vec acc[N];
+  for (int e = 0; e < N; e++) {
+    typename Simd<C>::vec row = {};
+    if (e < I)
+      for (int64_t w = 0; w < W; w += Simd<C>::L) row += at(a + e * lda + w) * at(b + e * ldb + w);
+    acc[e] = row;
+  }
+  at(out) = sums<C, N>(acc);
+}
 // out[i] = a_i . b_i over W numbers, for I rows; out has room for a whole vector past the last
 template <class C> inline void row_dots(int64_t I, int64_t W, C* out, const C* a, int64_t lda, const C* b, int64_t ldb) {
   constexpr int L = Simd<C>::L;
-  for (int64_t i = 0; i < I; i += L) {
-    typename Simd<C>::vec acc[L];
-    for (int e = 0; e < L; e++) {
-      typename Simd<C>::vec row = {};
-      if (i + e < I)
-        for (int64_t w = 0; w < W; w += L) row += at(a + (i + e) * lda + w) * at(b + (i + e) * ldb + w);
-      acc[e] = row;
-    }
-    at(out + i) = sums<C>(acc);
-  }
+  for (; I > L / 2; I -= L, out += L, a += L * lda, b += L * ldb) tile_dots<C, L>(I, W, out, a, lda, b, ldb);
+  if constexpr (L > 4)
+    if (I > 4) return tile_dots<C, L / 2>(I, W, out, a, lda, b, ldb);
+  if (I > 1) return tile_dots<C, (L < 4 ? L : 4)>(I, W, out, a, lda, b, ldb);
+  if (I > 0) tile_dots<C, 1>(I, W, out, a, lda, b, ldb);
 }
 
 // c[i][j] = a_i . b_j over W numbers: RI x RJ dot products of rows, at most 16 of them
 template <class C, int RI, int RJ>
 inline void tile_nt(int64_t W, C* c, int64_t ldc, const C* a, int64_t lda, const C* b, int64_t ldb) {
-  constexpr int L = Simd<C>::L, N = (RI * RJ + L - 1) / L * L;
+  constexpr int L = Simd<C>::L, N = RI * RJ, whole = N / L * L;
   typename Simd<C>::vec acc[N] = {};
   for (int64_t w = 0; w < W; w += L)
     for (int i = 0; i < RI; i++)
       for (int j = 0; j < RJ; j++) acc[i * RJ + j] += at(a + i * lda + w) * at(b + j * ldb + w);
-  C total[N];
-  for (int group = 0; group < N; group += L) at(total + group) = sums<C>(acc + group);
+  C total[whole + L];
+  for (int group = 0; group < whole; group += L) at(total + group) = sums<C, L>(acc + group);
+  if constexpr (whole < N) at(total + whole) = sums<C, N - whole>(acc + whole);
   for (int i = 0; i < RI; i++)
     for (int j = 0; j < RJ; j++) c[i * ldc + j] = total[i * RJ + j];
 }
@@ -244,25 +280,30 @@ template <class C> struct Side {
   const SideArgs& a;
   int64_t n, m, d, dp;
   bool writes;    // columns: of the carry and, transposed, of B; else those that read
-  int64_t k, kp;  // columns, padded
+  int64_t k;
+  bool few;          // columns, much fewer than a vector holds: the rows of a slot's matrix lie close together
+  int64_t kp, size;  // numbers from row to row; of all rows, in whole vectors
   bool dynamic;
   C eps;
-  Buffer<C> by_row, by_column, stat, scale, used;  // weights with gain and 1/sqrt(d): d x kp and k x dp; used: 1 or 0, kp
+  Buffer<C> by_row, by_column, stat, scale, used;  // weights with gain and 1/sqrt(d): d x kp and k x dp; used: 1 or 0
   Side(const SideArgs& a, const Args& sizes, bool writes)
       : a(a), n(sizes.n), m(sizes.m), d(sizes.d), dp(padded<C>(d)), writes(writes),
-        k(!a.present ? 0 : writes ? n + m : m), kp(padded<C>(k)), dynamic(a.dynamic), eps(a.eps),
-        by_row(dynamic ? d * kp : 0), by_column(dynamic ? k * dp : 0), stat(n * kp), scale(n * kp), used(kp) {
+        k(!a.present ? 0 : writes ? n + m : m), few(2 * k < Simd<C>::L), kp(few ? k : padded<C>(k)),
+        size(padded<C>(n * kp)), dynamic(a.dynamic), eps(a.eps), by_row(dynamic && !few ? d * kp : 0),
+        by_column(dynamic ? k * dp : 0), stat(size), scale(size), used(size) {
     const Parameters& w = a.weights;
     const C root = std::sqrt(C(d));
     for (int64_t j = 0; j < k; j++) {
-      used[j] = 1;
       for (int64_t i = 0; i < n; i++) {
+        used[i * kp + j] = 1;
         stat[i * kp + j] = of_slot(w.static_alpha, w.static_beta, i, j);
         if (dynamic) scale[i * kp + j] = of_slot(w.scale_alpha, w.scale_beta, i, j);
       }
       if (dynamic)
-        for (int64_t c = 0; c < d; c++)
-          by_row[c * kp + j] = by_column[j * dp + c] = gain(w)[c] * (of_weight(w, c, j) / root);
+        for (int64_t c = 0; c < d; c++) {
+          by_column[j * dp + c] = gain(w)[c] * (of_weight(w, c, j) / root);
+          if (!few) by_row[c * kp + j] = by_column[j * dp + c];
+        }
     }
   }
   // Column j in row i of a slot's matrix, and in row c of the weights
@@ -279,58 +320,63 @@ template <class C> struct Side {
 
 // The routing columns of one token and what its backward needs again
 template <class C> struct Routing {
-  Buffer<C> c, t, p, rs, dots;  // coefficients, tanh, projection before the norm (n x kp each); 1 / rms (n); scratch (n)
-  explicit Routing(const Side<C>& s) : c(s.n * s.kp), t(s.n * s.kp), p(s.n * s.kp), rs(padded<C>(s.n)), dots(padded<C>(s.n)) {}
+  Buffer<C> c, t, p, spread;  // coefficients, tanh, projection before the norm, 1 / rms of the slot: of size s.size
+  Buffer<C> rs, dots;         // 1 / rms, scratch: n
+  explicit Routing(const Side<C>& s)
+      : c(s.size), t(s.size), p(s.size), spread(s.size), rs(padded<C>(s.n)), dots(padded<C>(s.n)) {}
   void compute(const Side<C>& s, const C* h) {
     if (!s.dynamic) {
-      std::memcpy(c, s.stat, s.n * s.kp * sizeof(C));
+      std::memcpy(c, s.stat, s.size * sizeof(C));
       return;
     }
-    if (2 * s.k >= Simd<C>::L)
-      nn<C>(s.n, s.kp, s.d, p, s.kp, h, s.dp, 1, s.by_row, s.kp, false);
-    else
+    if (s.few)
       nt<C>(s.n, s.k, s.dp, p, s.kp, h, s.dp, s.by_column, s.dp);
+    else
+      nn<C>(s.n, s.kp, p, s.kp, {h, s.dp, 1, s.by_row, s.kp, s.d}, false);
     row_dots<C>(s.n, s.dp, rs, h, s.dp, h, s.dp);
     for (int64_t i = 0; i < padded<C>(s.n); i++) rs[i] = 1 / std::sqrt(rs[i] / s.d + s.eps);
     for (int64_t i = 0; i < s.n; i++)
-      for (int64_t j = i * s.kp; j < (i + 1) * s.kp; j += Simd<C>::L) {
-        at(t + j) = tanh_of(at(p + j) * rs[i]);
-        at(c + j) = at(s.stat + j) + at(s.scale + j) * at(t + j);
-      }
+      for (int64_t j = 0; j < s.kp; j++) spread[i * s.kp + j] = rs[i];
+    for (int64_t j = 0; j < s.size; j += Simd<C>::L) {
+      at(t + j) = tanh_of(at(p + j) * at(spread + j));
+      at(c + j) = at(s.stat + j) + at(s.scale + j) * at(t + j);
+    }
   }
 };
 
 // Sums over a chunk of tokens of the gradients of one side
 template <class C> struct Sums {
   std::vector<C> weight, stat, scale;  // k x dp (of the folded weight), n x kp, n x kp
-  explicit Sums(const Side<C>& s) : weight(s.dynamic ? s.k * s.dp : 0), stat(s.n * s.kp), scale(s.n * s.kp) {}
+  explicit Sums(const Side<C>& s) : weight(s.dynamic ? s.k * s.dp : 0), stat(s.size), scale(s.size) {}
 };
 
-// From the gradient of the coefficients, dc, to that of the rows h they came from, added to out; dc is overwritten
+// From the gradient of the coefficients, dc, and of what they mixed, to that of the rows h; dc is overwritten
 template <class C>
-inline void routing_backward(const Side<C>& s, Routing<C>& r, const C* h, C* dc, C* out, Sums<C>* sums) {
+inline void routing_backward(const Side<C>& s, Routing<C>& r, const C* h, C* dc, const Term<C>& mixed, C* out,
+                             Sums<C>* sums) {
   using vec = typename Simd<C>::vec;
   constexpr int L = Simd<C>::L;
-  const int64_t size = s.n * s.kp;
   if (sums)
-    for (int64_t j = 0; j < size; j += L) at(&sums->stat[j]) += at(dc + j);
-  if (!s.dynamic) return;
+    for (int64_t j = 0; j < s.size; j += L) at(&sums->stat[j]) += at(dc + j);
+  if (!s.dynamic) return nn<C>(s.n, s.dp, out, s.dp, mixed, false);
   if (sums)
-    for (int64_t j = 0; j < size; j += L) at(&sums->scale[j]) += at(dc + j) * at(r.t + j);
-  for (int64_t i = 0; i < s.n; i++)
-    for (int64_t j = 0; j < s.kp; j += L) {
-      const int64_t e = i * s.kp + j;
-      const vec g = at(dc + e) * at(s.scale + e) * (1 - at(r.t + e) * at(r.t + e));
-      at(dc + e) = at(s.used + j) != 0 ? g : vec{};  // not multiplied: a NaN in the padding would never go away
-    }
-  row_dots<C>(s.n, s.kp, r.dots, dc, s.kp, r.p, s.kp);
-  for (int64_t i = 0; i < s.n; i++) {
-    const C rs = r.rs[i], slope = -rs * rs * rs * r.dots[i] / s.d;
-    for (int64_t j = 0; j < s.kp; j += L) at(dc + i * s.kp + j) *= rs;
-    for (int64_t w = 0; w < s.dp; w += L) at(out + i * s.dp + w) += slope * at(h + i * s.dp + w);
+    for (int64_t j = 0; j < s.size; j += L) at(&sums->scale[j]) += at(dc + j) * at(r.t + j);
+  for (int64_t j = 0; j < s.size; j += L) {
+    const vec g = at(dc + j) * at(s.scale + j) * (1 - at(r.t + j) * at(r.t + j));
+    at(dc + j) = at(s.used + j) != 0 ? g : vec{};  // not multiplied: a NaN in the padding would never go away
   }
-  nn<C>(s.n, s.dp, s.k, out, s.dp, dc, s.kp, 1, s.by_column, s.dp, true);
-  if (sums) nn<C>(s.k, s.dp, s.n, sums->weight.data(), s.dp, dc, 1, s.kp, h, s.dp, true);
+  if (s.few)
+    for (int64_t i = 0; i < s.n; i++) {
+      C dot = 0;
+      for (int64_t j = i * s.k; j < (i + 1) * s.k; j++) dot += dc[j] * r.p[j];
+      r.dots[i] = dot;
+    }
+  else
+    row_dots<C>(s.n, s.kp, r.dots, dc, s.kp, r.p, s.kp);
+  for (int64_t i = 0; i < s.n; i++) r.dots[i] *= -r.rs[i] * r.rs[i] * r.rs[i] / s.d;
+  for (int64_t j = 0; j < s.size; j += L) at(dc + j) *= at(r.spread + j);
+  nn<C>(s.n, s.dp, {out, s.dp, h, r.dots, {mixed, {dc, s.kp, 1, s.by_column, s.dp, s.k}}, 2});
+  if (sums) nn<C>(s.k, s.dp, sums->weight.data(), s.dp, {dc, 1, s.kp, h, s.dp, s.n}, true);
 }
 
 // Rows between tensors and scratch
@@ -372,7 +418,7 @@ class Ahead {
     add(a.x, narrow, true);
     add(a.grad_z, narrow, true);
     add(a.grad_state, wide, true);
-    share = share / (backward ? 9 : 4) + 1;
+    share = share / (backward ? 8 : 4) + 1;
   }
   void fetch() {
     for (int64_t lines = share; lines && current < count; lines--) {
@@ -404,11 +450,11 @@ template <class C, class S> struct Token {
   Token(const Args& a, const Side<C>& w, const Side<C>& r)
       : a(a), w(w), r(r), n(a.n), m(a.m), d(a.d), dp(padded<C>(a.d)), rw(w), rr(r), h_(n * dp), z_(m * dp),
         new_(n * dp), x_(m * dp), y_(m * dp), gn_(n * dp), gx_(m * dp), g_(n * dp), gz_(m * dp), gh_(n * dp),
-        dcw(n * w.kp), dcr(n * r.kp), turned(dp * padded<C>(a.n)), product(n * padded<C>(a.n)),
+        dcw(w.size), dcr(r.size), turned(dp * padded<C>(a.n)), product(n * padded<C>(a.n)),
         total(Simd<C>::L) {}
 
   void read_x() {  // X = A_read^T H', and with a norm its rounded normalised value in y_
-    nn<C>(m, dp, n, x_, dp, rr.c, 1, r.kp, fresh, dp, false);
+    nn<C>(m, dp, x_, dp, {rr.c, 1, r.kp, fresh, dp, n}, false);
     if (!a.norm) return;
     round_to<C, S>(x_, m * dp);
     row_dots<C>(1, m * dp, total, x_, 0, x_, 0);
@@ -423,9 +469,7 @@ template <class C, class S> struct Token {
       z = load<C, S>(static_cast<const S*>(a.z) + t * m * d, m, d, dp, z_);
       rw.compute(w, h);
       next.fetch();
-      nn<C>(n, dp, n, new_, dp, rw.c, 1, w.kp, h, dp, false);
-      next.fetch();
-      nn<C>(n, dp, m, new_, dp, rw.c + n, w.kp, 1, z, dp, true);
+      nn<C>(n, dp, {new_, dp, nullptr, nullptr, {{rw.c, 1, w.kp, h, dp, n}, {rw.c + n, w.kp, 1, z, dp, m}}, 2});
       round_to<C, S>(new_, n * dp);
       fresh = new_;
     }
@@ -439,6 +483,7 @@ template <class C, class S> struct Token {
     if (w.k) store<C, S>(fresh, n, d, dp, static_cast<S*>(a.new_state) + t * n * d);
     if (!r.k) return;
     read_x();
+    next.fetch();
     if (a.norm) {
       auto gain = static_cast<const S*>(a.norm);
       for (int64_t s = 0; s < m; s++)
@@ -468,7 +513,7 @@ template <class C, class S> struct Token {
     if (2 * J < Simd<C>::L) return nt<C>(I, J, dp, c, ldc, a, dp, b, dp);
     const int64_t jp = padded<C>(J);
     transpose<C>(J, dp, turned, jp, b, dp);
-    nn<C>(I, jp, d, product, jp, a, dp, 1, turned, jp, false);
+    nn<C>(I, jp, product, jp, {a, dp, 1, turned, jp, d}, false);
     for (int64_t i = 0; i < I; i++) std::memcpy(c + i * ldc, product + i * jp, J * sizeof(C));
   }
 
@@ -485,8 +530,7 @@ template <class C, class S> struct Token {
       }
       dots(n, m, dcr, r.kp, fresh, gx);
       next.fetch();
-      nn<C>(n, dp, m, g_, dp, rr.c, r.kp, 1, gx, dp, false);
-      routing_backward<C>(r, rr, fresh, dcr, g_, sr);
+      routing_backward<C>(r, rr, fresh, dcr, {rr.c, r.kp, 1, gx, dp, m}, g_, sr);
       next.fetch();
       round_to<C, S>(g_, n * dp);  // as if the read had stored it, so that fused and separate agree to the bit
       if (g) {
@@ -499,12 +543,11 @@ template <class C, class S> struct Token {
       dots(n, n, dcw, w.kp, h, g);
       next.fetch();
       dots(n, m, dcw + n, w.kp, g, z);
-      nn<C>(m, dp, n, gz_, dp, rw.c + n, 1, w.kp, g, dp, false);
+      nn<C>(m, dp, gz_, dp, {rw.c + n, 1, w.kp, g, dp, n}, false);
       next.fetch();
       store<C, S>(gz_, m, d, dp, static_cast<S*>(a.grad_z) + t * m * d);
-      nn<C>(n, dp, n, gh_, dp, rw.c, w.kp, 1, g, dp, false);
+      routing_backward<C>(w, rw, h, dcw, {rw.c, w.kp, 1, g, dp, n}, gh_, sw);
       next.fetch();
-      routing_backward<C>(w, rw, h, dcw, gh_, sw);
       g = gh_;
     }
     store<C, S>(g, n, d, dp, static_cast<S*>(a.grad_state) + t * n * d);
