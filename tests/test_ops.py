@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vwn import GeneralizedHyperConnection, Geometry, ops
 from vwn.connection_cost import connection_cost
 from vwn.ops import backends, reference
-from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights, pack
+from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights
 
 KINDS = ("read", "write", "write_read")
 HALF = (torch.bfloat16, torch.float16)
@@ -391,8 +391,8 @@ def test_the_sublayers_output_may_have_another_dtype(backend, dtype, of_z):
 def arguments(t: Tensors, backend: str) -> dict[str, tuple]:
     write, read, norm = parts(t)
     normed, state, z = (None, 0.0) if norm is None else tuple(norm), t["state"], t["z"]
-    of_read = (state, pack(read), READ_EPS, *normed, backend)
-    of_write = (state, z, pack(write), WRITE_EPS, backend)
+    of_read = (state, *read, *normed, backend)
+    of_write = (state, z, *write, backend)
     of_both = (*of_write[:-1], *of_read[1:])
     new, x = torch.randn_like(state), torch.randn_like(z)
     backward = {"read": (x, *of_read), "write": (new, *of_write), "write_read": (new, x, *of_both)}

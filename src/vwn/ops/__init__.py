@@ -5,13 +5,15 @@ Shapes: ``...`` any leading dimensions, ``D`` backbone width, ``D' = n d`` over-
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from vwn.errors import UserError
 from vwn.ops import flops, library
 from vwn.ops.backends import BACKENDS, check_backend, choose
-from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights, check_shapes, pack
+from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights, check_shapes
 
 __all__ = [
     "BACKENDS",
@@ -47,7 +49,7 @@ def read(
     weights = weights.to_read if isinstance(weights, RoutingWeights) else weights
     check_shapes(state, None, weights, norm=norm)
     weight, eps = _norm(norm, state)
-    return library.read(state, _cast(weights, state), weights.eps, weight, eps, backend)
+    return library.read(state, *_cast(weights, state), weight, eps, backend)
 
 
 def write(state: Tensor, z: Tensor, weights: RoutingWeights, backend: str = "auto") -> Tensor:
@@ -66,7 +68,7 @@ def write(state: Tensor, z: Tensor, weights: RoutingWeights, backend: str = "aut
         UserError: shapes or devices that do not fit, or a backend asked for by name that cannot run.
     """
     check_shapes(state, z, weights)
-    return library.write(state, z.to(state.dtype), _cast(weights, state), weights.eps, backend)
+    return library.write(state, z.to(state.dtype), *_cast(weights, state), backend)
 
 
 def write_read(
@@ -106,21 +108,14 @@ def write_read(
         )
     weight, norm_eps = _norm(norm, state)
     return library.write_read(
-        state,
-        z.to(state.dtype),
-        _cast(weights, state),
-        weights.eps,
-        _cast(following, state),
-        following.eps,
-        weight,
-        norm_eps,
-        backend,
+        state, z.to(state.dtype), *_cast(weights, state), *_cast(following, state), weight, norm_eps, backend
     )
 
 
-def _cast(weights: ReadWeights | RoutingWeights, state: Tensor) -> list[Tensor]:
+def _cast(weights: ReadWeights | RoutingWeights, state: Tensor) -> list[Any]:
+    """The fields, the tensors contiguous and in the dtype that the routing is computed in."""
     dtype = torch.promote_types(state.dtype, torch.float32)
-    return [t.to(dtype).contiguous() for t in pack(weights)]
+    return [t.to(dtype).contiguous() if isinstance(t, Tensor) else t for t in weights]
 
 
 def _norm(norm: NormWeights | None, state: Tensor) -> tuple[Tensor | None, float]:

@@ -1,8 +1,9 @@
 // A boundary between two sublayers on a CPU: write, read, or both, forward and backward (see reference.py).
 //
-// One pass over the tokens; everything of a token stays in the first two cache levels. Names: n slots, m segments,
-// d = D / m, dp = d padded to whole vectors (in scratch only), k routing columns (write: n carry + m beta; read: m).
-// C is the type computed in (float or double), S the type stored.
+// One pass over the tokens, a block of a few at a time, which stays in the first two cache levels: the routing of the
+// block's slots is computed together, the mixes are each token's own. Names: n slots, m segments, d = D / m, dp = d
+// padded to whole vectors (in scratch only), k routing columns (write: n carry + m beta; read: m). C is the type
+// computed in (float or double), S the type stored.
 
 #include <cmath>
 #include <cstdint>
@@ -12,6 +13,8 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+namespace {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64, kRows = 8;
@@ -67,8 +70,8 @@ template <class C> struct Product {
   int count;
 };
 
-// A tile of RI rows from row i0 and RV vectors from column w0
-template <class C, int RI, int RV> inline void tile_nn(const Product<C>& p, int64_t i0, int64_t w0) {
+// A tile of RI rows from row i0 and RV vectors from column w0. Functions of their own: GCC gives them better registers.
+template <class C, int RI, int RV> __attribute__((noinline)) void tile_nn(const Product<C>& p, int64_t i0, int64_t w0) {
   using vec = typename Simd<C>::vec;
   constexpr int L = Simd<C>::L;
   vec acc[RI][RV];
@@ -179,7 +182,7 @@ template <class C> inline void row_dots(int64_t I, int64_t W, C* out, const C* a
 
 // c[i][j] = a_i . b_j over W numbers: RI x RJ dot products of rows, at most 16 of them
 template <class C, int RI, int RJ>
-inline void tile_nt(int64_t W, C* c, int64_t ldc, const C* a, int64_t lda, const C* b, int64_t ldb) {
+__attribute__((noinline)) void tile_nt(int64_t W, C* c, int64_t ldc, const C* a, int64_t lda, const C* b, int64_t ldb) {
   constexpr int L = Simd<C>::L, N = RI * RJ, whole = N / L * L;
   typename Simd<C>::vec acc[N] = {};
   for (int64_t w = 0; w < W; w += L)
@@ -281,28 +284,33 @@ template <class C> struct Side {
   int64_t n, m, d, dp;
   bool writes;    // columns: of the carry and, transposed, of B; else those that read
   int64_t k;
-  bool few;          // columns, much fewer than a vector holds: the rows of a slot's matrix lie close together
-  int64_t kp, size;  // numbers from row to row; of all rows, in whole vectors
+  bool few;              // columns, much fewer than a vector holds: the rows of a slot's matrix lie close together
+  int64_t kp;            // numbers from row to row
+  int64_t together;      // the first columns, projected many at a time; the others, few, one by one
+  int64_t block, size;   // tokens in a block, whose rows follow each other; numbers of all their rows, in whole vectors
   bool dynamic;
   C eps;
-  Buffer<C> by_row, by_column, stat, scale, used;  // weights with gain and 1/sqrt(d): d x kp and k x dp; used: 1 or 0
-  Side(const SideArgs& a, const Args& sizes, bool writes)
+  Buffer<C> by_row, by_column;  // weights with gain and 1/sqrt(d): d x kp and k x dp
+  Buffer<C> stat, scale, used;  // once for each token of a block; used: 1 or 0
+  Side(const SideArgs& a, const Args& sizes, bool writes, int64_t block)
       : a(a), n(sizes.n), m(sizes.m), d(sizes.d), dp(padded<C>(d)), writes(writes),
         k(!a.present ? 0 : writes ? n + m : m), few(2 * k < Simd<C>::L), kp(few ? k : padded<C>(k)),
-        size(padded<C>(n * kp)), dynamic(a.dynamic), eps(a.eps), by_row(dynamic && !few ? d * kp : 0),
-        by_column(dynamic ? k * dp : 0), stat(size), scale(size), used(size) {
+        together(2 * (k % Simd<C>::L) < Simd<C>::L && (few || dp >= 4 * Simd<C>::L) ? k - k % Simd<C>::L : kp),
+        block(block), size(padded<C>(block * n * kp)), dynamic(a.dynamic), eps(a.eps),
+        by_row(dynamic && together > 0 ? d * kp : 0), by_column(dynamic ? k * dp : 0), stat(size), scale(size),
+        used(size) {
     const Parameters& w = a.weights;
     const C root = std::sqrt(C(d));
     for (int64_t j = 0; j < k; j++) {
-      for (int64_t i = 0; i < n; i++) {
-        used[i * kp + j] = 1;
-        stat[i * kp + j] = of_slot(w.static_alpha, w.static_beta, i, j);
-        if (dynamic) scale[i * kp + j] = of_slot(w.scale_alpha, w.scale_beta, i, j);
+      for (int64_t row = 0; row < block * n; row++) {
+        used[row * kp + j] = 1;
+        stat[row * kp + j] = of_slot(w.static_alpha, w.static_beta, row % n, j);
+        if (dynamic) scale[row * kp + j] = of_slot(w.scale_alpha, w.scale_beta, row % n, j);
       }
       if (dynamic)
         for (int64_t c = 0; c < d; c++) {
           by_column[j * dp + c] = gain(w)[c] * (of_weight(w, c, j) / root);
-          if (!few) by_row[c * kp + j] = by_column[j * dp + c];
+          if (together > 0) by_row[c * kp + j] = by_column[j * dp + c];
         }
     }
   }
@@ -318,26 +326,25 @@ template <class C> struct Side {
   C* gain(const Parameters& p) const { return static_cast<C*>(p.norm_weight); }
 };
 
-// The routing columns of one token and what its backward needs again
+// The routing columns of a block's tokens and what their backward needs again
 template <class C> struct Routing {
   Buffer<C> c, t, p, spread;  // coefficients, tanh, projection before the norm, 1 / rms of the slot: of size s.size
-  Buffer<C> rs, dots;         // 1 / rms, scratch: n
+  Buffer<C> rs, dots;         // 1 / rms, scratch: a number for each row
   explicit Routing(const Side<C>& s)
-      : c(s.size), t(s.size), p(s.size), spread(s.size), rs(padded<C>(s.n)), dots(padded<C>(s.n)) {}
-  void compute(const Side<C>& s, const C* h) {
+      : c(s.size), t(s.size), p(s.size), spread(s.size), rs(padded<C>(s.block * s.n)), dots(padded<C>(s.block * s.n)) {}
+  void compute(const Side<C>& s, const C* h, int64_t rows) {
     if (!s.dynamic) {
       std::memcpy(c, s.stat, s.size * sizeof(C));
       return;
     }
-    if (s.few)
-      nt<C>(s.n, s.k, s.dp, p, s.kp, h, s.dp, s.by_column, s.dp);
-    else
-      nn<C>(s.n, s.kp, p, s.kp, {h, s.dp, 1, s.by_row, s.kp, s.d}, false);
-    row_dots<C>(s.n, s.dp, rs, h, s.dp, h, s.dp);
-    for (int64_t i = 0; i < padded<C>(s.n); i++) rs[i] = 1 / std::sqrt(rs[i] / s.d + s.eps);
-    for (int64_t i = 0; i < s.n; i++)
+    const int64_t q = s.together;
+    if (q > 0) nn<C>(rows, q, p, s.kp, {h, s.dp, 1, s.by_row, s.kp, s.d}, false);
+    if (q < s.k) nt<C>(rows, s.k - q, s.dp, p + q, s.kp, h, s.dp, s.by_column + q * s.dp, s.dp);
+    row_dots<C>(rows, s.dp, rs, h, s.dp, h, s.dp);
+    for (int64_t i = 0; i < padded<C>(rows); i++) rs[i] = 1 / std::sqrt(rs[i] / s.d + s.eps);
+    for (int64_t i = 0; i < rows; i++)
       for (int64_t j = 0; j < s.kp; j++) spread[i * s.kp + j] = rs[i];
-    for (int64_t j = 0; j < s.size; j += Simd<C>::L) {
+    for (int64_t j = 0; j < padded<C>(rows * s.kp); j += Simd<C>::L) {
       at(t + j) = tanh_of(at(p + j) * at(spread + j));
       at(c + j) = at(s.stat + j) + at(s.scale + j) * at(t + j);
     }
@@ -346,37 +353,50 @@ template <class C> struct Routing {
 
 // Sums over a chunk of tokens of the gradients of one side
 template <class C> struct Sums {
-  std::vector<C> weight, stat, scale;  // k x dp (of the folded weight), n x kp, n x kp
+  std::vector<C> weight, stat, scale;  // k x dp (of the folded weight); as in Side
   explicit Sums(const Side<C>& s) : weight(s.dynamic ? s.k * s.dp : 0), stat(s.size), scale(s.size) {}
 };
 
-// From the gradient of the coefficients, dc, and of what they mixed, to that of the rows h; dc is overwritten
+// From the gradient of the coefficients, dc, and of what they mixed, to that of the rows h; dc is overwritten.
+// mixed is that of the first token.
 template <class C>
 inline void routing_backward(const Side<C>& s, Routing<C>& r, const C* h, C* dc, const Term<C>& mixed, C* out,
-                             Sums<C>* sums) {
+                             Sums<C>* sums, int64_t tokens) {
   using vec = typename Simd<C>::vec;
   constexpr int L = Simd<C>::L;
+  const int64_t rows = tokens * s.n, size = padded<C>(rows * s.kp);
+  for (int64_t j = rows * s.kp; j < size; j++) dc[j] = 0;  // a block that is not full
   if (sums)
-    for (int64_t j = 0; j < s.size; j += L) at(&sums->stat[j]) += at(dc + j);
-  if (!s.dynamic) return nn<C>(s.n, s.dp, out, s.dp, mixed, false);
+    for (int64_t j = 0; j < size; j += L) at(&sums->stat[j]) += at(dc + j);
+  const auto of_token = [&](int64_t t) {
+    return Term<C>{mixed.a + t * s.n * s.kp, mixed.ai, mixed.ak, mixed.b + t * mixed.K * s.dp, mixed.ldb, mixed.K};
+  };
+  if (!s.dynamic) {
+    for (int64_t t = 0; t < tokens; t++) nn<C>(s.n, s.dp, out + t * s.n * s.dp, s.dp, of_token(t), false);
+    return;
+  }
   if (sums)
-    for (int64_t j = 0; j < s.size; j += L) at(&sums->scale[j]) += at(dc + j) * at(r.t + j);
-  for (int64_t j = 0; j < s.size; j += L) {
+    for (int64_t j = 0; j < size; j += L) at(&sums->scale[j]) += at(dc + j) * at(r.t + j);
+  for (int64_t j = 0; j < size; j += L) {
     const vec g = at(dc + j) * at(s.scale + j) * (1 - at(r.t + j) * at(r.t + j));
     at(dc + j) = at(s.used + j) != 0 ? g : vec{};  // not multiplied: a NaN in the padding would never go away
   }
   if (s.few)
-    for (int64_t i = 0; i < s.n; i++) {
+    for (int64_t i = 0; i < rows; i++) {
       C dot = 0;
       for (int64_t j = i * s.k; j < (i + 1) * s.k; j++) dot += dc[j] * r.p[j];
       r.dots[i] = dot;
     }
   else
-    row_dots<C>(s.n, s.kp, r.dots, dc, s.kp, r.p, s.kp);
-  for (int64_t i = 0; i < s.n; i++) r.dots[i] *= -r.rs[i] * r.rs[i] * r.rs[i] / s.d;
-  for (int64_t j = 0; j < s.size; j += L) at(dc + j) *= at(r.spread + j);
-  nn<C>(s.n, s.dp, {out, s.dp, h, r.dots, {mixed, {dc, s.kp, 1, s.by_column, s.dp, s.k}}, 2});
-  if (sums) nn<C>(s.k, s.dp, sums->weight.data(), s.dp, {dc, 1, s.kp, h, s.dp, s.n}, true);
+    row_dots<C>(rows, s.kp, r.dots, dc, s.kp, r.p, s.kp);
+  for (int64_t i = 0; i < rows; i++) r.dots[i] *= -r.rs[i] * r.rs[i] * r.rs[i] / s.d;
+  for (int64_t j = 0; j < size; j += L) at(dc + j) *= at(r.spread + j);
+  for (int64_t t = 0; t < tokens; t++) {
+    const int64_t row = t * s.n;
+    const Term<C> projected{dc + row * s.kp, s.kp, 1, s.by_column, s.dp, s.k};
+    nn<C>(s.n, s.dp, {out + row * s.dp, s.dp, h + row * s.dp, r.dots + row, {of_token(t), projected}, 2});
+  }
+  if (sums) nn<C>(s.k, s.dp, sums->weight.data(), s.dp, {dc, 1, s.kp, h, s.dp, rows}, true);
 }
 
 // Rows between tensors and scratch
@@ -388,27 +408,36 @@ template <class C, class S> inline const C* load(const S* from, int64_t rows, in
     for (int64_t c = 0; c < d; c++) scratch[i * dp + c] = widen(from[i * d + c]);
   return scratch;
 }
+// Where to put rows that store will bring to a tensor: there at once, if that is possible
+template <class C, class S> inline C* room(S* to, int64_t d, int64_t dp, C* scratch) {
+  if constexpr (std::is_same_v<C, S>)
+    if (d == dp) return to;
+  return scratch;
+}
 template <class C, class S> inline void store(const C* from, int64_t rows, int64_t d, int64_t dp, S* to) {
+  if constexpr (std::is_same_v<C, S>)
+    if (from == to) return;
   for (int64_t i = 0; i < rows; i++)
     for (int64_t c = 0; c < d; c++) narrow(from[i * dp + c], to[i * d + c]);
 }
-// The next token's rows, fetched some lines at a time between the steps of this one: all at once would stall it
+// The next block's rows, fetched some lines at a time between the steps of this one: all at once would stall it
 class Ahead {
   struct Range { const char *at, *end; bool stored; } ranges[8];
   int count = 0, current = 0;
   int64_t share = 0;
 
  public:
-  template <class S> void start(const Args& a, int64_t t, bool backward) {
+  template <class S> void start(const Args& a, int64_t t, int64_t tokens, bool backward) {
     const int64_t wide = a.n * a.d * sizeof(S), narrow = a.m * a.d * sizeof(S);
     count = current = 0;
     share = 0;
-    if (t == a.tokens) return;
+    if (t + tokens > a.tokens) tokens = a.tokens - t;
+    if (tokens <= 0) return;
     auto add = [&](const void* p, int64_t bytes, bool stored) {
       if (!p) return;
       auto at = static_cast<const char*>(p) + t * bytes;
-      ranges[count++] = {at, at + bytes, stored};
-      share += bytes / 64 + 1;
+      ranges[count++] = {at, at + tokens * bytes, stored};
+      share += tokens * bytes / 64 + 1;
     };
     add(a.state, wide, false);
     add(a.z, narrow, false);
@@ -418,7 +447,7 @@ class Ahead {
     add(a.x, narrow, true);
     add(a.grad_z, narrow, true);
     add(a.grad_state, wide, true);
-    share = share / (backward ? 8 : 4) + 1;
+    share = share / (tokens * (backward ? 4 : 2)) + 1;
   }
   void fetch() {
     for (int64_t lines = share; lines && current < count; lines--) {
@@ -436,76 +465,89 @@ template <class C, class S> inline void round_to(C* x, int64_t size) {
     for (int64_t i = 0; i < size; i++) { S s; narrow(x[i], s); x[i] = widen(s); }
 }
 
-// One token: the buffers, and the steps that forward and backward share
-template <class C, class S> struct Token {
+// A block of tokens: the buffers, and the steps that forward and backward share
+template <class C, class S> struct Block {
   const Args& a;
   const Side<C>&w, &r;
-  int64_t n, m, d, dp;
+  int64_t n, m, d, dp, wide, narrow;  // of a token's state and of its X or Z: numbers in scratch
   Routing<C> rw, rr;
-  Buffer<C> h_, z_, new_, x_, y_, gn_, gx_, g_, gz_, gh_, dcw, dcr, turned, product, total;
+  Buffer<C> h_, z_, new_, x_, y_, gn_, gx_, g_, gz_, gh_, dcw, dcr, turned, product, total;  // x_ and y_: of a token
   const C *h, *z, *fresh;
   C rstd = 0;
   Ahead next;
 
-  Token(const Args& a, const Side<C>& w, const Side<C>& r)
-      : a(a), w(w), r(r), n(a.n), m(a.m), d(a.d), dp(padded<C>(a.d)), rw(w), rr(r), h_(n * dp), z_(m * dp),
-        new_(n * dp), x_(m * dp), y_(m * dp), gn_(n * dp), gx_(m * dp), g_(n * dp), gz_(m * dp), gh_(n * dp),
-        dcw(w.size), dcr(r.size), turned(dp * padded<C>(a.n)), product(n * padded<C>(a.n)),
+  Block(const Args& a, const Side<C>& w, const Side<C>& r, bool backward)
+      : a(a), w(w), r(r), n(a.n), m(a.m), d(a.d), dp(padded<C>(a.d)), wide(n * dp), narrow(m * dp), rw(w), rr(r),
+        h_(w.block * wide), z_(w.block * narrow), new_(w.block * wide), x_(narrow), y_(narrow),
+        gn_(backward * w.block * wide), gx_(backward * w.block * narrow), g_(backward * w.block * wide),
+        gz_(backward * w.block * narrow), gh_(backward * w.block * wide), dcw(backward * w.size),
+        dcr(backward * r.size), turned(backward * dp * padded<C>(a.n)), product(backward * n * padded<C>(a.n)),
         total(Simd<C>::L) {}
 
-  void read_x() {  // X = A_read^T H', and with a norm its rounded normalised value in y_
-    nn<C>(m, dp, x_, dp, {rr.c, 1, r.kp, fresh, dp, n}, false);
+  // Coefficients of token t of the block
+  const C* of_write(int64_t t) const { return rw.c + t * n * w.kp; }
+  const C* of_read(int64_t t) const { return rr.c + t * n * r.kp; }
+
+  // X = A_read^T H' of token t, and with a norm its rounded normalised value in y_
+  void read_x(int64_t t, C* x) {
+    nn<C>(m, dp, x, dp, {of_read(t), 1, r.kp, fresh + t * wide, dp, n}, false);
     if (!a.norm) return;
-    round_to<C, S>(x_, m * dp);
-    row_dots<C>(1, m * dp, total, x_, 0, x_, 0);
+    round_to<C, S>(x, narrow);
+    row_dots<C>(1, narrow, total, x, 0, x, 0);
     rstd = 1 / std::sqrt(total[0] / (m * d) + C(a.norm_eps));
-    for (int64_t c = 0; c < m * dp; c++) y_[c] = x_[c] * rstd;
-    round_to<C, S>(y_, m * dp);
+    for (int64_t c = 0; c < narrow; c++) y_[c] = x[c] * rstd;
+    round_to<C, S>(y_, narrow);
   }
 
-  void run(int64_t t) {  // H' <- A_carry^T H' + B^T Z, rounded as it is stored; then the read's routing
-    h = fresh = load<C, S>(static_cast<const S*>(a.state) + t * n * d, n, d, dp, h_);
+  // H' <- A_carry^T H' + B^T Z, rounded as it is stored, in to; then the read's routing
+  void run(int64_t first, int64_t tokens, C* to) {
+    h = fresh = load<C, S>(static_cast<const S*>(a.state) + first * n * d, tokens * n, d, dp, h_);
     if (w.k) {
-      z = load<C, S>(static_cast<const S*>(a.z) + t * m * d, m, d, dp, z_);
-      rw.compute(w, h);
-      next.fetch();
-      nn<C>(n, dp, {new_, dp, nullptr, nullptr, {{rw.c, 1, w.kp, h, dp, n}, {rw.c + n, w.kp, 1, z, dp, m}}, 2});
-      round_to<C, S>(new_, n * dp);
-      fresh = new_;
+      z = load<C, S>(static_cast<const S*>(a.z) + first * m * d, tokens * m, d, dp, z_);
+      rw.compute(w, h, tokens * n);
+      for (int64_t t = 0; t < tokens; t++) {
+        next.fetch();
+        const Term<C> carry{of_write(t), 1, w.kp, h + t * wide, dp, n};
+        nn<C>(n, dp, {to + t * wide, dp, nullptr, nullptr, {carry, {of_write(t) + n, w.kp, 1, z + t * narrow, dp, m}}, 2});
+      }
+      round_to<C, S>(to, tokens * wide);
+      fresh = to;
     }
-    next.fetch();
-    if (r.k) rr.compute(r, fresh);
-    next.fetch();
+    if (r.k) rr.compute(r, fresh, tokens * n);
   }
 
-  void forward(int64_t t) {
-    run(t);
-    if (w.k) store<C, S>(fresh, n, d, dp, static_cast<S*>(a.new_state) + t * n * d);
+  void forward(int64_t first, int64_t tokens) {
+    const auto new_state = static_cast<S*>(a.new_state) + first * n * d, x = static_cast<S*>(a.x) + first * m * d;
+    run(first, tokens, room<C, S>(new_state, d, dp, new_));
+    if (w.k) store<C, S>(fresh, tokens * n, d, dp, new_state);
     if (!r.k) return;
-    read_x();
-    next.fetch();
-    if (a.norm) {
-      auto gain = static_cast<const S*>(a.norm);
-      for (int64_t s = 0; s < m; s++)
-        for (int64_t c = 0; c < d; c++) y_[s * dp + c] *= widen(gain[s * d + c]);
+    for (int64_t t = 0; t < tokens; t++) {
+      C* to = a.norm ? +x_ : room<C, S>(x + t * m * d, d, dp, x_);
+      read_x(t, to);
+      next.fetch();
+      if (a.norm) {
+        auto gain = static_cast<const S*>(a.norm);
+        for (int64_t s = 0; s < m; s++)
+          for (int64_t c = 0; c < d; c++) y_[s * dp + c] *= widen(gain[s * d + c]);
+      }
+      store<C, S>(a.norm ? +y_ : to, m, d, dp, x + t * m * d);
     }
-    store<C, S>(a.norm ? y_ : x_, m, d, dp, static_cast<S*>(a.x) + t * m * d);
   }
 
-  // From the gradient of the normalised X to that of X, in gx_
-  void norm_backward(const C* g, std::vector<C>* sums) {
+  // From the gradient of a token's normalised X to that of X
+  void norm_backward(const C* g, C* to, std::vector<C>* sums) {
     auto gain = static_cast<const S*>(a.norm);
     for (int64_t s = 0; s < m; s++)
       for (int64_t c = 0; c < d; c++) {
         const int64_t e = s * dp + c;
         if (sums) (*sums)[s * d + c] += g[e] * y_[e];
-        gx_[e] = g[e] * widen(gain[s * d + c]);
+        to[e] = g[e] * widen(gain[s * d + c]);
       }
-    row_dots<C>(1, m * dp, total, gx_, 0, x_, 0);
+    row_dots<C>(1, narrow, total, to, 0, x_, 0);
     const C slope = rstd * rstd * total[0] / (m * d);
     for (int64_t s = 0; s < m; s++)  // not the padding, where a NaN would stay
-      for (int64_t e = s * dp; e < s * dp + d; e++) gx_[e] = rstd * (gx_[e] - slope * x_[e]);
-    round_to<C, S>(gx_, m * dp);
+      for (int64_t e = s * dp; e < s * dp + d; e++) to[e] = rstd * (to[e] - slope * x_[e]);
+    round_to<C, S>(to, narrow);
   }
 
   // c[i][j] = a_i . b_j for the rows of two buffers
@@ -517,40 +559,51 @@ template <class C, class S> struct Token {
     for (int64_t i = 0; i < I; i++) std::memcpy(c + i * ldc, product + i * jp, J * sizeof(C));
   }
 
-  void backward(int64_t t, Sums<C>* sw, Sums<C>* sr, std::vector<C>* sn) {
-    run(t);
+  void backward(int64_t first, int64_t tokens, Sums<C>* sw, Sums<C>* sr, std::vector<C>* sn) {
+    run(first, tokens, new_);
+    const auto grad_state = static_cast<S*>(a.grad_state) + first * n * d;
     const C* g = nullptr;
-    if (a.grad_new) g = load<C, S>(static_cast<const S*>(a.grad_new) + t * n * d, n, d, dp, gn_);
+    if (a.grad_new) g = load<C, S>(static_cast<const S*>(a.grad_new) + first * n * d, tokens * n, d, dp, gn_);
     if (r.k) {
-      const C* gx = load<C, S>(static_cast<const S*>(a.grad_x) + t * m * d, m, d, dp, gx_);
+      const C* gx = load<C, S>(static_cast<const S*>(a.grad_x) + first * m * d, tokens * m, d, dp, gx_);
       if (a.norm) {
-        read_x();
-        norm_backward(gx, sn);
+        for (int64_t t = 0; t < tokens; t++) {
+          read_x(t, x_);
+          norm_backward(gx + t * narrow, gx_ + t * narrow, sn);
+        }
         gx = gx_;
       }
-      dots(n, m, dcr, r.kp, fresh, gx);
-      next.fetch();
-      routing_backward<C>(r, rr, fresh, dcr, {rr.c, r.kp, 1, gx, dp, m}, g_, sr);
-      next.fetch();
-      round_to<C, S>(g_, n * dp);  // as if the read had stored it, so that fused and separate agree to the bit
-      if (g) {
-        for (int64_t e = 0; e < n * dp; e++) g_[e] += g[e];
-        round_to<C, S>(g_, n * dp);
+      for (int64_t t = 0; t < tokens; t++) {
+        dots(n, m, dcr + t * n * r.kp, r.kp, fresh + t * wide, gx + t * narrow);
+        next.fetch();
       }
-      g = g_;
+      C* to = w.k || g ? +g_ : room<C, S>(grad_state, d, dp, g_);
+      routing_backward<C>(r, rr, fresh, dcr, {rr.c, r.kp, 1, gx, dp, m}, to, sr, tokens);
+      round_to<C, S>(to, tokens * wide);  // as if the read had stored it, so that fused and separate agree to the bit
+      if (g) {
+        for (int64_t e = 0; e < tokens * wide; e++) to[e] += g[e];
+        round_to<C, S>(to, tokens * wide);
+      }
+      g = to;
     }
     if (w.k) {
-      dots(n, n, dcw, w.kp, h, g);
-      next.fetch();
-      dots(n, m, dcw + n, w.kp, g, z);
-      nn<C>(m, dp, gz_, dp, {rw.c + n, 1, w.kp, g, dp, n}, false);
-      next.fetch();
-      store<C, S>(gz_, m, d, dp, static_cast<S*>(a.grad_z) + t * m * d);
-      routing_backward<C>(w, rw, h, dcw, {rw.c, w.kp, 1, g, dp, n}, gh_, sw);
-      next.fetch();
-      g = gh_;
+      const auto grad_z = static_cast<S*>(a.grad_z) + first * m * d;
+      C* to = room<C, S>(grad_z, d, dp, gz_);
+      for (int64_t t = 0; t < tokens; t++) {
+        const C* gt = g + t * wide;
+        C* dc = dcw + t * n * w.kp;
+        dots(n, n, dc, w.kp, h + t * wide, gt);
+        next.fetch();
+        dots(n, m, dc + n, w.kp, gt, z + t * narrow);
+        nn<C>(m, dp, to + t * narrow, dp, {of_write(t) + n, 1, w.kp, gt, dp, n}, false);
+        next.fetch();
+      }
+      store<C, S>(to, tokens * m, d, dp, grad_z);
+      C* gh = room<C, S>(grad_state, d, dp, gh_);
+      routing_backward<C>(w, rw, h, dcw, {rw.c, w.kp, 1, g, dp, n}, gh, sw, tokens);
+      g = gh;
     }
-    store<C, S>(g, n, d, dp, static_cast<S*>(a.grad_state) + t * n * d);
+    store<C, S>(g, tokens * n, d, dp, grad_state);
   }
 };
 
@@ -560,7 +613,11 @@ template <class C> void finish(const Side<C>& s, const std::vector<std::unique_p
   Sums<C> total(s);
   for (auto& chunk : chunks) {
     for (size_t j = 0; j < total.weight.size(); j++) total.weight[j] += chunk->weight[j];
-    for (size_t j = 0; j < total.stat.size(); j++) total.stat[j] += chunk->stat[j], total.scale[j] += chunk->scale[j];
+    for (int64_t t = 0; t < s.block; t++)
+      for (int64_t j = 0; j < s.n * s.kp; j++) {
+        total.stat[j] += chunk->stat[t * s.n * s.kp + j];
+        total.scale[j] += chunk->scale[t * s.n * s.kp + j];
+      }
   }
   const Parameters &w = s.a.weights, &g = s.a.gradients;
   for (int64_t i = 0; i < s.n; i++)
@@ -581,8 +638,16 @@ template <class C> void finish(const Side<C>& s, const std::vector<std::unique_p
   }
 }
 
+// Tokens in a block, by the shapes alone, like the order of the sums; the fewer slots, the more they help each other
+inline int64_t block_of(const Args& a) {
+  int64_t block = 16 / a.n;
+  if (block > a.tokens) block = a.tokens;
+  return block < 1 ? 1 : block > 4 ? 4 : block;
+}
+
 template <class C, class S> void run(const Args& a, bool backward, bool needs_weights) {
-  const Side<C> w(a.write, a, true), r(a.read, a, false);
+  const int64_t block = block_of(a);
+  const Side<C> w(a.write, a, true, block), r(a.read, a, false, block);
   // Chunks depend on the number of tokens alone, so sums are the same for any number of threads.
   const int64_t most = 64, least = 16, wanted = a.tokens / least;
   const int64_t chunks = wanted < 1 ? 1 : wanted > most ? most : wanted;
@@ -590,7 +655,7 @@ template <class C, class S> void run(const Args& a, bool backward, bool needs_we
   std::vector<std::vector<C>> sn(chunks);
 #pragma omp parallel num_threads(int(a.threads < chunks ? a.threads : chunks))
   {
-    Token<C, S> token(a, w, r);
+    Block<C, S> tokens(a, w, r, backward);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
       if (needs_weights) {
@@ -598,12 +663,14 @@ template <class C, class S> void run(const Args& a, bool backward, bool needs_we
         sr[chunk] = std::make_unique<Sums<C>>(r);
         sn[chunk].resize(a.norm ? a.m * a.d : 0);
       }
-      for (int64_t t = a.tokens * chunk / chunks; t < a.tokens * (chunk + 1) / chunks; t++) {
-        token.next.template start<S>(a, t + 1, backward);
+      const int64_t end = a.tokens * (chunk + 1) / chunks;
+      for (int64_t t = a.tokens * chunk / chunks; t < end; t += block) {
+        const int64_t count = t + block < end ? block : end - t;
+        tokens.next.template start<S>(a, t + count, block, backward);
         if (backward)
-          token.backward(t, sw[chunk].get(), sr[chunk].get(), needs_weights ? &sn[chunk] : nullptr);
+          tokens.backward(t, count, sw[chunk].get(), sr[chunk].get(), needs_weights ? &sn[chunk] : nullptr);
         else
-          token.forward(t);
+          tokens.forward(t, count);
       }
     }
   }
@@ -617,6 +684,8 @@ template <class C, class S> void run(const Args& a, bool backward, bool needs_we
       static_cast<C*>(a.grad_norm)[c] = total;
     }
 }
+
+}  // namespace
 
 extern "C" int vwn_boundary(const Args* a, int backward, int needs_weights) {
   switch (a->dtype) {

@@ -6,14 +6,64 @@ for the backward; the routing is computed again there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vwn.ops.backends import Backend, choose, module
-from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights, Weights, unpack
+from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights, Weights
+
+# Every weight is an argument of its own, in the order of the fields of weights.py, and the three ops are differentiated
+# by `_differentiate`: lists of tensors, or `register_autograd` with many arguments, take PyTorch 0.1 ms a call.
+_LIBRARY = torch.library.Library("vwn", "FRAGMENT")
+
+
+def _define(kernel: Callable[..., Any]) -> Any:
+    """As ``torch.library.custom_op``, but without its autograd: see :func:`_differentiate`."""
+    name = kernel.__name__
+    schema = torch.library.infer_schema(kernel, mutates_args=())
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, torch.compiler.disable(kernel), "CompositeExplicitAutograd")
+    return getattr(torch.ops.vwn, name).default
+
+
+def _differentiate(op: Any, backward: Callable[..., list[Tensor]], data: int) -> None:
+    """Save the inputs of ``op`` and hand them, as they came, to ``backward`` behind the gradients of the results.
+
+    The gradients it returns are of the tensors among them, in their order: of the first ``data``, which are no weights,
+    and if weights need them of all.
+    """
+
+    def below(keyset: Any, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *inputs: Any) -> Any:
+            ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+            ctx.save_for_backward(*_tensors(inputs))
+            ctx.others = [value for value in inputs if not isinstance(value, Tensor)]
+            return below(keyset, *inputs)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
+            inputs = [next(tensors if is_tensor else others) for is_tensor in ctx.is_tensor]
+            needs_weights = any(ctx.needs_input_grad[1 + data :])
+            found = iter(backward(*grads, *inputs, needs_weights))
+            wanted = [is_tensor and (i < data or needs_weights) for i, is_tensor in enumerate(ctx.is_tensor)]
+            return None, *(next(found) if wants else None for wants in wanted)
+
+    def kernel(keyset: Any, *inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(inputs)):
+            return Differentiable.apply(keyset, *inputs)
+        return below(keyset, *inputs)
+
+    Differentiable.__name__ = f"{op._opname}_backward"
+    _LIBRARY.impl(op._opname, kernel, "Autograd", with_keyset=True)
 
 
 def _runner(backend: str, state: Tensor) -> Backend:
@@ -31,9 +81,9 @@ def _shaped(t: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.ops.aten._unsafe_view(t, shape)
 
 
-def _weights(kind: type[Weights], tensors: Sequence[Tensor], eps: float) -> Weights:
-    """Detached: ``torch.matmul`` takes another route, to other bits, for what requires a gradient."""
-    return unpack(kind, [t.detach() for t in tensors], eps)
+def _detached(weights: Weights) -> Weights:
+    """``torch.matmul`` takes another route, to other bits, for what requires a gradient."""
+    return type(weights)(*(t.detach() if isinstance(t, Tensor) else t for t in weights))  # type: ignore[arg-type]
 
 
 def _norm(weight: Tensor | None, eps: float) -> NormWeights | None:
@@ -45,56 +95,99 @@ def _hidden_size(state: Tensor, static_alpha: Tensor) -> int:
     return state.shape[-1] // n * (columns - n)
 
 
-@torch.library.custom_op("vwn::read", mutates_args=())
+@_define
 def read(
-    state: Tensor, weights: Sequence[Tensor], eps: float, norm: Tensor | None, norm_eps: float, backend: str
+    state: Tensor,
+    static_alpha: Tensor,
+    dynamic_alpha: Tensor | None,
+    scale_alpha: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    norm: Tensor | None,
+    norm_eps: float,
+    backend: str,
 ) -> Tensor:
     """``X = Åᵀ H'``: ``[..., D'] -> [..., D]``."""
-    r = _weights(ReadWeights, weights, eps)
+    r = _detached(ReadWeights(static_alpha, dynamic_alpha, scale_alpha, norm_weight, eps))
     _, x = _runner(backend, state).forward(_tokens(state), None, None, r, _norm(norm, norm_eps))
-    return _shaped(x, [*state.shape[:-1], _hidden_size(state, weights[0])])
+    return _shaped(x, [*state.shape[:-1], _hidden_size(state, static_alpha)])
 
 
-@torch.library.custom_op("vwn::write", mutates_args=())
-def write(state: Tensor, z: Tensor, weights: Sequence[Tensor], eps: float, backend: str) -> Tensor:
+@_define
+def write(
+    state: Tensor,
+    z: Tensor,
+    static_alpha: Tensor,
+    static_beta: Tensor,
+    dynamic_alpha: Tensor | None,
+    dynamic_beta: Tensor | None,
+    scale_alpha: Tensor | None,
+    scale_beta: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    backend: str,
+) -> Tensor:
     """``Bᵀ Z + Âᵀ H'``: ``[..., D'], [..., D] -> [..., D']``."""
-    new, _ = _runner(backend, state).forward(
-        _tokens(state), _tokens(z), _weights(RoutingWeights, weights, eps), None, None
+    w = _detached(
+        RoutingWeights(
+            static_alpha, static_beta, dynamic_alpha, dynamic_beta, scale_alpha, scale_beta, norm_weight, eps
+        )
     )
+    new, _ = _runner(backend, state).forward(_tokens(state), _tokens(z), w, None, None)
     return _shaped(new, state.shape)
 
 
-@torch.library.custom_op("vwn::write_read", mutates_args=())
+@_define
 def write_read(
     state: Tensor,
     z: Tensor,
-    weights: Sequence[Tensor],
+    static_alpha: Tensor,
+    static_beta: Tensor,
+    dynamic_alpha: Tensor | None,
+    dynamic_beta: Tensor | None,
+    scale_alpha: Tensor | None,
+    scale_beta: Tensor | None,
+    norm_weight: Tensor | None,
     eps: float,
-    read_weights: Sequence[Tensor],
+    read_static_alpha: Tensor,
+    read_dynamic_alpha: Tensor | None,
+    read_scale_alpha: Tensor | None,
+    read_norm_weight: Tensor | None,
     read_eps: float,
     norm: Tensor | None,
     norm_eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The write of one sublayer and the read of the next: ``-> [..., D'], [..., D]``."""
-    w, r = _weights(RoutingWeights, weights, eps), _weights(ReadWeights, read_weights, read_eps)
+    w = _detached(
+        RoutingWeights(
+            static_alpha, static_beta, dynamic_alpha, dynamic_beta, scale_alpha, scale_beta, norm_weight, eps
+        )
+    )
+    r = _detached(ReadWeights(read_static_alpha, read_dynamic_alpha, read_scale_alpha, read_norm_weight, read_eps))
     new, x = _runner(backend, state).forward(_tokens(state), _tokens(z), w, r, _norm(norm, norm_eps))
     return _shaped(new, state.shape), _shaped(x, z.shape)
+
+
+# Their backwards, from the gradients of the results: lists, because what is not needed is left out
 
 
 @torch.library.custom_op("vwn::read_backward", mutates_args=())
 def read_backward(
     grad_x: Tensor,
     state: Tensor,
-    weights: Sequence[Tensor],
+    static_alpha: Tensor,
+    dynamic_alpha: Tensor | None,
+    scale_alpha: Tensor | None,
+    norm_weight: Tensor | None,
     eps: float,
     norm: Tensor | None,
     norm_eps: float,
     backend: str,
     needs_weights: bool,
 ) -> list[Tensor]:
-    """Gradients of the state, and if ``needs_weights`` of the weights and the norm's weight."""
-    r = _weights(ReadWeights, weights, eps)
+    """Gradients of the state, and if ``needs_weights`` of the weights and the norm's weight, those that are there."""
+    r = _detached(ReadWeights(static_alpha, dynamic_alpha, scale_alpha, norm_weight, eps))
     first, *rest = _runner(backend, state).backward(
         None, _tokens(grad_x), _tokens(state), None, None, r, _norm(norm, norm_eps), needs_weights
     )
@@ -106,13 +199,23 @@ def write_backward(
     grad_state: Tensor,
     state: Tensor,
     z: Tensor,
-    weights: Sequence[Tensor],
+    static_alpha: Tensor,
+    static_beta: Tensor,
+    dynamic_alpha: Tensor | None,
+    dynamic_beta: Tensor | None,
+    scale_alpha: Tensor | None,
+    scale_beta: Tensor | None,
+    norm_weight: Tensor | None,
     eps: float,
     backend: str,
     needs_weights: bool,
 ) -> list[Tensor]:
-    """Gradients of the state, of ``z``, and if ``needs_weights`` of the weights."""
-    w = _weights(RoutingWeights, weights, eps)
+    """Gradients of the state, of ``z``, and if ``needs_weights`` of the weights that are there."""
+    w = _detached(
+        RoutingWeights(
+            static_alpha, static_beta, dynamic_alpha, dynamic_beta, scale_alpha, scale_beta, norm_weight, eps
+        )
+    )
     first, second, *rest = _runner(backend, state).backward(
         _tokens(grad_state), None, _tokens(state), _tokens(z), w, None, None, needs_weights
     )
@@ -125,134 +228,81 @@ def write_read_backward(
     grad_x: Tensor,
     state: Tensor,
     z: Tensor,
-    weights: Sequence[Tensor],
+    static_alpha: Tensor,
+    static_beta: Tensor,
+    dynamic_alpha: Tensor | None,
+    dynamic_beta: Tensor | None,
+    scale_alpha: Tensor | None,
+    scale_beta: Tensor | None,
+    norm_weight: Tensor | None,
     eps: float,
-    read_weights: Sequence[Tensor],
+    read_static_alpha: Tensor,
+    read_dynamic_alpha: Tensor | None,
+    read_scale_alpha: Tensor | None,
+    read_norm_weight: Tensor | None,
     read_eps: float,
     norm: Tensor | None,
     norm_eps: float,
     backend: str,
     needs_weights: bool,
 ) -> list[Tensor]:
-    """Gradients of the state, of ``z``, and if ``needs_weights`` of both weights and the norm's weight."""
-    w, r = _weights(RoutingWeights, weights, eps), _weights(ReadWeights, read_weights, read_eps)
+    """Gradients of the state, of ``z``, and if ``needs_weights`` of both weights and the norm's weight, as above."""
+    w = _detached(
+        RoutingWeights(
+            static_alpha, static_beta, dynamic_alpha, dynamic_beta, scale_alpha, scale_beta, norm_weight, eps
+        )
+    )
+    r = _detached(ReadWeights(read_static_alpha, read_dynamic_alpha, read_scale_alpha, read_norm_weight, read_eps))
     first, second, *rest = _runner(backend, state).backward(
         _tokens(grad_state), _tokens(grad_x), _tokens(state), _tokens(z), w, r, _norm(norm, norm_eps), needs_weights
     )
     return [_shaped(first, state.shape), _shaped(second, z.shape), *rest]
 
 
-# Shapes without running
+# Shapes without running. `rest`: weights and options, as in the op
 
 
 def _like(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-@read.register_fake
-def _(state, weights, eps, norm, norm_eps, backend):
-    return state.new_empty(*state.shape[:-1], _hidden_size(state, weights[0]))
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    return [t for t in values if isinstance(t, Tensor)]
 
 
-@write.register_fake
-def _(state, z, weights, eps, backend):
+@torch.library.register_fake("vwn::read", lib=_LIBRARY)
+def _(state, static_alpha, *rest):
+    return state.new_empty(*state.shape[:-1], _hidden_size(state, static_alpha))
+
+
+@torch.library.register_fake("vwn::write", lib=_LIBRARY)
+def _(state, z, *rest):
     return _like(state)
 
 
-@write_read.register_fake
-def _(state, z, weights, eps, read_weights, read_eps, norm, norm_eps, backend):
+@torch.library.register_fake("vwn::write_read", lib=_LIBRARY)
+def _(state, z, *rest):
     return _like(state), _like(z)
 
 
 @read_backward.register_fake
-def _(grad_x, state, weights, eps, norm, norm_eps, backend, needs_weights):
-    small = [*weights, *([] if norm is None else [norm])] if needs_weights else []
-    return [_like(t) for t in (state, *small)]
+def _(grad_x, state, *rest):
+    *weights, needs_weights = rest
+    return [_like(t) for t in (state, *(_tensors(weights) if needs_weights else ()))]
 
 
 @write_backward.register_fake
-def _(grad_state, state, z, weights, eps, backend, needs_weights):
-    return [_like(t) for t in (state, z, *(weights if needs_weights else ()))]
+def _(grad_state, state, z, *rest):
+    *weights, needs_weights = rest
+    return [_like(t) for t in (state, z, *(_tensors(weights) if needs_weights else ()))]
 
 
 @write_read_backward.register_fake
-def _(grad_state, grad_x, state, z, weights, eps, read_weights, read_eps, norm, norm_eps, backend, needs_weights):
-    small = [*weights, *read_weights, *([] if norm is None else [norm])] if needs_weights else []
-    return [_like(t) for t in (state, z, *small)]
+def _(grad_state, grad_x, state, z, *rest):
+    *weights, needs_weights = rest
+    return [_like(t) for t in (state, z, *(_tensors(weights) if needs_weights else ()))]
 
 
-# Autograd
-
-
-def _save_read(ctx: Any, inputs: tuple, output: Any) -> None:
-    state, weights, eps, norm, norm_eps, backend = inputs
-    ctx.save_for_backward(state, norm, *weights)
-    ctx.options = eps, norm_eps, backend
-    ctx.needs_weights = any(t is not None and t.requires_grad for t in (norm, *weights))
-
-
-def _read_gradients(ctx: Any, grad_x: Tensor) -> tuple:
-    state, norm, *weights = ctx.saved_tensors
-    eps, norm_eps, backend = ctx.options
-    first, *rest = read_backward(grad_x, state, weights, eps, norm, norm_eps, backend, ctx.needs_weights)
-    of_weights, of_norm = _split(rest, [len(weights), norm is not None])
-    return first, of_weights, None, of_norm[0], None, None
-
-
-def _save_write(ctx: Any, inputs: tuple, output: Any) -> None:
-    state, z, weights, eps, backend = inputs
-    ctx.save_for_backward(state, z, *weights)
-    ctx.options = eps, backend
-    ctx.needs_weights = any(t.requires_grad for t in weights)
-
-
-def _write_gradients(ctx: Any, grad_state: Tensor) -> tuple:
-    state, z, *weights = ctx.saved_tensors
-    eps, backend = ctx.options
-    first, second, *rest = write_backward(grad_state, state, z, weights, eps, backend, ctx.needs_weights)
-    return first, second, rest or [None] * len(weights), None, None
-
-
-def _save_write_read(ctx: Any, inputs: tuple, output: Any) -> None:
-    state, z, weights, eps, read_weights, read_eps, norm, norm_eps, backend = inputs
-    ctx.save_for_backward(state, z, norm, *weights, *read_weights)
-    ctx.options = eps, read_eps, norm_eps, backend
-    ctx.writes = len(weights)
-    ctx.needs_weights = any(t is not None and t.requires_grad for t in (norm, *weights, *read_weights))
-
-
-def _write_read_gradients(ctx: Any, grad_state: Tensor, grad_x: Tensor) -> tuple:
-    state, z, norm, *tensors = ctx.saved_tensors
-    weights, read_weights = tensors[: ctx.writes], tensors[ctx.writes :]
-    eps, read_eps, norm_eps, backend = ctx.options
-    first, second, *rest = write_read_backward(
-        grad_state,
-        grad_x,
-        state,
-        z,
-        weights,
-        eps,
-        read_weights,
-        read_eps,
-        norm,
-        norm_eps,
-        backend,
-        ctx.needs_weights,
-    )
-    of_write, of_read, of_norm = _split(rest, [len(weights), len(read_weights), norm is not None])
-    return first, second, of_write, None, of_read, None, of_norm[0], None, None
-
-
-def _split(gradients: list[Tensor], counts: list[int]) -> list[list[Any]]:
-    """Cut a list into pieces; what was not asked for is ``None``."""
-    rest: list[Any] = gradients or [None] * sum(counts)
-    pieces = []
-    for count in counts:
-        pieces.append(rest[:count] or [None])
-        rest = rest[count:]
-    return pieces
-
-
-read.register_autograd(_read_gradients, setup_context=_save_read)
-write.register_autograd(_write_gradients, setup_context=_save_write)
-write_read.register_autograd(_write_read_gradients, setup_context=_save_write_read)
+_differentiate(read, read_backward, data=1)
+_differentiate(write, write_backward, data=2)
+_differentiate(write_read, write_read_backward, data=2)
