@@ -4,6 +4,9 @@ Two ways. A chain of connections whose sublayers keep nothing (they negate), so 
 models of two depths, of which the slope per sublayer less that of the plain backbone is what virtual width adds; the
 plain one keeps the input of each norm as well, so nothing else differs, unless the read takes on the norm (Triton):
 then that input is not kept and less is added.
+
+And the most that a training step holds above its parameters, with the logits of every head in memory and with
+Liger-Kernel's loss, which never holds them all.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from benchmarks.report import NOT_MEASURED, Report, parser
 from vwn import GeneralizedHyperConnection, Geometry, ops
 from vwn.connection_cost import connection_cost
 from vwn.errors import UserError
+from vwn.hf.loss import choose_loss
 from vwn.hf.stream import Reader, Stream
 from vwn.ops import RoutingWeights
 from vwn.ops.weights import pack, unpack
@@ -36,6 +40,7 @@ NOTES = {
     "share of bound": "over (r+1)De, the state and the sublayer's output",
     "paper": "over eta r D e with eta = 1/2, section 6's saved activations of a sublayer's connection",
     "chain": "sublayers keep nothing themselves; 'model' is what is added to the plain backbone's",
+    "loss": "peak of forward and backward with all gradients, per token; 'logits' are those of one head, as stored",
     "not seen": "what the C++ backend allocates for itself while it runs, which is never kept",
 }
 COLUMNS = {
@@ -51,6 +56,9 @@ COLUMNS = {
     "over_paper": "10.2f",
     "plain_bytes": "11.0f",
     "model_ratio": "11.3f",
+    "logits_bytes": "12.0f",
+    "peak_bytes": "11.0f",
+    "loss": "9.5f",
 }
 
 
@@ -67,6 +75,8 @@ def main() -> None:
     for shape in options.shapes or (SHAPES[:1] if options.quick else SHAPES[::2]):
         for keep in KEEP[:1] if options.quick else KEEP:
             report.add(_model(shape, options.backend, keep, options))
+    for who in ("torch", "liger"):
+        report.add(_loss(who, options))
     report.done()
 
 
@@ -139,6 +149,39 @@ def _model_slope(
     trainings = {count: Training(size, connection, device, batch, depth=count // 2, **common) for count in SUBLAYERS}
     slope = _slope({count: t.loss for count, t in trainings.items()}, torch.device(device))
     return slope / (batch[0] * batch[1])
+
+
+def _loss(who: str, options: argparse.Namespace) -> dict[str, Any]:
+    connection, mtp = (4, 8), 1
+    size = models.preset("dense", options.device, options.quick)
+    vocab = 512 if options.quick else 131072 if options.device == "cuda" else 32768
+    batch = (4, 32) if options.quick else models.tokens(options.device, options.quick)
+    labels = {"where": "loss", "connection": list(connection), "width": size.width, "who": who, "vocabulary": vocab}
+    try:
+        choose_loss(who, torch.device(options.device))
+    except UserError as error:
+        return labels | {NOT_MEASURED: str(error)}
+    training = Training(size, connection, options.device, batch, options.backend, mtp, vocab=vocab)
+    training.model.loss_backend = who
+
+    def backward() -> Tensor:
+        training.optimizer.zero_grad(set_to_none=True)
+        loss = training.loss()
+        loss.backward()
+        return loss.detach()
+
+    backward()  # what the first call compiles and leaves behind
+    training.optimizer.zero_grad(set_to_none=True)
+    loss, memory = measure.memory_of(backward, torch.device(options.device))
+    tokens = batch[0] * batch[1]
+    logits = vocab * training.model.lm_head.weight.element_size()
+    return labels | {
+        "heads": 1 + mtp,
+        "tokens": tokens,
+        "logits_bytes": logits,
+        "peak_bytes": memory.peak / tokens,
+        "loss": loss.item(),
+    }
 
 
 def _against(saved: float, shape: tuple[int, int], width: int, dtype: torch.dtype, keep: int) -> dict[str, float]:

@@ -48,6 +48,7 @@ class Training:
         checkpointing: gradient checkpointing of every layer.
         compiled: whether the model goes through ``torch.compile``.
         depth: layers, if not the backbone's own.
+        vocab: size of the vocabulary, if not the one that suits the device.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class Training:
         checkpointing: bool = False,
         compiled: bool = False,
         depth: int | None = None,
+        vocab: int | None = None,
     ) -> None:
-        vocab = VOCAB[device]
+        vocab = vocab or VOCAB[device]
         fields = size.fields(vocab, batch[1])
         fields |= {} if depth is None else {"num_hidden_layers": depth}
         backbone = CONFIG_MAPPING[fields.pop("model_type")](**fields)

@@ -109,6 +109,19 @@ def test_memory(tmp_path):
     assert chain["listing", 1]["saved_bytes"] > 2 * bound
     [model] = [row for row in rows if row["where"] == "model"]
     assert model["saved_bytes"] == pytest.approx((3 / 2 + 1) * 32 * 4, rel=0.01)
+    loss = {row["who"]: row for row in rows if row["where"] == "loss"}
+    assert loss["torch"]["peak_bytes"] > loss["torch"]["heads"] * loss["torch"]["logits_bytes"] == 2 * 512 * 4
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        assert loss["liger"]["loss"] == pytest.approx(loss["torch"]["loss"], abs=1e-4)
+        saved = loss["torch"]["peak_bytes"] - loss["liger"]["peak_bytes"]
+        assert saved > loss["torch"]["logits_bytes"]
+
+
+def test_memory_of_a_loss_that_cannot_run_is_not_measured(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    rows = run(tmp_path, "memory", "--shapes", "2x3")["rows"]
+    [liger] = [row for row in rows if row.get("who") == "liger"]
+    assert "it runs on a GPU, not on cpu" in liger["not measured"]
 
 
 def test_exponent_of_known_powers():

@@ -171,7 +171,8 @@ inline void tile_dots(int64_t I, int64_t W, C* out, const C* a, int64_t lda, con
   at(out) = sums<C, N>(acc);
 }
 // out[i] = a_i . b_i over W numbers, for I rows; out has room for a whole vector past the last
-template <class C> inline void row_dots(int64_t I, int64_t W, C* out, const C* a, int64_t lda, const C* b, int64_t ldb) {
+template <class C>
+inline void row_dots(int64_t I, int64_t W, C* out, const C* a, int64_t lda, const C* b, int64_t ldb) {
   constexpr int L = Simd<C>::L;
   for (; I > L / 2; I -= L, out += L, a += L * lda, b += L * ldb) tile_dots<C, L>(I, W, out, a, lda, b, ldb);
   if constexpr (L > 4)
@@ -508,7 +509,8 @@ template <class C, class S> struct Block {
       for (int64_t t = 0; t < tokens; t++) {
         next.fetch();
         const Term<C> carry{of_write(t), 1, w.kp, h + t * wide, dp, n};
-        nn<C>(n, dp, {to + t * wide, dp, nullptr, nullptr, {carry, {of_write(t) + n, w.kp, 1, z + t * narrow, dp, m}}, 2});
+        const Term<C> injected{of_write(t) + n, w.kp, 1, z + t * narrow, dp, m};
+        nn<C>(n, dp, {to + t * wide, dp, nullptr, nullptr, {carry, injected}, 2});
       }
       round_to<C, S>(to, tokens * wide);
       fresh = to;
