@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import measure, models
+from benchmarks import gpu, measure, models
 from benchmarks.models import Training
 from benchmarks.rivals import Inputs, check_listing
 
@@ -177,3 +178,61 @@ def test_listing_that_differs_is_noticed():
             getattr(changed, field).add_(0.1)
         with pytest.raises(AssertionError, match="listing"):
             check_listing(inputs, changed)
+
+
+# All that wants a GPU
+
+
+def test_gpu_steps_within_a_time_limit(tmp_path):
+    """Each is asked for what the options say; one that fails or takes too long does not keep others from running."""
+    options = gpu._parser().parse_args(["--shapes", "2x3", "--folder", str(tmp_path), "--commit", "abc"])
+    commands, timeouts = {}, []
+
+    def run(command, env, timeout, cwd):
+        name = gpu.STEPS[len(commands)].name
+        commands[name] = command, env
+        timeouts.append(timeout)
+        if name == "memory":
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, returncode=3 * (name == "accuracy"))
+
+    end = time.monotonic() + 100
+    lines = list(gpu.run_all(list(gpu.STEPS), options, end, run))
+    assert [line.split(":")[0] for line in lines] == [step.name for step in gpu.STEPS]
+    assert lines[0] == "tests: done"
+    assert lines[1] == "accuracy: failed, exit code 3"
+    assert "stopped" in lines[5]
+    assert all(0 < timeout <= 100 for timeout in timeouts)
+    command, environment = commands["connections_tuned"]
+    assert environment["VWN_TUNE"] == "1"
+    assert command[command.index("--out") + 1] == str(tmp_path / "connections_tuned-cuda.json")
+    assert command[command.index("--shapes") + 1] == "2x3"
+    assert command[command.index("--commit") + 1] == "abc"
+    assert list(gpu.run_all(list(gpu.STEPS[:1]), options, time.monotonic() + 1, run)) == ["tests: no time left"]
+
+
+def test_gpu_steps_run_dry(tmp_path):
+    """In Triton's interpreter, by the same commands."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--steps", "accuracy"]
+    command += ["--shapes", "2x3", "--folder", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "accuracy: done" in result.stdout
+    rows = json.loads((tmp_path / "accuracy-cpu.json").read_text())["rows"]
+    assert {row["backend"] for row in rows} == {"triton"}
+    assert all(row["output_ulp"] < 20 for row in rows if "not measured" not in row)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--device", "cpu", "--steps", "speed"], "no such step: speed"), ([], "there is no GPU")],
+)
+def test_gpu_steps_that_cannot_be_run(arguments, message):
+    if not arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
