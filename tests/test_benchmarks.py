@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, measure, models
+from benchmarks import gpu, measure, models, static_cost
 from benchmarks.models import Training
 from benchmarks.rivals import Inputs, check_listing
 
@@ -128,6 +128,24 @@ def test_memory_of_a_loss_that_cannot_run_is_not_measured(tmp_path, monkeypatch)
 def test_exponent_of_known_powers():
     assert measure.exponent([1, 2, 4], [3.0, 6.0, 12.0]) == pytest.approx(1)
     assert measure.exponent([1, 2, 4], [1.0, 4.0, 16.0]) == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("trips", "persistent", "expected"), [(1, False, 6), (4, False, 12), (1, True, 5), (4, True, 11)]
+)
+def test_instructions_of_loops_count_as_often_as_they_run(trips, persistent, expected):
+    code = """
+        .L_x_0:
+            /*0000*/                   S2R R0, SR_CTAID.X ;
+        .L_x_1:
+            /*0010*/                   FADD R1, R1, R0 ;
+            /*0020*/              @P0  BRA `(.L_x_1) ;
+            /*0030*/                   STG.E [R2], R1 ;
+            /*0040*/              @!P1 BRA `(.L_x_0) ;
+        .L_x_2:
+            /*0050*/                   BRA `(.L_x_2) ;"""
+    lines = code if persistent else code.replace("@!P1 BRA `(.L_x_0)", "EXIT")
+    assert static_cost.executed(lines, trips, persistent) == expected
 
 
 def test_rivals_take_turns():

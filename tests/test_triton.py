@@ -17,6 +17,7 @@ from vwn import ops  # noqa: E402 - the variable must be there before Triton is 
 from vwn.errors import UserError  # noqa: E402
 from vwn.ops import backends, reference  # noqa: E402
 from vwn.ops import triton as backend  # noqa: E402
+from vwn.ops import triton_tuning as tuning  # noqa: E402
 from vwn.ops.triton_tuning import Launch  # noqa: E402
 from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights  # noqa: E402
 
@@ -252,6 +253,37 @@ def test_fused_is_write_then_read(m, n, d, dtype, launch, monkeypatch):
     assert_same(c.backward(), [*rest, *of_read])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(("m", "n", "d"), [(2, 3, 70), (4, 16, 70), (1, 4, 33), (8, 64, 5)])
+def test_few_tokens_are_as_among_many(m, n, d, dtype):
+    """Projections made ready for all tiles, or by each; several tokens a tile and the last one not full."""
+    many = Case(m, n, d, dtype, tokens=17)
+    few = Case(m, n, d, dtype, tokens=17)
+    few.state, few.z, few.grad_state, few.grad_x = (t[:5] for t in (few.state, few.z, few.grad_state, few.grad_x))
+    assert_same(few.forward(), [t[:5] for t in many.forward()])
+    assert_same(few.backward(needs_weights=False), [t[:5] for t in many.backward(needs_weights=False)])
+
+
+@pytest.mark.parametrize(("m", "n", "d"), [(2, 3, 40), (4, 16, 17)])
+def test_packed_or_not_the_weights_get_the_same_gradients(m, n, d, monkeypatch):
+    case = Case(m, n, d, torch.bfloat16, tokens=9)
+    results = []
+    for few in (16, 0):
+        monkeypatch.setattr(backend, "_FEW", few)
+        results.append(case.backward())
+    assert_same(*results)
+
+
+@pytest.mark.parametrize(("m", "n", "d"), [(2, 3, 300), (4, 16, 300), (8, 64, 300)])
+def test_forward_and_backward_share_out_the_columns_alike(m, n, d):
+    """Else the backward would not compute the forward's new state again to the bit."""
+    launch = tuning.rule(n, d)
+    a, b = (backend.tiling(m, n, d, launch, backward) for backward in (False, True))
+    assert a["S"] == b["S"]
+    assert a["NC"] * a["BD"] == b["NC"] * b["BD"] >= d / a["S"]
+    assert b["BT"] >= a["BT"]
+
+
 def test_two_runs_agree():
     case = Case(4, 8, 20, torch.bfloat16, tokens=5)
     assert_same(case.forward(), case.forward())
@@ -261,28 +293,39 @@ def test_two_runs_agree():
 # The backend
 
 
-def test_one_launch_forward_and_two_backward(monkeypatch):
-    from vwn.ops import triton_backward, triton_forward, triton_sums
+def test_launches(monkeypatch):
+    """One forward for few tokens, as when decoding, else two; of a backward with gradients of weights one more."""
+    from vwn.ops import triton_backward, triton_forward, triton_pack, triton_sums
 
     launches = []
 
     class Counted:
-        def __init__(self, kernel):
-            self.kernel = kernel
+        def __init__(self, kernel, name):
+            self.kernel, self.name = kernel, name
 
         def __getitem__(self, grid):
-            launches.append(grid)
+            launches.append(self.name)
             return self.kernel[grid]
 
-    for module, name in [(triton_forward, "boundary"), (triton_backward, "boundary_backward"), (triton_sums, "sums")]:
-        monkeypatch.setattr(module, name, Counted(getattr(module, name)))
-    case = Case(2, 3, 12, tokens=1)
-    case.forward()
-    assert launches == [(1,)]
-    case.backward()
-    assert len(launches) == 3
-    Case(2, 3, 12, tokens=0).forward()
-    assert len(launches) == 3
+    kernels = [(triton_forward, "boundary"), (triton_backward, "boundary_backward"), (triton_sums, "sums")]
+    for module, name in [*kernels, (triton_pack, "pack")]:
+        monkeypatch.setattr(module, name, Counted(getattr(module, name), name))
+
+    def launched_by(what, *arguments):
+        launches.clear()
+        what(*arguments)
+        return launches.copy()
+
+    for tokens in (1, 16):
+        few = Case(2, 3, 12, tokens=tokens)
+        assert launched_by(few.forward) == ["boundary"]
+        assert launched_by(few.backward) == ["boundary_backward", "sums"]
+    many = Case(2, 3, 12, tokens=17)
+    assert launched_by(many.forward) == ["pack", "boundary"]
+    assert launched_by(many.backward) == ["pack", "boundary_backward", "sums"]
+    assert launched_by(many.backward, True, False) == ["pack", "boundary_backward"]
+    assert launched_by(Case(2, 3, 12, tokens=17, dynamic=(False, False)).forward) == ["boundary"]
+    assert launched_by(Case(2, 3, 12, tokens=0).forward) == []
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a compiled kernel does not see the change")
@@ -291,8 +334,8 @@ def test_the_result_is_the_kernels(monkeypatch):
 
     case = Case(2, 3, 12)
     right = case.forward()
-    mixed = triton_forward.product
-    monkeypatch.setattr(triton_forward, "product", lambda a, b, acc, split: mixed(a, b, acc, split) * 2)
+    mixed = triton_forward.mixed
+    monkeypatch.setattr(triton_forward, "mixed", lambda a, x, acc, split: mixed(a, x, acc, split) * 2)
     assert all((a != b).any() for a, b in zip(right, case.forward(), strict=True))
 
 

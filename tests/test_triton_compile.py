@@ -30,6 +30,7 @@ def compiled(m: int, n: int, width: int, dtype: str, candidate: int = 0) -> dict
     from vwn.ops import triton as backend
     from vwn.ops.triton_backward import boundary_backward
     from vwn.ops.triton_forward import boundary
+    from vwn.ops.triton_pack import pack
     from vwn.ops.triton_sums import sums
     from vwn.ops.triton_tuning import candidates
     from vwn.ops.weights import NormWeights, RoutingWeights
@@ -40,16 +41,27 @@ def compiled(m: int, n: int, width: int, dtype: str, candidate: int = 0) -> dict
     write = RoutingWeights(*map(torch.empty, shapes), 1e-6)
     state, z = torch.empty(1, n * d, dtype=stored), torch.empty(1, width, dtype=stored)
     norm, launch = NormWeights(torch.empty(width, dtype=stored), 1e-6), candidates(n, d)[candidate]
-    b = backend._Boundary(state, write, write.to_read, norm, launch)
-    common = {**b.sizes, **b.flags, **b.part, "SPLIT": backend._split(state), "WEIGHTS": True}
+    split = backend._split(state)
+    f, b = (backend._Boundary(state, write, write.to_read, norm, launch, backward) for backward in (False, True))
     tensors = [t for t in b.weights if isinstance(t, torch.Tensor)]
-    parts = torch.empty(1)
+    of_projections = [b.weights[i] for i in (2, 3, 6, 9, 11)]
+    packed, parts = torch.empty(1, dtype=stored if split else torch.float32), torch.empty(1)
     calls = {
-        "forward": (boundary, [state, z, state, z, 1, *b.weights], b.options),
-        "backward": (boundary_backward, [state, z, state, z, state, z, parts, 1, *b.weights], b.options),
-        "sums": (sums, [parts, 1, *tensors, *(b.weights[i] for i in (2, 3, 6, 9, 11))], {}),
+        "pack": (pack, [packed, *of_projections], f, {}),
+        "forward": (boundary, [state, z, state, z, packed, 1, *b.weights], f, f.options),
+        "decoding": (boundary, [state, z, state, z, None, 1, *b.weights], f, f.options),
+        "backward": (boundary_backward, [state, z, state, z, state, z, parts, z, packed, 1, *b.weights], b, b.options),
+        "sums": (sums, [parts, 1, *tensors, *of_projections], b, {}),
     }
-    return {name: resources(kernel, arguments, common, options) for name, (kernel, arguments, options) in calls.items()}
+    return {
+        name: resources(kernel, arguments, constants(of, split), options)
+        for name, (kernel, arguments, of, options) in calls.items()
+    }
+
+
+def constants(b, split: bool) -> dict[str, object]:
+    """What is known when the kernels are compiled."""
+    return {**b.sizes, **b.flags, **b.part, "SPLIT": split, "WEIGHTS": True}
 
 
 def resources(kernel, arguments, constants, options) -> dict[str, int]:
@@ -63,6 +75,8 @@ def resources(kernel, arguments, constants, options) -> dict[str, int]:
     for i, name in enumerate(kernel.arg_names):
         if i >= len(arguments):
             signature[name], given[(i,)] = "constexpr", constants[name]
+        elif arguments[i] is None:
+            signature[name], given[(i,)] = "constexpr", None
         elif isinstance(arguments[i], torch.Tensor):
             signature[name], hints[(i,)] = types[arguments[i].dtype], [["tt.divisibility", 16]]
         else:
@@ -95,12 +109,13 @@ def _compiler() -> None:
 
 
 def check(kernels: dict[str, dict[str, int]], spilled: int) -> None:
-    assert set(kernels) == {"forward", "backward", "sums"}
+    assert set(kernels) == {"pack", "forward", "decoding", "backward", "sums"}
     for kernel in kernels.values():
         assert kernel["shared"] <= SHARED_MEMORY
     assert kernels["forward"]["spilled"] <= 64
+    assert kernels["decoding"]["spilled"] <= 256  # each tile makes the projections ready
     assert kernels["backward"]["spilled"] <= spilled
-    assert kernels["sums"]["spilled"] == 0
+    assert kernels["sums"]["spilled"] == kernels["pack"]["spilled"] == 0
 
 
 @pytest.mark.slow

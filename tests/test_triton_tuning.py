@@ -88,11 +88,13 @@ def test_each_candidate_is_right(m, n, d, dtype):
 
 
 def test_the_fastest_is_launched(monkeypatch):
-    wanted = tuning.candidates(3, 40)[-1]
+    wanted = tuning.candidates(*SHAPE[1:])[-1]
     timed(monkeypatch, lambda launch: 1.0 if launch == wanted else 2.0)
-    assert chosen() == wanted != tuning.rule(3, 40)
+    assert chosen() == wanted != tuning.rule(*SHAPE[1:])
     tiling, seen = backend.tiling, []
-    monkeypatch.setattr(backend, "tiling", lambda m, n, d, launch: seen.append(launch) or tiling(m, n, d, launch))
+    monkeypatch.setattr(
+        backend, "tiling", lambda m, n, d, launch, back: seen.append(launch) or tiling(m, n, d, launch, back)
+    )
     case = Case(*SHAPE)
     result = case.forward()
     case.backward()
@@ -103,7 +105,7 @@ def test_the_fastest_is_launched(monkeypatch):
 def test_it_is_measured_once(monkeypatch, tmp_path):
     asked = timed(monkeypatch, lambda launch: float(launch.columns))
     first = chosen()
-    assert asked == list(tuning.candidates(3, 40))
+    assert asked == list(tuning.candidates(*SHAPE[1:]))
     timed(monkeypatch, lambda launch: -float(launch.columns))
     assert chosen() == anew() == first
     (file,) = tmp_path.glob("triton/*/launch.json")
@@ -119,10 +121,10 @@ def test_another_shape_dtype_or_code_is_measured_again(monkeypatch):
     whats += [lambda: chosen(torch.bfloat16), lambda: chosen(shape=(1, 3, 40)), lambda: chosen(shape=(2, 3, 41))]
     for number, what in enumerate(whats, 1):
         what()
-        assert len(asked) == number * len(tuning.candidates(3, 40))
+        assert len(asked) == number * len(tuning.candidates(*SHAPE[1:]))
     monkeypatch.setattr(triton, "__version__", "0")
     anew()
-    assert len(asked) == 5 * len(tuning.candidates(3, 40))
+    assert len(asked) == 5 * len(tuning.candidates(*SHAPE[1:]))
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"launch": {"columns": 16}}'])
@@ -139,13 +141,13 @@ def test_what_the_gpu_cannot_run_is_left_out(monkeypatch, tmp_path):
     from triton.runtime.errors import OutOfResources
 
     full = OutOfResources(300000, 232448, "shared memory")
-    rule = tuning.rule(3, 40)
+    rule = tuning.rule(*SHAPE[1:])
     timed(monkeypatch, lambda launch: 1.0 if launch == rule else full)
     assert chosen() == rule
     (file,) = tmp_path.glob("triton/*/launch.json")
     assert (
         sorted(json.loads(file.read_text())["milliseconds"].values(), key=str).count(None)
-        == len(tuning.candidates(3, 40)) - 1
+        == len(tuning.candidates(*SHAPE[1:])) - 1
     )
     timed(monkeypatch, lambda launch: full)
     with pytest.raises(OutOfResources):
@@ -154,12 +156,12 @@ def test_what_the_gpu_cannot_run_is_left_out(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("value", ["0", ""])
 def test_unasked_nothing_is_measured_or_looked_up(monkeypatch, tmp_path, value):
-    timed(monkeypatch, lambda launch: 1.0 if launch.warps == 4 else 2.0)
-    assert chosen() != tuning.rule(3, 40)
+    timed(monkeypatch, lambda launch: 2.0 if launch.keep else 1.0)
+    assert chosen() != tuning.rule(*SHAPE[1:])
     monkeypatch.setenv("VWN_TUNE", value)
-    assert chosen() == tuning.rule(3, 40)
+    assert chosen() == tuning.rule(*SHAPE[1:])
     monkeypatch.delenv("VWN_TUNE")
-    assert chosen() == tuning.rule(3, 40)
+    assert chosen() == tuning.rule(*SHAPE[1:])
 
 
 def test_what_cannot_be_done_is_said(monkeypatch):

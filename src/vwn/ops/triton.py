@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vwn.ops.triton_tuning import Launch, chosen, power, rows
+from vwn.ops.triton_tuning import Launch, chosen, power, rows, rows_backward
 from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FEW = 16
+"""Tokens that are not worth a launch of their own for the weights, as when decoding."""
 _PROGRAMS = 264
 """Of a backward; a constant, so that sums are the same on every GPU: two for each of the 132 processors of an H100."""
 
@@ -37,7 +39,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @cache
-def tiling(m: int, n: int, d: int, launch: Launch) -> dict[str, Any]:
+def tiling(m: int, n: int, d: int, launch: Launch, backward: bool = False) -> dict[str, Any]:
     """Sizes of tiles and programs, from the shape and the launch alone, so that each sum has one order.
 
     Args:
@@ -45,14 +47,18 @@ def tiling(m: int, n: int, d: int, launch: Launch) -> dict[str, Any]:
         n: slots.
         d: segment width.
         launch: as :func:`vwn.ops.triton_tuning.chosen`.
+        backward: it takes more tokens at a time, and fewer columns.
 
     Returns:
         the constants of the kernels, see :mod:`vwn.ops.triton_tiles`.
     """
-    slots, segments, height = power(n), power(m), rows(n)
-    columns = max(16, min(launch.columns, power(d)))
-    # With few rows a product is too small to be shared out among the warps, so each takes a piece of its columns.
-    pieces = min(launch.warps, columns // 16) if height < 64 else 1
+    slots, segments, height = power(n), power(m), rows_backward(m, n) if backward else rows(n)
+    # The pieces of a row are for the warps, which multiply 32 columns at a time.
+    pieces = min(launch.warps, launch.columns // 32) if slots < 64 and launch.columns >= 64 else 1
+    columns, chunks = launch.columns // pieces, -(-d // launch.columns)
+    most = 64 if slots >= 64 else 32
+    if backward and columns > most:
+        columns, chunks = most, chunks * columns // most
     return {
         "TAU": float(d) ** 0.5,
         "n": n,
@@ -62,10 +68,13 @@ def tiling(m: int, n: int, d: int, launch: Launch) -> dict[str, Any]:
         "M": segments,
         "BT": height // slots,
         "R": height,
-        "Q": max(16, height // slots * segments),
+        "H": max(16, slots),
+        "Q": max(8, height // slots * segments),
+        "KN": max(8, slots),
+        "KM": max(8, segments),
         "S": pieces,
-        "BD": columns // pieces,
-        "NC": -(-d // columns),
+        "BD": columns,
+        "NC": chunks,
         "KEEP": launch.keep,
     }
 
@@ -80,15 +89,16 @@ class _Boundary:
         read: ReadWeights | None,
         norm: NormWeights | None,
         launch: Launch | None,
+        backward: bool = False,
     ) -> None:
         weights = write if write is not None else read
         assert weights is not None
         n, m = weights.n, weights.m
         d = state.shape[1] // n
         launch = launch or chosen(m, n, d, state.device, state.dtype)
-        self.sizes = tiling(m, n, d, launch)
+        self.sizes = dict(tiling(m, n, d, launch, backward))
         # Several stages would load ahead into shared memory, more than there is.
-        self.options = {"num_warps": launch.warps, "num_stages": 1}
+        self.options = {"num_warps": launch.warps * (2 if backward and n > 32 else 1), "num_stages": 1}
         self.tokens = state.shape[0]
         self.tiles = -(-self.tokens // self.sizes["BT"])
         self.hidden_size = m * d
@@ -102,14 +112,31 @@ class _Boundary:
             "READ_DYNAMIC": read is not None and read.dynamic,
             "NORM": norm is not None,
         }
-        write_part = self.flags["WRITE"] * (n + m) * (n + self.flags["WRITE_DYNAMIC"] * (n + d))
-        read_part = self.flags["READ"] * m * (n + self.flags["READ_DYNAMIC"] * (n + d))
-        matrices = 2 * self.sizes["R"] * (self.sizes["R"] + 2 * self.sizes["Q"])
-        self.part = {
-            "PART": write_part + read_part + self.flags["NORM"] * m * d + matrices,
-            "WRITE_PART": write_part,
-            "READ_PART": read_part,
-        }
+        s = self.sizes
+        width = s["S"] * s["BD"] * s["NC"]
+        widths = self.flags["WRITE"] * (s["KN"] + s["KM"]), self.flags["READ"] * s["KM"]
+        count = self.flags["WRITE_DYNAMIC"] * widths[0] + self.flags["READ_DYNAMIC"] * widths[1]
+        norm_at, matrices = count * width, (count + self.flags["NORM"] * s["KM"]) * width
+        self.part = {"PART": matrices + 2 * s["R"] * sum(widths), "NORM_AT": norm_at, "MATRICES": matrices}
+        s["WIDTH"] = width
+        self.packed = count * width
+
+    def pack(self, state: Tensor) -> Tensor | None:
+        """The projections, made ready for all tiles, or ``None`` if these are so few that each is to do it itself."""
+        from vwn.ops import triton_pack
+
+        if self.tokens <= _FEW or not self.packed:
+            return None
+        s, split = self.sizes, _split(state)
+        packed = state.new_empty((1 + split) * self.packed, dtype=state.dtype if split else torch.float32)
+        triton_pack.pack[(-(-s["WIDTH"] // triton_pack.BC.value),)](
+            packed,
+            *(self.weights[i] for i in (2, 3, 6, 9, 11)),
+            **{name: s[name] for name in ("n", "m", "d", "N", "M", "KN", "KM", "WIDTH")},
+            **{name: self.flags[name] for name in ("WRITE_DYNAMIC", "READ_DYNAMIC")},
+            SPLIT=split,
+        )
+        return packed
 
 
 def forward(
@@ -120,7 +147,8 @@ def forward(
     norm: NormWeights | None = None,
     launch: Launch | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As :func:`vwn.ops.reference.forward`, for contiguous ``[T, D']`` and ``[T, D]``; one launch.
+    """As :func:`vwn.ops.reference.forward`, for contiguous ``[T, D']`` and ``[T, D]``; one launch for few
+    tokens, else two.
 
     ``launch``: how, if not as :func:`vwn.ops.triton_tuning.chosen` has it.
     """
@@ -130,9 +158,16 @@ def forward(
     new = None if write is None else torch.empty_like(state)
     x = None if read is None else state.new_empty(b.tokens, b.hidden_size)
     if b.tiles:
-        kernel = triton_forward.boundary[(b.tiles,)]
         with torch.cuda.device_of(state):
-            kernel(state, z, new, x, b.tokens, *b.weights, SPLIT=_split(state), **b.sizes, **b.flags, **b.options)
+            packed = b.pack(state)
+            triton_forward.boundary[(b.tiles,)](
+                *(state, z, new, x, packed, b.tokens),
+                *b.weights,
+                SPLIT=_split(state),
+                **b.sizes,
+                **b.flags,
+                **b.options,
+            )
     return new, x
 
 
@@ -147,10 +182,12 @@ def backward(
     needs_weights: bool,
     launch: Launch | None = None,
 ) -> list[Tensor]:
-    """As :func:`vwn.ops.reference.backward`, for contiguous ``[T, D']`` and ``[T, D]``; at most two launches."""
+    """As :func:`vwn.ops.reference.backward`, for contiguous ``[T, D']`` and ``[T, D]``; at most three
+    launches.
+    """
     from vwn.ops import triton_backward, triton_sums
 
-    b = _Boundary(state, write, read, norm, launch)
+    b = _Boundary(state, write, read, norm, launch, backward=True)
     programs = min(b.tiles, _PROGRAMS)
     of_state = torch.empty_like(state)
     of_z = None if z is None else torch.empty_like(z)
@@ -159,8 +196,9 @@ def backward(
     sizes = {name: size for name, size in b.sizes.items() if name != "KEEP"}
     with torch.cuda.device_of(state):
         if programs:
+            packed = b.pack(state)
             triton_backward.boundary_backward[(programs,)](
-                *(grad_state, grad_x, state, z, of_state, of_z, parts, b.tokens),
+                *(grad_state, grad_x, state, z, of_state, of_z, parts, packed, b.tokens),
                 *b.weights,
                 SPLIT=_split(state),
                 WEIGHTS=needs_weights,
@@ -177,7 +215,7 @@ def backward(
                 *(parts, programs),
                 *(t for i, t in enumerate(of_weights) if i not in eps),
                 *(b.weights[i] for i in (2, 3, 6, 9, 11)),
-                **{name: sizes[name] for name in ("n", "m", "d", "N", "M")},
+                **{name: sizes[name] for name in ("n", "m", "d", "N", "M", "R", "KN", "KM", "S", "WIDTH")},
                 **b.flags,
                 **b.part,
             )

@@ -10,18 +10,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vwn.ops.triton_sums import accumulate, accumulate_matrix, once, store_matrix
-from vwn.ops.triton_tiles import (
+from vwn.ops.triton_routing import (
+    beside,
+    block_diagonal,
     coefficients,
-    columns_of,
-    load_columns,
-    load_rows,
+    factors,
+    load_projection,
+    mixed,
+    mixed_segments,
+    operands,
+    over_halves,
     over_tokens,
-    product,
+    own,
+    projected,
     rms_reciprocal,
+    segment_operands,
+    segments_of,
+    transposed_operands,
+    unprojected,
+)
+from vwn.ops.triton_sums import accumulate, accumulate_matrix, over_all_tokens
+from vwn.ops.triton_tiles import (
+    dot,
+    each_group,
+    far,
+    held,
+    load_rows,
+    over_pieces,
+    product_across,
     rounded,
+    rounded_pairs,
     rows_of,
-    spread,
     store_rows,
     swapped,
 )
@@ -29,36 +48,51 @@ from vwn.ops.triton_tiles import (
 
 @triton.jit
 def through_routing(grad, p, rstd, t, s, TAU: tl.constexpr, d: tl.constexpr):
-    """From the gradient of coefficients, ``[R, K]``, to that of the slots.
+    """From the gradient of coefficients, ``[G, H, K]``, to that of the slots.
 
     Returns:
-        what the projection's weights are to be multiplied with, ``[R, K]``, and the slots themselves, ``[R]``.
+        what the projection's weights are to be multiplied with, ``[G, H, K]``, and the slots themselves, ``[G, H]``.
     """
-    factor = grad * s * (1 - t * t) * (rstd / TAU)[:, None]
-    return factor, -rstd * rstd / d * tl.sum(factor * p, axis=1)
+    factor = grad * s * (1 - t * t) * (rstd / TAU)[:, :, None]
+    return factor, -rstd * rstd / d * tl.sum(factor * p, axis=2)
 
 
 @triton.jit
-def input_gradient(
-    grad_x,
-    x,
-    rstd,
-    slope,
-    norm_gain,
-    z_row,
-    z_there,
-    segment,
-    c,
-    d: tl.constexpr,
-):
-    """The gradient of ``X`` and of the gain, ``[S, Q, BD]``, from that of the normalised ``X``."""
-    g = load_rows(grad_x, z_row, z_there, c, d).to(tl.float32)
-    places = (segment * d)[None, :, None] + c[:, None, :]
-    gain = tl.load(norm_gain + places, mask=z_there[None, :, None] & (c < d)[:, None, :], other=0.0)
-    wide = x.to(tl.float32)
-    unit = wide * rstd[None, :, None]
-    of_x = rstd[None, :, None] * (g * gain.to(tl.float32) - wide * slope[None, :, None])
-    return rounded(of_x, x.dtype), g * rounded(unit, x.dtype).to(tl.float32)
+def upstream(grad_x, norm_gain, row, gain_row, chunk, d, S, U, L, NC, NORM: tl.constexpr):
+    """The gradient of ``X`` before its norm was taken into account, a chunk ``[S, Q, BD]``: times the gain."""
+    g = load_rows(grad_x, row, chunk, d, S, U, L, NC, 1, True)
+    if NORM:
+        gain = load_rows(norm_gain, gain_row, chunk, d, S, U, L, NC, 1, True)
+        g = rounded_pairs(g.to(tl.float32) * gain.to(tl.float32), g.dtype)
+    return g
+
+
+@triton.jit
+def through_norm(q, gram, read, left, eps, M: tl.constexpr, WIDTH: tl.constexpr):
+    """The norm's part of a read's backward, from small matrices alone, for ``X = Åᵀ H'`` is in the span of the slots.
+
+    With ``U`` the gradient of the normalised ``X`` times the gain, that of ``X`` is ``rstd (U - slope X)``.
+
+    Args:
+        q: ``H' Uᵀ``, ``[G, H, Q]``.
+        gram: ``H' H'ᵀ``, ``[G, H, H]``, zero where rows are of different tokens.
+        read: ``Å``, block-diagonal, ``[G, H, Q]``.
+
+    Returns:
+        the gradient of ``Å``; ``rstd Å``; what ``H'`` is mixed with, ``-rstd slope Å Åᵀ``; and ``rstd``, ``[Q]``.
+    """
+    Q: tl.constexpr = q.shape[2]
+    of_slots = dot(gram, read, tl.zeros(read.shape, tl.float32), "tf32x3")
+    squares = over_tokens(tl.sum(tl.sum(read * of_slots, axis=1), axis=0), M)
+    dots = over_tokens(tl.sum(tl.sum(read * q, axis=1), axis=0), M)
+    rstd = tl.where(tl.arange(0, Q) // M < left, tl.rsqrt(squares / WIDTH + eps), 0.0)
+    slope = (rstd * rstd * dots / WIDTH)[None, None, :]
+    scaled = read * rstd[None, None, :]
+    grad = rstd[None, None, :] * (q - slope * of_slots)
+    a, b = scaled * -slope, read
+    if Q == 8:  # tensor cores multiply 16
+        a, b = beside(a, tl.zeros_like(a)), beside(b, tl.zeros_like(b))
+    return grad, scaled, dot(a, swapped(b), tl.zeros(gram.shape, tl.float32), "tf32x3"), rstd
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -70,6 +104,7 @@ def boundary_backward(
     of_state,
     of_z,
     parts,
+    packed,
     tokens,
     static_alpha,
     static_beta,
@@ -94,10 +129,14 @@ def boundary_backward(
     M: tl.constexpr,
     BT: tl.constexpr,
     R: tl.constexpr,
+    H: tl.constexpr,
     Q: tl.constexpr,
+    KN: tl.constexpr,
+    KM: tl.constexpr,
     S: tl.constexpr,
     BD: tl.constexpr,
     NC: tl.constexpr,
+    WIDTH: tl.constexpr,
     SPLIT: tl.constexpr,
     WRITE: tl.constexpr,
     WRITE_DYNAMIC: tl.constexpr,
@@ -106,206 +145,204 @@ def boundary_backward(
     NORM: tl.constexpr,
     WEIGHTS: tl.constexpr,
     PART: tl.constexpr,
-    WRITE_PART: tl.constexpr,
-    READ_PART: tl.constexpr,
+    NORM_AT: tl.constexpr,
+    MATRICES: tl.constexpr,
 ):
     """Gradients of :func:`vwn.ops.triton_forward.boundary`; see :func:`vwn.ops.reference.backward`.
 
-    ``WRITE_PART`` and ``READ_PART`` are the sizes of those of a part, ``PART`` that of all.
+    ``PART`` is the size of a part (:mod:`vwn.ops.triton_sums`); the norm's is at ``NORM_AT``, the routing's at
+    ``MATRICES``.
     """
+    G: tl.constexpr = R // H
+    PARTS: tl.constexpr = 2 if SPLIT else 1
+    APART: tl.constexpr = H >= 64  # what two phases take would not be held in registers
+    U: tl.constexpr = BD // 32 if S > 1 else 1
+    L: tl.constexpr = BD // U
+    A: tl.constexpr = m + n
+    READ_AT: tl.constexpr = WRITE_DYNAMIC * (KN + KM)
     if WEIGHTS:
         part = parts + tl.program_id(0).to(tl.int64) * PART
-        matrices = part + (WRITE_PART + READ_PART + NORM * m * d)
-        beta_matrices = matrices + 2 * R * R
-        read_matrices = beta_matrices + 2 * R * Q
+        matrices = part + MATRICES
+        beta_matrices = matrices + 2 * R * KN
+        read_matrices = matrices + WRITE * 2 * R * (KN + KM)
 
     for first in tl.range(tl.program_id(0) * BT, tokens, tl.num_programs(0) * BT, disable_licm=True):
         fresh = first == tl.program_id(0) * BT
-        row, there, token, slot = rows_of(first, tokens, n, N, R, BT)
-        z_row, z_there, z_token, segment = rows_of(first, tokens, m, M, Q, BT)
-        same = (token[:, None] == token[None, :]) & there[:, None] & there[None, :]
-        z_same = (token[:, None] == z_token[None, :]) & there[:, None] & z_there[None, :]
+        left = tokens - first
+        row, there = rows_of(first, tokens, n, N, R, BT, U)
+        z_row, z_there = rows_of(first, tokens, m, M, Q, BT, U)
+        begin, z_begin = far(first, n * d), far(first, m * d)
 
         if WRITE:
-            gram = tl.zeros([S, R, R], tl.float32)
-            carry_p = tl.zeros([S, R, R], tl.float32)
-            beta_p = tl.zeros([S, R, Q], tl.float32)
-            for chunk in range(NC):
-                c = columns_of(chunk, S, BD)
-                h = load_rows(state, row, there, c, d)
-                if WRITE_DYNAMIC:
-                    gram = product(h, swapped(h), gram, SPLIT)
-                    w = load_columns(dynamic_alpha, write_gain, c, slot, there, m, m + n, d)
-                    carry_p = product(h, w, carry_p, SPLIT)
-                    w = load_columns(dynamic_beta, write_gain, c, segment, z_there, 0, m, d)
-                    beta_p = product(h, w, beta_p, SPLIT)
-            write_rstd = rms_reciprocal(gram, write_eps, d)
-            carry_p, beta_p = tl.sum(carry_p, axis=0), tl.sum(beta_p, axis=0)
+            gram = tl.zeros([G * S, H, H], tl.float32)
+            carry_p = tl.zeros([G * S, H, KN * PARTS], tl.float32)
+            beta_p = tl.zeros([G * S, H, KM * PARTS], tl.float32)
+            if WRITE_DYNAMIC:
+                for chunk in tl.range(NC):
+                    h = held(load_rows(state + begin, row, chunk, d, S, U, L, NC, G, True), tokens, SPLIT)
+                    gram = product_across(h, h, gram, SPLIT)
+                    w = load_projection(
+                        packed, dynamic_alpha, write_gain, chunk, 0, m, A, n, N, KN, SPLIT, d, S, U, L, NC
+                    )
+                    carry_p = projected(h, w, carry_p, SPLIT)
+                    w = load_projection(
+                        packed, dynamic_beta, write_gain, chunk, KN, 0, m, m, M, KM, SPLIT, d, S, U, L, NC
+                    )
+                    beta_p = projected(h, w, beta_p, SPLIT)
+            write_rstd = rms_reciprocal(gram, write_eps, d, G)
+            carry_p, beta_p = over_halves(carry_p, G, KN), over_halves(beta_p, G, KM)
 
         if READ:
             if WRITE:
                 carry, _, _ = coefficients(
-                    carry_p, write_rstd, static_alpha, scale_alpha, slot, slot, same, TAU, m, m + n, 1, WRITE_DYNAMIC
+                    carry_p, write_rstd, static_alpha, scale_alpha, left, TAU, m, A, 1, n, N, n, N, WRITE_DYNAMIC
                 )
                 beta, _, _ = coefficients(
-                    beta_p, write_rstd, static_beta, scale_beta, slot, segment, z_same, TAU, 0, 1, n, WRITE_DYNAMIC
+                    beta_p, write_rstd, static_beta, scale_beta, left, TAU, 0, 1, n, m, M, n, N, WRITE_DYNAMIC
                 )
-            gram = tl.zeros([S, R, R], tl.float32)
-            read_p = tl.zeros([S, R, Q], tl.float32)
-            for chunk in range(NC):
-                c = columns_of(chunk, S, BD)
-                h = load_rows(state, row, there, c, d)
+                carry_to = operands(swapped(block_diagonal(carry, H, N, N, True)), S, SPLIT)
+                beta_to = segment_operands(block_diagonal(beta, Q, M, N, False), S, SPLIT)
+            gain_row = rows_of(0, BT, m, M, Q, BT, U)[0] % m
+            gram = tl.zeros([G * S, H, H], tl.float32)
+            read_p = tl.zeros([G * S, H, KM * PARTS], tl.float32)
+            grad = tl.zeros([G * S, H, Q], tl.float32)
+            for chunk in tl.range(NC):
+                h = held(load_rows(state + begin, row, chunk, d, S, U, L, NC, G, True), tokens, SPLIT)
                 if WRITE:
-                    mixed = product(spread(tl.trans(carry), S), h, tl.zeros([S, R, BD], tl.float32), SPLIT)
-                    h = rounded(product(spread(beta, S), load_rows(z, z_row, z_there, c, d), mixed, SPLIT), h.dtype)
-                    store_rows(of_state, row, there, c, d, h)
+                    acc = mixed(carry_to, h, tl.zeros([G * S, H, BD], tl.float32), SPLIT)
+                    acc = mixed_segments(
+                        beta_to, load_rows(z + z_begin, z_row, chunk, d, S, U, L, NC, 1, True), acc, SPLIT
+                    )
+                    h = rounded(acc, h.dtype)
+                    store_rows(of_state + begin, row, there, chunk, h, d, S, U, L, NC, G)
+                if READ_DYNAMIC or NORM:
+                    gram = product_across(h, h, gram, SPLIT)
                 if READ_DYNAMIC:
-                    gram = product(h, swapped(h), gram, SPLIT)
-                    w = load_columns(dynamic_read, read_gain, c, segment, z_there, 0, m + n, d)
-                    read_p = product(h, w, read_p, SPLIT)
-            read_rstd = rms_reciprocal(gram, read_eps, d)
-            read_p = tl.sum(read_p, axis=0)
-            if NORM:
-                read, _, _ = coefficients(
-                    read_p, read_rstd, static_read, scale_read, slot, segment, z_same, TAU, 0, m + n, 1, READ_DYNAMIC
-                )
-            tl.debug_barrier()  # other threads wrote what is read next
-
-            if NORM:
-                squares = tl.zeros([S, Q], tl.float32)
-                dots = tl.zeros([S, Q], tl.float32)
-                for chunk in range(NC):
-                    c = columns_of(chunk, S, BD)
-                    h = load_rows(of_state if WRITE else state, row, there, c, d)
-                    x = rounded(product(spread(tl.trans(read), S), h, tl.zeros([S, Q, BD], tl.float32), SPLIT), h.dtype)
-                    wide = x.to(tl.float32)
-                    squares += tl.sum(wide * wide, axis=2)
-                    places = (segment * d)[None, :, None] + c[:, None, :]
-                    gain = tl.load(norm_gain + places, mask=z_there[None, :, None] & (c < d)[:, None, :], other=0.0)
-                    g = load_rows(grad_x, z_row, z_there, c, d).to(tl.float32)
-                    dots += tl.sum(g * gain.to(tl.float32) * wide, axis=2)
-                norm_rstd = tl.rsqrt(over_tokens(tl.sum(squares, axis=0), M) / (m * d) + norm_eps)
-                norm_slope = norm_rstd * norm_rstd * over_tokens(tl.sum(dots, axis=0), M) / (m * d)
-
-            grad = tl.zeros([S, R, Q], tl.float32)
-            for chunk in range(NC):
-                c = columns_of(chunk, S, BD)
-                h = load_rows(of_state if WRITE else state, row, there, c, d)
-                if NORM:
-                    x = rounded(product(spread(tl.trans(read), S), h, tl.zeros([S, Q, BD], tl.float32), SPLIT), h.dtype)
-                    gx, gg = input_gradient(grad_x, x, norm_rstd, norm_slope, norm_gain, z_row, z_there, segment, c, d)
-                    if WEIGHTS:
-                        gg = tl.sum(tl.reshape(gg, [S, Q // M, M, BD]), axis=1)
-                        r = tl.arange(0, M)
-                        accumulate(part + WRITE_PART + READ_PART, r, r < m, c, d, gg, fresh)
-                else:
-                    gx = load_rows(grad_x, z_row, z_there, c, d)
-                grad = product(h, swapped(gx), grad, SPLIT)
-            grad = tl.where(z_same, tl.sum(grad, axis=0), 0.0)
+                    w = load_projection(
+                        packed, dynamic_read, read_gain, chunk, READ_AT, 0, A, m, M, KM, SPLIT, d, S, U, L, NC
+                    )
+                    read_p = projected(h, w, read_p, SPLIT)
+                u = upstream(grad_x + z_begin, norm_gain, z_row, gain_row, chunk, d, S, U, L, NC, NORM)
+                grad = product_across(h, each_group(u, G), grad, SPLIT)
+            read_rstd = rms_reciprocal(gram, read_eps, d, G)
+            read_p = over_halves(read_p, G, KM)
             read, read_t, read_s = coefficients(
-                read_p, read_rstd, static_read, scale_read, slot, segment, z_same, TAU, 0, m + n, 1, READ_DYNAMIC
+                read_p, read_rstd, static_read, scale_read, left, TAU, 0, A, 1, m, M, n, N, READ_DYNAMIC
             )
+            read = block_diagonal(read, Q, M, N, False)
+            grad, scaled = over_pieces(grad, G), read
+            if NORM:
+                own_token = tl.arange(0, H)[None, :, None] // N == tl.arange(0, H)[None, None, :] // N
+                gram = tl.where(own_token, over_pieces(gram, G), 0.0)
+                grad, scaled, mix, norm_rstd = through_norm(grad, gram, read, left, norm_eps, M, m * d)
+                read_from = transposed_operands(read, S, SPLIT)
+            grad = own(grad, left, KM, M, m, n, N, False)
             if WEIGHTS:
                 accumulate_matrix(read_matrices, grad, fresh)
             if READ_DYNAMIC:
                 if WEIGHTS:
-                    accumulate_matrix(read_matrices + R * Q, grad * read_t, fresh)
-                read_f, read_slope = through_routing(grad, read_p, read_rstd, read_t, read_s, TAU, d)
-
-        if WRITE:
-            beta, _, _ = coefficients(
-                beta_p, write_rstd, static_beta, scale_beta, slot, segment, z_same, TAU, 0, 1, n, WRITE_DYNAMIC
-            )
-        carry_grad = tl.zeros([S, R, R], tl.float32)
-        beta_grad = tl.zeros([S, R, Q], tl.float32)
-        for chunk in range(NC):
-            c = columns_of(chunk, S, BD)
-            if READ:
-                h = load_rows(of_state if WRITE else state, row, there, c, d)
+                    accumulate_matrix(read_matrices + R * KM, grad * read_t, fresh)
+                factor, slope = through_routing(grad, read_p, read_rstd, read_t, read_s, TAU, d)
+                read_f, read_w = factors(factor, S, SPLIT), transposed_operands(factor, S, SPLIT)
                 if NORM:
-                    x = rounded(product(spread(tl.trans(read), S), h, tl.zeros([S, Q, BD], tl.float32), SPLIT), h.dtype)
-                    gx, gg = input_gradient(grad_x, x, norm_rstd, norm_slope, norm_gain, z_row, z_there, segment, c, d)
+                    diagonal = tl.arange(0, H)[None, :, None] == tl.arange(0, H)[None, None, :]
+                    mix += tl.where(diagonal, slope[:, :, None], 0.0)
                 else:
-                    gx = load_rows(grad_x, z_row, z_there, c, d)
+                    slope = tl.reshape(tl.broadcast_to(slope[:, None, :], [G, S, H]), [G * S, H, 1])
+            if NORM:
+                mix_to = operands(mix, S, SPLIT)
+            read_to = segment_operands(scaled, S, SPLIT)
+            new = (of_state if WRITE else state) + begin
+            tl.debug_barrier()  # other threads wrote what is read next
+
+        carry_grad = tl.zeros([G * S, H, H], tl.float32)
+        beta_grad = tl.zeros([G * S, H, Q], tl.float32)
+        for chunk in tl.range(NC):
+            if READ:
+                h = load_rows(new, row, chunk, d, S, U, L, NC, G, True)
+                u = upstream(grad_x + z_begin, norm_gain, z_row, gain_row, chunk, d, S, U, L, NC, NORM)
                 tl.debug_barrier()  # before any thread writes over it
-                acc = product(spread(read, S), gx, tl.zeros([S, R, BD], tl.float32), SPLIT)
+                if NORM and WEIGHTS:
+                    x = rounded_pairs(segments_of(read_from, h, G, Q, SPLIT), h.dtype)
+                    unit = rounded_pairs(x.to(tl.float32) * norm_rstd[None, :, None], h.dtype)
+                    gx = load_rows(grad_x + z_begin, z_row, chunk, d, S, U, L, NC, 1, True)
+                    gg = over_all_tokens(gx.to(tl.float32) * unit.to(tl.float32), M, KM)
+                    accumulate(part + NORM_AT, chunk, gg, fresh, m, U, NC)
+                acc = mixed_segments(read_to, u, tl.zeros([G * S, H, BD], tl.float32), SPLIT)
+                if NORM:
+                    acc = mixed(mix_to, h, acc, SPLIT)
+                elif READ_DYNAMIC:
+                    acc += slope * h.to(tl.float32)
                 if READ_DYNAMIC:
-                    w = load_columns(dynamic_read, read_gain, c, segment, z_there, 0, m + n, d)
-                    acc = product(spread(read_f, S), swapped(w), acc, SPLIT)
-                    acc += read_slope[None, :, None] * h.to(tl.float32)
+                    w = load_projection(
+                        packed, dynamic_read, read_gain, chunk, READ_AT, 0, A, m, M, KM, SPLIT, d, S, U, L, NC
+                    )
+                    acc = unprojected(read_f, w, acc, SPLIT)
                     if WEIGHTS:
-                        zero = tl.zeros([S, Q, BD], tl.float32)
-                        gw = product(spread(tl.trans(once(read_f, M)), S), h, zero, SPLIT)
-                        accumulate(part + WRITE_PART, segment, (segment < m) & (z_token == 0), c, d, gw, fresh)
+                        accumulate(part + READ_AT * WIDTH, chunk, segments_of(read_w, h, G, KM, SPLIT), fresh, m, U, NC)
                 g = rounded(acc, h.dtype)  # as if the read had stored it, so that fused and separate agree to the bit
                 if grad_state is not None:
-                    g = load_rows(grad_state, row, there, c, d).to(tl.float32) + g.to(tl.float32)
-                    g = rounded(g, h.dtype)
+                    given = load_rows(grad_state + begin, row, chunk, d, S, U, L, NC, G)
+                    g = rounded(given.to(tl.float32) + g.to(tl.float32), h.dtype)
             else:
-                g = load_rows(grad_state, row, there, c, d)
+                g = load_rows(grad_state + begin, row, chunk, d, S, U, L, NC, G)
             if WRITE:
-                h = load_rows(state, row, there, c, d)
-                zc = load_rows(z, z_row, z_there, c, d)
-                carry_grad = product(h, swapped(g), carry_grad, SPLIT)
-                beta_grad = product(g, swapped(zc), beta_grad, SPLIT)
-                gz = product(spread(tl.trans(beta), S), g, tl.zeros([S, Q, BD], tl.float32), SPLIT)
-                store_rows(of_z, z_row, z_there, c, d, rounded(gz, h.dtype))
+                h = held(load_rows(state + begin, row, chunk, d, S, U, L, NC, G, True), tokens, SPLIT)
+                zc = load_rows(z + z_begin, z_row, chunk, d, S, U, L, NC, 1, True)
+                carry_grad = product_across(h, g, carry_grad, SPLIT)
+                beta_grad = product_across(g, each_group(zc, G), beta_grad, SPLIT)
             if READ or not WRITE:
-                store_rows(of_state, row, there, c, d, g)
+                store_rows(of_state + begin, row, there, chunk, g, d, S, U, L, NC, G)
 
         if WRITE:
-            carry_grad = tl.where(same, tl.sum(carry_grad, axis=0), 0.0)
-            beta_grad = tl.where(z_same, tl.sum(beta_grad, axis=0), 0.0)
             carry, carry_t, carry_s = coefficients(
-                carry_p, write_rstd, static_alpha, scale_alpha, slot, slot, same, TAU, m, m + n, 1, WRITE_DYNAMIC
+                carry_p, write_rstd, static_alpha, scale_alpha, left, TAU, m, A, 1, n, N, n, N, WRITE_DYNAMIC
             )
             beta, beta_t, beta_s = coefficients(
-                beta_p, write_rstd, static_beta, scale_beta, slot, segment, z_same, TAU, 0, 1, n, WRITE_DYNAMIC
+                beta_p, write_rstd, static_beta, scale_beta, left, TAU, 0, 1, n, m, M, n, N, WRITE_DYNAMIC
             )
+            carry_grad = own(over_pieces(carry_grad, G), left, KN, N, n, n, N, True)
+            beta_grad = own(over_pieces(beta_grad, G), left, KM, M, m, n, N, False)
             if WEIGHTS:
                 accumulate_matrix(matrices, carry_grad, fresh)
                 accumulate_matrix(beta_matrices, beta_grad, fresh)
             if WRITE_DYNAMIC:
                 if WEIGHTS:
-                    accumulate_matrix(matrices + R * R, carry_grad * carry_t, fresh)
-                    accumulate_matrix(beta_matrices + R * Q, beta_grad * beta_t, fresh)
-                carry_f, slope = through_routing(carry_grad, carry_p, write_rstd, carry_t, carry_s, TAU, d)
-                beta_f, beta_slope = through_routing(beta_grad, beta_p, write_rstd, beta_t, beta_s, TAU, d)
-                slope += beta_slope
+                    accumulate_matrix(matrices + R * KN, carry_grad * carry_t, fresh)
+                    accumulate_matrix(beta_matrices + R * KM, beta_grad * beta_t, fresh)
+                factor, slope = through_routing(carry_grad, carry_p, write_rstd, carry_t, carry_s, TAU, d)
+                carry_f, carry_w = factors(factor, S, SPLIT), transposed_operands(factor, S, SPLIT)
+                factor, beta_slope = through_routing(beta_grad, beta_p, write_rstd, beta_t, beta_s, TAU, d)
+                beta_f, beta_w = factors(factor, S, SPLIT), transposed_operands(factor, S, SPLIT)
+                slope = tl.reshape(tl.broadcast_to((slope + beta_slope)[:, None, :], [G, S, H]), [G * S, H, 1])
+            carry_from = operands(block_diagonal(carry, H, N, N, True), S, SPLIT)
+            beta_from = transposed_operands(block_diagonal(beta, Q, M, N, False), S, SPLIT)
             tl.debug_barrier()  # as above
-            for chunk in range(NC):
-                c = columns_of(chunk, S, BD)
-                h = load_rows(state, row, there, c, d)
-                g = load_rows(of_state if READ else grad_state, row, there, c, d)
+            for chunk in tl.range(NC):
+                g = load_rows((of_state if READ else grad_state) + begin, row, chunk, d, S, U, L, NC, G, True)
                 tl.debug_barrier()  # before any thread writes over it
-                acc = product(spread(carry, S), g, tl.zeros([S, R, BD], tl.float32), SPLIT)
+                gz = rounded_pairs(segments_of(beta_from, g, G, Q, SPLIT), g.dtype)
+                store_rows(of_z + z_begin, z_row, z_there, chunk, gz, d, S, U, L, NC, 1)
+                acc = mixed(carry_from, g, tl.zeros([G * S, H, BD], tl.float32), SPLIT)
                 if WRITE_DYNAMIC:
-                    w = load_columns(dynamic_alpha, write_gain, c, slot, there, m, m + n, d)
-                    acc = product(spread(carry_f, S), swapped(w), acc, SPLIT)
-                    w = load_columns(dynamic_beta, write_gain, c, segment, z_there, 0, m, d)
-                    acc = product(spread(beta_f, S), swapped(w), acc, SPLIT)
-                    acc += slope[None, :, None] * h.to(tl.float32)
-                    if WEIGHTS:
-                        zero = tl.zeros([S, R, BD], tl.float32)
-                        gw = product(spread(tl.trans(once(carry_f, N)), S), h, zero, SPLIT)
-                        accumulate(part, slot, (slot < n) & (token == 0), c, d, gw, fresh)
-                        zero = tl.zeros([S, Q, BD], tl.float32)
-                        gw = product(spread(tl.trans(once(beta_f, M)), S), h, zero, SPLIT)
-                        accumulate(part + n * d, segment, (segment < m) & (z_token == 0), c, d, gw, fresh)
-                store_rows(of_state, row, there, c, d, rounded(acc, h.dtype))
+                    h = load_rows(state + begin, row, chunk, d, S, U, L, NC, G, True)
+                    w = load_projection(
+                        packed, dynamic_alpha, write_gain, chunk, 0, m, A, n, N, KN, SPLIT, d, S, U, L, NC
+                    )
+                    acc = unprojected(carry_f, w, acc, SPLIT)
+                    w = load_projection(
+                        packed, dynamic_beta, write_gain, chunk, KN, 0, m, m, M, KM, SPLIT, d, S, U, L, NC
+                    )
+                    acc = unprojected(beta_f, w, acc, SPLIT) + slope * h.to(tl.float32)
+                    if WEIGHTS and not APART:
+                        accumulate(part, chunk, segments_of(carry_w, h, G, KN, SPLIT), fresh, n, U, NC)
+                        gw = segments_of(beta_w, h, G, KM, SPLIT)
+                        accumulate(part + KN * WIDTH, chunk, gw, fresh, m, U, NC)
+                store_rows(of_state + begin, row, there, chunk, acc, d, S, U, L, NC, G)
+            if WRITE_DYNAMIC and WEIGHTS and APART:
+                for chunk in tl.range(NC):
+                    h = load_rows(state + begin, row, chunk, d, S, U, L, NC, G, True)
+                    accumulate(part, chunk, segments_of(carry_w, h, G, KN, SPLIT), fresh, n, U, NC)
+                    gw = segments_of(beta_w, h, G, KM, SPLIT)
+                    accumulate(part + KN * WIDTH, chunk, gw, fresh, m, U, NC)
         tl.debug_barrier()  # the next tile reads what other threads wrote of this one
-
-    if WEIGHTS:
-        K: tl.constexpr = n + m
-        if WRITE:
-            to = part + WRITE_DYNAMIC * K * d
-            store_matrix(to, matrices, 0, n, n, K, N, R, N, R)
-            store_matrix(to, beta_matrices, n, n, m, K, N, R, M, Q)
-            if WRITE_DYNAMIC:
-                store_matrix(to + n * K, matrices + R * R, 0, n, n, K, N, R, N, R)
-                store_matrix(to + n * K, beta_matrices + R * Q, n, n, m, K, N, R, M, Q)
-        if READ:
-            to = part + WRITE_PART + READ_DYNAMIC * m * d
-            store_matrix(to, read_matrices, 0, n, m, m, N, R, M, Q)
-            if READ_DYNAMIC:
-                store_matrix(to + n * m, read_matrices + R * Q, 0, n, m, m, N, R, M, Q)

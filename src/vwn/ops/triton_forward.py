@@ -9,17 +9,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vwn.ops.triton_tiles import (
+from vwn.ops.triton_routing import (
+    block_diagonal,
     coefficients,
-    columns_of,
-    load_columns,
-    load_rows,
+    load_projection,
+    mixed,
+    mixed_segments,
+    operands,
+    over_halves,
     over_tokens,
-    product,
+    projected,
     rms_reciprocal,
+    segment_operands,
+    segments_of,
+    transposed_operands,
+)
+from vwn.ops.triton_tiles import (
+    far,
+    held,
+    load_rows,
+    product_across,
     rounded,
+    rounded_pairs,
     rows_of,
-    spread,
     store_rows,
     swapped,
 )
@@ -31,6 +43,7 @@ def boundary(
     z,
     new_state,
     x_out,
+    packed,
     tokens,
     static_alpha,
     static_beta,
@@ -55,10 +68,14 @@ def boundary(
     M: tl.constexpr,
     BT: tl.constexpr,
     R: tl.constexpr,
+    H: tl.constexpr,
     Q: tl.constexpr,
+    KN: tl.constexpr,
+    KM: tl.constexpr,
     S: tl.constexpr,
     BD: tl.constexpr,
     NC: tl.constexpr,
+    WIDTH: tl.constexpr,
     KEEP: tl.constexpr,
     SPLIT: tl.constexpr,
     WRITE: tl.constexpr,
@@ -69,92 +86,100 @@ def boundary(
 ):
     """``H' <- Bᵀ Z + Âᵀ H'`` and ``X = Åᵀ H'`` (eq. 10); see :func:`vwn.ops.reference.forward`."""
     first = tl.program_id(0) * BT
-    row, there, token, slot = rows_of(first, tokens, n, N, R, BT)
-    z_row, z_there, z_token, segment = rows_of(first, tokens, m, M, Q, BT)
-    same = (token[:, None] == token[None, :]) & there[:, None] & there[None, :]
-    z_same = (token[:, None] == z_token[None, :]) & there[:, None] & z_there[None, :]
+    left = tokens - first
+    G: tl.constexpr = R // H
+    PARTS: tl.constexpr = 2 if SPLIT else 1
+    U: tl.constexpr = BD // 32 if S > 1 else 1
+    L: tl.constexpr = BD // U
+    A: tl.constexpr = m + n
+    READ_AT: tl.constexpr = WRITE_DYNAMIC * (KN + KM)
+    row, there = rows_of(first, tokens, n, N, R, BT, U)
+    z_row, z_there = rows_of(first, tokens, m, M, Q, BT, U)
+    begin, z_begin = far(first, n * d), far(first, m * d)
+    state += begin
     tiles = ()
 
     if WRITE:
-        gram = tl.zeros([S, R, R], tl.float32)
-        carry_p = tl.zeros([S, R, R], tl.float32)
-        beta_p = tl.zeros([S, R, Q], tl.float32)
+        z += z_begin
+        new_state += begin
+        gram = tl.zeros([G * S, H, H], tl.float32)
+        carry_p = tl.zeros([G * S, H, KN * PARTS], tl.float32)
+        beta_p = tl.zeros([G * S, H, KM * PARTS], tl.float32)
         if WRITE_DYNAMIC:
             for chunk in (tl.static_range if KEEP else tl.range)(NC):
-                c = columns_of(chunk, S, BD)
-                h = load_rows(state, row, there, c, d)
+                h = held(load_rows(state, row, chunk, d, S, U, L, NC, G), tokens, SPLIT)
                 if KEEP:
                     tiles += (h,)  # type: ignore[assignment]
-                gram = product(h, swapped(h), gram, SPLIT)
-                w = load_columns(dynamic_alpha, write_gain, c, slot, there, m, m + n, d)
-                carry_p = product(h, w, carry_p, SPLIT)
-                w = load_columns(dynamic_beta, write_gain, c, segment, z_there, 0, m, d)
-                beta_p = product(h, w, beta_p, SPLIT)
-        rstd = rms_reciprocal(gram, write_eps, d)
+                gram = product_across(h, h, gram, SPLIT)
+                w = load_projection(packed, dynamic_alpha, write_gain, chunk, 0, m, A, n, N, KN, SPLIT, d, S, U, L, NC)
+                carry_p = projected(h, w, carry_p, SPLIT)
+                w = load_projection(packed, dynamic_beta, write_gain, chunk, KN, 0, m, m, M, KM, SPLIT, d, S, U, L, NC)
+                beta_p = projected(h, w, beta_p, SPLIT)
+        rstd = rms_reciprocal(gram, write_eps, d, G)
         carry, _, _ = coefficients(
-            tl.sum(carry_p, axis=0), rstd, static_alpha, scale_alpha, slot, slot, same, TAU, m, m + n, 1, WRITE_DYNAMIC
+            over_halves(carry_p, G, KN), rstd, static_alpha, scale_alpha, left, TAU, m, A, 1, n, N, n, N, WRITE_DYNAMIC
         )
         beta, _, _ = coefficients(
-            tl.sum(beta_p, axis=0), rstd, static_beta, scale_beta, slot, segment, z_same, TAU, 0, 1, n, WRITE_DYNAMIC
+            over_halves(beta_p, G, KM), rstd, static_beta, scale_beta, left, TAU, 0, 1, n, m, M, n, N, WRITE_DYNAMIC
         )
-        carry, beta = spread(tl.trans(carry), S), spread(beta, S)
+        carry = operands(swapped(block_diagonal(carry, H, N, N, True)), S, SPLIT)
+        beta = segment_operands(block_diagonal(beta, Q, M, N, False), S, SPLIT)
 
-    gram = tl.zeros([S, R, R], tl.float32)
-    read_p = tl.zeros([S, R, Q], tl.float32)
+    gram = tl.zeros([G * S, H, H], tl.float32)
+    read_p = tl.zeros([G * S, H, KM * PARTS], tl.float32)
     fresh = ()
     for chunk in (tl.static_range if KEEP else tl.range)(NC):
-        c = columns_of(chunk, S, BD)
         if KEEP and WRITE and WRITE_DYNAMIC:
             h = tiles[chunk]
         else:
-            h = load_rows(state, row, there, c, d)
+            h = held(load_rows(state, row, chunk, d, S, U, L, NC, G), tokens, SPLIT)
         if WRITE:
-            mixed = product(carry, h, tl.zeros([S, R, BD], tl.float32), SPLIT)
-            h = rounded(product(beta, load_rows(z, z_row, z_there, c, d), mixed, SPLIT), h.dtype)
-            store_rows(new_state, row, there, c, d, h)
+            acc = mixed(carry, h, tl.zeros([G * S, H, BD], tl.float32), SPLIT)
+            h = rounded(mixed_segments(beta, load_rows(z, z_row, chunk, d, S, U, L, NC, 1), acc, SPLIT), h.dtype)
+            store_rows(new_state, row, there, chunk, h, d, S, U, L, NC, G)
         if READ and KEEP:
             fresh += (h,)  # type: ignore[assignment]
         if READ and READ_DYNAMIC:
-            gram = product(h, swapped(h), gram, SPLIT)
-            w = load_columns(dynamic_read, read_gain, c, segment, z_there, 0, m + n, d)
-            read_p = product(h, w, read_p, SPLIT)
+            gram = product_across(h, h, gram, SPLIT)
+            w = load_projection(packed, dynamic_read, read_gain, chunk, READ_AT, 0, A, m, M, KM, SPLIT, d, S, U, L, NC)
+            read_p = projected(h, w, read_p, SPLIT)
 
     if READ:
-        rstd = rms_reciprocal(gram, read_eps, d)
+        x_out += z_begin
+        rstd = rms_reciprocal(gram, read_eps, d, G)
         read, _, _ = coefficients(
-            tl.sum(read_p, axis=0), rstd, static_read, scale_read, slot, segment, z_same, TAU, 0, m + n, 1, READ_DYNAMIC
+            over_halves(read_p, G, KM), rstd, static_read, scale_read, left, TAU, 0, A, 1, m, M, n, N, READ_DYNAMIC
         )
-        read = spread(tl.trans(read), S)
+        read = transposed_operands(block_diagonal(read, Q, M, N, False), S, SPLIT)
         if not KEEP:
             tl.debug_barrier()  # other threads wrote what is read next
-        squares = tl.zeros([S, Q], tl.float32)
+        squares = tl.zeros([S, Q, BD], tl.float32)
         inputs = ()
         for chunk in (tl.static_range if KEEP else tl.range)(NC):
-            c = columns_of(chunk, S, BD)
             if KEEP:
                 h = fresh[chunk]
             else:
-                h = load_rows(new_state if WRITE else state, row, there, c, d)
-            x = rounded(product(read, h, tl.zeros([S, Q, BD], tl.float32), SPLIT), h.dtype)
+                h = load_rows(new_state if WRITE else state, row, chunk, d, S, U, L, NC, G)
+            x = rounded_pairs(segments_of(read, h, G, Q, SPLIT), h.dtype)
             if NORM:
                 wide = x.to(tl.float32)
-                squares += tl.sum(wide * wide, axis=2)
+                squares += wide * wide
             if NORM and KEEP:
                 inputs += (x,)  # type: ignore[assignment]
             else:
-                store_rows(x_out, z_row, z_there, c, d, x)
+                store_rows(x_out, z_row, z_there, chunk, x, d, S, U, L, NC, 1)
         if NORM:
-            rstd = tl.rsqrt(over_tokens(tl.sum(squares, axis=0), M) / (m * d) + norm_eps)
+            rstd = tl.rsqrt(over_tokens(tl.sum(tl.sum(squares, axis=2), axis=0), M) / (m * d) + norm_eps)
             if not KEEP:
                 tl.debug_barrier()
+            gain_row = rows_of(0, BT, m, M, Q, BT, U)[0] % m
             for chunk in (tl.static_range if KEEP else tl.range)(NC):
-                c = columns_of(chunk, S, BD)
                 if KEEP:
                     x = inputs[chunk]
                 else:
-                    x = load_rows(x_out, z_row, z_there, c, d)
+                    x = load_rows(x_out, z_row, chunk, d, S, U, L, NC, 1)
                     tl.debug_barrier()  # before any thread writes over it
                 unit = rounded(x.to(tl.float32) * rstd[None, :, None], x.dtype)
-                places = (segment * d)[None, :, None] + c[:, None, :]
-                gain = tl.load(norm_gain + places, mask=z_there[None, :, None] & (c < d)[:, None, :], other=0.0)
-                store_rows(x_out, z_row, z_there, c, d, rounded(unit.to(tl.float32) * gain.to(tl.float32), x.dtype))
+                gain = load_rows(norm_gain, gain_row, chunk, d, S, U, L, NC, 1)
+                x = rounded(unit.to(tl.float32) * gain.to(tl.float32), x.dtype)
+                store_rows(x_out, z_row, z_there, chunk, x, d, S, U, L, NC, 1)

@@ -1,14 +1,14 @@
 """Sums of the gradients of the weights: of a program's tiles in its part of a buffer, then of all parts.
 
-Each sum is in one order whatever the GPU. A part (float32; ``K = n + m`` for a write and ``m`` for a read) holds
+Each sum is in one order whatever the GPU. A part (float32) holds
 
-    write:    projection ``K x d`` (times the gain), static ``n x K``, scale ``n x K``
-    read:     the same
-    norm:     ``D``
-    matrices: static and scale of carry, beta and read for each token of a tile, before they are added up
+    projections: ``ROWS x WIDTH``, times the gain: as :mod:`vwn.ops.triton_pack` has them, but for the order of columns
+    norm:        ``KM x WIDTH``
+    matrices:    static and scale of carry, of beta (``R x KN``, ``R x KM``) and of the read (``R x KM``)
 
-Shapes: ``n`` slots, ``m`` segments, ``d`` segment width, ``A = m + n`` columns of an alpha; ``BC`` columns of the
-segment width or ``BE`` elements at a time, of ``PB`` parts; see :mod:`vwn.ops.triton_tiles` for those of a tile.
+Of the columns of a projection, and of the norm's segments, which are padded, only those that are there are written.
+Shapes: ``WIDTH`` is ``d`` up to whole chunks, ``A = m + n`` columns of an alpha; ``BC`` columns of the segment width or
+``BE`` elements at a time, of ``PB`` parts; see :mod:`vwn.ops.triton_tiles` for those of a tile.
 """
 
 from __future__ import annotations
@@ -16,59 +16,66 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vwn.ops.triton_tiles import rounded
+from vwn.ops.triton_tiles import (
+    out_of_order,
+    rounded,
+)
 
 BC = tl.constexpr(16)
 BE = tl.constexpr(64)
+
+
+@triton.jit
+def place(k, c, WIDTH: tl.constexpr, S: tl.constexpr):
+    """Where column ``c`` of row ``k`` is, ``WIDTH`` columns long: what a thread has of a chunk lies 16 bytes a time."""
+    if S > 1:
+        block = (k // 8 * 2 + c % 8 // 4) * (WIDTH // 32) + c // 32
+        at = block * 128 + k % 8 * 16 + c % 32 // 8 * 4 + c % 4
+    else:
+        at = k * WIDTH + c
+    return at
 
 
 # Within a program
 
 
 @triton.jit
-def once(x, PADDED: tl.constexpr):
-    """Columns of all tokens of a tile, ``[R, K]``, for those of each; a row has entries in its own token's alone."""
-    tokens: tl.constexpr = x.shape[1] // PADDED
-    if tokens > 1:
-        total = tl.sum(tl.reshape(x, [x.shape[0], tokens, PADDED]), axis=1)
-        x = tl.reshape(tl.broadcast_to(total[:, None, :], [x.shape[0], tokens, PADDED]), [x.shape[0], x.shape[1]])
-    return x
+def accumulate(part, chunk, x, fresh, COUNT: tl.constexpr, U: tl.constexpr, NC: tl.constexpr):
+    """Add the first ``COUNT`` rows of a chunk, ``[S, K, BD]``, to a part; ``fresh``: there is nothing in it yet."""
+    S: tl.constexpr = x.shape[0]
+    E: tl.constexpr = x.shape[1] // 8
+    BD: tl.constexpr = x.shape[2]
+    if S > 1:
+        x = tl.reshape(out_of_order(x, 1, S, U), [E, U, S, 8, 4, 2, 4])
+        x = tl.reshape(tl.permute(x, [0, 5, 1, 2, 3, 4, 6]), [E * 2 * U, S, 8, 16])
+        unit, piece = tl.arange(0, E * 2 * U)[:, None, None, None], tl.arange(0, S)[None, :, None, None]
+        block = unit // U * (S * NC * U) + (piece * NC + chunk) * U + unit % U
+        inside = tl.arange(0, 8)[None, None, :, None] * 16 + tl.arange(0, 16)[None, None, None, :]
+        places = block * 128 + inside
+        there = unit // (2 * U) * 8 + tl.arange(0, 8)[None, None, :, None] < COUNT
+    else:
+        x = tl.reshape(x, [8 * E, BD])
+        places = tl.arange(0, 8 * E)[:, None] * (NC * BD) + chunk * BD + tl.arange(0, BD)[None, :]
+        there = tl.arange(0, 8 * E)[:, None] < COUNT
+    there = there & (places >= 0)
+    tl.store(part + places, tl.load(part + places, mask=there & (fresh == 0), other=0.0) + x, mask=there)
 
 
 @triton.jit
-def accumulate(part, row, there, c, d: tl.constexpr, x, fresh):
-    """Add ``[S, ROWS, BD]`` to rows of a part; ``fresh``: there is nothing in it yet."""
-    places = row[None, :, None] * d + c[:, None, :]
-    mask = there[None, :, None] & (c < d)[:, None, :]
-    tl.store(part + places, tl.load(part + places, mask=mask & (fresh == 0), other=0.0) + x, mask=mask)
+def over_all_tokens(x, M: tl.constexpr, K: tl.constexpr):
+    """Sums over the tokens of a tile, ``[S, Q, BD] -> [S, K, BD]``; the ``M`` segments are repeated."""
+    S: tl.constexpr = x.shape[0]
+    BD: tl.constexpr = x.shape[2]
+    x = tl.sum(tl.reshape(x, [S, x.shape[1] // M, M, BD]), axis=1)
+    return tl.reshape(tl.broadcast_to(x[:, None, :, :], [S, K // M, M, BD]), [S, K, BD])
 
 
 @triton.jit
 def accumulate_matrix(sums, x, fresh):
-    """Add ``[R, K]`` of all tokens of a tile to ``sums``, in a cache: in registers each warp would have its own."""
-    places = tl.arange(0, x.shape[0])[:, None] * x.shape[1] + tl.arange(0, x.shape[1])[None, :]
-    tl.store(sums + places, tl.where(fresh, 0.0, tl.load(sums + places)) + x)
-
-
-@triton.jit
-def store_matrix(
-    to,
-    sums,
-    j,
-    ROWS: tl.constexpr,
-    THERE: tl.constexpr,
-    COUNT: tl.constexpr,
-    N: tl.constexpr,
-    R: tl.constexpr,
-    PADDED: tl.constexpr,
-    K: tl.constexpr,
-):
-    """Store ``ROWS x THERE`` of ``sums``, added up over the tokens of a tile, from column ``j`` of ``COUNT`` on."""
-    k = tl.arange(0, K)
-    x = once(tl.load(sums + tl.arange(0, R)[:, None] * K + k[None, :]), PADDED)
-    x = tl.sum(tl.reshape(x, [R // N, N, K]), axis=0)
-    rows = tl.arange(0, N)
-    tl.store(to + rows[:, None] * COUNT + j + k[None, :], x, mask=(rows < ROWS)[:, None] & (k < THERE)[None, :])
+    """Add ``[G, H, K]`` to ``sums``, in a cache: in registers each warp would have its own."""
+    row = tl.arange(0, x.shape[0])[:, None, None] * x.shape[1] + tl.arange(0, x.shape[1])[None, :, None]
+    places = row * x.shape[2] + tl.arange(0, x.shape[2])[None, None, :]
+    tl.store(sums + places, tl.load(sums + places, mask=(places >= 0) & (fresh == 0), other=0.0) + x)
 
 
 # Over the parts
@@ -100,13 +107,15 @@ def projection(
     COUNT: tl.constexpr,
     K: tl.constexpr,
     d: tl.constexpr,
+    WIDTH: tl.constexpr,
+    S: tl.constexpr,
     PART: tl.constexpr,
 ):
     """Store ``COUNT`` columns of a projection's gradient from ``FIRST``, for rows ``c``; return that of the gain."""
     PB: tl.constexpr = 4096 // (K * c.shape[0]) if K * c.shape[0] < 4096 else 1
     k = tl.arange(0, K)[:, None]
     mask = (k < COUNT) & (c < d)[None, :]
-    g = total(parts, programs, begin + k * d + c[None, :], mask, PART, PB)
+    g = total(parts, programs, begin + place(k, c[None, :], WIDTH, S), mask, PART, PB)
     places = c[None, :] * STRIDE + FIRST + k
     tl.store(of_weight + places, g * tl.load(gain + c, mask=c < d, other=0.0)[None, :], mask=mask)
     return tl.sum(g * tl.load(weight + places, mask=mask, other=0.0), axis=0)
@@ -126,23 +135,28 @@ def zero_columns(
 def matrices(
     parts,
     programs,
-    places,
+    begin,
+    i,
+    j,
     mask,
     e,
     there,
     of_static,
     of_scale,
-    SIZE: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    N: tl.constexpr,
     DYNAMIC: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """Store elements ``e`` of static and scale: what is at ``places`` of a part where ``mask`` is, else zero."""
-    PB: tl.constexpr = 4096 // e.shape[0]
-    g = total(parts, programs, places[None, :], mask[None, :], PART, PB)
-    tl.store(of_static + e, tl.reshape(g, [e.shape[0]]), mask=there)
+    """Store elements ``e`` of static and scale: ``(i, j)`` of ``R x K`` of a part, over its tokens, else zero."""
+    PB: tl.constexpr = 4096 // (e.shape[0] * R // N)
+    places = begin + (tl.arange(0, R // N)[:, None] * N + i[None, :]) * K + j[None, :]
+    g = total(parts, programs, places, mask[None, :], PART, PB)
+    tl.store(of_static + e, tl.sum(g, axis=0), mask=there)
     if DYNAMIC:
-        g = total(parts, programs, SIZE + places[None, :], mask[None, :], PART, PB)
-        tl.store(of_scale + e, tl.reshape(g, [e.shape[0]]), mask=there)
+        g = total(parts, programs, places + R * K, mask[None, :], PART, PB)
+        tl.store(of_scale + e, tl.sum(g, axis=0), mask=there)
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -171,14 +185,19 @@ def sums(
     d: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
+    R: tl.constexpr,
+    KN: tl.constexpr,
+    KM: tl.constexpr,
+    S: tl.constexpr,
+    WIDTH: tl.constexpr,
     WRITE: tl.constexpr,
     WRITE_DYNAMIC: tl.constexpr,
     READ: tl.constexpr,
     READ_DYNAMIC: tl.constexpr,
     NORM: tl.constexpr,
     PART: tl.constexpr,
-    WRITE_PART: tl.constexpr,
-    READ_PART: tl.constexpr,
+    NORM_AT: tl.constexpr,
+    MATRICES: tl.constexpr,
 ):
     """Gradients of the weights; the programs are shared out among them (:func:`blocks`)."""
     A: tl.constexpr = m + n
@@ -191,49 +210,50 @@ def sums(
     if WRITE_DYNAMIC:
         if block < COLUMNS:
             c = block * BC + tl.arange(0, BC)
-            dot = projection(parts, programs, 0, c, dynamic_alpha, write_gain, of_dynamic_alpha, m, A, n, N, d, PART)
-            dot += projection(parts, programs, n * d, c, dynamic_beta, write_gain, of_dynamic_beta, 0, m, m, M, d, PART)
+            to, to_beta, at = of_dynamic_alpha, of_dynamic_beta, KN * WIDTH
+            dot = projection(parts, programs, 0, c, dynamic_alpha, write_gain, to, m, A, n, N, d, WIDTH, S, PART)
+            dot += projection(parts, programs, at, c, dynamic_beta, write_gain, to_beta, 0, m, m, M, d, WIDTH, S, PART)
             tl.store(of_write_gain + c, dot, mask=c < d)
             zero_columns(of_dynamic_alpha, c, 0, m, A, M, d)
         block -= COLUMNS
     if READ_DYNAMIC:
         if (block >= 0) & (block < COLUMNS):
             c = block * BC + tl.arange(0, BC)
-            dot = projection(
-                parts, programs, WRITE_PART, c, dynamic_read, read_gain, of_dynamic_read, 0, A, m, M, d, PART
-            )
+            to, at = of_dynamic_read, WRITE_DYNAMIC * (KN + KM) * WIDTH
+            dot = projection(parts, programs, at, c, dynamic_read, read_gain, to, 0, A, m, M, d, WIDTH, S, PART)
             tl.store(of_read_gain + c, dot, mask=c < d)
             zero_columns(of_dynamic_read, c, m, n, A, N, d)
         block -= COLUMNS
     if WRITE:
-        begin = WRITE_DYNAMIC * A * d
         if (block >= 0) & (block < ALPHA):
             e = block * BE + elements
             i, j, there = e // A, e % A, e < n * A
-            at, mask = begin + i * A + j - m, there & (j >= m)
-            to, to_scale = of_static_alpha, of_scale_alpha
-            matrices(parts, programs, at, mask, e, there, to, to_scale, n * A, WRITE_DYNAMIC, PART)
+            to, to_scale, at, mask = of_static_alpha, of_scale_alpha, MATRICES, there & (j >= m)
+            matrices(parts, programs, at, i, j - m, mask, e, there, to, to_scale, KN, R, N, WRITE_DYNAMIC, PART)
         block -= ALPHA
         if (block >= 0) & (block < BETA):
             e = block * BE + elements
-            there = e < n * m
-            at = begin + e % n * A + n + e // n
-            to, to_scale = of_static_beta, of_scale_beta
-            matrices(parts, programs, at, there, e, there, to, to_scale, n * A, WRITE_DYNAMIC, PART)
+            i, j, there = e % n, e // n, e < n * m
+            to, to_scale, at = of_static_beta, of_scale_beta, MATRICES + 2 * R * KN
+            matrices(parts, programs, at, i, j, there, e, there, to, to_scale, KM, R, N, WRITE_DYNAMIC, PART)
         block -= BETA
     if READ:
         if (block >= 0) & (block < ALPHA):
             e = block * BE + elements
             i, j, there = e // A, e % A, e < n * A
-            at, mask = WRITE_PART + READ_DYNAMIC * m * d + i * m + j, there & (j < m)
-            to, to_scale = of_static_read, of_scale_read
-            matrices(parts, programs, at, mask, e, there, to, to_scale, n * m, READ_DYNAMIC, PART)
+            to, to_scale, at, mask = (
+                of_static_read,
+                of_scale_read,
+                MATRICES + WRITE * 2 * R * (KN + KM),
+                there & (j < m),
+            )
+            matrices(parts, programs, at, i, j, mask, e, there, to, to_scale, KM, R, N, READ_DYNAMIC, PART)
         block -= ALPHA
     if NORM:  # noqa: SIM102 - known when the kernel is compiled, unlike the next
         if block >= 0:
             e = block * BE + elements
             there = e < m * d
-            places = WRITE_PART + READ_PART + e
+            places = NORM_AT + place(e // d, e % d, WIDTH, S)
             g = total(parts, programs, places[None, :], there[None, :], PART, 4096 // BE)
             tl.store(of_norm_gain + e, rounded(tl.reshape(g, [BE]), of_norm_gain.dtype.element_ty), mask=there)
 

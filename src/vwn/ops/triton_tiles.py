@@ -1,9 +1,14 @@
-"""What the kernels of a boundary share: tiles of rows, products on tensor cores, and the routing.
+"""What the kernels of a boundary share: tiles of rows, and products on tensor cores.
 
-A tile holds ``BT`` tokens. Shapes: ``R = BT N`` rows of slots (``N``: ``n`` up to a power of two), ``Q`` rows of
-segments (``M``: ``m`` up to a power of two), ``S x BD`` columns of the segment width ``d`` in each of ``NC`` chunks.
-The ``S`` pieces of a row are shared out among the warps, so tiles are ``[S, R, BD]``. What mixes the rows of a tile is
-block-diagonal: a row and a column meet only where they belong to the same token.
+A tile holds ``BT`` tokens. Shapes: ``R = BT N`` rows of slots (``N``: ``n`` up to a power of two) in ``G`` groups of
+``H``, ``Q`` rows of segments (``M``: ``m`` up to a power of two), and the segment width ``d`` in ``S`` pieces, one for
+each warp, of ``NC`` chunks of ``BD`` columns. A chunk of all pieces is ``[S, rows, BD]``, that of the slots
+``[G S, H, BD]``. What mixes the rows of a group is block-diagonal: a row and a column meet only where they belong to
+the same token. Projections have ``KN`` columns for the slots and ``KM`` for the segments, 8 or more, repeated if fewer.
+
+A chunk is loaded 16 bytes of a row at a time, and its columns are taken in the order (:func:`in_order`) in which what a
+thread loads is what it hands to the tensor cores: nothing passes through shared memory on the way, there or back. A
+slot that needs all warps for its rows (``H`` from 64 on, then ``S = 1``) has the plain order.
 """
 
 from __future__ import annotations
@@ -15,14 +20,28 @@ EMULATE = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether Triton's interpreter runs the kernels: it multiplies the bits of bfloat16 and rounds towards zero."""
 
 
+# Products
+
+
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
     """``x`` in another dtype, to nearest, ties to even."""
-    if EMULATE and tl.bfloat16 == DTYPE:
+    if EMULATE and tl.bfloat16 == DTYPE and x.dtype != DTYPE:
         bits = x.to(tl.int32, bitcast=True)
         y = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         y = x.to(DTYPE)
+    return y
+
+
+@triton.jit
+def rounded_pairs(x, DTYPE: tl.constexpr):
+    """As :func:`rounded`, for what is next computed with: one by one the conversion takes four times as long."""
+    if EMULATE or tl.bfloat16 != DTYPE:
+        y = rounded(x, DTYPE)
+    else:
+        convert: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+        y = tl.inline_asm_elementwise(convert, "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
     return y
 
 
@@ -45,24 +64,53 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def dot_across(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b``ᵀ: ``[S, I, K] x [S, J, K] -> [S, I, J]``, as :func:`dot`."""
+    if a.shape[0] == 1 and not EMULATE:  # transposed when it is flat already, which costs nothing
+        flat = tl.dot(
+            tl.reshape(a, [a.shape[1], a.shape[2]]),
+            tl.trans(tl.reshape(b, [b.shape[1], b.shape[2]])),
+            tl.reshape(acc, [acc.shape[1], acc.shape[2]]),
+            input_precision=PRECISION,
+        )
+        result = tl.reshape(flat, [1, acc.shape[1], acc.shape[2]])
+    else:
+        result = dot(a, swapped(b), acc, PRECISION)
+    return result
+
+
+@triton.jit
+def halves(x, DTYPE: tl.constexpr):
+    """Float32 as the sum of two of a shorter dtype, nearly."""
+    high = rounded(x, DTYPE)
+    return high, rounded(x - high.to(tl.float32), DTYPE)
+
+
+@triton.jit
 def product(a, b, acc, SPLIT: tl.constexpr):
     """``acc + a @ b`` to the accuracy of float32, where each is in float32 or in the stored dtype.
 
     A bfloat16 number is exact on tensor cores and a float32 number is nearly the sum of two (``SPLIT``: the stored
     dtype is bfloat16). The other dtypes take three products in TF32.
     """
-    if a.dtype == b.dtype:
-        result = dot(a, b, acc, "bf16x3" if SPLIT else "tf32x3")
-    elif not SPLIT:
+    if not SPLIT:
         result = dot(a.to(tl.float32), b.to(tl.float32), acc, "tf32x3")
     elif a.dtype == tl.float32:
-        high = rounded(a, b.dtype)
-        low = rounded(a - high.to(tl.float32), b.dtype)
+        high, low = halves(a, b.dtype)
         result = dot(high, b, dot(low, b, acc, "ieee"), "ieee")
     else:
-        high = rounded(b, a.dtype)
-        low = rounded(b - high.to(tl.float32), a.dtype)
+        high, low = halves(b, a.dtype)
         result = dot(a, high, dot(a, low, acc, "ieee"), "ieee")
+    return result
+
+
+@triton.jit
+def product_across(a, b, acc, SPLIT: tl.constexpr):
+    """``acc + a @ b``ᵀ as :func:`product`, where both are in the stored dtype."""
+    if SPLIT:
+        result = dot_across(a, b, acc, "ieee")
+    else:
+        result = dot_across(a.to(tl.float32), b.to(tl.float32), acc, "tf32x3")
     return result
 
 
@@ -79,94 +127,29 @@ def again(x):
 
 
 @triton.jit
-def columns_of(chunk, S: tl.constexpr, BD: tl.constexpr):
-    """The columns of a chunk of the segment width, ``[S, BD]``."""
-    return chunk * S * BD + tl.arange(0, S)[:, None] * BD + tl.arange(0, BD)[None, :]
-
-
-@triton.jit
-def rows_of(first, tokens, COUNT: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr):
-    """Of the rows of a tile whose first token is ``first``: place in memory, whether it is there, token and index."""
-    r = tl.arange(0, ROWS)
-    token = r // PADDED
-    index = r % PADDED
-    there = (index < COUNT) & (token < BT) & (first + token < tokens)
-    return (first + token).to(tl.int64) * COUNT + index, there, token, index
-
-
-@triton.jit
-def load_rows(base, row, there, c, d: tl.constexpr):
-    """Columns ``c`` (``[S, BD]``) of the given rows, ``[S, ROWS, BD]``; zero where there is nothing."""
-    places = row[None, :, None] * d + c[:, None, :]
-    return tl.load(base + places, mask=there[None, :, None] & (c < d)[:, None, :], other=0.0)
-
-
-@triton.jit
-def store_rows(base, row, there, c, d: tl.constexpr, x):
-    """The inverse of :func:`load_rows`; rounds to the dtype of ``base``."""
-    places = row[None, :, None] * d + c[:, None, :]
-    tl.store(base + places, x, mask=there[None, :, None] & (c < d)[:, None, :])
-
-
-@triton.jit
-def load_columns(weight, gain, c, index, there, FIRST: tl.constexpr, STRIDE: tl.constexpr, d: tl.constexpr):
-    """Columns ``FIRST + index`` of a projection, times the gain of the norm: ``[S, BD, K]``."""
-    mask = (c < d)[:, :, None] & there[None, None, :]
-    w = tl.load(weight + c[:, :, None] * STRIDE + (FIRST + index)[None, None, :], mask=mask, other=0.0)
-    return w * tl.load(gain + c, mask=c < d, other=0.0)[:, :, None]
-
-
-@triton.jit
-def tanh(x):
-    """To a few ulp; a series keeps small arguments exact."""
-    s = x * x
-    series = x + x * s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835 - s * (1382 / 155925)))))
-    return tl.where(s < 0.1, series, 1 - 2 / (tl.exp(2 * x) + 1))
-
-
-@triton.jit
-def coefficients(
-    p,
-    rstd,
-    static,
-    scale,
-    i,
-    j,
-    meet,
-    TAU: tl.constexpr,
-    FIRST: tl.constexpr,
-    ROW: tl.constexpr,
-    COLUMN: tl.constexpr,
-    DYNAMIC: tl.constexpr,
-):
-    """Columns of the routing (eqs. 12-14) and what their backward needs again.
-
-    Args:
-        p: projection of the slots before the norm, ``[R, K]``.
-        rstd: of the slots, ``[R]``.
-        static: where the static part of ``(i, j)`` is, at ``FIRST + i ROW + j COLUMN``; likewise ``scale``.
-        i: slot of each row, ``[R]``.
-        j: column of each column, ``[K]``.
-        meet: where a row and a column are there and of one token, ``[R, K]``.
-
-    Returns:
-        the coefficients, tanh and the scale, ``[R, K]``, all zero where ``meet`` is not.
-    """
-    i, rstd = again(i), again(rstd)
-    places = FIRST + i[:, None] * ROW + j[None, :] * COLUMN
-    c = tl.load(static + places, mask=meet, other=0.0)
-    s, t = c, c
-    if DYNAMIC:
-        s = tl.load(scale + places, mask=meet, other=0.0)
-        t = tl.where(meet, tanh(p * (rstd / TAU)[:, None]), 0.0)
-        c += s * t
-    return c, t, s
-
-
-@triton.jit
 def spread(x, S: tl.constexpr):
-    """``[I, J] -> [S, I, J]``: the same for every piece of a row."""
-    return tl.broadcast_to(x[None, :, :], [S, x.shape[0], x.shape[1]])
+    """``[G, I, J] -> [G S, I, J]``: the same for every piece of a row."""
+    G: tl.constexpr = x.shape[0]
+    x = tl.broadcast_to(x[:, None, :, :], [G, S, x.shape[1], x.shape[2]])
+    return tl.reshape(x, [G * S, x.shape[2], x.shape[3]])
+
+
+@triton.jit
+def each_group(x, G: tl.constexpr):
+    """``[S, I, J] -> [G S, I, J]``: the same for every group of rows."""
+    S: tl.constexpr = x.shape[0]
+    x = tl.broadcast_to(x[None, :, :, :], [G, S, x.shape[1], x.shape[2]])
+    return tl.reshape(x, [G * S, x.shape[2], x.shape[3]])
+
+
+@triton.jit
+def together(x, G: tl.constexpr):
+    """``[G S, H, J] -> [S, G H, J]``: all rows of a tile."""
+    if G > 1:
+        S: tl.constexpr = x.shape[0] // G
+        x = tl.permute(tl.reshape(x, [G, S, x.shape[1], x.shape[2]]), [1, 0, 2, 3])
+        x = tl.reshape(x, [S, G * x.shape[2], x.shape[3]])
+    return x
 
 
 @triton.jit
@@ -176,20 +159,122 @@ def swapped(x):
 
 
 @triton.jit
-def rms_reciprocal(gram, eps, d: tl.constexpr):
-    """``1 / rms`` of each row, ``[R]``, from all products of two rows, ``[S, R, R]``.
+def over_pieces(x, G: tl.constexpr):
+    """Sums over the pieces, ``[G S, I, J] -> [G, I, J]``."""
+    x = tl.sum(tl.reshape(x, [G, x.shape[0] // G, x.shape[1], x.shape[2]]), axis=1)
+    if not EMULATE:  # every warp has all sums; what follows is for all threads together
+        x = tl.gather(x, tl.broadcast_to(tl.arange(0, x.shape[2])[None, None, :], x.shape), axis=2)
+    return x
 
-    A matrix product adds up in one order, a sum over a row in one that depends on where the row came from: a state just
-    computed would not get the same bits as one that was read.
-    """
-    i = tl.arange(0, gram.shape[1])
-    squares = tl.sum(tl.where(i[:, None] == i[None, :], tl.sum(gram, axis=0), 0.0), axis=1)
-    return tl.rsqrt(squares / d + eps)
+
+# Chunks
 
 
 @triton.jit
-def over_tokens(x, PADDED: tl.constexpr):
-    """For each row the sum over the rows of its token, ``[ROWS] -> [ROWS]``."""
-    tokens: tl.constexpr = x.shape[0] // PADDED
-    total = tl.sum(tl.reshape(x, [tokens, PADDED]), axis=1)
-    return tl.reshape(tl.broadcast_to(total[:, None], [tokens, PADDED]), [x.shape[0]])
+def in_order(x, G: tl.constexpr, S: tl.constexpr, U: tl.constexpr):
+    """``[G E U, S, 8, L] -> [G S, 8 E, U L]``, columns in the order of tensor cores: of 8 of a thread, pairs."""
+    E: tl.constexpr = x.shape[0] // (G * U)
+    L: tl.constexpr = x.shape[3]
+    if S > 1:
+        x = tl.reshape(x, [G, E, U, S, 8, 4, 2, 2, 2])
+        x = tl.permute(x, [0, 3, 1, 4, 2, 6, 7, 5, 8])
+    return tl.reshape(x, [G * S, 8 * E, U * L])
+
+
+@triton.jit
+def out_of_order(x, G: tl.constexpr, S: tl.constexpr, U: tl.constexpr):
+    """The inverse of :func:`in_order`."""
+    E: tl.constexpr = x.shape[1] // 8
+    L: tl.constexpr = x.shape[2] // U
+    if S > 1:
+        x = tl.permute(tl.reshape(x, [G, S, E, 8, U, 2, 2, 4, 2]), [0, 2, 4, 1, 3, 7, 5, 6, 8])
+    return tl.reshape(x, [G * E * U, S, 8, L])
+
+
+@triton.jit
+def columns_of(chunk, COUNT: tl.constexpr, S: tl.constexpr, U: tl.constexpr, L: tl.constexpr, NC: tl.constexpr):
+    """Columns of a chunk, ``[COUNT, S, 1, L]``, ``U`` times ``L`` of each piece; a warp's chunks lie side by side."""
+    unit, piece = tl.arange(0, COUNT)[:, None, None, None] % U, tl.arange(0, S)[None, :, None, None]
+    return ((piece * NC + chunk) * U + unit) * L + tl.arange(0, L)[None, None, None, :]
+
+
+@triton.jit
+def rows_of(
+    first,
+    tokens,
+    COUNT: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BT: tl.constexpr,
+    U: tl.constexpr,
+):
+    """Of the rows of a tile whose first token is ``first``: place after the tile's first, and whether there is such a
+    row, ``[ROWS / 8 U, 1, 8, 1]``. The place of one that is not is another's, so that it can be loaded unasked.
+    """
+    r = tl.arange(0, ROWS // 8 * U)[:, None, None, None] // U * 8 + tl.arange(0, 8)[None, None, :, None]
+    token = r // PADDED
+    index = r % PADDED
+    last = tl.minimum(tokens - first, BT) - 1
+    there = (index < COUNT) & (token <= last)
+    return tl.minimum(token, last) * COUNT + tl.minimum(index, COUNT - 1), there
+
+
+@triton.jit
+def far(first, SIZE: tl.constexpr):
+    """``first SIZE`` in 64 bits: where the first token of a tile is. What is in a tile takes 32."""
+    return first * tl.full([], SIZE, tl.int64)
+
+
+@triton.jit
+def load_rows(
+    base,
+    row,
+    chunk,
+    d: tl.constexpr,
+    S: tl.constexpr,
+    U: tl.constexpr,
+    L: tl.constexpr,
+    NC: tl.constexpr,
+    G: tl.constexpr,
+    AGAIN: tl.constexpr = False,
+):
+    """A chunk of the given rows, ``[G S, ROWS / G, U L]``; zero beyond ``d``.
+
+    ``AGAIN``: it is loaded more than once, so the first-level cache is to keep it; else that is left to the weights.
+    """
+    MODIFIER: tl.constexpr = "" if AGAIN else ".cg"
+    c = columns_of(chunk, row.shape[0], S, U, L, NC)
+    if d == S * U * L * NC:
+        x = tl.load(base + (row * d + c), cache_modifier=MODIFIER)
+    else:
+        x = tl.load(base + (row * d + c), mask=(row >= 0) & (c < d), other=0.0, cache_modifier=MODIFIER)
+    return in_order(x, G, S, U)
+
+
+@triton.jit
+def held(x, tokens, SPLIT: tl.constexpr):
+    """A chunk that was loaded, as tensor cores want it in registers: else it is copied there for each product."""
+    if SPLIT and not EMULATE:
+        zero = (tokens >> 31).to(tl.int16).to(tl.bfloat16, bitcast=True)  # which the compiler does not know
+        x = tl.inline_asm_elementwise("or.b32 $0, $1, $2;", "=r,r,r", [x, zero], tl.bfloat16, is_pure=True, pack=2)
+    return x
+
+
+@triton.jit
+def store_rows(
+    base,
+    row,
+    there,
+    chunk,
+    x,
+    d: tl.constexpr,
+    S: tl.constexpr,
+    U: tl.constexpr,
+    L: tl.constexpr,
+    NC: tl.constexpr,
+    G: tl.constexpr,
+):
+    """The inverse of :func:`load_rows`, for the rows that are ``there``; rounds to the dtype of ``base``."""
+    c = columns_of(chunk, row.shape[0], S, U, L, NC)
+    x = rounded(out_of_order(x, G, S, U), base.dtype.element_ty)
+    tl.store(base + (row * d + c), x, mask=there & ((c < d) | (d == S * U * L * NC)))

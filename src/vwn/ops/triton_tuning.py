@@ -20,8 +20,8 @@ from vwn.cache import default_cache_dir, load_or_build
 from vwn.errors import UserError
 from vwn.ops.weights import NormWeights, RoutingWeights
 
-_WARPS = 8
-_KEPT = 32768
+_WARPS = 4
+_KEPT = 16384
 """Numbers of a tile that so many warps hold without spilling, next to what they compute with."""
 _TOKENS, _BYTES = 8192, 1 << 28
 """At most so many tokens, and bytes of a state, are measured."""
@@ -43,28 +43,36 @@ def power(x: int) -> int:
 
 
 def rows(n: int) -> int:
-    """Of a tile: tensor cores multiply 16 or more."""
+    """Of a tile of the forward: tensor cores multiply 16 or more."""
     return max(16, power(n))
+
+
+def rows_backward(m: int, n: int) -> int:
+    """Of a tile of the backward, which adds to the gradients of weights for each: 32 if that is 8 segments or fewer."""
+    return max(rows(n), min(32, 8 * power(n) // power(m)))
 
 
 @cache
 def rule(n: int, d: int) -> Launch:
     """What is taken unmeasured, for ``n`` slots of segment width ``d``."""
-    return _launch(n, d, 256 if rows(n) < 64 else 4096 // rows(n), _WARPS)
+    return _launch(n, d, _WARPS if power(n) >= 64 else max(2, min(power(_WARPS * rows(n) * d // _KEPT), 2 * _WARPS)))
 
 
 @cache
 def candidates(n: int, d: int) -> tuple[Launch, ...]:
-    """What is measured, at most five; the rule is the first. Half the warps do not hold twice the columns."""
+    """What is measured, at most five; the rule is the first."""
     first = rule(n, d)
-    sizes = [first.columns, first.columns // 2, first.columns * 2]
-    launches = [_launch(n, d, columns, _WARPS) for columns in sizes]
-    launches += [_launch(n, d, columns, _WARPS // 2) for columns in sizes[:2]]
+    launches = [first, first._replace(keep=False), first._replace(columns=max(16, first.columns // 2))]
+    launches += [_launch(n, d, warps) for warps in (first.warps // 2, first.warps * 2)]
     return tuple(dict.fromkeys(launches))
 
 
-def _launch(n: int, d: int, columns: int, warps: int) -> Launch:
-    return Launch(max(16, min(columns, power(d))), rows(n) * d <= _KEPT * warps // _WARPS, warps)
+def _launch(n: int, d: int, warps: int) -> Launch:
+    """Each warp has 128 columns of a chunk, or all together 128 where the rows of a slot take all of them."""
+    columns = max(16, min(128 * warps if power(n) < 64 else 128, power(d)))
+    if power(n) < 64:
+        warps = max(1, min(warps, columns // 32))
+    return Launch(columns, power(n) < 64 and rows(n) * d <= _KEPT * warps // _WARPS, warps)
 
 
 def chosen(m: int, n: int, d: int, device: torch.device, dtype: torch.dtype) -> Launch:
