@@ -9,6 +9,8 @@ loads and stores outside of shared memory, whichever cache serves them, relative
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import subprocess
 import tempfile
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.report import Report, parser
+from benchmarks.report import NOT_MEASURED, Report, parser
 
 SHAPES = ((2, 3), (4, 8), (4, 16), (8, 64))
 WIDTHS = (2048, 4096, 8192)
@@ -91,11 +93,24 @@ def main() -> None:
     options = parser("static_cost", __doc__).parse_args()
     notes = {"issue": "of a bound, in parts of a copy's time; not measured", "of": "H200: 132 processors, 1.75 GHz"}
     report = Report(options, notes, COLUMNS)
+    if reason := _unavailable():
+        report.add({NOT_MEASURED: reason})
+        return report.done()
     for m, n in options.shapes or SHAPES:
         for width in WIDTHS[:1] if options.quick else WIDTHS:
             for kernel in kernels(m, n, width):
                 report.add({"connection": [m, n], "width": width, "kernel": kernel.name} | cost(kernel))
-    report.done()
+    return report.done()
+
+
+def _unavailable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "Triton's interpreter compiles nothing; unset TRITON_INTERPRET"
+    if not all(_path(name).exists() for name in ("ptxas", "nvdisasm", "cuobjdump")):
+        return "this Triton comes without NVIDIA's tools"
+    return None
 
 
 def cost(k: Kernel) -> dict[str, float]:
@@ -164,10 +179,13 @@ def _bytes(instruction: str) -> int:
 
 
 def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([_path(name), *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _path(name: str) -> Path:
     import triton
 
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
+    return Path(triton.__file__).parent / "backends/nvidia/bin" / name
 
 
 if __name__ == "__main__":

@@ -145,7 +145,38 @@ def test_instructions_of_loops_count_as_often_as_they_run(trips, persistent, exp
         .L_x_2:
             /*0050*/                   BRA `(.L_x_2) ;"""
     lines = code if persistent else code.replace("@!P1 BRA `(.L_x_0)", "EXIT")
-    assert static_cost.executed(lines, trips, persistent) == expected
+    assert static_cost.executed(lines, trips, persistent).total() == expected
+
+
+@pytest.mark.parametrize(
+    ("instruction", "expected"),
+    [
+        ("@!P3 LDG.E.128.STRONG.GPU R4, [R2.64]", 16),
+        ("STG.E desc[UR4][R2.64], R1", 4),
+        ("LDG.E.U16.CONSTANT R1, [R2]", 2),
+        ("LDS.128 R4, [R2]", 0),
+        ("FADD R1, R128, R2", 0),
+    ],
+)
+def test_bytes_of_an_instruction(instruction, expected):
+    assert static_cost._bytes(instruction) == expected
+
+
+@pytest.mark.slow
+def test_static_cost(tmp_path):
+    out = tmp_path / "static_cost.json"
+    command = [sys.executable, "-m", "benchmarks.static_cost", "--quick", "--shapes", "2x3", "--out", str(out)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    if reason := json.loads(out.read_text())["rows"][0].get("not measured"):
+        pytest.skip(reason)
+    rows = {row["kernel"]: row for row in json.loads(out.read_text())["rows"]}
+    assert set(rows) == {"forward", "backward"}
+    for row in rows.values():
+        assert row["bytes"] >= 1  # the floor has to be moved
+        assert row["issue_at_2"] == pytest.approx(2 * row["issue_at_4"])
+    assert rows["backward"]["instructions_per_token"] > rows["forward"]["instructions_per_token"]
 
 
 def test_rivals_take_turns():

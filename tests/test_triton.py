@@ -184,6 +184,16 @@ def test_backward(m, n, d):
         assert_close(a, e)
 
 
+def test_without_an_epsilon():
+    """Rows that only fill a tile have a norm of zero."""
+    case = Case(2, 3, 12)
+    case.write, case.read = case.write._replace(eps=0.0), case.read._replace(eps=0.0)
+    for actual, exact in zip(
+        [*case.forward(), *case.backward()], [*case.exact_forward(), *case.exact_backward()], strict=True
+    ):
+        assert_close(actual, exact)
+
+
 @pytest.mark.parametrize(("write", "read"), [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("grad_state", [True, False])
 @pytest.mark.parametrize("needs_weights", [True, False])

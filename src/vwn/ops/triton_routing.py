@@ -148,7 +148,7 @@ def rms_reciprocal(gram, eps, d: tl.constexpr, G: tl.constexpr):
     i = tl.arange(0, gram.shape[1])
     squares = tl.sum(tl.where(i[None, :, None] == i[None, None, :], gram, 0.0), axis=2)
     squares = tl.sum(tl.reshape(squares, [G, gram.shape[0] // G, gram.shape[1]]), axis=1)
-    return tl.rsqrt(squares / d + eps)
+    return tl.rsqrt(tl.maximum(squares / d + eps, 1e-37))  # finite where there is no slot and eps is zero
 
 
 @triton.jit
