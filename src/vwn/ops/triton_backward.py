@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from vwn.ops.triton_routing import (
-    beside,
     block_diagonal,
     coefficients,
     factors,
@@ -59,12 +58,12 @@ def through_routing(grad, p, rstd, t, s, TAU: tl.constexpr, d: tl.constexpr):
 
 @triton.jit
 def upstream(grad_x, norm_gain, row, gain_row, chunk, d, S, U, L, NC, NORM: tl.constexpr):
-    """The gradient of ``X`` before its norm was taken into account, a chunk ``[S, Q, BD]``: times the gain."""
+    """A chunk of the incoming gradient, ``[S, Q, BD]``, and of ``U``: that times the gain of the norm, in float32."""
     g = load_rows(grad_x, row, chunk, d, S, U, L, NC, 1, True)
+    u = g
     if NORM:
-        gain = load_rows(norm_gain, gain_row, chunk, d, S, U, L, NC, 1, True)
-        g = rounded_pairs(g.to(tl.float32) * gain.to(tl.float32), g.dtype)
-    return g
+        u = g.to(tl.float32) * load_rows(norm_gain, gain_row, chunk, d, S, U, L, NC, 1, True).to(tl.float32)
+    return g, u
 
 
 @triton.jit
@@ -79,20 +78,14 @@ def through_norm(q, gram, read, left, eps, M: tl.constexpr, WIDTH: tl.constexpr)
         read: ``Å``, block-diagonal, ``[G, H, Q]``.
 
     Returns:
-        the gradient of ``Å``; ``rstd Å``; what ``H'`` is mixed with, ``-rstd slope Å Åᵀ``; and ``rstd``, ``[Q]``.
+        the gradient of ``Å``, and of each segment, ``[Q]``, ``rstd`` and ``slope``.
     """
-    Q: tl.constexpr = q.shape[2]
     of_slots = dot(gram, read, tl.zeros(read.shape, tl.float32), "tf32x3")
     squares = over_tokens(tl.sum(tl.sum(read * of_slots, axis=1), axis=0), M)
     dots = over_tokens(tl.sum(tl.sum(read * q, axis=1), axis=0), M)
-    rstd = tl.where(tl.arange(0, Q) // M < left, tl.rsqrt(squares / WIDTH + eps), 0.0)
-    slope = (rstd * rstd * dots / WIDTH)[None, None, :]
-    scaled = read * rstd[None, None, :]
-    grad = rstd[None, None, :] * (q - slope * of_slots)
-    a, b = scaled * -slope, read
-    if Q == 8:  # tensor cores multiply 16
-        a, b = beside(a, tl.zeros_like(a)), beside(b, tl.zeros_like(b))
-    return grad, scaled, dot(a, swapped(b), tl.zeros(gram.shape, tl.float32), "tf32x3"), rstd
+    rstd = tl.where(tl.arange(0, q.shape[2]) // M < left, tl.rsqrt(squares / WIDTH + eps), 0.0)
+    slope = rstd * rstd * dots / WIDTH
+    return rstd[None, None, :] * (q - slope[None, None, :] * of_slots), rstd, slope
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -222,19 +215,19 @@ def boundary_backward(
                         packed, dynamic_read, read_gain, chunk, READ_AT, 0, A, m, M, KM, SPLIT, d, S, U, L, NC
                     )
                     read_p = projected(h, w, read_p, SPLIT)
-                u = upstream(grad_x + z_begin, norm_gain, z_row, gain_row, chunk, d, S, U, L, NC, NORM)
-                grad = product_across(h, each_group(u, G), grad, SPLIT)
+                gy, u = upstream(grad_x + z_begin, norm_gain, z_row, gain_row, chunk, d, S, U, L, NC, NORM)
+                grad = product_across(h, each_group(rounded_pairs(u, h.dtype) if NORM else u, G), grad, SPLIT)
             read_rstd = rms_reciprocal(gram, read_eps, d, G)
             read_p = over_halves(read_p, G, KM)
             read, read_t, read_s = coefficients(
                 read_p, read_rstd, static_read, scale_read, left, TAU, 0, A, 1, m, M, n, N, READ_DYNAMIC
             )
             read = block_diagonal(read, Q, M, N, False)
-            grad, scaled = over_pieces(grad, G), read
+            grad = over_pieces(grad, G)
             if NORM:
                 own_token = tl.arange(0, H)[None, :, None] // N == tl.arange(0, H)[None, None, :] // N
                 gram = tl.where(own_token, over_pieces(gram, G), 0.0)
-                grad, scaled, mix, norm_rstd = through_norm(grad, gram, read, left, norm_eps, M, m * d)
+                grad, norm_rstd, norm_slope = through_norm(grad, gram, read, left, norm_eps, M, m * d)
                 read_from = transposed_operands(read, S, SPLIT)
             grad = own(grad, left, KM, M, m, n, N, False)
             if WEIGHTS:
@@ -244,14 +237,8 @@ def boundary_backward(
                     accumulate_matrix(read_matrices + R * KM, grad * read_t, fresh)
                 factor, slope = through_routing(grad, read_p, read_rstd, read_t, read_s, TAU, d)
                 read_f, read_w = factors(factor, S, SPLIT), transposed_operands(factor, S, SPLIT)
-                if NORM:
-                    diagonal = tl.arange(0, H)[None, :, None] == tl.arange(0, H)[None, None, :]
-                    mix += tl.where(diagonal, slope[:, :, None], 0.0)
-                else:
-                    slope = tl.reshape(tl.broadcast_to(slope[:, None, :], [G, S, H]), [G * S, H, 1])
-            if NORM:
-                mix_to = operands(mix, S, SPLIT)
-            read_to = segment_operands(scaled, S, SPLIT)
+                slope = tl.reshape(tl.broadcast_to(slope[:, None, :], [G, S, H]), [G * S, H, 1])
+            read_to = segment_operands(read, S, SPLIT)
             new = (of_state if WRITE else state) + begin
             tl.debug_barrier()  # other threads wrote what is read next
 
@@ -260,24 +247,21 @@ def boundary_backward(
         for chunk in tl.range(NC):
             if READ:
                 h = load_rows(new, row, chunk, d, S, U, L, NC, G, True)
-                u = upstream(grad_x + z_begin, norm_gain, z_row, gain_row, chunk, d, S, U, L, NC, NORM)
+                gy, gx = upstream(grad_x + z_begin, norm_gain, z_row, gain_row, chunk, d, S, U, L, NC, NORM)
                 tl.debug_barrier()  # before any thread writes over it
-                if NORM and WEIGHTS:
-                    x = rounded_pairs(segments_of(read_from, h, G, Q, SPLIT), h.dtype)
-                    unit = rounded_pairs(x.to(tl.float32) * norm_rstd[None, :, None], h.dtype)
-                    gx = load_rows(grad_x + z_begin, z_row, chunk, d, S, U, L, NC, 1, True)
-                    gg = over_all_tokens(gx.to(tl.float32) * unit.to(tl.float32), M, KM)
-                    accumulate(part + NORM_AT, chunk, gg, fresh, m, U, NC)
-                acc = mixed_segments(read_to, u, tl.zeros([G * S, H, BD], tl.float32), SPLIT)
                 if NORM:
-                    acc = mixed(mix_to, h, acc, SPLIT)
-                elif READ_DYNAMIC:
-                    acc += slope * h.to(tl.float32)
+                    x = rounded_pairs(segments_of(read_from, h, G, Q, SPLIT), h.dtype).to(tl.float32)
+                    if WEIGHTS:
+                        unit = rounded_pairs(x * norm_rstd[None, :, None], h.dtype)
+                        gg = over_all_tokens(gy.to(tl.float32) * unit.to(tl.float32), M, KM)
+                        accumulate(part + NORM_AT, chunk, gg, fresh, m, U, NC)
+                    gx = rounded_pairs(norm_rstd[None, :, None] * (gx - norm_slope[None, :, None] * x), h.dtype)
+                acc = mixed_segments(read_to, gx, tl.zeros([G * S, H, BD], tl.float32), SPLIT)
                 if READ_DYNAMIC:
                     w = load_projection(
                         packed, dynamic_read, read_gain, chunk, READ_AT, 0, A, m, M, KM, SPLIT, d, S, U, L, NC
                     )
-                    acc = unprojected(read_f, w, acc, SPLIT)
+                    acc = unprojected(read_f, w, acc, SPLIT) + slope * h.to(tl.float32)
                     if WEIGHTS:
                         accumulate(part + READ_AT * WIDTH, chunk, segments_of(read_w, h, G, KM, SPLIT), fresh, m, U, NC)
                 g = rounded(acc, h.dtype)  # as if the read had stored it, so that fused and separate agree to the bit
