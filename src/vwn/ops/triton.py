@@ -56,9 +56,8 @@ def tiling(m: int, n: int, d: int, launch: Launch, backward: bool = False) -> di
     # The pieces of a row are for the warps, which multiply 32 columns at a time.
     pieces = min(launch.warps, launch.columns // 32) if slots < 64 and launch.columns >= 64 else 1
     columns, chunks = launch.columns // pieces, -(-d // launch.columns)
-    most = 64 if slots >= 64 else 32
-    if backward and columns > most:
-        columns, chunks = most, chunks * columns // most
+    if backward and columns > 32:
+        columns, chunks = 32, chunks * columns // 32
     return {
         "TAU": float(d) ** 0.5,
         "n": n,
@@ -98,7 +97,7 @@ class _Boundary:
         launch = launch or chosen(m, n, d, state.device, state.dtype)
         self.sizes = dict(tiling(m, n, d, launch, backward))
         # Several stages would load ahead into shared memory, more than there is.
-        self.options = {"num_warps": launch.warps * (2 if backward and n > 32 else 1), "num_stages": 1}
+        self.options = {"num_warps": launch.warps, "num_stages": 1}
         self.tokens = state.shape[0]
         self.tiles = -(-self.tokens // self.sizes["BT"])
         self.hidden_size = m * d
