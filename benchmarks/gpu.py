@@ -1,9 +1,9 @@
 """All that wants a GPU, by one command and within a time limit: ``python -m benchmarks.gpu --minutes 9``.
 
-First every kernel is compiled, by as many processes as are worth it, for one after the other would take longer than all
-that follows. Then come the tests of the kernels and the benchmarks, the most wanted first, each in a process of its
-own: one that fails takes no other with it. Each writes its JSON row by row, so what the time did not suffice for is
-missing, and named, and nothing else; ``--steps`` runs that later.
+First the kernels are compiled, by as many processes as are worth it, for one after the other would take longer than all
+that follows. Then come the benchmarks and the tests of the kernels, the most wanted first, each in a process of its own
+and no longer than its share of the time: one that fails takes no other with it. Each writes its JSON row by row, so
+what the time did not suffice for is missing, and named, and nothing else; ``--steps`` runs that later.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from benchmarks import connections, rivals
+from benchmarks import accuracy, connections, rivals
 from benchmarks.report import FOLDER, shapes
 from benchmarks.rivals import Inputs, Rival
 
@@ -36,13 +37,17 @@ class Step(NamedTuple):
     module: str
     arguments: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
+    share: float = 1.0
+    """Of all the time, that it may take at most."""
 
 
-TESTS = ("-q", "-x", "tests/test_triton.py", "tests/test_triton_gpu.py")
+TESTS = ("-q", "-n", "8", "tests/test_triton_gpu.py", "tests/test_triton.py")
+DETERMINISTIC = (("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),)  # the tests ask PyTorch for deterministic algorithms
 STEPS = (
-    Step("tests", "pytest", TESTS),
-    Step("accuracy", "benchmarks.accuracy"),
-    Step("connections", "benchmarks.connections"),
+    Step("compile", "benchmarks.gpu", ("--compile-only",), share=0.3),
+    Step("accuracy", "benchmarks.accuracy", share=0.15),
+    Step("connections", "benchmarks.connections", share=0.3),
+    Step("tests", "pytest", TESTS, DETERMINISTIC, share=0.25),
     Step("training_step", "benchmarks.training_step", ("--families", "dense", "--modes", "eager")),
     Step("training_step_compiled", "benchmarks.training_step", ("--families", "dense", "--modes", "compiled")),
     Step("memory", "benchmarks.memory"),
@@ -58,13 +63,13 @@ def main() -> None:
     options = _parser().parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no GPU that PyTorch can use; --device cpu --quick is a dry run")
+    if options.compile_only:
+        return compile_all(options.shapes or connections.SHAPES, options.processes)
     unknown = set(options.steps or ()) - {step.name for step in STEPS}
     if unknown:
         raise SystemExit(f"no such step: {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in STEPS)}")
-    end = time.monotonic() + 60 * options.minutes
-    if options.device == "cuda" and not options.quick:
-        compile_all(options.shapes or connections.SHAPES, options.processes)
-    found = list(run_all([s for s in STEPS if s.name in (options.steps or [s.name])], options, end, subprocess.run))
+    wanted = options.steps or [step.name for step in STEPS[options.device == "cpu" :]]  # a dry run compiles nothing
+    found = list(run_all([step for step in STEPS if step.name in wanted], options, run))
     print("\n" + "\n".join(found))
     raise SystemExit(any(not line.endswith(": done") for line in found))
 
@@ -78,60 +83,92 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--commit", help="to record where there is no checkout to ask")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     p.add_argument("--quick", action="store_true", help="tiny sizes; with --device cpu a dry run in the interpreter")
+    p.add_argument("--compile-only", action="store_true", help="only have the kernels in the caches on disk")
     p.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="that compile at a time")
     return p
 
 
 def compile_all(wanted: list[tuple[int, int]], processes: int) -> None:
-    """Have the kernels of :mod:`benchmarks.connections` in the caches on disk, ours and those of others."""
+    """Have the kernels of the benchmarks in the caches on disk, ours and those that they are held against."""
     widths, tokens, dtype, _ = connections.SIZES["cuda"]
     cases = [(m, n, width, tokens, dtype) for width in widths for m, n in wanted]
+    cases += [(m, n, 512, 257, dtype) for dtype in accuracy.DTYPES for m, n in wanted]
     start = time.monotonic()
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for case, failed in zip(cases, pool.map(_compile, cases), strict=True):
-            print(f"compiled {case[:3]}" + (f", but not {failed}" if failed else ""), flush=True)
-    print(f"in {time.monotonic() - start:.0f} s")
+        running = {pool.submit(_compile, case): case for case in cases}
+        for done in as_completed(running):
+            failed = done.exception() or done.result()
+            m, n, width, *_, dtype = running[done]
+            took = f"{time.monotonic() - start:.0f} s"
+            print(f"({m}, {n}), {width}, {dtype}: {took}" + (f", but not {failed}" if failed else ""), flush=True)
 
 
 def _compile(case: tuple[int, int, int, int, torch.dtype]) -> str:
     """Run everything once; what fails will fail again, where it is reported."""
     m, n, width, tokens, dtype = case
     device = torch.device("cuda")
-    inputs, few = Inputs(m, n, width, tokens, dtype, device), Inputs(m, n, width, 1, dtype, device)
     failed = []
-    for rival in (*rivals.ours(inputs, "triton"), *rivals.paper(inputs), *rivals.plain(inputs)):
+
+    def attempt(name: str, call: Callable[[], object]) -> None:
         try:
-            rival.both()
+            call()
         except Exception as error:
-            failed.append(f"{rival.name} ({type(error).__name__})")
-    with torch.no_grad():
-        for rival in rivals.ours(few, "triton"):
-            _decode(rival)
+            failed.append(f"{name} ({type(error).__name__})")
+
+    # Our kernels do not depend on the number of tokens, but from few on.
+    some, few = (Inputs(m, n, width, count, dtype, device) for count in (64, 1))
+    for rival in rivals.ours(some, "triton"):
+        attempt(rival.name, rival.both)
+    for rival in rivals.ours(few, "triton"):
+        attempt(f"{rival.name}, few tokens", lambda rival=rival: _without_gradients(rival))
+    if tokens > 1024:  # what torch.compile makes is for so many tokens alone
+        inputs = Inputs(m, n, width, tokens, dtype, device)
+        for others in (rivals.paper, rivals.plain):
+            attempt(others.__name__, lambda others=others: [rival.both() for rival in others(inputs)])
+    torch.cuda.empty_cache()
     return ", ".join(failed)
 
 
-def _decode(rival: Rival) -> None:
-    if rival.name != "reference":
+def _without_gradients(rival: Rival) -> None:
+    with torch.no_grad():
         rival.run()
 
 
 def run_all(
-    steps: list[Step], options: argparse.Namespace, end: float, run: Callable[..., subprocess.CompletedProcess]
+    steps: list[Step], options: argparse.Namespace, run: Callable[[list[str], dict[str, str], float], int | None]
 ) -> Iterator[str]:
-    """Run ``steps`` until the time ``end``; a line on each."""
+    """Run ``steps`` while there is time; a line on each.
+
+    ``run``: as :func:`run`.
+    """
+    seconds = 60 * options.minutes
+    end = time.monotonic() + seconds
     for step in steps:
         left = end - time.monotonic()
         if left < LEAST:
             yield f"{step.name}: no time left"
             continue
         command, environment = _command(step, options)
-        print(f"\n== {step.name}, {left:.0f} s left: {' '.join(command[1:])}", flush=True)
-        try:
-            code = run(command, env=environment, timeout=left, cwd=FOLDER.parent).returncode
-        except subprocess.TimeoutExpired:
-            yield f"{step.name}: stopped when the time was over; its JSON has what was measured by then"
+        limit = min(left, step.share * seconds)
+        print(f"\n== {step.name}, for {limit:.0f} of {left:.0f} s: {' '.join(command[1:])}", flush=True)
+        code = run(command, environment, limit)
+        if code is None:
+            yield f"{step.name}: stopped when its time was over; its JSON has what was measured by then"
         else:
             yield f"{step.name}: {'done' if code == 0 else f'failed, exit code {code}'}"
+
+
+def run(command: list[str], environment: dict[str, str], seconds: float) -> int | None:
+    """The exit code, or ``None`` if the command took too long, and was stopped with all that it had started."""
+    process = subprocess.Popen(command, env=environment, cwd=FOLDER.parent, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _command(step: Step, options: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
@@ -139,13 +176,13 @@ def _command(step: Step, options: argparse.Namespace) -> tuple[list[str], dict[s
     environment = os.environ | dict(step.environment)
     if options.device == "cpu":
         environment |= {"TRITON_INTERPRET": "1", "VWN_TUNE": "0"}
-    if step.module == "pytest":
+    if options.shapes and step.module != "pytest":
+        command += ["--shapes", ",".join(f"{m}x{n}" for m, n in options.shapes)]
+    if step.module in ("pytest", "benchmarks.gpu"):
         return command, environment
     command += ["--device", options.device, "--out", str(options.folder / f"{step.name}-{options.device}.json")]
     command += ["--quick"] if options.quick else []
     command += ["--commit", options.commit] if options.commit else []
-    if options.shapes:
-        command += ["--shapes", ",".join(f"{m}x{n}" for m, n in options.shapes)]
     if options.device == "cpu":
         command += ["--backend", "triton"]
     return command, environment

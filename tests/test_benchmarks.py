@@ -235,29 +235,37 @@ def test_listing_that_differs_is_noticed():
 def test_gpu_steps_within_a_time_limit(tmp_path):
     """Each is asked for what the options say; one that fails or takes too long does not keep others from running."""
     options = gpu._parser().parse_args(["--shapes", "2x3", "--folder", str(tmp_path), "--commit", "abc"])
-    commands, timeouts = {}, []
+    commands, limits = {}, {}
 
-    def run(command, env, timeout, cwd):
+    def run(command, environment, seconds):
         name = gpu.STEPS[len(commands)].name
-        commands[name] = command, env
-        timeouts.append(timeout)
-        if name == "memory":
-            raise subprocess.TimeoutExpired(command, timeout)
-        return subprocess.CompletedProcess(command, returncode=3 * (name == "accuracy"))
+        commands[name], limits[name] = (command, environment), seconds
+        return {"accuracy": 3, "memory": None}.get(name, 0)
 
-    end = time.monotonic() + 100
-    lines = list(gpu.run_all(list(gpu.STEPS), options, end, run))
-    assert [line.split(":")[0] for line in lines] == [step.name for step in gpu.STEPS]
-    assert lines[0] == "tests: done"
-    assert lines[1] == "accuracy: failed, exit code 3"
-    assert "stopped" in lines[5]
-    assert all(0 < timeout <= 100 for timeout in timeouts)
+    lines = dict(line.split(": ") for line in gpu.run_all(list(gpu.STEPS), options, run))
+    assert list(lines) == [step.name for step in gpu.STEPS]
+    assert lines.pop("accuracy") == "failed, exit code 3"
+    assert lines.pop("memory").startswith("stopped")
+    assert set(lines.values()) == {"done"}
+    assert limits["connections"] == pytest.approx(0.3 * 9 * 60)
+    assert limits["scaling"] == pytest.approx(9 * 60, abs=5)
     command, environment = commands["connections_tuned"]
     assert environment["VWN_TUNE"] == "1"
     assert command[command.index("--out") + 1] == str(tmp_path / "connections_tuned-cuda.json")
     assert command[command.index("--shapes") + 1] == "2x3"
     assert command[command.index("--commit") + 1] == "abc"
-    assert list(gpu.run_all(list(gpu.STEPS[:1]), options, time.monotonic() + 1, run)) == ["tests: no time left"]
+    assert commands["compile"][0][1:] == ["-m", "benchmarks.gpu", "--compile-only", "--shapes", "2x3"]
+    options.minutes = 0.1
+    assert list(gpu.run_all(list(gpu.STEPS[:1]), options, run)) == ["compile: no time left"]
+
+
+def test_a_step_that_takes_too_long_is_stopped_with_its_children(tmp_path):
+    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(tmp_path / 'alive')!r}).touch()"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert gpu.run([sys.executable, "-c", parent], dict(os.environ), 1.0) is None
+    assert gpu.run([sys.executable, "-c", "raise SystemExit(5)"], dict(os.environ), 60.0) == 5
+    time.sleep(3)
+    assert not (tmp_path / "alive").exists()
 
 
 def test_gpu_steps_run_dry(tmp_path):

@@ -54,11 +54,19 @@ def test_wide_states_against_float64(m, n, width, half):
         assert_close(actual, exact, relative=2e-4)
 
 
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_the_norm_of_wide_states_against_float64(m, n):
+    c = Case(m, n, 1024 // m, tokens=40, write=False)
+    for actual, exact in zip(c.backward(), c.exact_backward(), strict=True):
+        assert_close(actual, exact, relative=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("width", [2048, 4096])
 @pytest.mark.parametrize(("m", "n"), SHAPES)
-def test_wide_states_to_the_bit(m, n, width):
+def test_wide_states_to_the_bit(m, n, width, dtype):
     """Twice the same, and the same as a write and a read apart."""
-    c = Case(m, n, width // m, torch.bfloat16, tokens=600)
+    c = Case(m, n, width // m, dtype, tokens=600)
     new, x = c.forward()
     assert_same(c.forward(), [new, x])
     separate, none = backend.forward(c.state, c.z, c.write, None, None)

@@ -93,7 +93,7 @@ def test_the_fastest_is_launched(monkeypatch):
     assert chosen() == wanted != tuning.rule(*SHAPE[1:])
     tiling, seen = backend.tiling, []
     monkeypatch.setattr(
-        backend, "tiling", lambda m, n, d, launch, back: seen.append(launch) or tiling(m, n, d, launch, back)
+        backend, "tiling", lambda m, n, d, launch, *rest: seen.append(launch) or tiling(m, n, d, launch, *rest)
     )
     case = Case(*SHAPE)
     result = case.forward()

@@ -39,7 +39,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @cache
-def tiling(m: int, n: int, d: int, launch: Launch, backward: bool = False) -> dict[str, Any]:
+def tiling(m: int, n: int, d: int, launch: Launch, split: bool = True, backward: bool = False) -> dict[str, Any]:
     """Sizes of tiles and programs, from the shape and the launch alone, so that each sum has one order.
 
     Args:
@@ -47,6 +47,7 @@ def tiling(m: int, n: int, d: int, launch: Launch, backward: bool = False) -> di
         n: slots.
         d: segment width.
         launch: as :func:`vwn.ops.triton_tuning.chosen`.
+        split: the state is in bfloat16. Else a product's bits hang on its columns, so there are 32 of them everywhere.
         backward: it takes more tokens at a time, and fewer columns.
 
     Returns:
@@ -56,7 +57,7 @@ def tiling(m: int, n: int, d: int, launch: Launch, backward: bool = False) -> di
     # The pieces of a row are for the warps, which multiply 32 columns at a time.
     pieces = min(launch.warps, launch.columns // 32) if slots < 64 and launch.columns >= 64 else 1
     columns, chunks = launch.columns // pieces, -(-d // launch.columns)
-    if backward and columns > 32:
+    if columns > 32 and (backward or not split):
         columns, chunks = 32, chunks * columns // 32
     return {
         "TAU": float(d) ** 0.5,
@@ -74,7 +75,7 @@ def tiling(m: int, n: int, d: int, launch: Launch, backward: bool = False) -> di
         "S": pieces,
         "BD": columns,
         "NC": chunks,
-        "KEEP": launch.keep,
+        "KEEP": launch.keep and split,
     }
 
 
@@ -95,7 +96,7 @@ class _Boundary:
         n, m = weights.n, weights.m
         d = state.shape[1] // n
         launch = launch or chosen(m, n, d, state.device, state.dtype)
-        self.sizes = dict(tiling(m, n, d, launch, backward))
+        self.sizes = dict(tiling(m, n, d, launch, _split(state), backward))
         # Several stages would load ahead into shared memory, more than there is.
         self.options = {"num_warps": launch.warps, "num_stages": 1}
         self.tokens = state.shape[0]

@@ -30,7 +30,6 @@ from vwn.ops.triton_routing import (
 )
 from vwn.ops.triton_sums import accumulate, accumulate_matrix, over_all_tokens
 from vwn.ops.triton_tiles import (
-    dot,
     each_group,
     far,
     held,
@@ -64,28 +63,6 @@ def upstream(grad_x, norm_gain, row, gain_row, chunk, d, S, U, L, NC, NORM: tl.c
     if NORM:
         u = g.to(tl.float32) * load_rows(norm_gain, gain_row, chunk, d, S, U, L, NC, 1, True).to(tl.float32)
     return g, u
-
-
-@triton.jit
-def through_norm(q, gram, read, left, eps, M: tl.constexpr, WIDTH: tl.constexpr):
-    """The norm's part of a read's backward, from small matrices alone, for ``X = Åᵀ H'`` is in the span of the slots.
-
-    With ``U`` the gradient of the normalised ``X`` times the gain, that of ``X`` is ``rstd (U - slope X)``.
-
-    Args:
-        q: ``H' Uᵀ``, ``[G, H, Q]``.
-        gram: ``H' H'ᵀ``, ``[G, H, H]``, zero where rows are of different tokens.
-        read: ``Å``, block-diagonal, ``[G, H, Q]``.
-
-    Returns:
-        the gradient of ``Å``, and of each segment, ``[Q]``, ``rstd`` and ``slope``.
-    """
-    of_slots = dot(gram, read, tl.zeros(read.shape, tl.float32), "tf32x3")
-    squares = over_tokens(tl.sum(tl.sum(read * of_slots, axis=1), axis=0), M)
-    dots = over_tokens(tl.sum(tl.sum(read * q, axis=1), axis=0), M)
-    rstd = tl.where(tl.arange(0, q.shape[2]) // M < left, tl.rsqrt(squares / WIDTH + eps), 0.0)
-    slope = rstd * rstd * dots / WIDTH
-    return rstd[None, None, :] * (q - slope[None, None, :] * of_slots), rstd, slope
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -208,27 +185,45 @@ def boundary_backward(
                     )
                     h = rounded(acc, h.dtype)
                     store_rows(of_state + begin, row, there, chunk, h, d, S, U, L, NC, G)
-                if READ_DYNAMIC or NORM:
-                    gram = product_across(h, h, gram, SPLIT)
                 if READ_DYNAMIC:
+                    gram = product_across(h, h, gram, SPLIT)
                     w = load_projection(
                         packed, dynamic_read, read_gain, chunk, READ_AT, 0, A, m, M, KM, SPLIT, d, S, U, L, NC
                     )
                     read_p = projected(h, w, read_p, SPLIT)
-                gy, u = upstream(grad_x + z_begin, norm_gain, z_row, gain_row, chunk, d, S, U, L, NC, NORM)
-                grad = product_across(h, each_group(rounded_pairs(u, h.dtype) if NORM else u, G), grad, SPLIT)
+                if not NORM:
+                    gx = load_rows(grad_x + z_begin, z_row, chunk, d, S, U, L, NC, 1, True)
+                    grad = product_across(h, each_group(gx, G), grad, SPLIT)
             read_rstd = rms_reciprocal(gram, read_eps, d, G)
             read_p = over_halves(read_p, G, KM)
             read, read_t, read_s = coefficients(
                 read_p, read_rstd, static_read, scale_read, left, TAU, 0, A, 1, m, M, n, N, READ_DYNAMIC
             )
             read = block_diagonal(read, Q, M, N, False)
+            new = (of_state if WRITE else state) + begin
+            tl.debug_barrier()  # other threads wrote what is read next
+
+            if NORM:  # with U the gradient times the gain, that of X is rstd (U - slope X)
+                read_from = transposed_operands(read, S, SPLIT)
+                along = tl.zeros([G * S, H, Q], tl.float32)
+                squares = tl.zeros([S, Q, BD], tl.float32)
+                dots = tl.zeros([S, Q, BD], tl.float32)
+                for chunk in tl.range(NC):
+                    h = held(load_rows(new, row, chunk, d, S, U, L, NC, G, True), tokens, SPLIT)
+                    x = rounded_pairs(segments_of(read_from, h, G, Q, SPLIT), h.dtype)
+                    gy, u = upstream(grad_x + z_begin, norm_gain, z_row, gain_row, chunk, d, S, U, L, NC, NORM)
+                    wide = x.to(tl.float32)
+                    squares += wide * wide
+                    dots += u * wide
+                    grad = product_across(h, each_group(rounded_pairs(u, h.dtype), G), grad, SPLIT)
+                    along = product_across(h, each_group(x, G), along, SPLIT)
+                norm_rstd = over_tokens(tl.sum(tl.sum(squares, axis=2), axis=0), M)
+                norm_rstd = tl.where(tl.arange(0, Q) // M < left, tl.rsqrt(norm_rstd / (m * d) + norm_eps), 0.0)
+                norm_slope = over_tokens(tl.sum(tl.sum(dots, axis=2), axis=0), M) / (m * d)
+                norm_slope *= norm_rstd * norm_rstd
             grad = over_pieces(grad, G)
             if NORM:
-                own_token = tl.arange(0, H)[None, :, None] // N == tl.arange(0, H)[None, None, :] // N
-                gram = tl.where(own_token, over_pieces(gram, G), 0.0)
-                grad, norm_rstd, norm_slope = through_norm(grad, gram, read, left, norm_eps, M, m * d)
-                read_from = transposed_operands(read, S, SPLIT)
+                grad = norm_rstd[None, None, :] * (grad - norm_slope[None, None, :] * over_pieces(along, G))
             grad = own(grad, left, KM, M, m, n, N, False)
             if WEIGHTS:
                 accumulate_matrix(read_matrices, grad, fresh)
@@ -239,8 +234,6 @@ def boundary_backward(
                 read_f, read_w = factors(factor, S, SPLIT), transposed_operands(factor, S, SPLIT)
                 slope = tl.reshape(tl.broadcast_to(slope[:, None, :], [G, S, H]), [G * S, H, 1])
             read_to = segment_operands(read, S, SPLIT)
-            new = (of_state if WRITE else state) + begin
-            tl.debug_barrier()  # other threads wrote what is read next
 
         carry_grad = tl.zeros([G * S, H, H], tl.float32)
         beta_grad = tl.zeros([G * S, H, Q], tl.float32)
