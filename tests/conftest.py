@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("MKL_CBWR", "AUTO")  # before MKL is loaded: on AMD its bits depend on where an array begins
+
 import pytest
 import torch
 from torch import nn

