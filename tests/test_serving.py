@@ -144,7 +144,7 @@ def test_export(kind):
 
 
 def test_a_static_cache_decodes_as_one_graph():
-    model = build(vwn_config("llama", 2, 4))
+    model = build(vwn_config("llama", 2, 4)).double()  # a padded cache sums in another order
     ids = token_ids(2, 9)
     wanted = model(ids).logits
     cache = StaticCache(config=model.config, max_cache_len=16)
@@ -155,7 +155,7 @@ def test_a_static_cache_decodes_as_one_graph():
             position = torch.full((2, 1), t)
             out = step(ids[:, t : t + 1], past_key_values=cache, position_ids=position, use_cache=True)
             actual.append(out.logits)
-    torch.testing.assert_close(torch.cat(actual, dim=1), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(actual, dim=1), wanted, rtol=1e-6, atol=1e-6)
     assert torch.compiler.is_compiling() is False
 
 
