@@ -229,22 +229,22 @@ template <class C> inline void transpose(int64_t I, int64_t W, C* out, int64_t l
     }
 }
 
-// tanh in float to about two ulp: expm1(2x) / (expm1(2x) + 2), which keeps small arguments exact; NaN stays NaN
+// tanh in float to about five ulp: x times a quotient of polynomials in x^2, fitted up to where tanh is one; NaN stays NaN
 inline Simd<float>::vec tanh_of(Simd<float>::vec x) {
-  typedef int32_t ivec __attribute__((vector_size(kVectorBytes)));
-  const ivec bits = (ivec)x, sign = bits & INT32_MIN;
-  const Simd<float>::vec y = (Simd<float>::vec)(bits & INT32_MAX), a = y > 9.5f ? 19.0f + 0 * y : 2 * y;
-  const ivec k = __builtin_convertvector(a * 1.44269504f + 0.5f, ivec);
-  const Simd<float>::vec kf = __builtin_convertvector(k, Simd<float>::vec);
-  const Simd<float>::vec r = (a - kf * 0.693359375f) + kf * 2.12194440e-4f;
-  Simd<float>::vec p = r * (1.0f / 5040) + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r * r + r;  // expm1(r)
-  const Simd<float>::vec scale = (Simd<float>::vec)((k + 127) << 23), e = p * scale + (scale - 1), t = e / (e + 2);
-  return x != x ? x : (Simd<float>::vec)((ivec)t | sign);
+  typedef Simd<float>::vec vec;
+  const vec most = 9.01f + vec{};
+  x = x > most ? most : x;
+  x = x < -most ? -most : x;
+  const vec s = x * x;
+  vec p = s * 1.3335408e-8f + 2.0595247e-5f;
+  p = p * s + 3.49475008e-3f;
+  p = p * s + 1.33803211e-1f;
+  p = p * s + 1.0f;
+  vec q = s * 7.7686956e-7f + 3.28426222e-4f;
+  q = q * s + 2.58737972e-2f;
+  q = q * s + 4.67136366e-1f;
+  q = q * s + 1.0f;
+  return x * p / q;
 }
 inline Simd<double>::vec tanh_of(Simd<double>::vec x) {
   for (int e = 0; e < Simd<double>::L; e++) x[e] = std::tanh(x[e]);
@@ -283,36 +283,27 @@ struct Args {
 template <class C> struct Side {
   const SideArgs& a;
   int64_t n, m, d, dp;
-  bool writes;    // columns: of the carry and, transposed, of B; else those that read
+  bool writes;        // columns: of the carry and, transposed, of B; else those that read
   int64_t k;
-  bool few;              // columns, much fewer than a vector holds: the rows of a slot's matrix lie close together
-  int64_t kp;            // numbers from row to row
-  int64_t together;      // the first columns, projected many at a time; the others, few, one by one
-  int64_t block, size;   // tokens in a block, whose rows follow each other; numbers of all their rows, in whole vectors
-  bool dynamic;
+  int64_t block, rp;  // tokens in a block, and their slots in whole vectors
+  int64_t size;       // of a matrix k x rp: a row for each column, where the slots of a block lie side by side
+  bool dynamic, turns;  // turns: the slots are transposed for their products; else the columns are too few for that
   C eps;
-  Buffer<C> by_row, by_column;  // weights with gain and 1/sqrt(d): d x kp and k x dp
-  Buffer<C> stat, scale, used;  // once for each token of a block; used: 1 or 0
+  Buffer<C> by_column, stat, scale;  // weights with gain and 1/sqrt(d), k x dp; k x rp, the same for each token
   Side(const SideArgs& a, const Args& sizes, bool writes, int64_t block)
       : a(a), n(sizes.n), m(sizes.m), d(sizes.d), dp(padded<C>(d)), writes(writes),
-        k(!a.present ? 0 : writes ? n + m : m), few(2 * k < Simd<C>::L), kp(few ? k : padded<C>(k)),
-        together(2 * (k % Simd<C>::L) < Simd<C>::L && (few || dp >= 4 * Simd<C>::L) ? k - k % Simd<C>::L : kp),
-        block(block), size(padded<C>(block * n * kp)), dynamic(a.dynamic), eps(a.eps),
-        by_row(dynamic && together > 0 ? d * kp : 0), by_column(dynamic ? k * dp : 0), stat(size), scale(size),
-        used(size) {
+        k(!a.present ? 0 : writes ? n + m : m), block(block), rp(padded<C>(block * n)), size(k * rp),
+        dynamic(a.dynamic), turns(dynamic && 2 * k >= Simd<C>::L), eps(a.eps), by_column(dynamic ? k * dp : 0),
+        stat(size), scale(size) {
     const Parameters& w = a.weights;
     const C root = std::sqrt(C(d));
     for (int64_t j = 0; j < k; j++) {
       for (int64_t row = 0; row < block * n; row++) {
-        used[row * kp + j] = 1;
-        stat[row * kp + j] = of_slot(w.static_alpha, w.static_beta, row % n, j);
-        if (dynamic) scale[row * kp + j] = of_slot(w.scale_alpha, w.scale_beta, row % n, j);
+        stat[j * rp + row] = of_slot(w.static_alpha, w.static_beta, row % n, j);
+        if (dynamic) scale[j * rp + row] = of_slot(w.scale_alpha, w.scale_beta, row % n, j);
       }
       if (dynamic)
-        for (int64_t c = 0; c < d; c++) {
-          by_column[j * dp + c] = gain(w)[c] * (of_weight(w, c, j) / root);
-          if (together > 0) by_row[c * kp + j] = by_column[j * dp + c];
-        }
+        for (int64_t c = 0; c < d; c++) by_column[j * dp + c] = gain(w)[c] * (of_weight(w, c, j) / root);
     }
   }
   // Column j in row i of a slot's matrix, and in row c of the weights
@@ -329,26 +320,44 @@ template <class C> struct Side {
 
 // The routing columns of a block's tokens and what their backward needs again
 template <class C> struct Routing {
-  Buffer<C> c, t, p, spread;  // coefficients, tanh, projection before the norm, 1 / rms of the slot: of size s.size
-  Buffer<C> rs, dots;         // 1 / rms, scratch: a number for each row
+  Buffer<C> c, t, p;  // coefficients, tanh, projection before the norm: k x rp
+  Buffer<C> rs;       // 1 / rms of each slot, zero where there is none
+  Buffer<C> turned;   // the slots, dp x rp; a vector may be read from any of them on
   explicit Routing(const Side<C>& s)
-      : c(s.size), t(s.size), p(s.size), spread(s.size), rs(padded<C>(s.block * s.n)), dots(padded<C>(s.block * s.n)) {}
+      : c(s.size), t(s.size), p(s.size), rs(s.rp), turned(s.turns ? s.dp * s.rp + Simd<C>::L : 0) {}
   void compute(const Side<C>& s, const C* h, int64_t rows) {
+    using vec = typename Simd<C>::vec;
+    constexpr int L = Simd<C>::L;
     if (!s.dynamic) {
       std::memcpy(c, s.stat, s.size * sizeof(C));
       return;
     }
-    const int64_t q = s.together;
-    if (q > 0) nn<C>(rows, q, p, s.kp, {h, s.dp, 1, s.by_row, s.kp, s.d}, false);
-    if (q < s.k) nt<C>(rows, s.k - q, s.dp, p + q, s.kp, h, s.dp, s.by_column + q * s.dp, s.dp);
-    row_dots<C>(rows, s.dp, rs, h, s.dp, h, s.dp);
-    for (int64_t i = 0; i < padded<C>(rows); i++) rs[i] = 1 / std::sqrt(rs[i] / s.d + s.eps);
-    for (int64_t i = 0; i < rows; i++)
-      for (int64_t j = 0; j < s.kp; j++) spread[i * s.kp + j] = rs[i];
-    for (int64_t j = 0; j < padded<C>(rows * s.kp); j += Simd<C>::L) {
-      at(t + j) = tanh_of(at(p + j) * at(spread + j));
-      at(c + j) = at(s.stat + j) + at(s.scale + j) * at(t + j);
+    if (rows < s.block * s.n) {  // not what a full block has left
+      std::memset(p, 0, s.size * sizeof(C));
+      if (s.turns) std::memset(turned, 0, s.dp * s.rp * sizeof(C));
     }
+    if (s.turns) {
+      transpose<C>(rows, s.dp, turned, s.rp, h, s.dp);
+      nn<C>(s.k, s.rp, p, s.rp, {s.by_column, s.dp, 1, turned, s.rp, s.d}, false);
+      for (int64_t v = 0; v < s.rp; v += L) {
+        vec even = {}, odd = {};
+        for (int64_t w = 0; w < s.dp; w += 2) {
+          even += at(turned + w * s.rp + v) * at(turned + w * s.rp + v);
+          odd += at(turned + (w + 1) * s.rp + v) * at(turned + (w + 1) * s.rp + v);
+        }
+        at(rs + v) = even + odd;
+      }
+    } else {
+      nt<C>(s.k, rows, s.dp, p, s.rp, s.by_column, s.dp, h, s.dp);
+      row_dots<C>(rows, s.dp, rs, h, s.dp, h, s.dp);
+    }
+    for (int64_t i = 0; i < s.rp; i++) rs[i] = i < rows ? 1 / std::sqrt(rs[i] / s.d + s.eps) : 0;
+    for (int64_t v = 0; v < s.rp; v += L)
+      for (int64_t j = 0; j < s.k; j++) {
+        const int64_t e = j * s.rp + v;
+        at(t + e) = tanh_of(at(p + e) * at(rs + v));
+        at(c + e) = at(s.stat + e) + at(s.scale + e) * at(t + e);
+      }
   }
 };
 
@@ -362,42 +371,40 @@ template <class C> struct Sums {
 // mixed is that of the first token.
 template <class C>
 inline void routing_backward(const Side<C>& s, Routing<C>& r, const C* h, C* dc, const Term<C>& mixed, C* out,
-                             Sums<C>* sums, int64_t tokens) {
+                             Sums<C>* sums, C* slope, int64_t tokens) {
   using vec = typename Simd<C>::vec;
   constexpr int L = Simd<C>::L;
-  const int64_t rows = tokens * s.n, size = padded<C>(rows * s.kp);
-  for (int64_t j = rows * s.kp; j < size; j++) dc[j] = 0;  // a block that is not full
+  const int64_t rows = tokens * s.n;
+  if (tokens < s.block)
+    for (int64_t j = 0; j < s.k; j++) std::memset(dc + j * s.rp + rows, 0, (s.rp - rows) * sizeof(C));
   if (sums)
-    for (int64_t j = 0; j < size; j += L) at(&sums->stat[j]) += at(dc + j);
+    for (int64_t e = 0; e < s.size; e += L) at(&sums->stat[e]) += at(dc + e);
   const auto of_token = [&](int64_t t) {
-    return Term<C>{mixed.a + t * s.n * s.kp, mixed.ai, mixed.ak, mixed.b + t * mixed.K * s.dp, mixed.ldb, mixed.K};
+    return Term<C>{mixed.a + t * s.n, mixed.ai, mixed.ak, mixed.b + t * mixed.K * s.dp, mixed.ldb, mixed.K};
   };
   if (!s.dynamic) {
     for (int64_t t = 0; t < tokens; t++) nn<C>(s.n, s.dp, out + t * s.n * s.dp, s.dp, of_token(t), false);
     return;
   }
   if (sums)
-    for (int64_t j = 0; j < size; j += L) at(&sums->scale[j]) += at(dc + j) * at(r.t + j);
-  for (int64_t j = 0; j < size; j += L) {
-    const vec g = at(dc + j) * at(s.scale + j) * (1 - at(r.t + j) * at(r.t + j));
-    at(dc + j) = at(s.used + j) != 0 ? g : vec{};  // not multiplied: a NaN in the padding would never go away
-  }
-  if (s.few)
-    for (int64_t i = 0; i < rows; i++) {
-      C dot = 0;
-      for (int64_t j = i * s.k; j < (i + 1) * s.k; j++) dot += dc[j] * r.p[j];
-      r.dots[i] = dot;
+    for (int64_t e = 0; e < s.size; e += L) at(&sums->scale[e]) += at(dc + e) * at(r.t + e);
+  for (int64_t v = 0; v < s.rp; v += L) {
+    const vec rs = at(r.rs + v);
+    vec dot = {};
+    for (int64_t j = 0; j < s.k; j++) {
+      const int64_t e = j * s.rp + v;
+      const vec g = at(dc + e) * at(s.scale + e) * (1 - at(r.t + e) * at(r.t + e));
+      dot += g * at(r.p + e);
+      at(dc + e) = g * rs;
     }
-  else
-    row_dots<C>(rows, s.kp, r.dots, dc, s.kp, r.p, s.kp);
-  for (int64_t i = 0; i < rows; i++) r.dots[i] *= -r.rs[i] * r.rs[i] * r.rs[i] / s.d;
-  for (int64_t j = 0; j < size; j += L) at(dc + j) *= at(r.spread + j);
+    at(slope + v) = rs * rs * rs * dot * (C(-1) / s.d);
+  }
   for (int64_t t = 0; t < tokens; t++) {
     const int64_t row = t * s.n;
-    const Term<C> projected{dc + row * s.kp, s.kp, 1, s.by_column, s.dp, s.k};
-    nn<C>(s.n, s.dp, {out + row * s.dp, s.dp, h + row * s.dp, r.dots + row, {of_token(t), projected}, 2});
+    const Term<C> projected{dc + row, 1, s.rp, s.by_column, s.dp, s.k};
+    nn<C>(s.n, s.dp, {out + row * s.dp, s.dp, h + row * s.dp, slope + row, {of_token(t), projected}, 2});
   }
-  if (sums) nn<C>(s.k, s.dp, sums->weight.data(), s.dp, {dc, 1, s.kp, h, s.dp, rows}, true);
+  if (sums) nn<C>(s.k, s.dp, sums->weight.data(), s.dp, {dc, s.rp, 1, h, s.dp, rows}, true);
 }
 
 // Rows between tensors and scratch
@@ -451,13 +458,16 @@ class Ahead {
     share = share / (tokens * (backward ? 4 : 2)) + 1;
   }
   void fetch() {
-    for (int64_t lines = share; lines && current < count; lines--) {
+    for (int64_t lines = share; lines > 0 && current < count; current++) {
       Range& r = ranges[current];
+      const char* const end = r.end - r.at > lines * 64 ? r.at + lines * 64 : r.end;
+      lines -= (end - r.at + 63) / 64;
       if (r.stored)
-        __builtin_prefetch(r.at, 1, 2);
+        for (const char* at = r.at; at < end; at += 64) __builtin_prefetch(at, 1, 2);
       else
-        __builtin_prefetch(r.at, 0, 2);
-      if ((r.at += 64) >= r.end) current++;
+        for (const char* at = r.at; at < end; at += 64) __builtin_prefetch(at, 0, 2);
+      r.at = end;
+      if (end < r.end) return;
     }
   }
 };
@@ -472,7 +482,7 @@ template <class C, class S> struct Block {
   const Side<C>&w, &r;
   int64_t n, m, d, dp, wide, narrow;  // of a token's state and of its X or Z: numbers in scratch
   Routing<C> rw, rr;
-  Buffer<C> h_, z_, new_, x_, y_, gn_, gx_, g_, gz_, gh_, dcw, dcr, turned, product, total;  // x_ and y_: of a token
+  Buffer<C> h_, z_, new_, x_, y_, gn_, gx_, g_, gz_, gh_, dcw, dcr, turned, product, slope, total;  // x_ and y_: of a token
   const C *h, *z, *fresh;
   C rstd = 0;
   Ahead next;
@@ -483,15 +493,15 @@ template <class C, class S> struct Block {
         gn_(backward * w.block * wide), gx_(backward * w.block * narrow), g_(backward * w.block * wide),
         gz_(backward * w.block * narrow), gh_(backward * w.block * wide), dcw(backward * w.size),
         dcr(backward * r.size), turned(backward * dp * padded<C>(a.n)), product(backward * n * padded<C>(a.n)),
-        total(Simd<C>::L) {}
+        slope(w.rp), total(Simd<C>::L) {}
 
   // Coefficients of token t of the block
-  const C* of_write(int64_t t) const { return rw.c + t * n * w.kp; }
-  const C* of_read(int64_t t) const { return rr.c + t * n * r.kp; }
+  const C* of_write(int64_t t) const { return rw.c + t * n; }
+  const C* of_read(int64_t t) const { return rr.c + t * n; }
 
   // X = A_read^T H' of token t, and with a norm its rounded normalised value in y_
   void read_x(int64_t t, C* x) {
-    nn<C>(m, dp, x, dp, {of_read(t), 1, r.kp, fresh + t * wide, dp, n}, false);
+    nn<C>(m, dp, x, dp, {of_read(t), r.rp, 1, fresh + t * wide, dp, n}, false);
     if (!a.norm) return;
     round_to<C, S>(x, narrow);
     row_dots<C>(1, narrow, total, x, 0, x, 0);
@@ -508,8 +518,8 @@ template <class C, class S> struct Block {
       rw.compute(w, h, tokens * n);
       for (int64_t t = 0; t < tokens; t++) {
         next.fetch();
-        const Term<C> carry{of_write(t), 1, w.kp, h + t * wide, dp, n};
-        const Term<C> injected{of_write(t) + n, w.kp, 1, z + t * narrow, dp, m};
+        const Term<C> carry{of_write(t), w.rp, 1, h + t * wide, dp, n};
+        const Term<C> injected{of_write(t) + n * w.rp, 1, w.rp, z + t * narrow, dp, m};
         nn<C>(n, dp, {to + t * wide, dp, nullptr, nullptr, {carry, injected}, 2});
       }
       round_to<C, S>(to, tokens * wide);
@@ -552,13 +562,15 @@ template <class C, class S> struct Block {
     round_to<C, S>(to, narrow);
   }
 
-  // c[i][j] = a_i . b_j for the rows of two buffers
-  void dots(int64_t I, int64_t J, C* c, int64_t ldc, const C* a, const C* b) {
-    if (2 * J < Simd<C>::L) return nt<C>(I, J, dp, c, ldc, a, dp, b, dp);
-    const int64_t jp = padded<C>(J);
-    transpose<C>(J, dp, turned, jp, b, dp);
-    nn<C>(I, jp, product, jp, {a, dp, 1, turned, jp, d}, false);
-    for (int64_t i = 0; i < I; i++) std::memcpy(c + i * ldc, product + i * jp, J * sizeof(C));
+  // out[i][slot] = a_i . b_slot for I rows and the n slots of a token, which may be turned already
+  void dots(int64_t I, const Side<C>& s, C* out, const C* a, const C* b, const C* ready) {
+    if (2 * n < Simd<C>::L || (!ready && 2 * I < Simd<C>::L)) return nt<C>(I, n, dp, out, s.rp, a, dp, b, dp);
+    const int64_t np = padded<C>(n);
+    if (!ready) transpose<C>(n, dp, turned, np, b, dp);
+    C* to = s.block == 1 ? out : +product;  // beside each other the tokens' rows would not be whole vectors
+    nn<C>(I, np, to, np, {a, dp, 1, ready ? ready : +turned, ready ? s.rp : np, d}, false);
+    if (s.block > 1)
+      for (int64_t i = 0; i < I; i++) std::memcpy(out + i * s.rp, product + i * np, n * sizeof(C));
   }
 
   void backward(int64_t first, int64_t tokens, Sums<C>* sw, Sums<C>* sr, std::vector<C>* sn) {
@@ -576,11 +588,11 @@ template <class C, class S> struct Block {
         gx = gx_;
       }
       for (int64_t t = 0; t < tokens; t++) {
-        dots(n, m, dcr + t * n * r.kp, r.kp, fresh + t * wide, gx + t * narrow);
+        dots(m, r, dcr + t * n, gx + t * narrow, fresh + t * wide, r.turns ? rr.turned + t * n : nullptr);
         next.fetch();
       }
       C* to = w.k || g ? +g_ : room<C, S>(grad_state, d, dp, g_);
-      routing_backward<C>(r, rr, fresh, dcr, {rr.c, r.kp, 1, gx, dp, m}, to, sr, tokens);
+      routing_backward<C>(r, rr, fresh, dcr, {rr.c, 1, r.rp, gx, dp, m}, to, sr, slope, tokens);
       round_to<C, S>(to, tokens * wide);  // as if the read had stored it, so that fused and separate agree to the bit
       if (g) {
         for (int64_t e = 0; e < tokens * wide; e++) to[e] += g[e];
@@ -593,16 +605,16 @@ template <class C, class S> struct Block {
       C* to = room<C, S>(grad_z, d, dp, gz_);
       for (int64_t t = 0; t < tokens; t++) {
         const C* gt = g + t * wide;
-        C* dc = dcw + t * n * w.kp;
-        dots(n, n, dc, w.kp, h + t * wide, gt);
+        C* dc = dcw + t * n;
+        dots(n, w, dc, gt, h + t * wide, w.turns ? rw.turned + t * n : nullptr);
         next.fetch();
-        dots(n, m, dc + n, w.kp, gt, z + t * narrow);
-        nn<C>(m, dp, to + t * narrow, dp, {of_write(t) + n, 1, w.kp, gt, dp, n}, false);
+        dots(m, w, dc + n * w.rp, z + t * narrow, gt, nullptr);
+        nn<C>(m, dp, to + t * narrow, dp, {of_write(t) + n * w.rp, w.rp, 1, gt, dp, n}, false);
         next.fetch();
       }
       store<C, S>(to, tokens * m, d, dp, grad_z);
       C* gh = room<C, S>(grad_state, d, dp, gh_);
-      routing_backward<C>(w, rw, h, dcw, {rw.c, w.kp, 1, g, dp, n}, gh, sw, tokens);
+      routing_backward<C>(w, rw, h, dcw, {rw.c, 1, w.rp, g, dp, n}, gh, sw, slope, tokens);
       g = gh;
     }
     store<C, S>(g, tokens * n, d, dp, grad_state);
@@ -615,17 +627,21 @@ template <class C> void finish(const Side<C>& s, const std::vector<std::unique_p
   Sums<C> total(s);
   for (auto& chunk : chunks) {
     for (size_t j = 0; j < total.weight.size(); j++) total.weight[j] += chunk->weight[j];
-    for (int64_t t = 0; t < s.block; t++)
-      for (int64_t j = 0; j < s.n * s.kp; j++) {
-        total.stat[j] += chunk->stat[t * s.n * s.kp + j];
-        total.scale[j] += chunk->scale[t * s.n * s.kp + j];
-      }
+    for (int64_t e = 0; e < s.size; e++) {
+      total.stat[e] += chunk->stat[e];
+      total.scale[e] += chunk->scale[e];
+    }
   }
   const Parameters &w = s.a.weights, &g = s.a.gradients;
   for (int64_t i = 0; i < s.n; i++)
     for (int64_t j = 0; j < s.k; j++) {
-      s.of_slot(g.static_alpha, g.static_beta, i, j) = total.stat[i * s.kp + j];
-      if (s.dynamic) s.of_slot(g.scale_alpha, g.scale_beta, i, j) = total.scale[i * s.kp + j];
+      C stat = 0, scale = 0;
+      for (int64_t t = 0; t < s.block; t++) {
+        stat += total.stat[j * s.rp + t * s.n + i];
+        scale += total.scale[j * s.rp + t * s.n + i];
+      }
+      s.of_slot(g.static_alpha, g.static_beta, i, j) = stat;
+      if (s.dynamic) s.of_slot(g.scale_alpha, g.scale_beta, i, j) = scale;
     }
   if (!s.dynamic) return;
   const C root = std::sqrt(C(s.d));
