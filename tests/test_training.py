@@ -163,13 +163,14 @@ def test_experts_train(tmp_path, text):
 def test_golden_losses(tmp_path, name):
     """Losses of 20 deterministic steps on made-up tokens; a change that moves them changed the arithmetic.
 
-    In float64: in float32 the processor's own order of sums moves them by more than 1e-5.
+    In float64: in float32 the processor's own order of sums moves them by more than 1e-5. So it does where AdamW
+    divides a gradient by little more than its rounding, as the loss is in float32; hence its ``eps``.
     """
     width, _, static = name.partition("-")
     m, n = (None, None) if width == "plain" else map(int, width.split("x"))
     options = WidthOptions(mtp=1, static=bool(static))
     model = build_model(model_config(load_backbone("nano", 64, 32), m, n, options), 0).double()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
     draw = torch.Generator().manual_seed(0)
     losses = []
     for _ in range(20):
