@@ -1,6 +1,7 @@
 """What the Triton kernels cost by their machine code for an H100 or H200, without either: a bound, not a measurement.
 
-Instructions per token are those of the compiled code, each loop's as often as it runs, of all warps. "Issue" is the
+Instructions per token are those of the compiled code, each loop's as often as it runs, of all warps. The backward is
+that with the gradients of all weights; "norm" says whether with the reading sublayer's RMSNorm. "Issue" is the
 time that issuing them takes, at four per cycle and processor, which no kernel reaches, and at two, which is good,
 relative to the time in which a copy moves the bytes of the floor (H200: 4.3 TB/s). A kernel is slower than the greater
 of that and one; stalls, caches, bank conflicts and what else a kernel waits for are not seen. "Bytes" are those of all
@@ -30,6 +31,7 @@ COLUMNS = {
     "connection": "10",
     "width": "6d",
     "kernel": "9",
+    "norm": "6",
     "instructions_per_token": "22.0f",
     "issue_at_4": "10.2f",
     "issue_at_2": "10.2f",
@@ -41,9 +43,10 @@ COLUMNS = {
 
 
 class Kernel(NamedTuple):
-    """One to compile, with write, read, norm and gradients of weights, in bfloat16."""
+    """One to compile, with write, read and gradients of weights, in bfloat16."""
 
     name: str
+    norm: bool
     kernel: Any
     arguments: list[Any]
     """Up to the constants; a tensor stands for one of its dtype."""
@@ -70,13 +73,15 @@ def kernels(m: int, n: int, width: int) -> Iterator[Kernel]:
     shapes = [(n, m + n), (m, n), (d, m + n), (d, m), (n, m + n), (m, n), (d,)]
     write = RoutingWeights(*map(torch.empty, shapes), 1e-6)
     state, z = torch.empty(1, n * d, dtype=stored), torch.empty(1, width, dtype=stored)
-    norm, parts = NormWeights(torch.empty(width, dtype=stored), 1e-6), torch.empty(1)
-    for backward in (False, True):
+    parts = torch.empty(1)
+    for backward, normed in ((False, False), (False, True), (True, False), (True, True)):
+        norm = NormWeights(torch.empty(width, dtype=stored), 1e-6) if normed else None
         b = backend._Boundary(state, write, write.to_read, norm, None, backward)
         tensors = [state, z, state, z, parts, z, 1] if backward else [state, z, state, z, z, 1]
         tensors = [state, z, *tensors] if backward else tensors
         yield Kernel(
             "backward" if backward else "forward",
+            normed,
             boundary_backward if backward else boundary,
             [*tensors, *b.weights],
             {**b.sizes, **b.flags, **b.part, "SPLIT": True, "WEIGHTS": True},
@@ -99,7 +104,9 @@ def main() -> None:
     for m, n in options.shapes or SHAPES:
         for width in WIDTHS[:1] if options.quick else WIDTHS:
             for kernel in kernels(m, n, width):
-                report.add({"connection": [m, n], "width": width, "kernel": kernel.name} | cost(kernel))
+                report.add(
+                    {"connection": [m, n], "width": width, "kernel": kernel.name, "norm": kernel.norm} | cost(kernel)
+                )
     return report.done()
 
 
@@ -134,7 +141,7 @@ def cost(k: Kernel) -> dict[str, float]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(binary.asm["cubin"])
         code, usage = _tool("nvdisasm", "-c", file.name), _tool("cuobjdump", "-res-usage", file.name)
-    ran = executed(code, k.trips, k.persistent)
+    ran = executed(code, k.trips, k.persistent, products(binary.asm["ptx"], k.persistent))
     instructions = ran.total() * k.options["num_warps"] / k.tokens
     touched = sum(_bytes(text) * times for text, times in ran.items()) * 32 * k.options["num_warps"] / k.tokens
     copied = k.moved * 2 / BANDWIDTH * PROCESSORS * CLOCK
@@ -150,23 +157,49 @@ def cost(k: Kernel) -> dict[str, float]:
     }
 
 
-def executed(code: str, trips: int, persistent: bool) -> Counter[str]:
-    """How often a warp runs each instruction for one tile: those of a loop ``trips`` times, of that over tiles once."""
-    labels: dict[str, int] = {}
-    found: list[str] = []
-    for line in code.splitlines():
-        if label := re.match(r"\s*(\.L\S+):", line):
-            labels[label[1]] = len(found)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
-            found.append(instruction[1])
-    jumps = [(re.search(r"BRA.*`\((\.L\S+)\)", text), i) for i, text in enumerate(found)]
-    loops = [(labels[jump[1]], i) for jump, i in jumps if jump and labels.get(jump[1], i) < i]
-    outer = max(loops, key=lambda loop: loop[1] - loop[0]) if persistent else (0, len(found) - 1)
-    inner = [loop for loop in loops if loop != outer]
+def products(ptx: str, persistent: bool) -> list[int]:
+    """Products on tensor cores in each loop within a tile, before the assembler may unroll it."""
+    found = _loops(ptx.splitlines(), r"\s*(\$L\w+):", r"bra(?:\.uni)?\s+(\$L\w+)", persistent)[1]
+    lines = ptx.splitlines()
+    product = re.compile(r"\bmma\.sync|wgmma\.mma_async")
+    return [sum(bool(product.search(line)) for line in lines[first : last + 1]) for first, last in found]
+
+
+def executed(code: str, trips: int, persistent: bool, once: list[int] | None = None) -> Counter[str]:
+    """How often a warp runs each instruction for one tile: those of a loop ``trips`` times, of that over tiles once.
+
+    ``once``: of :func:`products`; by them a loop that the assembler has unrolled is told, and runs less often.
+
+    Raises:
+        ValueError: a loop has products that do not go with ``once``.
+    """
+    lines = [line for line in code.splitlines() if re.match(r"\s*(\.L\S+:|/\*[0-9a-f]+\*/\s+.*;)", line)]
+    outer, inner = _loops(lines, r"\s*(\.L\S+):", r"BRA.*`\((\.L\S+)\)", persistent)
+    times = [1] * len(lines)
+    waiting = iter(once or ())
+    for first, last in inner:
+        here = sum("MMA" in line for line in lines[first : last + 1])
+        unrolled = 1
+        if once and here:
+            factors = (here // count for count in waiting if count and here % count == 0)
+            unrolled = next((f for f in factors if f and trips % f == 0), 0)
+        if not unrolled:
+            raise ValueError(f"a loop has {here} products, and those of the source have {once}")
+        times[first : last + 1] = [trips // unrolled] * (last + 1 - first)
     ran: Counter[str] = Counter()
-    for i in range(outer[0], outer[1] + 1):
-        ran[found[i]] += trips if any(first <= i <= last for first, last in inner) else 1
+    for line, count in list(zip(lines, times, strict=True))[outer[0] : outer[1] + 1]:
+        if instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
+            ran[instruction[1]] += count
     return ran
+
+
+def _loops(lines: list[str], label: str, jump: str, persistent: bool) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+    """First and last line of what is run for a tile, and of each loop within."""
+    labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(label, line))}
+    jumps = ((re.search(jump, line), i) for i, line in enumerate(lines))
+    loops = sorted((labels[found[1]], i) for found, i in jumps if found and labels.get(found[1], i) + 1 < i)
+    outer = max(loops, key=lambda loop: loop[1] - loop[0]) if persistent else (0, len(lines) - 1)
+    return outer, [loop for loop in loops if loop != outer and outer[0] <= loop[0] and loop[1] <= outer[1]]
 
 
 def _bytes(instruction: str) -> int:

@@ -148,6 +148,33 @@ def test_instructions_of_loops_count_as_often_as_they_run(trips, persistent, exp
     assert static_cost.executed(lines, trips, persistent).total() == expected
 
 
+def test_a_loop_that_the_assembler_unrolled_runs_less_often():
+    ptx = """
+        $L__BB0_1:
+            mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { }, { }, { }, { };
+            @%p1 bra $L__BB0_1;
+        $L__BB0_2:
+            wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 { };
+            mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { }, { }, { }, { };
+            @%p2 bra $L__BB0_2;
+            ret;"""
+    once = static_cost.products(ptx, persistent=False)
+    assert once == [1, 2]
+    code = """
+        .L_x_0:
+            /*0000*/                   HMMA.16816.F32.BF16 R0, R4, R8, R0 ;
+            /*0010*/                   HMMA.16816.F32.BF16 R0, R4, R8, R0 ;
+            /*0020*/              @P0  BRA `(.L_x_0) ;
+        .L_x_1:
+            /*0030*/                   HGMMA.64x32x16.F32.BF16 R0, R4, R8, R0 ;
+            /*0040*/                   HMMA.16816.F32.BF16 R0, R4, R8, R0 ;
+            /*0050*/              @P0  BRA `(.L_x_1) ;
+            /*0060*/                   EXIT ;"""
+    assert static_cost.executed(code, 4, False, once).total() == 2 * 3 + 4 * 3 + 1
+    with pytest.raises(ValueError, match="a loop has 2 products"):
+        static_cost.executed(code, 4, False, [3, 3])
+
+
 @pytest.mark.parametrize(
     ("instruction", "expected"),
     [

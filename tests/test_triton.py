@@ -45,11 +45,6 @@ def several_chunks(monkeypatch):
     launched(monkeypatch, Launch(16, False, 8))
 
 
-@pytest.fixture
-def two_programs(monkeypatch):
-    monkeypatch.setattr(backend, "_PROGRAMS", 2)
-
-
 class Case:
     """Random inputs and weights of a boundary; no gain is one, no scale zero."""
 
@@ -59,6 +54,7 @@ class Case:
         self.generator = torch.Generator().manual_seed(0)
         self.tokens = (5 if n >= 8 else 17) if tokens is None else tokens
         self.dtype = dtype
+        self.programs = None
         self.write = self.weights(m, n, d, dynamic[0]) if write else None
         self.read = self.weights(m, n, d, dynamic[1]).to_read if read else None
         self.norm = NormWeights((1 + 0.3 * self.draw(m * d)).to(dtype), 1e-5) if norm and read else None
@@ -87,7 +83,8 @@ class Case:
 
     def backward(self, grad_state=True, needs_weights=True):
         given = self.grad_state if grad_state else None
-        return backend.backward(given, self.grad_x, self.state, self.z, *self.parameters, needs_weights)
+        tensors = given, self.grad_x, self.state, self.z
+        return backend.backward(*tensors, *self.parameters, needs_weights, programs=self.programs)
 
     def exact_forward(self):
         return reference.forward(*wide(self.state, self.z, *self.parameters))
@@ -225,7 +222,7 @@ def test_backward_of_each_half(write, read, grad_state, needs_weights):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("m", "n", "d"), [(1, 1, 5), (2, 3, 12), (4, 16, 17)])
+@pytest.mark.parametrize(("m", "n", "d"), [(1, 1, 5), (2, 3, 12), (4, 16, 17), (2, 3, 260), (4, 16, 70)])
 @pytest.mark.parametrize("half", ["write", "read"])
 def test_backward_in_half_precision(m, n, d, dtype, half):
     case = Case(m, n, d, dtype, write=half == "write", read=half == "read", norm=False)
@@ -243,19 +240,20 @@ def test_backward_of_the_norm_in_half_precision(dtype):
         assert_close(a, e, relative=4 * digits)  # the gradient of what is normalised is rounded on its way
 
 
-@pytest.mark.usefixtures("several_chunks", "two_programs")
+@pytest.mark.usefixtures("several_chunks")
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(("m", "n", "d"), [(2, 3, 40), (4, 16, 33), (8, 64, 20)])
 def test_backward_in_chunks(m, n, d, norm):
     case = Case(m, n, d, tokens=5, norm=norm)
+    case.programs = 2
     for a, e in zip(case.backward(), case.exact_backward(), strict=True):
         assert_close(a, e)
 
 
-@pytest.mark.usefixtures("two_programs")
 @pytest.mark.parametrize(("m", "n", "d"), [(2, 3, 12), (3, 7, 9), (4, 16, 17)])
 def test_gradients_of_many_tiles_add_up(m, n, d):
     case = Case(m, n, d, tokens=33 if n < 8 else 7)
+    case.programs = 2
     for a, e in zip(case.backward(), case.exact_backward(), strict=True):
         assert_close(a, e)
 

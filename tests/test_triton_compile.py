@@ -121,8 +121,9 @@ def check(kernels: dict[str, dict[str, int]], spilled: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("m", "n", "width"), SHAPES)
 def test_the_kernels_fit_an_h100(m, n, width):
-    # At 64 slots four warps spill more than eight, and run a third fewer instructions (benchmarks.static_cost).
-    check(in_a_process(m, n, width, "bfloat16"), spilled=640 if n >= 64 else 128)
+    # At 64 slots four warps spill more than eight, and run a third fewer instructions (benchmarks.static_cost); at
+    # (4, 16) two spill more than four, which is a hundredth of their instructions, and run an eighth fewer in all.
+    check(in_a_process(m, n, width, "bfloat16"), spilled=640 if n >= 64 else 256 if n == 16 else 128)
 
 
 @pytest.mark.slow

@@ -20,8 +20,9 @@ from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FEW = 16
 """Tokens that are not worth a launch of their own for the weights, as when decoding."""
-_PROGRAMS = 264
-"""Of a backward; a constant, so that sums are the same on every GPU: two for each of the 132 processors of an H100."""
+_WARPS = 1056
+"""Of all programs of a backward; a constant, so that sums are the same on every GPU: eight for each of the 132
+processors of an H100, as many as their registers suffice for."""
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -57,8 +58,9 @@ def tiling(m: int, n: int, d: int, launch: Launch, split: bool = True, backward:
     # The pieces of a row are for the warps, which multiply 32 columns at a time.
     pieces = min(launch.warps, launch.columns // 32) if slots < 64 and launch.columns >= 64 else 1
     columns, chunks = launch.columns // pieces, -(-d // launch.columns)
-    if columns > 32 and (backward or not split):
-        columns, chunks = 32, chunks * columns // 32
+    most = columns if split and not backward else 64 if split and height == 16 else 32
+    if columns > most:
+        columns, chunks = most, chunks * columns // most
     return {
         "TAU": float(d) ** 0.5,
         "n": n,
@@ -181,14 +183,17 @@ def backward(
     norm: NormWeights | None,
     needs_weights: bool,
     launch: Launch | None = None,
+    programs: int | None = None,
 ) -> list[Tensor]:
     """As :func:`vwn.ops.reference.backward`, for contiguous ``[T, D']`` and ``[T, D]``; at most three
     launches.
+
+    ``programs``: how many, if not as many as there are registers for. The order of the sums over tokens depends on it.
     """
     from vwn.ops import triton_backward, triton_sums
 
     b = _Boundary(state, write, read, norm, launch, backward=True)
-    programs = min(b.tiles, _PROGRAMS)
+    programs = min(b.tiles, programs or _WARPS // b.options["num_warps"])
     of_state = torch.empty_like(state)
     of_z = None if z is None else torch.empty_like(z)
     parts = state.new_empty(programs, b.part["PART"], dtype=torch.float32) if needs_weights else None

@@ -15,6 +15,7 @@ from vwn.ops.triton_routing import (
     coefficients,
     factors,
     load_projection,
+    load_turned_projection,
     mixed,
     mixed_segments,
     operands,
@@ -30,17 +31,23 @@ from vwn.ops.triton_routing import (
 )
 from vwn.ops.triton_sums import accumulate, accumulate_matrix, over_all_tokens
 from vwn.ops.triton_tiles import (
+    again,
     each_group,
     far,
     held,
     load_rows,
+    load_turned,
     over_pieces,
+    places_of,
     product_across,
     rounded,
     rounded_pairs,
     rows_of,
     store_rows,
+    straight,
     swapped,
+    turned,
+    turned_rows,
 )
 
 
@@ -53,6 +60,31 @@ def through_routing(grad, p, rstd, t, s, TAU: tl.constexpr, d: tl.constexpr):
     """
     factor = grad * s * (1 - t * t) * (rstd / TAU)[:, :, None]
     return factor, -rstd * rstd / d * tl.sum(factor * p, axis=2)
+
+
+@triton.jit
+def slopes(slope, S: tl.constexpr, SPLIT: tl.constexpr):
+    """What a slot is to be multiplied with, ``[G, H]``, as :func:`sloped` takes it."""
+    G: tl.constexpr = slope.shape[0]
+    H: tl.constexpr = slope.shape[1]
+    if SPLIT and H < 64:
+        i = tl.arange(0, H)
+        diagonal = tl.where(i[None, :, None] == i[None, None, :], slope[:, :, None], 0.0)
+        result = operands(diagonal, S, SPLIT)
+    else:
+        each = tl.reshape(tl.broadcast_to(slope[:, None, :], [G, S, H]), [G * S, H, 1])
+        result = each, each
+    return result
+
+
+@triton.jit
+def sloped(slope, h, acc, SPLIT: tl.constexpr):
+    """``acc + slope * h``: on tensor cores, which have ``h`` for another product already and need it not unpacked."""
+    if slope[0].shape[2] > 1:
+        acc = mixed(slope, h, acc, SPLIT)
+    else:
+        acc += slope[0] * h.to(tl.float32)
+    return acc
 
 
 @triton.jit
@@ -139,8 +171,10 @@ def boundary_backward(
     for first in tl.range(tl.program_id(0) * BT, tokens, tl.num_programs(0) * BT, disable_licm=True):
         fresh = first == tl.program_id(0) * BT
         left = tokens - first
-        row, there = rows_of(first, tokens, n, N, R, BT, U)
-        z_row, z_there = rows_of(first, tokens, m, M, Q, BT, U)
+        row, there = rows_of(first, tokens, n, N, R, BT, S, U)
+        z_row, z_there = rows_of(first, tokens, m, M, Q, BT, S, U)
+        turned_row, _ = places_of(turned_rows(R, S, U), first, tokens, n, N, BT)
+        turned_z_row, _ = places_of(turned_rows(Q, S, U), first, tokens, m, M, BT)
         begin, z_begin = far(first, n * d), far(first, m * d)
 
         if WRITE:
@@ -172,18 +206,19 @@ def boundary_backward(
                 )
                 carry_to = operands(swapped(block_diagonal(carry, H, N, N, True)), S, SPLIT)
                 beta_to = segment_operands(block_diagonal(beta, Q, M, N, False), S, SPLIT)
-            gain_row = rows_of(0, BT, m, M, Q, BT, U)[0] % m
+            gain_row = rows_of(0, BT, m, M, Q, BT, S, U)[0] % m
             gram = tl.zeros([G * S, H, H], tl.float32)
             read_p = tl.zeros([G * S, H, KM * PARTS], tl.float32)
             grad = tl.zeros([G * S, H, Q], tl.float32)
             for chunk in tl.range(NC):
-                h = held(load_rows(state + begin, row, chunk, d, S, U, L, NC, G, True), tokens, SPLIT)
                 if WRITE:
+                    h = load_turned(state + begin, turned_row, chunk, d, S, U, L, NC, G, True)
+                    zc = load_turned(z + z_begin, turned_z_row, chunk, d, S, U, L, NC, 1, True)
                     acc = mixed(carry_to, h, tl.zeros([G * S, H, BD], tl.float32), SPLIT)
-                    acc = mixed_segments(
-                        beta_to, load_rows(z + z_begin, z_row, chunk, d, S, U, L, NC, 1, True), acc, SPLIT
-                    )
-                    h = rounded(acc, h.dtype)
+                    h = rounded(straight(mixed_segments(beta_to, zc, acc, SPLIT), S), h.dtype)
+                else:
+                    h = held(load_rows(state + begin, row, chunk, d, S, U, L, NC, G, True), tokens, SPLIT)
+                if WRITE:
                     store_rows(of_state + begin, row, there, chunk, h, d, S, U, L, NC, G)
                 if READ_DYNAMIC:
                     gram = product_across(h, h, gram, SPLIT)
@@ -210,7 +245,8 @@ def boundary_backward(
                 dots = tl.zeros([S, Q, BD], tl.float32)
                 for chunk in tl.range(NC):
                     h = held(load_rows(new, row, chunk, d, S, U, L, NC, G, True), tokens, SPLIT)
-                    x = rounded_pairs(segments_of(read_from, h, G, Q, SPLIT), h.dtype)
+                    ht = load_turned(new, turned_row, chunk, d, S, U, L, NC, G, True)
+                    x = rounded_pairs(straight(segments_of(read_from, ht, G, Q, SPLIT), S), h.dtype)
                     gy, u = upstream(grad_x + z_begin, norm_gain, z_row, gain_row, chunk, d, S, U, L, NC, NORM)
                     wide = x.to(tl.float32)
                     squares += wide * wide
@@ -232,32 +268,38 @@ def boundary_backward(
                     accumulate_matrix(read_matrices + R * KM, grad * read_t, fresh)
                 factor, slope = through_routing(grad, read_p, read_rstd, read_t, read_s, TAU, d)
                 read_f, read_w = factors(factor, S, SPLIT), transposed_operands(factor, S, SPLIT)
-                slope = tl.reshape(tl.broadcast_to(slope[:, None, :], [G, S, H]), [G * S, H, 1])
+                read_slope = slopes(slope, S, SPLIT)
             read_to = segment_operands(read, S, SPLIT)
 
         carry_grad = tl.zeros([G * S, H, H], tl.float32)
         beta_grad = tl.zeros([G * S, H, Q], tl.float32)
         for chunk in tl.range(NC):
             if READ:
-                h = load_rows(new, row, chunk, d, S, U, L, NC, G, True)
-                gy, gx = upstream(grad_x + z_begin, norm_gain, z_row, gain_row, chunk, d, S, U, L, NC, NORM)
+                h = load_turned(new, turned_row, chunk, d, S, U, L, NC, G, True)
+                if NORM:
+                    gy, gx = upstream(grad_x + z_begin, norm_gain, z_row, gain_row, chunk, d, S, U, L, NC, NORM)
+                else:
+                    gx = load_turned(grad_x + z_begin, turned_z_row, chunk, d, S, U, L, NC, 1, True)
                 tl.debug_barrier()  # before any thread writes over it
                 if NORM:
-                    x = rounded_pairs(segments_of(read_from, h, G, Q, SPLIT), h.dtype).to(tl.float32)
+                    x = rounded_pairs(straight(segments_of(read_from, h, G, Q, SPLIT), S), h.dtype).to(tl.float32)
                     if WEIGHTS:
                         unit = rounded_pairs(x * norm_rstd[None, :, None], h.dtype)
                         gg = over_all_tokens(gy.to(tl.float32) * unit.to(tl.float32), M, KM)
                         accumulate(part + NORM_AT, chunk, gg, fresh, m, U, NC)
                     gx = rounded_pairs(norm_rstd[None, :, None] * (gx - norm_slope[None, :, None] * x), h.dtype)
+                    gx = turned(gx, S)
                 acc = mixed_segments(read_to, gx, tl.zeros([G * S, H, BD], tl.float32), SPLIT)
                 if READ_DYNAMIC:
-                    w = load_projection(
+                    w = load_turned_projection(
                         packed, dynamic_read, read_gain, chunk, READ_AT, 0, A, m, M, KM, SPLIT, d, S, U, L, NC
                     )
-                    acc = unprojected(read_f, w, acc, SPLIT) + slope * h.to(tl.float32)
+                    acc = sloped(read_slope, h, unprojected(read_f, w, acc, SPLIT), SPLIT)
                     if WEIGHTS:
-                        accumulate(part + READ_AT * WIDTH, chunk, segments_of(read_w, h, G, KM, SPLIT), fresh, m, U, NC)
-                g = rounded(acc, h.dtype)  # as if the read had stored it, so that fused and separate agree to the bit
+                        gw = straight(segments_of(read_w, h, G, KM, SPLIT), S)
+                        accumulate(part + READ_AT * WIDTH, chunk, gw, fresh, m, U, NC)
+                # rounded as if the read had stored it, so that fused and separate agree to the bit
+                g = rounded(straight(acc, S), h.dtype)
                 if grad_state is not None:
                     given = load_rows(grad_state + begin, row, chunk, d, S, U, L, NC, G)
                     g = rounded(given.to(tl.float32) + g.to(tl.float32), h.dtype)
@@ -291,31 +333,34 @@ def boundary_backward(
                 carry_f, carry_w = factors(factor, S, SPLIT), transposed_operands(factor, S, SPLIT)
                 factor, beta_slope = through_routing(beta_grad, beta_p, write_rstd, beta_t, beta_s, TAU, d)
                 beta_f, beta_w = factors(factor, S, SPLIT), transposed_operands(factor, S, SPLIT)
-                slope = tl.reshape(tl.broadcast_to((slope + beta_slope)[:, None, :], [G, S, H]), [G * S, H, 1])
+                write_slope = slopes(slope + beta_slope, S, SPLIT)
+            if APART:  # made again, as there are no registers to keep it in
+                turned_row, _ = places_of(again(turned_rows(R, S, U)), first, tokens, n, N, BT)
             carry_from = operands(block_diagonal(carry, H, N, N, True), S, SPLIT)
             beta_from = transposed_operands(block_diagonal(beta, Q, M, N, False), S, SPLIT)
             tl.debug_barrier()  # as above
             for chunk in tl.range(NC):
-                g = load_rows((of_state if READ else grad_state) + begin, row, chunk, d, S, U, L, NC, G, True)
+                g = load_turned((of_state if READ else grad_state) + begin, turned_row, chunk, d, S, U, L, NC, G, True)
                 tl.debug_barrier()  # before any thread writes over it
-                gz = rounded_pairs(segments_of(beta_from, g, G, Q, SPLIT), g.dtype)
+                gz = rounded_pairs(straight(segments_of(beta_from, g, G, Q, SPLIT), S), g.dtype)
                 store_rows(of_z + z_begin, z_row, z_there, chunk, gz, d, S, U, L, NC, 1)
                 acc = mixed(carry_from, g, tl.zeros([G * S, H, BD], tl.float32), SPLIT)
                 if WRITE_DYNAMIC:
-                    h = load_rows(state + begin, row, chunk, d, S, U, L, NC, G, True)
-                    w = load_projection(
+                    h = load_turned(state + begin, turned_row, chunk, d, S, U, L, NC, G, True)
+                    w = load_turned_projection(
                         packed, dynamic_alpha, write_gain, chunk, 0, m, A, n, N, KN, SPLIT, d, S, U, L, NC
                     )
                     acc = unprojected(carry_f, w, acc, SPLIT)
-                    w = load_projection(
+                    w = load_turned_projection(
                         packed, dynamic_beta, write_gain, chunk, KN, 0, m, m, M, KM, SPLIT, d, S, U, L, NC
                     )
-                    acc = unprojected(beta_f, w, acc, SPLIT) + slope * h.to(tl.float32)
+                    acc = sloped(write_slope, h, unprojected(beta_f, w, acc, SPLIT), SPLIT)
                     if WEIGHTS and not APART:
-                        accumulate(part, chunk, segments_of(carry_w, h, G, KN, SPLIT), fresh, n, U, NC)
-                        gw = segments_of(beta_w, h, G, KM, SPLIT)
+                        gw = straight(segments_of(carry_w, h, G, KN, SPLIT), S)
+                        accumulate(part, chunk, gw, fresh, n, U, NC)
+                        gw = straight(segments_of(beta_w, h, G, KM, SPLIT), S)
                         accumulate(part + KN * WIDTH, chunk, gw, fresh, m, U, NC)
-                store_rows(of_state + begin, row, there, chunk, acc, d, S, U, L, NC, G)
+                store_rows(of_state + begin, row, there, chunk, straight(acc, S), d, S, U, L, NC, G)
             if WRITE_DYNAMIC and WEIGHTS and APART:
                 for chunk in tl.range(NC):
                     h = load_rows(state + begin, row, chunk, d, S, U, L, NC, G, True)

@@ -28,12 +28,16 @@ from vwn.ops.triton_tiles import (
     far,
     held,
     load_rows,
+    load_turned,
+    places_of,
     product_across,
     rounded,
     rounded_pairs,
     rows_of,
     store_rows,
+    straight,
     swapped,
+    turned_rows,
 )
 
 
@@ -93,11 +97,12 @@ def boundary(
     L: tl.constexpr = BD // U
     A: tl.constexpr = m + n
     READ_AT: tl.constexpr = WRITE_DYNAMIC * (KN + KM)
-    row, there = rows_of(first, tokens, n, N, R, BT, U)
-    z_row, z_there = rows_of(first, tokens, m, M, Q, BT, U)
+    row, there = rows_of(first, tokens, n, N, R, BT, S, U)
+    z_row, z_there = rows_of(first, tokens, m, M, Q, BT, S, U)
+    turned_row, _ = places_of(turned_rows(R, S, U), first, tokens, n, N, BT)
+    turned_z_row, _ = places_of(turned_rows(Q, S, U), first, tokens, m, M, BT)
     begin, z_begin = far(first, n * d), far(first, m * d)
     state += begin
-    tiles = ()
 
     if WRITE:
         z += z_begin
@@ -107,9 +112,7 @@ def boundary(
         beta_p = tl.zeros([G * S, H, KM * PARTS], tl.float32)
         if WRITE_DYNAMIC:
             for chunk in (tl.static_range if KEEP else tl.range)(NC):
-                h = held(load_rows(state, row, chunk, d, S, U, L, NC, G), tokens, SPLIT)
-                if KEEP:
-                    tiles += (h,)  # type: ignore[assignment]
+                h = held(load_rows(state, row, chunk, d, S, U, L, NC, G, True), tokens, SPLIT)
                 gram = product_across(h, h, gram, SPLIT)
                 w = load_projection(packed, dynamic_alpha, write_gain, chunk, 0, m, A, n, N, KN, SPLIT, d, S, U, L, NC)
                 carry_p = projected(h, w, carry_p, SPLIT)
@@ -129,13 +132,14 @@ def boundary(
     read_p = tl.zeros([G * S, H, KM * PARTS], tl.float32)
     fresh = ()
     for chunk in (tl.static_range if KEEP else tl.range)(NC):
-        if KEEP and WRITE and WRITE_DYNAMIC:
-            h = tiles[chunk]
+        if WRITE:
+            h = load_turned(state, turned_row, chunk, d, S, U, L, NC, G, True)
         else:
             h = held(load_rows(state, row, chunk, d, S, U, L, NC, G), tokens, SPLIT)
         if WRITE:
             acc = mixed(carry, h, tl.zeros([G * S, H, BD], tl.float32), SPLIT)
-            h = rounded(mixed_segments(beta, load_rows(z, z_row, chunk, d, S, U, L, NC, 1), acc, SPLIT), h.dtype)
+            acc = mixed_segments(beta, load_turned(z, turned_z_row, chunk, d, S, U, L, NC, 1), acc, SPLIT)
+            h = rounded(straight(acc, S), h.dtype)
             store_rows(new_state, row, there, chunk, h, d, S, U, L, NC, G)
         if READ and KEEP:
             fresh += (h,)  # type: ignore[assignment]
@@ -157,10 +161,11 @@ def boundary(
         inputs = ()
         for chunk in (tl.static_range if KEEP else tl.range)(NC):
             if KEEP:
-                h = fresh[chunk]
+                x = segments_of(read, fresh[chunk], G, Q, SPLIT)
             else:
-                h = load_rows(new_state if WRITE else state, row, chunk, d, S, U, L, NC, G)
-            x = rounded_pairs(segments_of(read, h, G, Q, SPLIT), h.dtype)
+                h = load_turned(new_state if WRITE else state, turned_row, chunk, d, S, U, L, NC, G)
+                x = straight(segments_of(read, h, G, Q, SPLIT), S)
+            x = rounded_pairs(x, state.dtype.element_ty)
             if NORM:
                 wide = x.to(tl.float32)
                 squares += wide * wide
@@ -172,7 +177,7 @@ def boundary(
             rstd = tl.rsqrt(over_tokens(tl.sum(tl.sum(squares, axis=2), axis=0), M) / (m * d) + norm_eps)
             if not KEEP:
                 tl.debug_barrier()
-            gain_row = rows_of(0, BT, m, M, Q, BT, U)[0] % m
+            gain_row = rows_of(0, BT, m, M, Q, BT, S, U)[0] % m
             for chunk in (tl.static_range if KEEP else tl.range)(NC):
                 if KEEP:
                     x = inputs[chunk]

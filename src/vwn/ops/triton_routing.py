@@ -16,10 +16,14 @@ from vwn.ops.triton_tiles import (
     each_group,
     halves,
     in_order,
+    in_turned_order,
     over_pieces,
     product,
     spread,
+    tile_rows,
     together,
+    turned_columns_of,
+    turned_rows,
 )
 
 # Projections
@@ -76,14 +80,45 @@ def load_projection(
     ``packed``: where :mod:`vwn.ops.triton_pack` put it, after ``AT`` other columns, or ``None``.
     """
     ROWS: tl.constexpr = 2 * K if SPLIT else K
-    c = columns_of(chunk, ROWS // 8 * U, S, U, L, NC)
-    r = tl.arange(0, ROWS // 8 * U)[:, None, None, None] // U * 8 + tl.arange(0, 8)[None, None, :, None]
+    r = tile_rows(ROWS, S, U)
+    c = columns_of(chunk, r.shape[0], S, U, L, NC)
     if packed is not None:
         row = AT * (ROWS // K) + r // K * K + r % K % PADDED  # of columns that are repeated, the first
         w = tl.load(packed + (row * (S * U * L * NC) + c))
     else:
         w = projection(weight, gain, r, c, FIRST, STRIDE, COUNT, PADDED, K, d, SPLIT)
     return in_order(w, 1, S, U)
+
+
+@triton.jit
+def load_turned_projection(
+    packed,
+    weight,
+    gain,
+    chunk,
+    AT: tl.constexpr,
+    FIRST: tl.constexpr,
+    STRIDE: tl.constexpr,
+    COUNT: tl.constexpr,
+    PADDED: tl.constexpr,
+    K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    d: tl.constexpr,
+    S: tl.constexpr,
+    U: tl.constexpr,
+    L: tl.constexpr,
+    NC: tl.constexpr,
+):
+    """As :func:`load_projection`, with rows and columns as :func:`vwn.ops.triton_tiles.load_turned` has them."""
+    ROWS: tl.constexpr = 2 * K if SPLIT else K
+    r = turned_rows(ROWS, S, U)
+    c = turned_columns_of(chunk, r.shape[0], S, U, L, NC)
+    if packed is not None:
+        row = AT * (ROWS // K) + r // K * K + r % K % PADDED
+        w = tl.load(packed + (row * (S * U * L * NC) + c))
+    else:
+        w = projection(weight, gain, r, c, FIRST, STRIDE, COUNT, PADDED, K, d, SPLIT)
+    return in_turned_order(w, 1, S, U)
 
 
 @triton.jit
@@ -110,7 +145,7 @@ def factors(f, S: tl.constexpr, SPLIT: tl.constexpr):
     """``[G, H, K]`` as :func:`unprojected` takes it."""
     if SPLIT:
         high, low = halves(f, tl.bfloat16)
-        result = spread(beside(high, high), S), spread(beside(low, low), S)
+        result = spread(repeated(high), S), spread(repeated(low), S)
     elif f.shape[2] == 8:
         both = spread(beside(f, tl.zeros_like(f)), S)
         result = both, both
@@ -255,9 +290,20 @@ def over_tokens(x, PADDED: tl.constexpr):
 
 
 @triton.jit
+def repeated(x):
+    """``[I, J, K] -> [I, J, 2 K]``."""
+    twice = tl.broadcast_to(x[:, :, None, :], [x.shape[0], x.shape[1], 2, x.shape[2]])
+    return tl.reshape(twice, [x.shape[0], x.shape[1], 2 * x.shape[2]])
+
+
+@triton.jit
 def beside(a, b):
-    """``[I, J, K]`` twice ``-> [I, J, 2 K]``."""
-    return tl.reshape(tl.permute(tl.join(a, b), [0, 1, 3, 2]), [a.shape[0], a.shape[1], 2 * a.shape[2]])
+    """``[I, J, K]`` twice ``-> [I, J, 2 K]``.
+
+    Not by ``tl.join``, of which the compiler makes out that tensor cores are to have four rows side by side.
+    """
+    second = tl.arange(0, 2)[None, None, :, None] == 1
+    return tl.reshape(tl.where(second, b[:, :, None, :], a[:, :, None, :]), [a.shape[0], a.shape[1], 2 * a.shape[2]])
 
 
 @triton.jit
@@ -321,8 +367,9 @@ def transposed_operands(x, S: tl.constexpr, SPLIT: tl.constexpr):
     x = tl.reshape(tl.permute(x, [2, 0, 1]), [1, x.shape[2], R])
     if SPLIT and x.shape[1] == 8:
         high, low = halves(x, tl.bfloat16)
-        both = tl.reshape(tl.permute(tl.join(high, low), [0, 3, 1, 2]), [1, 16, R])
-        result = spread(both, S), spread(both, S)
+        second = tl.arange(0, 2)[None, :, None, None] == 1
+        both = spread(tl.reshape(tl.where(second, low[:, None, :, :], high[:, None, :, :]), [1, 16, R]), S)
+        result = both, both
     else:
         result = operands(x, S, SPLIT)
     return result

@@ -47,12 +47,12 @@ def accumulate(part, chunk, x, fresh, COUNT: tl.constexpr, U: tl.constexpr, NC: 
     BD: tl.constexpr = x.shape[2]
     if S > 1:
         x = tl.reshape(out_of_order(x, 1, S, U), [E, U, S, 8, 4, 2, 4])
-        x = tl.reshape(tl.permute(x, [0, 5, 1, 2, 3, 4, 6]), [E * 2 * U, S, 8, 16])
-        unit, piece = tl.arange(0, E * 2 * U)[:, None, None, None], tl.arange(0, S)[None, :, None, None]
-        block = unit // U * (S * NC * U) + (piece * NC + chunk) * U + unit % U
-        inside = tl.arange(0, 8)[None, None, :, None] * 16 + tl.arange(0, 16)[None, None, None, :]
-        places = block * 128 + inside
-        there = unit // (2 * U) * 8 + tl.arange(0, 8)[None, None, :, None] < COUNT
+        x = tl.reshape(tl.permute(x, [0, 5, 1, 2, 3, 4, 6]), [E * 2 * U * S * 8, 16])
+        i = tl.arange(0, E * 2 * U * S * 8)[:, None]
+        unit = i // (8 * S)
+        block = unit // U * (S * NC * U) + ((i // 8 % S) * NC + chunk) * U + unit % U
+        places = block * 128 + i % 8 * 16 + tl.arange(0, 16)[None, :]
+        there = unit // (2 * U) * 8 + i % 8 < COUNT
     else:
         x = tl.reshape(x, [8 * E, BD])
         places = tl.arange(0, 8 * E)[:, None] * (NC * BD) + chunk * BD + tl.arange(0, BD)[None, :]

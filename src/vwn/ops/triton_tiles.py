@@ -7,8 +7,9 @@ each warp, of ``NC`` chunks of ``BD`` columns. A chunk of all pieces is ``[S, ro
 the same token. Projections have ``KN`` columns for the slots and ``KM`` for the segments, 8 or more, repeated if fewer.
 
 A chunk is loaded 16 bytes of a row at a time, and its columns are taken in the order (:func:`in_order`) in which what a
-thread loads is what it hands to the tensor cores: nothing passes through shared memory on the way, there or back. A
-slot that needs all warps for its rows (``H`` from 64 on, then ``S = 1``) has the plain order.
+thread loads is what it hands to the tensor cores: nothing passes through shared memory on the way, there or back. For a
+product that sums over rows it is loaded in another order (:func:`load_turned`) for the same reason. A slot that needs
+all warps for its rows (``H`` from 64 on, then ``S = 1``) has the plain order for both.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ def rounded_pairs(x, DTYPE: tl.constexpr):
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """``acc + a @ b``: ``[S, I, K] x [S, K, J] -> [S, I, J]`` in float32; ``a`` and ``b`` of one dtype."""
-    if EMULATE:
-        result = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    if EMULATE:  # in float32 a matrix product of NumPy's would depend on where a column is
+        wide = tl.dot(a.to(tl.float64), b.to(tl.float64), acc.to(tl.float64), out_dtype=tl.float64)
+        result = wide.to(tl.float32)
     elif a.shape[0] == 1:  # in two dimensions the warps share out the result
         flat = tl.dot(
             tl.reshape(a, [a.shape[1], a.shape[2]]),
@@ -172,9 +174,9 @@ def over_pieces(x, G: tl.constexpr):
 
 @triton.jit
 def in_order(x, G: tl.constexpr, S: tl.constexpr, U: tl.constexpr):
-    """``[G E U, S, 8, L] -> [G S, 8 E, U L]``, columns in the order of tensor cores: of 8 of a thread, pairs."""
-    E: tl.constexpr = x.shape[0] // (G * U)
-    L: tl.constexpr = x.shape[3]
+    """``[G E U S 8, L] -> [G S, 8 E, U L]``, columns in the order of tensor cores: of 8 of a thread, pairs."""
+    E: tl.constexpr = x.shape[0] // (G * U * S * 8)
+    L: tl.constexpr = x.shape[1]
     if S > 1:
         x = tl.reshape(x, [G, E, U, S, 8, 4, 2, 2, 2])
         x = tl.permute(x, [0, 3, 1, 4, 2, 6, 7, 5, 8])
@@ -188,14 +190,25 @@ def out_of_order(x, G: tl.constexpr, S: tl.constexpr, U: tl.constexpr):
     L: tl.constexpr = x.shape[2] // U
     if S > 1:
         x = tl.permute(tl.reshape(x, [G, S, E, 8, U, 2, 2, 4, 2]), [0, 2, 4, 1, 3, 7, 5, 6, 8])
-    return tl.reshape(x, [G * E * U, S, 8, L])
+    return tl.reshape(x, [G * E * U * S * 8, L])
 
 
 @triton.jit
 def columns_of(chunk, COUNT: tl.constexpr, S: tl.constexpr, U: tl.constexpr, L: tl.constexpr, NC: tl.constexpr):
-    """Columns of a chunk, ``[COUNT, S, 1, L]``, ``U`` times ``L`` of each piece; a warp's chunks lie side by side."""
-    unit, piece = tl.arange(0, COUNT)[:, None, None, None] % U, tl.arange(0, S)[None, :, None, None]
-    return ((piece * NC + chunk) * U + unit) * L + tl.arange(0, L)[None, None, None, :]
+    """Columns of a chunk, ``[COUNT, L]``, ``U`` times ``L`` of each piece; a warp's chunks lie side by side."""
+    i = tl.arange(0, COUNT)[:, None]
+    return (((i // 8 % S) * NC + chunk) * U + i // (8 * S) % U) * L + tl.arange(0, L)[None, :]
+
+
+@triton.jit
+def tile_rows(ROWS: tl.constexpr, S: tl.constexpr, U: tl.constexpr):
+    """Rows of a tile beside :func:`columns_of`, ``[ROWS S U, 1]``: for a warp 8 rows of its piece, then the next 8.
+
+    In two dimensions, not in one for each of these, because in what order those are given out to threads depends on
+    the version of Triton.
+    """
+    i = tl.arange(0, ROWS * S * U)[:, None]
+    return i // (8 * S * U) * 8 + i % 8
 
 
 @triton.jit
@@ -206,12 +219,18 @@ def rows_of(
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     BT: tl.constexpr,
+    S: tl.constexpr,
     U: tl.constexpr,
 ):
     """Of the rows of a tile whose first token is ``first``: place after the tile's first, and whether there is such a
-    row, ``[ROWS / 8 U, 1, 8, 1]``. The place of one that is not is another's, so that it can be loaded unasked.
+    row, as :func:`tile_rows`. The place of one that is not is another's, so that it can be loaded unasked.
     """
-    r = tl.arange(0, ROWS // 8 * U)[:, None, None, None] // U * 8 + tl.arange(0, 8)[None, None, :, None]
+    return places_of(tile_rows(ROWS, S, U), first, tokens, COUNT, PADDED, BT)
+
+
+@triton.jit
+def places_of(r, first, tokens, COUNT: tl.constexpr, PADDED: tl.constexpr, BT: tl.constexpr):
+    """As :func:`rows_of`, of rows ``r``."""
     token = r // PADDED
     index = r % PADDED
     last = tl.minimum(tokens - first, BT) - 1
@@ -249,6 +268,98 @@ def load_rows(
     else:
         x = tl.load(base + (row * d + c), mask=(row >= 0) & (c < d), other=0.0, cache_modifier=MODIFIER)
     return in_order(x, G, S, U)
+
+
+@triton.jit
+def turned_rows(ROWS: tl.constexpr, S: tl.constexpr, U: tl.constexpr):
+    """As :func:`tile_rows`, for :func:`load_turned`: of 32 threads four have each a row of 8, and then the next row."""
+    if S > 1:
+        V: tl.constexpr = (U + 1) // 2
+        i = tl.arange(0, ROWS * S * V * 8)[:, None]
+        r = i // (64 * S * V) * 8 + i % 4 * 2 + i // (32 * S * V) % 2
+    else:
+        r = tile_rows(ROWS, S, U)
+    return r
+
+
+@triton.jit
+def turned_columns_of(chunk, COUNT: tl.constexpr, S: tl.constexpr, U: tl.constexpr, L: tl.constexpr, NC: tl.constexpr):
+    """As :func:`columns_of`, for :func:`load_turned`: of 32 threads an eighth has 8 side by side, or 4."""
+    if S > 1:
+        V: tl.constexpr = (U + 1) // 2
+        i = tl.arange(0, COUNT)[:, None]
+        c = i // (32 * S) % V * 64 + i // 8 % 4 * 8 + i // 4 % 2 * (32 if U > 1 else 4)
+        c += ((i // 32 % S) * NC + chunk) * (U * L) + tl.arange(0, 8 if U > 1 else 4)[None, :]
+    else:
+        c = columns_of(chunk, COUNT, S, U, L, NC)
+    return c
+
+
+@triton.jit
+def in_turned_order(x, G: tl.constexpr, S: tl.constexpr, U: tl.constexpr):
+    """What :func:`turned_rows` and :func:`turned_columns_of` have as ``[G S, ROWS / G, U L]``."""
+    if S > 1:
+        V: tl.constexpr = (U + 1) // 2
+        E: tl.constexpr = x.shape[0] // (2 * G * S * V * 32)
+        C: tl.constexpr = x.shape[1]
+        x = tl.permute(tl.reshape(x, [G, E, 2, V, S, 8, 4, C]), [0, 4, 1, 6, 2, 3, 7, 5])
+        x = tl.reshape(x, [G * S, E * 8, V * 8 * C])
+    else:
+        x = in_order(x, G, S, U)
+    return x
+
+
+@triton.jit
+def load_turned(
+    base,
+    row,
+    chunk,
+    d: tl.constexpr,
+    S: tl.constexpr,
+    U: tl.constexpr,
+    L: tl.constexpr,
+    NC: tl.constexpr,
+    G: tl.constexpr,
+    AGAIN: tl.constexpr = False,
+):
+    """As :func:`load_rows`, for a product that sums over rows: what a thread has is its part of that.
+
+    For that it has the same columns of two rows side by side. The columns are in an order of their own, and so are
+    those of the product: :func:`straight` brings them back.
+    """
+    MODIFIER: tl.constexpr = "" if AGAIN else ".cg"
+    c = turned_columns_of(chunk, row.shape[0], S, U, L, NC)
+    if d == S * U * L * NC:
+        x = tl.load(base + (row * d + c), cache_modifier=MODIFIER)
+    else:
+        x = tl.load(base + (row * d + c), mask=(row >= 0) & (c < d), other=0.0, cache_modifier=MODIFIER)
+    return in_turned_order(x, G, S, U)
+
+
+@triton.jit
+def straight(x, S: tl.constexpr):
+    """Columns of a product with what :func:`load_turned` has loaded, in the order of :func:`load_rows`."""
+    J: tl.constexpr = x.shape[2]
+    if S > 1:
+        if J > 32:
+            y = tl.permute(tl.reshape(x, [x.shape[0], x.shape[1], J // 64, 2, 2, 2, 4, 2]), [0, 1, 2, 7, 3, 4, 6, 5])
+        else:
+            y = tl.permute(tl.reshape(x, [x.shape[0], x.shape[1], 2, 2, 4, 2]), [0, 1, 5, 2, 4, 3])
+        x = tl.reshape(y, [x.shape[0], x.shape[1], J])
+    return x
+
+
+@triton.jit
+def turned(x, S: tl.constexpr):
+    """The inverse of :func:`straight`."""
+    J: tl.constexpr = x.shape[2]
+    if S > 1:
+        if J > 32:
+            y = tl.permute(tl.reshape(x, [x.shape[0], x.shape[1], J // 64, 2, 2, 2, 4, 2]), [0, 1, 2, 4, 5, 7, 6, 3])
+        else:
+            y = tl.permute(tl.reshape(x, [x.shape[0], x.shape[1], 2, 2, 4, 2]), [0, 1, 3, 5, 4, 2])
+        x = tl.reshape(y, [x.shape[0], x.shape[1], J])
+    return x
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from vwn.errors import UserError
 from vwn.ops.weights import NormWeights, RoutingWeights
 
 _WARPS = 4
+"""Of a program at most: more than one program on a processor, so that one computes while another waits."""
 _KEPT = 16384
 """Numbers of a tile that so many warps hold without spilling, next to what they compute with."""
 _TOKENS, _BYTES = 8192, 1 << 28
@@ -55,7 +56,7 @@ def rows_backward(m: int, n: int) -> int:
 @cache
 def rule(n: int, d: int) -> Launch:
     """What is taken unmeasured, for ``n`` slots of segment width ``d``."""
-    return _launch(n, d, _WARPS if power(n) >= 64 else max(2, min(power(_WARPS * rows(n) * d // _KEPT), 2 * _WARPS)))
+    return _launch(n, d, _WARPS if power(n) >= 64 else max(2, min(power(_WARPS * rows(n) * d // _KEPT), _WARPS)))
 
 
 @cache
