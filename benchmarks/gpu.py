@@ -22,12 +22,15 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import accuracy, connections, rivals
+from benchmarks import accuracy, connections, launches, rivals
 from benchmarks.report import FOLDER, shapes
 from benchmarks.rivals import Inputs, Rival
+from vwn.ops.triton_tuning import candidates
 
 LEAST = 20.0
 """Seconds in which nothing worth starting is done."""
+LAUNCHES = 4096
+"""The width for which launches are compared."""
 
 
 class Step(NamedTuple):
@@ -47,6 +50,7 @@ STEPS = (
     Step("compile", "benchmarks.gpu", ("--compile-only",), share=0.3),
     Step("accuracy", "benchmarks.accuracy", share=0.15),
     Step("connections", "benchmarks.connections", share=0.3),
+    Step("launches", "benchmarks.launches", ("--widths", str(LAUNCHES)), share=0.2),
     Step("tests", "pytest", TESTS, DETERMINISTIC, share=0.25),
     Step("training_step", "benchmarks.training_step", ("--families", "dense", "--modes", "eager")),
     Step("training_step_compiled", "benchmarks.training_step", ("--families", "dense", "--modes", "compiled")),
@@ -121,6 +125,9 @@ def _compile(case: tuple[int, int, int, int, torch.dtype]) -> str:
         attempt(rival.name, rival.both)
     for rival in rivals.ours(few, "triton"):
         attempt(f"{rival.name}, few tokens", lambda rival=rival: _without_gradients(rival))
+    if width == LAUNCHES and tokens > 1024:
+        for name, _, call in launches.calls_of(some, None, candidates(n, width // m)):
+            attempt(name, call)
     if tokens > 1024:  # what torch.compile makes is for so many tokens alone
         inputs = Inputs(m, n, width, tokens, dtype, device)
         for others in (rivals.paper, rivals.plain):

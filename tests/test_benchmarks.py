@@ -298,11 +298,15 @@ def test_a_step_that_takes_too_long_is_stopped_with_its_children(tmp_path):
 def test_gpu_steps_run_dry(tmp_path):
     """In Triton's interpreter, by the same commands."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--steps", "accuracy"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--steps", "accuracy,launches"]
     command += ["--shapes", "2x3", "--folder", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "accuracy: done" in result.stdout
+    rows = json.loads((tmp_path / "launches-cpu.json").read_text())["rows"]
+    assert {row["pass"] for row in rows} == {"forward", "backward"}
+    assert len({row["programs"] for row in rows if row["pass"] == "backward"}) > 1
+    assert all(row["median_ms"] > 0 for row in rows)
     rows = json.loads((tmp_path / "accuracy-cpu.json").read_text())["rows"]
     assert {row["backend"] for row in rows} == {"triton"}
     assert all(row["output_ulp"] < 20 for row in rows if "not measured" not in row)
