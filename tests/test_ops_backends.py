@@ -395,3 +395,31 @@ def test_weights_may_lie_in_memory_as_they_like(backend):
         results.append((new, x, *torch.autograd.grad(new.sum() + (x * torch.arange(10.0)).sum(), leaves)))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+CLANG = """
+import torch
+from vwn import ops
+from vwn.ops import RoutingWeights
+
+draw = torch.Generator().manual_seed(0)
+n, m, d = 16, 4, 33
+shapes = (n, m + n), (m, n), (d, m + n), (d, m), (n, m + n), (m, n), (d,)
+leaves = [torch.randn(*shape, generator=draw, requires_grad=True) for shape in shapes]
+weights = RoutingWeights(*leaves, 1e-6)
+state, z = (torch.randn(7, k * d, generator=draw, requires_grad=True) for k in (n, m))
+found = []
+for backend in ("compiled", "reference"):
+    outputs = ops.write_read(state, z, weights, weights, backend=backend)
+    found.append([*outputs, *torch.autograd.grad(outputs, [state, z, *leaves], [o.detach() for o in outputs])])
+for compiled, reference in zip(*found, strict=True):
+    torch.testing.assert_close(compiled, reference, rtol=1e-4, atol=1e-4 * reference.abs().max().item())
+"""
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="there is no clang")
+def test_built_by_clang(tmp_path):
+    """In a process of its own: what it built once used aligned vectors where memory was not, and ended the process."""
+    environment = os.environ | {"CXX": "clang++", "VWN_CACHE": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", CLANG], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

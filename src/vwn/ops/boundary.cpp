@@ -25,13 +25,16 @@ constexpr int kVectorBytes = 16, kRows = 4;
 #endif
 
 template <class C> struct Simd {
-  typedef C vec __attribute__((vector_size(kVectorBytes), aligned(alignof(C)), may_alias));
+  typedef C vec __attribute__((vector_size(kVectorBytes)));
   static constexpr int L = kVectorBytes / sizeof(C);
 };
-template <class C> inline typename Simd<C>::vec& at(C* p) { return *reinterpret_cast<typename Simd<C>::vec*>(p); }
-template <class C> inline const typename Simd<C>::vec& at(const C* p) {
-  return *reinterpret_cast<const typename Simd<C>::vec*>(p);
+// A vector from memory and to it, aligned or not. By a copy: clang forgets a type's alignment in a template.
+template <class C> inline typename Simd<C>::vec at(const C* p) {
+  typename Simd<C>::vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
 }
+template <class C> inline void put(C* p, typename Simd<C>::vec v) { std::memcpy(p, &v, sizeof v); }
 template <class C> inline int64_t padded(int64_t d) { return (d + Simd<C>::L - 1) / Simd<C>::L * Simd<C>::L; }
 
 // Storage types
@@ -93,7 +96,7 @@ template <class C, int RI, int RV> __attribute__((noinline)) void tile_nn(const 
     }
   }
   for (int i = 0; i < RI; i++)
-    for (int v = 0; v < RV; v++) at(p.c + (i0 + i) * p.ld + w0 + v * L) = acc[i][v];
+    for (int v = 0; v < RV; v++) put(p.c + (i0 + i) * p.ld + w0 + v * L, acc[i][v]);
 }
 
 template <class C, int RI, int RV> inline void rows_nn(int64_t I, const Product<C>& p, int64_t i, int64_t w) {
@@ -168,7 +171,7 @@ inline void tile_dots(int64_t I, int64_t W, C* out, const C* a, int64_t lda, con
       for (int64_t w = 0; w < W; w += Simd<C>::L) row += at(a + e * lda + w) * at(b + e * ldb + w);
     acc[e] = row;
   }
-  at(out) = sums<C, N>(acc);
+  put(out, sums<C, N>(acc));
 }
 // out[i] = a_i . b_i over W numbers, for I rows; out has room for a whole vector past the last
 template <class C>
@@ -190,8 +193,8 @@ __attribute__((noinline)) void tile_nt(int64_t W, C* c, int64_t ldc, const C* a,
     for (int i = 0; i < RI; i++)
       for (int j = 0; j < RJ; j++) acc[i * RJ + j] += at(a + i * lda + w) * at(b + j * ldb + w);
   C total[whole + L];
-  for (int group = 0; group < whole; group += L) at(total + group) = sums<C, L>(acc + group);
-  if constexpr (whole < N) at(total + whole) = sums<C, N - whole>(acc + whole);
+  for (int group = 0; group < whole; group += L) put(total + group, sums<C, L>(acc + group));
+  if constexpr (whole < N) put(total + whole, sums<C, N - whole>(acc + whole));
   for (int i = 0; i < RI; i++)
     for (int j = 0; j < RJ; j++) c[i * ldc + j] = total[i * RJ + j];
 }
@@ -225,7 +228,7 @@ template <class C> inline void transpose(int64_t I, int64_t W, C* out, int64_t l
         }
         for (int e = 0; e < L; e++) x[e] = y[e];
       }
-      for (int e = 0; e < L; e++) at(out + (w + e) * ldo + i) = x[e];
+      for (int e = 0; e < L; e++) put(out + (w + e) * ldo + i, x[e]);
     }
 }
 
@@ -345,7 +348,7 @@ template <class C> struct Routing {
           even += at(turned + w * s.rp + v) * at(turned + w * s.rp + v);
           odd += at(turned + (w + 1) * s.rp + v) * at(turned + (w + 1) * s.rp + v);
         }
-        at(rs + v) = even + odd;
+        put(rs + v, even + odd);
       }
     } else {
       nt<C>(s.k, rows, s.dp, p, s.rp, s.by_column, s.dp, h, s.dp);
@@ -355,8 +358,8 @@ template <class C> struct Routing {
     for (int64_t v = 0; v < s.rp; v += L)
       for (int64_t j = 0; j < s.k; j++) {
         const int64_t e = j * s.rp + v;
-        at(t + e) = tanh_of(at(p + e) * at(rs + v));
-        at(c + e) = at(s.stat + e) + at(s.scale + e) * at(t + e);
+        put(t + e, tanh_of(at(p + e) * at(rs + v)));
+        put(c + e, at(s.stat + e) + at(s.scale + e) * at(t + e));
       }
   }
 };
@@ -378,7 +381,7 @@ inline void routing_backward(const Side<C>& s, Routing<C>& r, const C* h, C* dc,
   if (tokens < s.block)
     for (int64_t j = 0; j < s.k; j++) std::memset(dc + j * s.rp + rows, 0, (s.rp - rows) * sizeof(C));
   if (sums)
-    for (int64_t e = 0; e < s.size; e += L) at(&sums->stat[e]) += at(dc + e);
+    for (int64_t e = 0; e < s.size; e += L) put(&sums->stat[e], at(&sums->stat[e]) + at(dc + e));
   const auto of_token = [&](int64_t t) {
     return Term<C>{mixed.a + t * s.n, mixed.ai, mixed.ak, mixed.b + t * mixed.K * s.dp, mixed.ldb, mixed.K};
   };
@@ -387,7 +390,7 @@ inline void routing_backward(const Side<C>& s, Routing<C>& r, const C* h, C* dc,
     return;
   }
   if (sums)
-    for (int64_t e = 0; e < s.size; e += L) at(&sums->scale[e]) += at(dc + e) * at(r.t + e);
+    for (int64_t e = 0; e < s.size; e += L) put(&sums->scale[e], at(&sums->scale[e]) + at(dc + e) * at(r.t + e));
   for (int64_t v = 0; v < s.rp; v += L) {
     const vec rs = at(r.rs + v);
     vec dot = {};
@@ -395,9 +398,9 @@ inline void routing_backward(const Side<C>& s, Routing<C>& r, const C* h, C* dc,
       const int64_t e = j * s.rp + v;
       const vec g = at(dc + e) * at(s.scale + e) * (1 - at(r.t + e) * at(r.t + e));
       dot += g * at(r.p + e);
-      at(dc + e) = g * rs;
+      put(dc + e, g * rs);
     }
-    at(slope + v) = rs * rs * rs * dot * (C(-1) / s.d);
+    put(slope + v, rs * rs * rs * dot * (C(-1) / s.d));
   }
   for (int64_t t = 0; t < tokens; t++) {
     const int64_t row = t * s.n;
