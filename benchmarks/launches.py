@@ -103,7 +103,7 @@ def calls_of(
     for launch in launches:
         row = {"connection": [i.m, i.n], "width": i.hidden_size, **launch._asdict()}
         yield f"{launch}, forward", row | {"pass": "forward"}, forward(launch)
-        alone = [(1056, False)] if launch == launches[0] else []
+        alone = [(WARPS[1], False)] if launch == launches[0] else []
         for warps, needed in (*((warps, True) for warps in WARPS), *alone):
             programs = warps // launch.warps
             more = {"pass": "backward", "programs": programs, "weights": needed}

@@ -157,6 +157,21 @@ def test_static_routing_and_any_number_of_tokens(tokens, dynamic):
         assert_close(actual, exact)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("columns", [64, 128, 256])
+@pytest.mark.parametrize(("m", "n"), [(2, 3), (4, 16)])
+def test_forward_of_wide_pieces(m, n, columns, keep, monkeypatch):
+    """A warp's piece has 32, 64 or 128 columns of a chunk, each in an order of its own where rows are mixed."""
+    launched(monkeypatch, Launch(columns, keep, 2))
+    assert backend.tiling(m, n, 260, Launch(columns, keep, 2))["BD"] == columns // 2
+    case = Case(m, n, 260, torch.bfloat16, tokens=3, norm=False)
+    new, x = case.forward()
+    assert_close(new, case.exact_forward()[0], relative=1e-4)
+    case.state, case.z, case.write = new, None, None  # what is read is the rounded state
+    assert_close(x, case.exact_forward()[1], relative=1e-4)
+    assert_same(case.forward()[1:], [x])
+
+
 @pytest.mark.usefixtures("several_chunks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("m", "n", "d"), [(2, 3, 40), (8, 64, 33)])
