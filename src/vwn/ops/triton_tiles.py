@@ -131,17 +131,21 @@ def again(x):
 @triton.jit
 def spread(x, S: tl.constexpr):
     """``[G, I, J] -> [G S, I, J]``: the same for every piece of a row."""
-    G: tl.constexpr = x.shape[0]
-    x = tl.broadcast_to(x[:, None, :, :], [G, S, x.shape[1], x.shape[2]])
-    return tl.reshape(x, [G * S, x.shape[2], x.shape[3]])
+    if S > 1:
+        G: tl.constexpr = x.shape[0]
+        x = tl.broadcast_to(x[:, None, :, :], [G, S, x.shape[1], x.shape[2]])
+        x = tl.reshape(x, [G * S, x.shape[2], x.shape[3]])
+    return x
 
 
 @triton.jit
 def each_group(x, G: tl.constexpr):
     """``[S, I, J] -> [G S, I, J]``: the same for every group of rows."""
-    S: tl.constexpr = x.shape[0]
-    x = tl.broadcast_to(x[None, :, :, :], [G, S, x.shape[1], x.shape[2]])
-    return tl.reshape(x, [G * S, x.shape[2], x.shape[3]])
+    if G > 1:
+        S: tl.constexpr = x.shape[0]
+        x = tl.broadcast_to(x[None, :, :, :], [G, S, x.shape[1], x.shape[2]])
+        x = tl.reshape(x, [G * S, x.shape[2], x.shape[3]])
+    return x
 
 
 @triton.jit
