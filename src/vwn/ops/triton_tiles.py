@@ -167,9 +167,10 @@ def swapped(x):
 @triton.jit
 def over_pieces(x, G: tl.constexpr):
     """Sums over the pieces, ``[G S, I, J] -> [G, I, J]``."""
-    x = tl.sum(tl.reshape(x, [G, x.shape[0] // G, x.shape[1], x.shape[2]]), axis=1)
-    if not EMULATE:  # every warp has all sums; what follows is for all threads together
-        x = tl.gather(x, tl.broadcast_to(tl.arange(0, x.shape[2])[None, None, :], x.shape), axis=2)
+    if x.shape[0] > G:
+        x = tl.sum(tl.reshape(x, [G, x.shape[0] // G, x.shape[1], x.shape[2]]), axis=1)
+        if not EMULATE:  # every warp has all sums; what follows is for all threads together
+            x = tl.gather(x, tl.broadcast_to(tl.arange(0, x.shape[2])[None, None, :], x.shape), axis=2)
     return x
 
 
