@@ -5,7 +5,9 @@ that with the gradients of all weights; "norm" says whether with the reading sub
 time that issuing them takes, at four per cycle and processor, which no kernel reaches, and at two, which is good,
 relative to the time in which a copy moves the bytes of the floor (H200: 4.3 TB/s). A kernel is slower than the greater
 of that and one; stalls, caches, bank conflicts and what else a kernel waits for are not seen. "Bytes" are those of all
-loads and stores outside of shared memory, whichever cache serves them, relative to the bytes of the floor.
+loads and stores outside of shared memory, whichever cache serves them, relative to the bytes of the floor. "Parts" are
+the MB in which all programs of a backward add up the gradients of the weights, and "added" what a token reads and
+writes of them, relative to the floor; both by the sizes of tiles.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ COLUMNS = {
     "issue_at_4": "10.2f",
     "issue_at_2": "10.2f",
     "bytes": "6.1f",
+    "parts": "6.1f",
+    "added": "6.1f",
     "registers": "9d",
     "spilled": "7d",
     "shared": "7d",
@@ -60,6 +64,8 @@ class Kernel(NamedTuple):
     """Whether the longest loop is over tiles."""
     moved: int
     """Numbers per token that the floor has."""
+    part: int
+    """Numbers of a program's part of the gradients of weights, padded columns left out, as they are not written."""
 
 
 def kernels(m: int, n: int, width: int) -> Iterator[Kernel]:
@@ -79,6 +85,7 @@ def kernels(m: int, n: int, width: int) -> Iterator[Kernel]:
         b = backend._Boundary(state, write, write.to_read, norm, None, backward)
         tensors = [state, z, state, z, parts, z, 1] if backward else [state, z, state, z, z, 1]
         tensors = [state, z, *tensors] if backward else tensors
+        columns = n + 2 * m + normed * m
         yield Kernel(
             "backward" if backward else "forward",
             normed,
@@ -90,6 +97,7 @@ def kernels(m: int, n: int, width: int) -> Iterator[Kernel]:
             b.sizes["NC"],
             backward,
             (3 if backward else 2) * (n * d + width),
+            backward * (columns * b.sizes["WIDTH"] + b.part["PART"] - b.part["MATRICES"]),
         )
 
 
@@ -104,9 +112,11 @@ def main() -> None:
     for m, n in options.shapes or SHAPES:
         for width in WIDTHS[:1] if options.quick else WIDTHS:
             for kernel in kernels(m, n, width):
-                report.add(
-                    {"connection": [m, n], "width": width, "kernel": kernel.name, "norm": kernel.norm} | cost(kernel)
-                )
+                what = {"connection": [m, n], "width": width, "kernel": kernel.name, "norm": kernel.norm}
+                try:
+                    report.add(what | cost(kernel))
+                except ValueError as error:  # loops that cannot be told apart
+                    report.add(what | {NOT_MEASURED: str(error)})
     return report.done()
 
 
@@ -125,6 +135,8 @@ def cost(k: Kernel) -> dict[str, float]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from vwn.ops.triton import _WARPS
 
     types = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
     signature, given, hints = {}, {}, {}
@@ -151,6 +163,8 @@ def cost(k: Kernel) -> dict[str, float]:
         "issue_at_4": instructions / 4 / copied,
         "issue_at_2": instructions / 2 / copied,
         "bytes": touched / (k.moved * 2),
+        "parts": k.part * 4 * (_WARPS // k.options["num_warps"]) / 1e6,
+        "added": k.part * 4 * 2 / k.tokens / (k.moved * 2),
         "registers": numbers["REG"],
         "spilled": numbers["STACK"],
         "shared": binary.metadata.shared,

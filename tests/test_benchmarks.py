@@ -203,6 +203,9 @@ def test_static_cost(tmp_path):
     for row in rows.values():
         assert row["bytes"] >= 1  # the floor has to be moved
         assert row["issue_at_2"] == pytest.approx(2 * row["issue_at_4"])
+    d, columns, matrices = 1024, 3 + 3 * 2, 2 * 16 * (8 + 8 + 8)  # with the norm's; 16 rows, 8 columns or more, twice
+    assert rows["backward"]["parts"] == pytest.approx(264 * 4 * (columns * d + matrices) / 1e6)
+    assert rows["forward"]["parts"] == rows["forward"]["added"] == 0
     assert rows["backward"]["instructions_per_token"] > rows["forward"]["instructions_per_token"]
 
 

@@ -237,7 +237,7 @@ def test_backward_of_each_half(write, read, grad_state, needs_weights):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("m", "n", "d"), [(1, 1, 5), (2, 3, 12), (4, 16, 17), (2, 3, 260), (4, 16, 70)])
+@pytest.mark.parametrize(("m", "n", "d"), [(1, 1, 5), (2, 3, 12), (4, 16, 17), (2, 3, 260), (4, 16, 70), (8, 64, 150)])
 @pytest.mark.parametrize("half", ["write", "read"])
 def test_backward_in_half_precision(m, n, d, dtype, half):
     case = Case(m, n, d, dtype, write=half == "write", read=half == "read", norm=False)
