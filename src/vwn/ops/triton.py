@@ -118,11 +118,21 @@ class _Boundary:
         s = self.sizes
         width = s["S"] * s["BD"] * s["NC"]
         widths = self.flags["WRITE"] * (s["KN"] + s["KM"]), self.flags["READ"] * s["KM"]
-        count = self.flags["WRITE_DYNAMIC"] * widths[0] + self.flags["READ_DYNAMIC"] * widths[1]
-        norm_at, matrices = count * width, (count + self.flags["NORM"] * s["KM"]) * width
-        self.part = {"PART": matrices + 2 * s["R"] * sum(widths), "NORM_AT": norm_at, "MATRICES": matrices}
+        projections = self.flags["WRITE_DYNAMIC"] * widths[0], self.flags["READ_DYNAMIC"] * widths[1]
+        # Of 64 slots a tile is one token, whose part would be as many bytes as all else of it.
+        apart = s["N"] >= 64 and self.flags["WRITE_DYNAMIC"]
+        of_read = (not apart) * projections[0] * width
+        norm_at = of_read + projections[1] * width
+        matrices = norm_at + self.flags["NORM"] * s["KM"] * width
+        self.part = {
+            "APART": apart,
+            "PART": matrices + 2 * s["R"] * sum(widths),
+            "OF_READ": of_read,
+            "NORM_AT": norm_at,
+            "MATRICES": matrices,
+        }
         s["WIDTH"] = width
-        self.packed = count * width
+        self.packed = sum(projections) * width
 
     def pack(self, state: Tensor) -> Tensor | None:
         """The projections, made ready for all tiles, or ``None`` if these are so few that each is to do it itself."""
@@ -187,24 +197,33 @@ def backward(
     programs: int | None = None,
 ) -> list[Tensor]:
     """As :func:`vwn.ops.reference.backward`, for contiguous ``[T, D']`` and ``[T, D]``; at most three
-    launches.
+    launches, four from 33 slots on.
 
     ``programs``: how many, if not as many as there are registers for. The order of the sums over tokens depends on it.
     """
-    from vwn.ops import triton_backward, triton_sums
+    from vwn.ops import triton_backward, triton_sums, triton_weights
 
     b = _Boundary(state, write, read, norm, launch, backward=True)
     programs = min(b.tiles, programs or _WARPS // b.options["num_warps"])
     of_state = torch.empty_like(state)
     of_z = None if z is None else torch.empty_like(z)
     parts = state.new_empty(programs, b.part["PART"], dtype=torch.float32) if needs_weights else None
+    apart, width = needs_weights and b.part["APART"], b.sizes["KN"] + b.sizes["KM"]
+    rows = b.tokens * b.sizes["n"]
+    kept, of_write, shares = None, None, 0
+    if apart:
+        split = _split(state)
+        kept = state.new_empty(rows * width * (1 + split), dtype=state.dtype if split else torch.float32)
+        grid = triton_weights.grid(rows, b.sizes["d"], b.sizes["KN"])
+        shares = grid[1] if rows else 0
+        of_write = state.new_empty(shares * width * b.sizes["WIDTH"], dtype=torch.float32)
     gradients = [t for t in (of_state, of_z) if t is not None]
     sizes = {name: size for name, size in b.sizes.items() if name != "KEEP"}
     with torch.cuda.device_of(state):
         if programs:
             packed = b.pack(state)
             triton_backward.boundary_backward[(programs,)](
-                *(grad_state, grad_x, state, z, of_state, of_z, parts, packed, b.tokens),
+                *(grad_state, grad_x, state, z, of_state, of_z, parts, kept, packed, b.tokens),
                 *b.weights,
                 SPLIT=_split(state),
                 WEIGHTS=needs_weights,
@@ -213,12 +232,19 @@ def backward(
                 **b.part,
                 **b.options,
             )
+            if apart:
+                triton_weights.over_rows[grid](
+                    *(state, kept, of_write, rows, -(-rows // shares)),
+                    **{name: sizes[name] for name in ("d", "KN", "KM", "WIDTH")},
+                    SPLIT=_split(state),
+                    **triton_weights.OPTIONS,
+                )
         if needs_weights:
             of_weights = [torch.empty_like(w) if isinstance(w, Tensor) else None for w in b.weights]
             gradients += [t for t in of_weights if t is not None]
             eps = (7, 12, 14)  # the places of those that are no tensors
             triton_sums.sums[(triton_sums.blocks(b.sizes, b.flags),)](
-                *(parts, programs),
+                *(parts, programs, of_write, shares),
                 *(t for i, t in enumerate(of_weights) if i not in eps),
                 *(b.weights[i] for i in (2, 3, 6, 9, 11)),
                 **{name: sizes[name] for name in ("n", "m", "d", "N", "M", "R", "KN", "KM", "S", "WIDTH")},

@@ -49,6 +49,7 @@ from vwn.ops.triton_tiles import (
     turned,
     turned_rows,
 )
+from vwn.ops.triton_weights import store_factors
 
 
 @triton.jit
@@ -106,6 +107,7 @@ def boundary_backward(
     of_state,
     of_z,
     parts,
+    kept,
     packed,
     tokens,
     static_alpha,
@@ -146,18 +148,20 @@ def boundary_backward(
     READ_DYNAMIC: tl.constexpr,
     NORM: tl.constexpr,
     WEIGHTS: tl.constexpr,
+    APART: tl.constexpr,
     PART: tl.constexpr,
+    OF_READ: tl.constexpr,
     NORM_AT: tl.constexpr,
     MATRICES: tl.constexpr,
 ):
     """Gradients of :func:`vwn.ops.triton_forward.boundary`; see :func:`vwn.ops.reference.backward`.
 
-    ``PART`` is the size of a part (:mod:`vwn.ops.triton_sums`); the norm's is at ``NORM_AT``, the routing's at
-    ``MATRICES``.
+    ``PART`` is the size of a part (:mod:`vwn.ops.triton_sums`); the read's projection is at ``OF_READ``, the norm at
+    ``NORM_AT``, the routing at ``MATRICES``. ``APART``: the write's projections are left to
+    :mod:`vwn.ops.triton_weights`, and what they need is ``kept``.
     """
     G: tl.constexpr = R // H
     PARTS: tl.constexpr = 2 if SPLIT else 1
-    APART: tl.constexpr = H >= 64  # what two phases take would not be held in registers
     U: tl.constexpr = BD // 32 if S > 1 else 1
     L: tl.constexpr = BD // U
     A: tl.constexpr = m + n
@@ -297,7 +301,7 @@ def boundary_backward(
                     acc = sloped(read_slope, h, unprojected(read_f, w, acc, SPLIT), SPLIT)
                     if WEIGHTS:
                         gw = straight(segments_of(read_w, h, G, KM, SPLIT), S)
-                        accumulate(part + READ_AT * WIDTH, chunk, gw, fresh, m, U, NC)
+                        accumulate(part + OF_READ, chunk, gw, fresh, m, U, NC)
                 # rounded as if the read had stored it, so that fused and separate agree to the bit
                 g = rounded(straight(acc, S), h.dtype)
                 if grad_state is not None:
@@ -331,10 +335,14 @@ def boundary_backward(
                     accumulate_matrix(beta_matrices + R * KM, beta_grad * beta_t, fresh)
                 factor, slope = through_routing(carry_grad, carry_p, write_rstd, carry_t, carry_s, TAU, d)
                 carry_f, carry_w = factors(factor, S, SPLIT), transposed_operands(factor, S, SPLIT)
+                if WEIGHTS and APART:
+                    store_factors(kept, factor, first, left, 0, KN + KM, n, N, SPLIT)
                 factor, beta_slope = through_routing(beta_grad, beta_p, write_rstd, beta_t, beta_s, TAU, d)
                 beta_f, beta_w = factors(factor, S, SPLIT), transposed_operands(factor, S, SPLIT)
+                if WEIGHTS and APART:
+                    store_factors(kept, factor, first, left, KN, KN + KM, n, N, SPLIT)
                 write_slope = slopes(slope + beta_slope, S, SPLIT)
-            if APART:  # made again, as there are no registers to keep it in
+            if H >= 64:  # made again, as there are no registers to keep it in
                 turned_row, _ = places_of(again(turned_rows(R, S, U)), first, tokens, n, N, BT)
             carry_from = operands(block_diagonal(carry, H, N, N, True), S, SPLIT)
             beta_from = transposed_operands(block_diagonal(beta, Q, M, N, False), S, SPLIT)
@@ -361,10 +369,4 @@ def boundary_backward(
                         gw = straight(segments_of(beta_w, h, G, KM, SPLIT), S)
                         accumulate(part + KN * WIDTH, chunk, gw, fresh, m, U, NC)
                 store_rows(of_state + begin, row, there, chunk, straight(acc, S), d, S, U, L, NC, G)
-            if WRITE_DYNAMIC and WEIGHTS and APART:
-                for chunk in tl.range(NC):
-                    h = load_rows(state + begin, row, chunk, d, S, U, L, NC, G, True)
-                    accumulate(part, chunk, segments_of(carry_w, h, G, KN, SPLIT), fresh, n, U, NC)
-                    gw = segments_of(beta_w, h, G, KM, SPLIT)
-                    accumulate(part + KN * WIDTH, chunk, gw, fresh, m, U, NC)
         tl.debug_barrier()  # the next tile reads what other threads wrote of this one

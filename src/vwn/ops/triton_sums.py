@@ -159,10 +159,12 @@ def matrices(
         tl.store(of_scale + e, tl.sum(g, axis=0), mask=there)
 
 
-@triton.jit(do_not_specialize=["programs"])
+@triton.jit(do_not_specialize=["programs", "shares"])
 def sums(
     parts,
     programs,
+    of_write,
+    shares,
     of_static_alpha,
     of_static_beta,
     of_dynamic_alpha,
@@ -195,11 +197,17 @@ def sums(
     READ: tl.constexpr,
     READ_DYNAMIC: tl.constexpr,
     NORM: tl.constexpr,
+    APART: tl.constexpr,
     PART: tl.constexpr,
+    OF_READ: tl.constexpr,
     NORM_AT: tl.constexpr,
     MATRICES: tl.constexpr,
 ):
-    """Gradients of the weights; the programs are shared out among them (:func:`blocks`)."""
+    """Gradients of the weights; the programs are shared out among them (:func:`blocks`).
+
+    ``of_write``: ``shares`` parts of the write's projections (:mod:`vwn.ops.triton_weights`), where they are
+    ``APART``; else they are in ``parts`` too.
+    """
     A: tl.constexpr = m + n
     COLUMNS: tl.constexpr = (d + BC - 1) // BC
     ALPHA: tl.constexpr = (n * A + BE - 1) // BE
@@ -211,16 +219,19 @@ def sums(
         if block < COLUMNS:
             c = block * BC + tl.arange(0, BC)
             to, to_beta, at = of_dynamic_alpha, of_dynamic_beta, KN * WIDTH
-            dot = projection(parts, programs, 0, c, dynamic_alpha, write_gain, to, m, A, n, N, d, WIDTH, S, PART)
-            dot += projection(parts, programs, at, c, dynamic_beta, write_gain, to_beta, 0, m, m, M, d, WIDTH, S, PART)
+            of, count = (of_write, shares) if APART else (parts, programs)
+            SIZE: tl.constexpr = (KN + KM) * WIDTH if APART else PART
+            P: tl.constexpr = 1 if APART else S
+            dot = projection(of, count, 0, c, dynamic_alpha, write_gain, to, m, A, n, N, d, WIDTH, P, SIZE)
+            dot += projection(of, count, at, c, dynamic_beta, write_gain, to_beta, 0, m, m, M, d, WIDTH, P, SIZE)
             tl.store(of_write_gain + c, dot, mask=c < d)
             zero_columns(of_dynamic_alpha, c, 0, m, A, M, d)
         block -= COLUMNS
     if READ_DYNAMIC:
         if (block >= 0) & (block < COLUMNS):
             c = block * BC + tl.arange(0, BC)
-            to, at = of_dynamic_read, WRITE_DYNAMIC * (KN + KM) * WIDTH
-            dot = projection(parts, programs, at, c, dynamic_read, read_gain, to, 0, A, m, M, d, WIDTH, S, PART)
+            to = of_dynamic_read
+            dot = projection(parts, programs, OF_READ, c, dynamic_read, read_gain, to, 0, A, m, M, d, WIDTH, S, PART)
             tl.store(of_read_gain + c, dot, mask=c < d)
             zero_columns(of_dynamic_read, c, m, n, A, N, d)
         block -= COLUMNS

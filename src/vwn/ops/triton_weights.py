@@ -1,0 +1,118 @@
+"""The gradients of a write's projections as one product over all tokens, where a tile's would be too large to add up.
+
+``(W_g)ᵀ`` has the gradient ``Σ F Hᵀ``: over all slots of all tokens, the rows of ``H`` (``[T n, d]``), each times its
+row of ``F``, the gradient of what was projected (``[T n, KN + KM]``: of carry and beta). The backward keeps ``F``, in
+float32, or, where the state is in bfloat16, in two halves of bfloat16. Each program takes some columns of ``H`` and a
+share of the rows, and has a part of its own for :mod:`vwn.ops.triton_sums`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vwn.ops.triton_tiles import (
+    dot,
+    far,
+    halves,
+)
+
+BR = tl.constexpr(64)
+BC = tl.constexpr(128)
+BK = tl.constexpr(64)
+"""Rows, columns, and columns of a carry at a time."""
+PROGRAMS = 264
+"""About so many; a constant, so that sums are the same on every GPU: two for each of the 132 processors of an H100."""
+OPTIONS = {"num_warps": 4, "num_stages": 3}
+
+
+@triton.jit
+def store_factors(
+    kept,
+    f,
+    first,
+    left,
+    AT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Keep ``f``, ``[G, H, K]`` of the tile from token ``first`` on, as columns from ``AT`` of ``WIDTH``."""
+    H: tl.constexpr = f.shape[1]
+    row = tl.arange(0, f.shape[0])[:, None, None] * H + tl.arange(0, H)[None, :, None]
+    there = (row % N < n) & (row // N < left)
+    k = tl.arange(0, f.shape[2])[None, None, :]
+    if SPLIT:
+        kept += far(first, 2 * n * WIDTH)
+        high, low = halves(f, tl.bfloat16)
+        places = (row // N * n + row % N) * (2 * WIDTH) + 2 * AT + k
+        tl.store(kept + places, high, mask=there & (k >= 0))
+        tl.store(kept + places + f.shape[2], low, mask=there & (k >= 0))
+    else:
+        kept += far(first, n * WIDTH)
+        tl.store(kept + (row // N * n + row % N) * WIDTH + AT + k, f, mask=there & (k >= 0))
+
+
+@triton.jit
+def added(acc, h, kept, there, SECOND: tl.constexpr):
+    """``acc + h @ F``, ``[BC, BR] x [BR, K] -> [BC, K]``; ``kept``: where ``F`` is, its second half ``SECOND`` on."""
+    h = tl.reshape(h, [1, h.shape[0], h.shape[1]])
+    result = tl.reshape(acc, [1, acc.shape[0], acc.shape[1]])
+    if SECOND:
+        low = tl.load(kept + SECOND, mask=there, other=0.0)
+        result = dot(h, tl.reshape(low, [1, low.shape[0], low.shape[1]]), result, "ieee")
+        high = tl.load(kept, mask=there, other=0.0)
+        result = dot(h, tl.reshape(high, [1, high.shape[0], high.shape[1]]), result, "ieee")
+    else:
+        f = tl.load(kept, mask=there, other=0.0)
+        result = dot(h.to(tl.float32), tl.reshape(f, [1, f.shape[0], f.shape[1]]), result, "tf32x3")
+    return tl.reshape(result, [acc.shape[0], acc.shape[1]])
+
+
+@triton.jit
+def store_part(part, acc, c, k, WIDTH: tl.constexpr):
+    """``[BC, K]`` as rows ``k`` of a part."""
+    tl.store(part + (k[:, None] * WIDTH + c[None, :]), tl.trans(acc), mask=(c < WIDTH)[None, :] & (k >= 0)[:, None])
+
+
+@triton.jit(do_not_specialize=["rows", "share"])
+def over_rows(
+    state,
+    kept,
+    parts,
+    rows,
+    share,
+    d: tl.constexpr,
+    KN: tl.constexpr,
+    KM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """A part of the gradients of carry's and beta's projections, ``[KN + KM, WIDTH]``, over ``share`` of the rows."""
+    K: tl.constexpr = KN if KN < BK else BK
+    HALVES: tl.constexpr = 2 if SPLIT else 1
+    ROW: tl.constexpr = HALVES * (KN + KM)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    k, k_beta = tl.program_id(2) * K + tl.arange(0, K), tl.arange(0, KM)
+    begin = tl.program_id(1).to(tl.int64) * share
+    state, kept = state + begin * d, kept + begin * ROW
+    carry, beta = tl.zeros([BC, K], tl.float32), tl.zeros([BC, KM], tl.float32)
+    left = tl.minimum(rows - begin, share).to(tl.int32)
+    for first in tl.range(0, left, BR):
+        r = first + tl.arange(0, BR)
+        there = (r < left)[:, None]
+        row = r.to(tl.int64)[:, None]
+        h = tl.trans(tl.load(state + (row * d + c[None, :]), mask=there & (c < d)[None, :], other=0.0))
+        carry = added(carry, h, kept + (row * ROW + k[None, :]), there, (HALVES - 1) * KN)
+        beta = added(beta, h, kept + (row * ROW + HALVES * KN + k_beta[None, :]), there, (HALVES - 1) * KM)
+    part = parts + tl.program_id(1).to(tl.int64) * ((KN + KM) * WIDTH)
+    store_part(part, carry, c, k, WIDTH)
+    if tl.program_id(2) == 0:
+        store_part(part + KN * WIDTH, beta, c, k_beta, WIDTH)
+
+
+def grid(rows: int, d: int, KN: int) -> tuple[int, int, int]:
+    """Programs over columns, rows, and columns of the carry."""
+    columns, projected = -(-d // BC.value), -(-KN // BK.value)
+    return columns, max(1, min(-(-rows // BR.value), PROGRAMS // (columns * projected))), projected
