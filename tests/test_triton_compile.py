@@ -33,6 +33,7 @@ def compiled(m: int, n: int, width: int, dtype: str, candidate: int = 0) -> dict
     from vwn.ops.triton_pack import pack
     from vwn.ops.triton_sums import sums
     from vwn.ops.triton_tuning import candidates
+    from vwn.ops.triton_weights import OPTIONS, columns, over_rows
     from vwn.ops.weights import NormWeights, RoutingWeights
 
     d = width // m
@@ -50,9 +51,11 @@ def compiled(m: int, n: int, width: int, dtype: str, candidate: int = 0) -> dict
         "pack": (pack, [packed, *of_projections], f, {}),
         "forward": (boundary, [state, z, state, z, packed, 1, *b.weights], f, f.options),
         "decoding": (boundary, [state, z, state, z, None, 1, *b.weights], f, f.options),
-        "backward": (boundary_backward, [state, z, state, z, state, z, parts, packed, 1, *b.weights], b, b.options),
-        "sums": (sums, [parts, 1, *tensors, *of_projections], b, {}),
+        "backward": (boundary_backward, [state, z, state, z, state, z, parts, packed, packed, 1, *b.weights], b, b.options),
+        "sums": (sums, [parts, 1, parts, 1, *tensors, *of_projections], b, {}),
+        "weights": (over_rows, [state, packed, parts, 1, 1], b, OPTIONS),
     }
+    b.sizes["BC"] = columns(split)
     return {
         name: resources(kernel, arguments, constants(of, split), options)
         for name, (kernel, arguments, of, options) in calls.items()
@@ -109,7 +112,7 @@ def _compiler() -> None:
 
 
 def check(kernels: dict[str, dict[str, int]], spilled: int) -> None:
-    assert set(kernels) == {"pack", "forward", "decoding", "backward", "sums"}
+    assert set(kernels) == {"pack", "forward", "decoding", "backward", "sums", "weights"}
     for kernel in kernels.values():
         assert kernel["shared"] <= SHARED_MEMORY
     assert kernels["forward"]["spilled"] <= 64

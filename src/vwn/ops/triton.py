@@ -214,7 +214,7 @@ def backward(
     if apart:
         split = _split(state)
         kept = state.new_empty(rows * width * (1 + split), dtype=state.dtype if split else torch.float32)
-        grid = triton_weights.grid(rows, b.sizes["d"], b.sizes["KN"])
+        grid = triton_weights.grid(rows, b.sizes["d"], b.sizes["KN"], split)
         shares = grid[1] if rows else 0
         of_write = state.new_empty(shares * width * b.sizes["WIDTH"], dtype=torch.float32)
     gradients = [t for t in (of_state, of_z) if t is not None]
@@ -236,7 +236,8 @@ def backward(
                 triton_weights.over_rows[grid](
                     *(state, kept, of_write, rows, -(-rows // shares)),
                     **{name: sizes[name] for name in ("d", "KN", "KM", "WIDTH")},
-                    SPLIT=_split(state),
+                    BC=triton_weights.columns(split),
+                    SPLIT=split,
                     **triton_weights.OPTIONS,
                 )
         if needs_weights:

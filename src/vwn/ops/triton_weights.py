@@ -18,9 +18,8 @@ from vwn.ops.triton_tiles import (
 )
 
 BR = tl.constexpr(64)
-BC = tl.constexpr(128)
 BK = tl.constexpr(64)
-"""Rows, columns, and columns of a carry at a time."""
+"""Rows, and columns of a carry, at a time."""
 PROGRAMS = 264
 """About so many; a constant, so that sums are the same on every GPU: two for each of the 132 processors of an H100."""
 OPTIONS = {"num_warps": 4, "num_stages": 3}
@@ -55,18 +54,22 @@ def store_factors(
 
 
 @triton.jit
-def added(acc, h, kept, there, SECOND: tl.constexpr):
-    """``acc + h @ F``, ``[BC, BR] x [BR, K] -> [BC, K]``; ``kept``: where ``F`` is, its second half ``SECOND`` on."""
+def added(acc, h, kept, there, SECOND: tl.constexpr, SPLIT: tl.constexpr):
+    """``acc + h @ F``, ``[BC, BR] x [BR, K] -> [BC, K]``; ``kept``: where ``F`` is, its second half ``SECOND`` on.
+
+    Without a ``SECOND``, ``F`` has one half or both side by side.
+    """
     h = tl.reshape(h, [1, h.shape[0], h.shape[1]])
     result = tl.reshape(acc, [1, acc.shape[0], acc.shape[1]])
-    if SECOND:
-        low = tl.load(kept + SECOND, mask=there, other=0.0)
-        result = dot(h, tl.reshape(low, [1, low.shape[0], low.shape[1]]), result, "ieee")
-        high = tl.load(kept, mask=there, other=0.0)
-        result = dot(h, tl.reshape(high, [1, high.shape[0], high.shape[1]]), result, "ieee")
+    f = tl.load(kept, mask=there, other=0.0)
+    f = tl.reshape(f, [1, f.shape[0], f.shape[1]])
+    if SPLIT:
+        result = dot(h, f, result, "ieee")
+        if SECOND:
+            f = tl.load(kept + SECOND, mask=there, other=0.0)
+            result = dot(h, tl.reshape(f, [1, f.shape[0], f.shape[1]]), result, "ieee")
     else:
-        f = tl.load(kept, mask=there, other=0.0)
-        result = dot(h.to(tl.float32), tl.reshape(f, [1, f.shape[0], f.shape[1]]), result, "tf32x3")
+        result = dot(h.to(tl.float32), f, result, "tf32x3")
     return tl.reshape(result, [acc.shape[0], acc.shape[1]])
 
 
@@ -87,32 +90,40 @@ def over_rows(
     KN: tl.constexpr,
     KM: tl.constexpr,
     WIDTH: tl.constexpr,
+    BC: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     """A part of the gradients of carry's and beta's projections, ``[KN + KM, WIDTH]``, over ``share`` of the rows."""
     K: tl.constexpr = KN if KN < BK else BK
     HALVES: tl.constexpr = 2 if SPLIT else 1
     ROW: tl.constexpr = HALVES * (KN + KM)
+    SIDE: tl.constexpr = 2 if SPLIT and KM == 8 else 1  # halves of beta, for tensor cores multiply 16
     c = tl.program_id(0) * BC + tl.arange(0, BC)
-    k, k_beta = tl.program_id(2) * K + tl.arange(0, K), tl.arange(0, KM)
+    k, k_beta = tl.program_id(2) * K + tl.arange(0, K), tl.arange(0, SIDE * KM)
     begin = tl.program_id(1).to(tl.int64) * share
     state, kept = state + begin * d, kept + begin * ROW
-    carry, beta = tl.zeros([BC, K], tl.float32), tl.zeros([BC, KM], tl.float32)
+    carry, beta = tl.zeros([BC, K], tl.float32), tl.zeros([BC, SIDE * KM], tl.float32)
     left = tl.minimum(rows - begin, share).to(tl.int32)
     for first in tl.range(0, left, BR):
         r = first + tl.arange(0, BR)
         there = (r < left)[:, None]
         row = r.to(tl.int64)[:, None]
         h = tl.trans(tl.load(state + (row * d + c[None, :]), mask=there & (c < d)[None, :], other=0.0))
-        carry = added(carry, h, kept + (row * ROW + k[None, :]), there, (HALVES - 1) * KN)
-        beta = added(beta, h, kept + (row * ROW + HALVES * KN + k_beta[None, :]), there, (HALVES - 1) * KM)
+        carry = added(carry, h, kept + (row * ROW + k[None, :]), there, (HALVES - 1) * KN, SPLIT)
+        beta = added(beta, h, kept + (row * ROW + HALVES * KN + k_beta[None, :]), there, (HALVES - SIDE) * KM, SPLIT)
     part = parts + tl.program_id(1).to(tl.int64) * ((KN + KM) * WIDTH)
     store_part(part, carry, c, k, WIDTH)
     if tl.program_id(2) == 0:
-        store_part(part + KN * WIDTH, beta, c, k_beta, WIDTH)
+        both = tl.sum(tl.reshape(beta, [BC, SIDE, KM]), axis=1)
+        store_part(part + KN * WIDTH, both, c, tl.arange(0, KM), WIDTH)
 
 
-def grid(rows: int, d: int, KN: int) -> tuple[int, int, int]:
+def columns(split: bool) -> int:
+    """That a program takes: in other dtypes than bfloat16 its products take more registers."""
+    return 128 if split else 64
+
+
+def grid(rows: int, d: int, KN: int, split: bool) -> tuple[int, int, int]:
     """Programs over columns, rows, and columns of the carry."""
-    columns, projected = -(-d // BC.value), -(-KN // BK.value)
-    return columns, max(1, min(-(-rows // BR.value), PROGRAMS // (columns * projected))), projected
+    blocks, projected = -(-d // columns(split)), -(-KN // BK.value)
+    return blocks, max(1, min(-(-rows // BR.value), PROGRAMS // (blocks * projected))), projected
