@@ -28,6 +28,7 @@ from benchmarks.report import NOT_MEASURED, Report, parser
 
 SHAPES = ((2, 3), (4, 8), (4, 16), (8, 64))
 WIDTHS = (2048, 4096, 8192)
+TOKENS = 8192
 BANDWIDTH, PROCESSORS, CLOCK = 4.3e12, 132, 1.75e9
 COLUMNS = {
     "connection": "10",
@@ -56,10 +57,10 @@ class Kernel(NamedTuple):
     """Up to the constants; a tensor stands for one of its dtype."""
     constants: dict[str, Any]
     options: dict[str, Any]
-    tokens: int
-    """Of a tile."""
+    tokens: float
+    """Of a tile, or of a program's share of all columns."""
     trips: int
-    """Of each loop within a tile."""
+    """Of each loop within a tile, or within a program that has no tiles."""
     persistent: bool
     """Whether the longest loop is over tiles."""
     moved: int
@@ -71,6 +72,7 @@ class Kernel(NamedTuple):
 def kernels(m: int, n: int, width: int) -> Iterator[Kernel]:
     """Those of a boundary."""
     from vwn.ops import triton as backend
+    from vwn.ops import triton_weights
     from vwn.ops.triton_backward import boundary_backward
     from vwn.ops.triton_forward import boundary
     from vwn.ops.weights import NormWeights, RoutingWeights
@@ -83,15 +85,16 @@ def kernels(m: int, n: int, width: int) -> Iterator[Kernel]:
     for backward, normed in ((False, False), (False, True), (True, False), (True, True)):
         norm = NormWeights(torch.empty(width, dtype=stored), 1e-6) if normed else None
         b = backend._Boundary(state, write, write.to_read, norm, None, backward)
-        tensors = [state, z, state, z, parts, z, 1] if backward else [state, z, state, z, z, 1]
+        tensors = [state, z, state, z, parts, z, z, 1] if backward else [state, z, state, z, z, 1]
         tensors = [state, z, *tensors] if backward else tensors
-        columns = n + 2 * m + normed * m
+        columns = (not b.part["APART"]) * (n + m) + m + normed * m
+        constants = {**b.sizes, **b.flags, **b.part, "SPLIT": True, "WEIGHTS": True, "BC": triton_weights.columns(True)}
         yield Kernel(
             "backward" if backward else "forward",
             normed,
             boundary_backward if backward else boundary,
             [*tensors, *b.weights],
-            {**b.sizes, **b.flags, **b.part, "SPLIT": True, "WEIGHTS": True},
+            constants,
             b.options,
             b.sizes["BT"],
             b.sizes["NC"],
@@ -99,6 +102,22 @@ def kernels(m: int, n: int, width: int) -> Iterator[Kernel]:
             (3 if backward else 2) * (n * d + width),
             backward * (columns * b.sizes["WIDTH"] + b.part["PART"] - b.part["MATRICES"]),
         )
+        if backward and b.part["APART"] and not normed:
+            blocks, shares, projected = triton_weights.grid(TOKENS * n, d, b.sizes["KN"], True)
+            trips = TOKENS * n // shares // triton_weights.BR.value
+            yield Kernel(
+                "weights",
+                normed,
+                triton_weights.over_rows,
+                [state, z, parts, 1, 1],
+                constants,
+                triton_weights.OPTIONS,
+                trips * triton_weights.BR.value / n / (blocks * projected),
+                trips,
+                False,
+                3 * (n * d + width),
+                0,
+            )
 
 
 def main() -> None:
@@ -218,7 +237,7 @@ def _loops(lines: list[str], label: str, jump: str, persistent: bool) -> tuple[t
 
 def _bytes(instruction: str) -> int:
     """That a thread loads from memory or stores there by an instruction."""
-    access = re.match(r"(?:@!?\w+ +)?(?:LDG|STG)\.(\S+)", instruction)
+    access = re.match(r"(?:@!?\w+ +)?(?:LDG|STG|LDGSTS)\.(\S+)", instruction)
     if access is None:
         return 0
     size = re.search(r"U?(8|16|64|128)\b", access[1])

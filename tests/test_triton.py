@@ -54,7 +54,7 @@ class Case:
         self.generator = torch.Generator().manual_seed(0)
         self.tokens = (5 if n >= 8 else 17) if tokens is None else tokens
         self.dtype = dtype
-        self.programs = None
+        self.programs, self.apart = None, None
         self.write = self.weights(m, n, d, dynamic[0]) if write else None
         self.read = self.weights(m, n, d, dynamic[1]).to_read if read else None
         self.norm = NormWeights((1 + 0.3 * self.draw(m * d)).to(dtype), 1e-5) if norm and read else None
@@ -84,7 +84,7 @@ class Case:
     def backward(self, grad_state=True, needs_weights=True):
         given = self.grad_state if grad_state else None
         tensors = given, self.grad_x, self.state, self.z
-        return backend.backward(*tensors, *self.parameters, needs_weights, programs=self.programs)
+        return backend.backward(*tensors, *self.parameters, needs_weights, programs=self.programs, apart=self.apart)
 
     def exact_forward(self):
         return reference.forward(*wide(self.state, self.z, *self.parameters))
@@ -269,6 +269,35 @@ def test_backward_in_chunks(m, n, d, norm):
 def test_gradients_of_many_tiles_add_up(m, n, d):
     case = Case(m, n, d, tokens=33 if n < 8 else 7)
     case.programs = 2
+    for a, e in zip(case.backward(), case.exact_backward(), strict=True):
+        assert_close(a, e)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(
+    ("m", "n", "d", "tokens"), [(1, 1, 5, 3), (2, 3, 140, 50), (3, 7, 66, 9), (4, 16, 17, 5), (9, 12, 8, 2)]
+)
+def test_gradients_of_the_projections_over_all_tokens_at_once(m, n, d, tokens, dtype):
+    """As from 33 slots on; several shares of the rows, the last not full; all else is the same to the bit."""
+    case = Case(m, n, d, dtype, tokens, norm=False)
+    case.apart = True
+    relative = 1e-4 if dtype == torch.bfloat16 else 1e-5
+    if dtype in HALF:  # else the gradient of the new state is rounded on its way
+        case.read, case.grad_x = None, None
+    apart = case.backward()
+    for a, e in zip(apart, case.exact_backward(), strict=True):
+        assert_close(a, e, relative=relative)
+    case.apart = False
+    for i, (a, b) in enumerate(zip(apart, case.backward(), strict=True)):
+        if i in (4, 5, 8):  # those of the projections, and of the gain, which is a sum over them
+            assert_close(a, b.double(), relative=relative)
+        else:
+            assert_same([a], [b])
+
+
+def test_more_than_64_slots():
+    """The columns of the carry's projection are shared out, and those of beta are not computed twice."""
+    case = Case(2, 70, 5, tokens=2, read=False)
     for a, e in zip(case.backward(), case.exact_backward(), strict=True):
         assert_close(a, e)
 

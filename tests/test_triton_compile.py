@@ -51,7 +51,12 @@ def compiled(m: int, n: int, width: int, dtype: str, candidate: int = 0) -> dict
         "pack": (pack, [packed, *of_projections], f, {}),
         "forward": (boundary, [state, z, state, z, packed, 1, *b.weights], f, f.options),
         "decoding": (boundary, [state, z, state, z, None, 1, *b.weights], f, f.options),
-        "backward": (boundary_backward, [state, z, state, z, state, z, parts, packed, packed, 1, *b.weights], b, b.options),
+        "backward": (
+            boundary_backward,
+            [state, z, state, z, state, z, parts, packed, packed, 1, *b.weights],
+            b,
+            b.options,
+        ),
         "sums": (sums, [parts, 1, parts, 1, *tensors, *of_projections], b, {}),
         "weights": (over_rows, [state, packed, parts, 1, 1], b, OPTIONS),
     }

@@ -93,6 +93,7 @@ class _Boundary:
         norm: NormWeights | None,
         launch: Launch | None,
         backward: bool = False,
+        apart: bool | None = None,
     ) -> None:
         weights = write if write is not None else read
         assert weights is not None
@@ -119,8 +120,8 @@ class _Boundary:
         width = s["S"] * s["BD"] * s["NC"]
         widths = self.flags["WRITE"] * (s["KN"] + s["KM"]), self.flags["READ"] * s["KM"]
         projections = self.flags["WRITE_DYNAMIC"] * widths[0], self.flags["READ_DYNAMIC"] * widths[1]
-        # Of 64 slots a tile is one token, whose part would be as many bytes as all else of it.
-        apart = s["N"] >= 64 and self.flags["WRITE_DYNAMIC"]
+        # From 33 slots on a tile is one token, and adding to a part would move twice the bytes of all else.
+        apart = (s["N"] >= 64 if apart is None else apart) and self.flags["WRITE_DYNAMIC"]
         of_read = (not apart) * projections[0] * width
         norm_at = of_read + projections[1] * width
         matrices = norm_at + self.flags["NORM"] * s["KM"] * width
@@ -195,28 +196,26 @@ def backward(
     needs_weights: bool,
     launch: Launch | None = None,
     programs: int | None = None,
+    apart: bool | None = None,
 ) -> list[Tensor]:
     """As :func:`vwn.ops.reference.backward`, for contiguous ``[T, D']`` and ``[T, D]``; at most three
     launches, four from 33 slots on.
 
-    ``programs``: how many, if not as many as there are registers for. The order of the sums over tokens depends on it.
+    ``programs``: how many, if not as many as there are registers for. ``apart``: whether the gradients of the write's
+    projections have a launch of their own, if not from 33 slots on. The order of the sums over tokens depends on both.
     """
     from vwn.ops import triton_backward, triton_sums, triton_weights
 
-    b = _Boundary(state, write, read, norm, launch, backward=True)
+    b = _Boundary(state, write, read, norm, launch, backward=True, apart=apart)
     programs = min(b.tiles, programs or _WARPS // b.options["num_warps"])
     of_state = torch.empty_like(state)
     of_z = None if z is None else torch.empty_like(z)
     parts = state.new_empty(programs, b.part["PART"], dtype=torch.float32) if needs_weights else None
-    apart, width = needs_weights and b.part["APART"], b.sizes["KN"] + b.sizes["KM"]
-    rows = b.tokens * b.sizes["n"]
+    split, rows = _split(state), b.tokens * b.sizes["n"]
     kept, of_write, shares = None, None, 0
-    if apart:
-        split = _split(state)
-        kept = state.new_empty(rows * width * (1 + split), dtype=state.dtype if split else torch.float32)
-        grid = triton_weights.grid(rows, b.sizes["d"], b.sizes["KN"], split)
-        shares = grid[1] if rows else 0
-        of_write = state.new_empty(shares * width * b.sizes["WIDTH"], dtype=torch.float32)
+    if apart := needs_weights and b.part["APART"]:
+        numbers = rows * (b.sizes["KN"] + b.sizes["KM"])
+        kept = state.new_empty(numbers * (1 + split), dtype=state.dtype if split else torch.float32)
     gradients = [t for t in (of_state, of_z) if t is not None]
     sizes = {name: size for name, size in b.sizes.items() if name != "KEEP"}
     with torch.cuda.device_of(state):
@@ -225,7 +224,7 @@ def backward(
             triton_backward.boundary_backward[(programs,)](
                 *(grad_state, grad_x, state, z, of_state, of_z, parts, kept, packed, b.tokens),
                 *b.weights,
-                SPLIT=_split(state),
+                SPLIT=split,
                 WEIGHTS=needs_weights,
                 **sizes,
                 **b.flags,
@@ -233,13 +232,7 @@ def backward(
                 **b.options,
             )
             if apart:
-                triton_weights.over_rows[grid](
-                    *(state, kept, of_write, rows, -(-rows // shares)),
-                    **{name: sizes[name] for name in ("d", "KN", "KM", "WIDTH")},
-                    BC=triton_weights.columns(split),
-                    SPLIT=split,
-                    **triton_weights.OPTIONS,
-                )
+                of_write, shares = triton_weights.gradients(state, kept, rows, sizes, split)
         if needs_weights:
             of_weights = [torch.empty_like(w) if isinstance(w, Tensor) else None for w in b.weights]
             gradients += [t for t in of_weights if t is not None]

@@ -8,8 +8,10 @@ share of the rows, and has a part of its own for :mod:`vwn.ops.triton_sums`.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from vwn.ops.triton_tiles import (
     dot,
@@ -23,6 +25,7 @@ BK = tl.constexpr(64)
 PROGRAMS = 264
 """About so many; a constant, so that sums are the same on every GPU: two for each of the 132 processors of an H100."""
 OPTIONS = {"num_warps": 4, "num_stages": 3}
+"""Tensor cores take whole groups of four warps, and what comes next is loaded meanwhile."""
 
 
 @triton.jit
@@ -124,6 +127,21 @@ def columns(split: bool) -> int:
 
 
 def grid(rows: int, d: int, KN: int, split: bool) -> tuple[int, int, int]:
-    """Programs over columns, rows, and columns of the carry."""
+    """Programs over columns, shares of the rows, and columns of the carry."""
     blocks, projected = -(-d // columns(split)), -(-KN // BK.value)
-    return blocks, max(1, min(-(-rows // BR.value), PROGRAMS // (blocks * projected))), projected
+    return blocks, min(-(-rows // BR.value), max(1, PROGRAMS // (blocks * projected))), projected
+
+
+def gradients(state: Tensor, kept: Tensor, rows: int, sizes: dict[str, int], split: bool) -> tuple[Tensor, int]:
+    """The parts, and how many there are, for one row or more; ``sizes``: of :func:`vwn.ops.triton.tiling`."""
+    programs = grid(rows, sizes["d"], sizes["KN"], split)
+    shares = programs[1]
+    parts = state.new_empty(shares, (sizes["KN"] + sizes["KM"]) * sizes["WIDTH"], dtype=torch.float32)
+    over_rows[programs](
+        *(state, kept, parts, rows, -(-rows // (shares * BR.value)) * BR.value),
+        **{name: sizes[name] for name in ("d", "KN", "KM", "WIDTH")},
+        BC=columns(split),
+        SPLIT=split,
+        **OPTIONS,
+    )
+    return parts, shares
