@@ -3,7 +3,8 @@
 For whoever makes the kernels faster: the forward and the backward of one write and read, by each of the launches that
 ``VWN_TUNE=1`` chooses among, the backward by several numbers of programs. All of a shape take turns, and the share is
 of a plain copy in the same rounds. The first launch is the rule's; its backward is also measured without the gradients
-of the weights, for what they cost.
+of the weights, for what they cost, and with those of the write's projections apart if the rule has them together, or
+together if it has them apart.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from benchmarks.report import NOT_MEASURED, Report, parser
 from benchmarks.rivals import Inputs
 from vwn.ops import NormWeights
 from vwn.ops import triton as backend
-from vwn.ops.triton_tuning import Launch, candidates
+from vwn.ops.triton_tuning import Launch, apart, candidates
 
 WARPS = (528, 1056, 2112, 4224)
 """Of all programs of a backward, half of, and as many as an H100 has registers for, and more."""
@@ -37,6 +38,7 @@ COLUMNS = {
     "warps": "5d",
     "programs": "8d",
     "weights": "7d",
+    "apart": "5d",
     "median_ms": "9.3f",
     "share_of_copy": "13.3f",
 }
@@ -97,17 +99,19 @@ def calls_of(
     def forward(launch: Launch) -> Callable[[], object]:
         return lambda: backend.forward(i.state, i.z, *weights, launch)
 
-    def backward(launch: Launch, programs: int, needed: bool) -> Callable[[], object]:
-        return lambda: backend.backward(grad_state, grad_x, i.state, i.z, *weights, needed, launch, programs)
+    def backward(launch: Launch, programs: int, needed: bool, alone: bool) -> Callable[[], object]:
+        tensors = grad_state, grad_x, i.state, i.z
+        return lambda: backend.backward(*tensors, *weights, needed, launch, programs, alone)
 
     for launch in launches:
         row = {"connection": [i.m, i.n], "width": i.hidden_size, **launch._asdict()}
         yield f"{launch}, forward", row | {"pass": "forward"}, forward(launch)
-        alone = [(WARPS[1], False)] if launch == launches[0] else []
-        for warps, needed in (*((warps, True) for warps in WARPS), *alone):
-            programs = warps // launch.warps
-            more = {"pass": "backward", "programs": programs, "weights": needed}
-            yield f"{launch}, {programs}, {needed}", row | more, backward(launch, programs, needed)
+        ruled = apart(i.n)
+        more = [(WARPS[1], False, False), (WARPS[1], True, not ruled)] if launch == launches[0] else []
+        for warps, needed, alone in (*((warps, True, ruled) for warps in WARPS), *more):
+            how = {"programs": warps // launch.warps, "weights": needed, "apart": alone}
+            call = backward(launch, how["programs"], needed, alone)
+            yield f"{launch}, {tuple(how.values())}", row | {"pass": "backward"} | how, call
 
 
 if __name__ == "__main__":

@@ -181,6 +181,7 @@ def test_a_loop_that_the_assembler_unrolled_runs_less_often():
         ("@!P3 LDG.E.128.STRONG.GPU R4, [R2.64]", 16),
         ("STG.E desc[UR4][R2.64], R1", 4),
         ("LDG.E.U16.CONSTANT R1, [R2]", 2),
+        ("LDGSTS.E.BYPASS.LTC128B.128 [R1], desc[UR4][R2.64], P0", 16),
         ("LDS.128 R4, [R2]", 0),
         ("FADD R1, R128, R2", 0),
     ],
@@ -192,13 +193,14 @@ def test_bytes_of_an_instruction(instruction, expected):
 @pytest.mark.slow
 def test_static_cost(tmp_path):
     out = tmp_path / "static_cost.json"
-    command = [sys.executable, "-m", "benchmarks.static_cost", "--quick", "--shapes", "2x3", "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.static_cost", "--quick", "--shapes", "2x3,8x64", "--out", str(out)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     if reason := json.loads(out.read_text())["rows"][0].get("not measured"):
         pytest.skip(reason)
-    rows = {row["kernel"]: row for row in json.loads(out.read_text())["rows"]}
+    of = {(row["connection"][1], row["kernel"]): row for row in json.loads(out.read_text())["rows"]}
+    rows = {kernel: row for (n, kernel), row in of.items() if n == 3}
     assert set(rows) == {"forward", "backward"}
     for row in rows.values():
         assert row["bytes"] >= 1  # the floor has to be moved
@@ -207,6 +209,9 @@ def test_static_cost(tmp_path):
     assert rows["backward"]["parts"] == pytest.approx(264 * 4 * (columns * d + matrices) / 1e6)
     assert rows["forward"]["parts"] == rows["forward"]["added"] == 0
     assert rows["backward"]["instructions_per_token"] > rows["forward"]["instructions_per_token"]
+    # The state, and what the backward kept, for each 128 of the 256 columns, of the write's projections' gradients.
+    read, floor = 64 * 256 * 2 + 2 * 64 * (64 + 8) * 4, 3 * (64 + 8) * 256 * 2
+    assert of[64, "weights"]["bytes"] == pytest.approx(read / floor, rel=0.1)
 
 
 def test_rivals_take_turns():
@@ -309,6 +314,7 @@ def test_gpu_steps_run_dry(tmp_path):
     rows = json.loads((tmp_path / "launches-cpu.json").read_text())["rows"]
     assert {row["pass"] for row in rows} == {"forward", "backward"}
     assert len({row["programs"] for row in rows if row["pass"] == "backward"}) > 1
+    assert {row["apart"] for row in rows if row["pass"] == "backward" and row["weights"]} == {False, True}
     assert all(row["median_ms"] > 0 for row in rows)
     rows = json.loads((tmp_path / "accuracy-cpu.json").read_text())["rows"]
     assert {row["backend"] for row in rows} == {"triton"}

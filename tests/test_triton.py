@@ -371,8 +371,8 @@ def test_two_runs_agree():
 
 
 def test_launches(monkeypatch):
-    """One forward for few tokens, as when decoding, else two; of a backward with gradients of weights one more."""
-    from vwn.ops import triton_backward, triton_forward, triton_pack, triton_sums
+    """One forward for few tokens, as when decoding, else two; gradients of weights take one more, or two."""
+    from vwn.ops import triton_backward, triton_forward, triton_pack, triton_sums, triton_weights
 
     launches = []
 
@@ -385,7 +385,7 @@ def test_launches(monkeypatch):
             return self.kernel[grid]
 
     kernels = [(triton_forward, "boundary"), (triton_backward, "boundary_backward"), (triton_sums, "sums")]
-    for module, name in [*kernels, (triton_pack, "pack")]:
+    for module, name in [*kernels, (triton_pack, "pack"), (triton_weights, "over_rows")]:
         monkeypatch.setattr(module, name, Counted(getattr(module, name), name))
 
     def launched_by(what, *arguments):
@@ -401,6 +401,9 @@ def test_launches(monkeypatch):
     assert launched_by(many.forward) == ["pack", "boundary"]
     assert launched_by(many.backward) == ["pack", "boundary_backward", "sums"]
     assert launched_by(many.backward, True, False) == ["pack", "boundary_backward"]
+    assert launched_by(Case(2, 33, 5, tokens=1).backward) == ["boundary_backward", "over_rows", "sums"]
+    assert launched_by(Case(2, 33, 5, tokens=1).backward, True, False) == ["boundary_backward"]
+    assert launched_by(Case(2, 33, 5, tokens=1, write=False).backward) == ["boundary_backward", "sums"]
     assert launched_by(Case(2, 3, 12, tokens=17, dynamic=(False, False)).forward) == ["boundary"]
     assert launched_by(Case(2, 3, 12, tokens=0).forward) == []
 

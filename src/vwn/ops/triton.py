@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vwn.ops.triton_tuning import Launch, chosen, power, rows, rows_backward
+from vwn.ops.triton_tuning import apart as apart_by_rule
 from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -120,8 +121,7 @@ class _Boundary:
         width = s["S"] * s["BD"] * s["NC"]
         widths = self.flags["WRITE"] * (s["KN"] + s["KM"]), self.flags["READ"] * s["KM"]
         projections = self.flags["WRITE_DYNAMIC"] * widths[0], self.flags["READ_DYNAMIC"] * widths[1]
-        # From 33 slots on a tile is one token, and adding to a part would move twice the bytes of all else.
-        apart = (s["N"] >= 64 if apart is None else apart) and self.flags["WRITE_DYNAMIC"]
+        apart = (apart_by_rule(n) if apart is None else apart) and self.flags["WRITE_DYNAMIC"]
         of_read = (not apart) * projections[0] * width
         norm_at = of_read + projections[1] * width
         matrices = norm_at + self.flags["NORM"] * s["KM"] * width
@@ -202,7 +202,8 @@ def backward(
     launches, four from 33 slots on.
 
     ``programs``: how many, if not as many as there are registers for. ``apart``: whether the gradients of the write's
-    projections have a launch of their own, if not from 33 slots on. The order of the sums over tokens depends on both.
+    projections have a launch of their own, if not as :func:`vwn.ops.triton_tuning.apart` has it. The order of the sums
+    over tokens depends on both.
     """
     from vwn.ops import triton_backward, triton_sums, triton_weights
 

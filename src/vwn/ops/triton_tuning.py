@@ -53,6 +53,15 @@ def rows_backward(m: int, n: int) -> int:
     return max(rows(n), min(32, 8 * power(n) // power(m)))
 
 
+def apart(n: int) -> bool:
+    """Whether the gradients of a write's projections have a launch of their own, unasked.
+
+    From 33 slots on a tile is one token, and adding to a program's sums would move twice the bytes of all else. (By
+    count it is as fast either way for fewer; benchmarks.launches measures it.)
+    """
+    return power(n) >= 64
+
+
 @cache
 def rule(n: int, d: int) -> Launch:
     """What is taken unmeasured, for ``n`` slots of segment width ``d``."""
