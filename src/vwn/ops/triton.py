@@ -214,7 +214,7 @@ def backward(
     parts = state.new_empty(programs, b.part["PART"], dtype=torch.float32) if needs_weights else None
     split, rows = _split(state), b.tokens * b.sizes["n"]
     kept, of_write, shares = None, None, 0
-    if apart := needs_weights and b.part["APART"]:
+    if needs_weights and b.part["APART"]:
         numbers = rows * (b.sizes["KN"] + b.sizes["KM"])
         kept = state.new_empty(numbers * (1 + split), dtype=state.dtype if split else torch.float32)
     gradients = [t for t in (of_state, of_z) if t is not None]
@@ -232,7 +232,7 @@ def backward(
                 **b.part,
                 **b.options,
             )
-            if apart:
+            if kept is not None:
                 of_write, shares = triton_weights.gradients(state, kept, rows, sizes, split)
         if needs_weights:
             of_weights = [torch.empty_like(w) if isinstance(w, Tensor) else None for w in b.weights]
