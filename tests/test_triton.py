@@ -295,9 +295,10 @@ def test_gradients_of_the_projections_over_all_tokens_at_once(m, n, d, tokens, d
             assert_same([a], [b])
 
 
-def test_more_than_64_slots():
-    """The columns of the carry's projection are shared out, and those of beta are not computed twice."""
-    case = Case(2, 70, 5, tokens=2, read=False)
+@pytest.mark.parametrize(("m", "n", "d"), [(2, 70, 5), (66, 70, 3)])
+def test_more_than_64_slots(m, n, d):
+    """The columns of the carry's projection are shared out among programs, and those of beta if there are so many."""
+    case = Case(m, n, d, tokens=2, read=False)
     for a, e in zip(case.backward(), case.exact_backward(), strict=True):
         assert_close(a, e)
 

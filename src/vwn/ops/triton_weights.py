@@ -21,7 +21,7 @@ from vwn.ops.triton_tiles import (
 
 BR = tl.constexpr(64)
 BK = tl.constexpr(64)
-"""Rows, and columns of a carry, at a time."""
+"""Rows, and columns of carry and beta, at a time."""
 PROGRAMS = 264
 """About so many; a constant, so that sums are the same on every GPU: two for each of the 132 processors of an H100."""
 OPTIONS = {"num_warps": 4, "num_stages": 3}
@@ -98,14 +98,15 @@ def over_rows(
 ):
     """A part of the gradients of carry's and beta's projections, ``[KN + KM, WIDTH]``, over ``share`` of the rows."""
     K: tl.constexpr = KN if KN < BK else BK
+    B: tl.constexpr = KM if KM < BK else BK
     HALVES: tl.constexpr = 2 if SPLIT else 1
     ROW: tl.constexpr = HALVES * (KN + KM)
     SIDE: tl.constexpr = 2 if SPLIT and KM == 8 else 1  # halves of beta, for tensor cores multiply 16
     c = tl.program_id(0) * BC + tl.arange(0, BC)
-    k, k_beta = tl.program_id(2) * K + tl.arange(0, K), tl.arange(0, SIDE * KM)
+    k, b = tl.program_id(2) * K + tl.arange(0, K), tl.minimum(tl.program_id(2), KM // B - 1) * B
     begin = tl.program_id(1).to(tl.int64) * share
     state, kept = state + begin * d, kept + begin * ROW
-    carry, beta = tl.zeros([BC, K], tl.float32), tl.zeros([BC, SIDE * KM], tl.float32)
+    carry, beta = tl.zeros([BC, K], tl.float32), tl.zeros([BC, SIDE * B], tl.float32)
     left = tl.minimum(rows - begin, share).to(tl.int32)
     for first in tl.range(0, left, BR):
         r = first + tl.arange(0, BR)
@@ -113,12 +114,13 @@ def over_rows(
         row = r.to(tl.int64)[:, None]
         h = tl.trans(tl.load(state + (row * d + c[None, :]), mask=there & (c < d)[None, :], other=0.0))
         carry = added(carry, h, kept + (row * ROW + k[None, :]), there, (HALVES - 1) * KN, SPLIT)
-        beta = added(beta, h, kept + (row * ROW + HALVES * KN + k_beta[None, :]), there, (HALVES - SIDE) * KM, SPLIT)
+        of_beta = kept + (row * ROW + HALVES * KN + b + tl.arange(0, SIDE * B)[None, :])
+        beta = added(beta, h, of_beta, there, (HALVES - SIDE) * KM, SPLIT)
     part = parts + tl.program_id(1).to(tl.int64) * ((KN + KM) * WIDTH)
     store_part(part, carry, c, k, WIDTH)
-    if tl.program_id(2) == 0:
-        both = tl.sum(tl.reshape(beta, [BC, SIDE, KM]), axis=1)
-        store_part(part + KN * WIDTH, both, c, tl.arange(0, KM), WIDTH)
+    if tl.program_id(2) < KM // B:
+        both = tl.sum(tl.reshape(beta, [BC, SIDE, B]), axis=1)
+        store_part(part + KN * WIDTH, both, c, b + tl.arange(0, B), WIDTH)
 
 
 def columns(split: bool) -> int:
@@ -127,7 +129,7 @@ def columns(split: bool) -> int:
 
 
 def grid(rows: int, d: int, KN: int, split: bool) -> tuple[int, int, int]:
-    """Programs over columns, shares of the rows, and columns of the carry."""
+    """Programs over columns, shares of the rows, and columns of carry and beta."""
     blocks, projected = -(-d // columns(split)), -(-KN // BK.value)
     return blocks, min(-(-rows // BR.value), max(1, PROGRAMS // (blocks * projected))), projected
 
