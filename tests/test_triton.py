@@ -157,6 +157,14 @@ def test_static_routing_and_any_number_of_tokens(tokens, dynamic):
         assert_close(actual, exact)
 
 
+@pytest.mark.parametrize(("m", "n"), [(2, 3), (2, 33)])
+def test_without_tokens_the_weights_have_gradients_of_zero(m, n):
+    case = Case(m, n, 5, torch.bfloat16, tokens=0)
+    for actual, exact in zip(case.backward(), case.exact_backward(), strict=True):
+        assert actual.shape == exact.shape
+        assert not actual.any()
+
+
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("columns", [64, 128, 256])
 @pytest.mark.parametrize(("m", "n"), [(2, 3), (4, 16)])

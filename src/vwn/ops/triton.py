@@ -213,7 +213,7 @@ def backward(
     of_z = None if z is None else torch.empty_like(z)
     parts = state.new_empty(programs, b.part["PART"], dtype=torch.float32) if needs_weights else None
     split, rows = _split(state), b.tokens * b.sizes["n"]
-    kept, of_write, shares = None, None, 0
+    kept, of_write, shares = None, parts, 0  # a pointer to compile with, also where there are no tokens
     if needs_weights and b.part["APART"]:
         numbers = rows * (b.sizes["KN"] + b.sizes["KM"])
         kept = state.new_empty(numbers * (1 + split), dtype=state.dtype if split else torch.float32)
