@@ -7,7 +7,8 @@ relative to the time in which a copy moves the bytes of the floor (H200: 4.3 TB/
 of that and one; stalls, caches, bank conflicts and what else a kernel waits for are not seen. "Bytes" are those of all
 loads and stores outside of shared memory, whichever cache serves them, relative to the bytes of the floor. "Parts" are
 the MB in which all programs of a backward add up the gradients of the weights, and "added" what a token reads and
-writes of them, relative to the floor; both by the sizes of tiles.
+writes of them, relative to the floor; both by the sizes of tiles. "Weights" is the backward's launch for the gradients
+of the write's projections, where it has one: by the rule, or, with ``--against-rule``, at the other shapes.
 """
 
 from __future__ import annotations
@@ -69,12 +70,13 @@ class Kernel(NamedTuple):
     """Numbers of a program's part of the gradients of weights, padded columns left out, as they are not written."""
 
 
-def kernels(m: int, n: int, width: int) -> Iterator[Kernel]:
-    """Those of a boundary."""
+def kernels(m: int, n: int, width: int, against_rule: bool = False) -> Iterator[Kernel]:
+    """Those of a boundary; ``against_rule``: the write's projections apart where the rule has them together."""
     from vwn.ops import triton as backend
     from vwn.ops import triton_weights
     from vwn.ops.triton_backward import boundary_backward
     from vwn.ops.triton_forward import boundary
+    from vwn.ops.triton_tuning import apart
     from vwn.ops.weights import NormWeights, RoutingWeights
 
     d, stored = width // m, torch.bfloat16
@@ -84,7 +86,7 @@ def kernels(m: int, n: int, width: int) -> Iterator[Kernel]:
     parts = torch.empty(1)
     for backward, normed in ((False, False), (False, True), (True, False), (True, True)):
         norm = NormWeights(torch.empty(width, dtype=stored), 1e-6) if normed else None
-        b = backend._Boundary(state, write, write.to_read, norm, None, backward)
+        b = backend._Boundary(state, write, write.to_read, norm, None, backward, apart(n) != against_rule)
         tensors = [state, z, state, z, parts, z, z, 1] if backward else [state, z, state, z, z, 1]
         tensors = [state, z, *tensors] if backward else tensors
         columns = (not b.part["APART"]) * (n + m) + m + normed * m
@@ -122,7 +124,9 @@ def kernels(m: int, n: int, width: int) -> Iterator[Kernel]:
 
 def main() -> None:
     """One row for each shape, width and kernel."""
-    options = parser("static_cost", __doc__).parse_args()
+    p = parser("static_cost", __doc__)
+    p.add_argument("--against-rule", action="store_true", help="projections of the write apart or not, against it")
+    options = p.parse_args()
     notes = {"issue": "of a bound, in parts of a copy's time; not measured", "of": "H200: 132 processors, 1.75 GHz"}
     report = Report(options, notes, COLUMNS)
     if reason := _unavailable():
@@ -130,7 +134,7 @@ def main() -> None:
         return report.done()
     for m, n in options.shapes or SHAPES:
         for width in WIDTHS[:1] if options.quick else WIDTHS:
-            for kernel in kernels(m, n, width):
+            for kernel in kernels(m, n, width, options.against_rule):
                 what = {"connection": [m, n], "width": width, "kernel": kernel.name, "norm": kernel.norm}
                 try:
                     report.add(what | cost(kernel))

@@ -6,6 +6,7 @@ Each sum is in one order whatever the GPU. A part (float32) holds
     norm:        ``KM x WIDTH``
     matrices:    static and scale of carry, of beta (``R x KN``, ``R x KM``) and of the read (``R x KM``)
 
+The write's projections may be in parts of their own (:mod:`vwn.ops.triton_weights`), rows of ``WIDTH`` in plain order.
 Of the columns of a projection, and of the norm's segments, which are padded, only those that are there are written.
 Shapes: ``WIDTH`` is ``d`` up to whole chunks, ``A = m + n`` columns of an alpha; ``BC`` columns of the segment width or
 ``BE`` elements at a time, of ``PB`` parts; see :mod:`vwn.ops.triton_tiles` for those of a tile.
