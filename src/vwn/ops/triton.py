@@ -73,7 +73,7 @@ def tiling(m: int, n: int, d: int, launch: Launch, split: bool = True, backward:
         "BT": height // slots,
         "R": height,
         "H": max(16, slots),
-        "Q": max(8, height // slots * segments),
+        "Q": max(16 if slots >= 64 else 8, height // slots * segments),
         "KN": max(8, slots),
         "KM": max(8, segments),
         "S": pieces,

@@ -91,6 +91,7 @@ def boundary(
     """``H' <- Bᵀ Z + Âᵀ H'`` and ``X = Åᵀ H'`` (eq. 10); see :func:`vwn.ops.reference.forward`."""
     first = tl.program_id(0) * BT
     left = tokens - first
+    tl.assume(left > 0)
     G: tl.constexpr = R // H
     PARTS: tl.constexpr = 2 if SPLIT else 1
     U: tl.constexpr = BD // 32 if S > 1 else 1

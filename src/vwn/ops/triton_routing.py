@@ -169,8 +169,9 @@ def unprojected(f, w, acc, SPLIT: tl.constexpr):
 def tanh(x):
     """To a few ulp; a series keeps small arguments exact."""
     s = x * x
-    series = x + x * s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835 - s * (1382 / 155925)))))
-    return tl.where(s < 0.1, series, 1 - 2 / (tl.exp(2 * x) + 1))
+    series = x + x * s * (-0.33332962 + s * (0.13310652 - s * 0.04998708))
+    r = tl.rsqrt(1 + tl.exp2(x * 2.8853900817779268))
+    return tl.where(s < 0.1, series, 1 - 2 * (r * r))
 
 
 @triton.jit

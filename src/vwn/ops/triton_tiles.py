@@ -370,7 +370,7 @@ def turned(x, S: tl.constexpr):
 @triton.jit
 def held(x, tokens, SPLIT: tl.constexpr):
     """A chunk that was loaded, as tensor cores want it in registers: else it is copied there for each product."""
-    if SPLIT and not EMULATE:
+    if SPLIT and x.shape[1] < 64 and not EMULATE:
         zero = (tokens >> 31).to(tl.int16).to(tl.bfloat16, bitcast=True)  # which the compiler does not know
         x = tl.inline_asm_elementwise("or.b32 $0, $1, $2;", "=r,r,r", [x, zero], tl.bfloat16, is_pure=True, pack=2)
     return x
