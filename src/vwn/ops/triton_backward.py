@@ -200,15 +200,15 @@ def boundary_backward(
                     beta_p = projected(h, w, beta_p, SPLIT)
             write_rstd = rms_reciprocal(gram, write_eps, d, G)
             carry_p, beta_p = over_halves(carry_p, G, KN), over_halves(beta_p, G, KM)
+            carry, carry_t, carry_s = coefficients(
+                carry_p, write_rstd, static_alpha, scale_alpha, left, TAU, m, A, 1, n, N, n, N, WRITE_DYNAMIC
+            )
+            beta, beta_t, beta_s = coefficients(
+                beta_p, write_rstd, static_beta, scale_beta, left, TAU, 0, 1, n, m, M, n, N, WRITE_DYNAMIC
+            )
 
         if READ:
             if WRITE:
-                carry, _, _ = coefficients(
-                    carry_p, write_rstd, static_alpha, scale_alpha, left, TAU, m, A, 1, n, N, n, N, WRITE_DYNAMIC
-                )
-                beta, _, _ = coefficients(
-                    beta_p, write_rstd, static_beta, scale_beta, left, TAU, 0, 1, n, m, M, n, N, WRITE_DYNAMIC
-                )
                 carry_to = operands(swapped(block_diagonal(carry, H, N, N, True)), S, SPLIT)
                 beta_to = segment_operands(block_diagonal(beta, Q, M, N, False), S, SPLIT)
             gain_row = rows_of(0, BT, m, M, Q, BT, S, U)[0] % m
@@ -319,12 +319,6 @@ def boundary_backward(
                 store_rows(of_state + begin, row, there, chunk, g, d, S, U, L, NC, G)
 
         if WRITE:
-            carry, carry_t, carry_s = coefficients(
-                carry_p, write_rstd, static_alpha, scale_alpha, left, TAU, m, A, 1, n, N, n, N, WRITE_DYNAMIC
-            )
-            beta, beta_t, beta_s = coefficients(
-                beta_p, write_rstd, static_beta, scale_beta, left, TAU, 0, 1, n, m, M, n, N, WRITE_DYNAMIC
-            )
             carry_grad = own(over_pieces(carry_grad, G), left, KN, N, n, n, N, True)
             beta_grad = own(over_pieces(beta_grad, G), left, KM, M, m, n, N, False)
             if WEIGHTS:

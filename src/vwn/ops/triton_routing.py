@@ -218,8 +218,6 @@ def coefficients(
     """
     H: tl.constexpr = p.shape[1]
     row = tl.arange(0, p.shape[0])[:, None, None] * H + tl.arange(0, H)[None, :, None]
-    if H >= 64:
-        row, rstd = again(row), again(rstd)
     i, j = row % N, tl.arange(0, p.shape[2])[None, None, :] % PADDED
     meet = (i < n) & (row // N < left) & (j < COUNT)
     places = FIRST + i * ROW + j * COLUMN
