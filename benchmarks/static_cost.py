@@ -14,6 +14,7 @@ of the write's projections, where it has one: by the rule, or, with ``--against-
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -213,21 +214,34 @@ def executed(code: str, trips: int, persistent: bool, once: list[int] | None = N
     lines = [line for line in code.splitlines() if re.match(r"\s*(\.L\S+:|/\*[0-9a-f]+\*/\s+.*;)", line)]
     outer, inner = _loops(lines, r"\s*(\.L\S+):", r"BRA.*`\((\.L\S+)\)", persistent)
     times = [1] * len(lines)
-    waiting = iter(once or ())
-    for first, last in inner:
-        here = sum("MMA" in line for line in lines[first : last + 1])
-        unrolled = 1
-        if once and here:
-            factors = (here // count for count in waiting if count and here % count == 0)
-            unrolled = next((f for f in factors if f and trips % f == 0), 0)
-        if not unrolled:
-            raise ValueError(f"a loop has {here} products, and those of the source have {once}")
-        times[first : last + 1] = [trips // unrolled] * (last + 1 - first)
+    here = [sum("MMA" in line for line in lines[first : last + 1]) for first, last in inner]
+    for (first, last), factor in zip(inner, unrolled(here, once, trips), strict=True):
+        times[first : last + 1] = [trips // factor] * (last + 1 - first)
     ran: Counter[str] = Counter()
     for line, count in list(zip(lines, times, strict=True))[outer[0] : outer[1] + 1]:
         if instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
             ran[instruction[1]] += count
     return ran
+
+
+def unrolled(here: list[int], once: list[int] | None, trips: int) -> list[int]:
+    """How often the assembler has each loop's source, of which it has ``here`` products and the source had ``once``.
+
+    Loops of the source may be missing, for being unrolled as a whole. Of what is possible, as little as can be.
+    """
+    found = [count for count in here if count]
+    factors: list[int] | None = [1] * len(found)
+    if once:
+        ways = (
+            [a // b for a, b in zip(found, each, strict=True)]
+            for each in itertools.combinations([count for count in once if count], len(found))
+            if all(a % b == 0 and trips % (a // b) == 0 for a, b in zip(found, each, strict=True))
+        )
+        factors = min(ways, key=sum, default=None)
+    if factors is None:
+        raise ValueError(f"the loops have {found} products, and those of the source have {once}")
+    waiting = iter(factors)
+    return [next(waiting) if count else 1 for count in here]
 
 
 def _loops(lines: list[str], label: str, jump: str, persistent: bool) -> tuple[tuple[int, int], list[tuple[int, int]]]:
