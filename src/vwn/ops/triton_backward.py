@@ -42,6 +42,7 @@ from vwn.ops.triton_tiles import (
     product_across,
     rounded,
     rounded_pairs,
+    rounded_sum,
     rows_of,
     store_rows,
     straight,
@@ -307,7 +308,7 @@ def boundary_backward(
                 g = rounded(straight(acc, S), h.dtype)
                 if grad_state is not None:
                     given = load_rows(grad_state + begin, row, chunk, d, S, U, L, NC, G)
-                    g = rounded(given.to(tl.float32) + g.to(tl.float32), h.dtype)
+                    g = rounded_sum(given, g)
             else:
                 g = load_rows(grad_state + begin, row, chunk, d, S, U, L, NC, G)
             if WRITE:

@@ -47,6 +47,17 @@ def rounded_pairs(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def rounded_sum(a, b):
+    """``a + b``, of one dtype, rounded once."""
+    if EMULATE or a.dtype != tl.bfloat16:
+        y = rounded(a.to(tl.float32) + b.to(tl.float32), a.dtype)
+    else:  # two at a time
+        add: tl.constexpr = "{.reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, $1, one, $2;}"
+        y = tl.inline_asm_elementwise(add, "=r,r,r", [a, b], dtype=tl.bfloat16, is_pure=False, pack=2)
+    return y
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """``acc + a @ b``: ``[S, I, K] x [S, K, J] -> [S, I, J]`` in float32; ``a`` and ``b`` of one dtype."""
     if EMULATE:  # in float32 a matrix product of NumPy's would depend on where a column is
