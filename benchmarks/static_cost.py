@@ -4,7 +4,8 @@ Instructions per token are those of the compiled code, each loop's as often as i
 that with the gradients of all weights; "norm" says whether with the reading sublayer's RMSNorm. "Issue" is the
 time that issuing them takes, at four per cycle and processor, which no kernel reaches, and at two, which is good,
 relative to the time in which a copy moves the bytes of the floor (H200: 4.3 TB/s). A kernel is slower than the greater
-of that and one; stalls, caches, bank conflicts and what else a kernel waits for are not seen. "Bytes" are those of all
+of that and one; stalls, caches, bank conflicts and what else a kernel waits for are not seen. "Tensor" is the time of the products
+alone, on tensor cores at their peak, likewise relative. "Bytes" are those of all
 loads and stores outside of shared memory, whichever cache serves them, relative to the bytes of the floor. "Parts" are
 the MB in which all programs of a backward add up the gradients of the weights, and "added" what a token reads and
 writes of them, relative to the floor; both by the sizes of tiles. "Weights" is the backward's launch for the gradients
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -32,6 +34,8 @@ SHAPES = ((2, 3), (4, 8), (4, 16), (8, 64))
 WIDTHS = (2048, 4096, 8192)
 TOKENS = 8192
 BANDWIDTH, PROCESSORS, CLOCK = 4.3e12, 132, 1.75e9
+PRODUCTS = 2048
+"""Multiply-adds in bfloat16 of a processor's tensor cores per cycle."""
 COLUMNS = {
     "connection": "10",
     "width": "6d",
@@ -40,6 +44,7 @@ COLUMNS = {
     "instructions_per_token": "22.0f",
     "issue_at_4": "10.2f",
     "issue_at_2": "10.2f",
+    "tensor": "6.2f",
     "bytes": "6.1f",
     "parts": "6.1f",
     "added": "6.1f",
@@ -180,12 +185,14 @@ def cost(k: Kernel) -> dict[str, float]:
     ran = executed(code, k.trips, k.persistent, products(binary.asm["ptx"], k.persistent))
     instructions = ran.total() * k.options["num_warps"] / k.tokens
     touched = sum(_bytes(text) * times for text, times in ran.items()) * 32 * k.options["num_warps"] / k.tokens
+    multiplied = sum(_multiplied(text) * times for text, times in ran.items()) * k.options["num_warps"] / k.tokens
     copied = k.moved * 2 / BANDWIDTH * PROCESSORS * CLOCK
     numbers = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK")}  # type: ignore[index]
     return {
         "instructions_per_token": instructions,
         "issue_at_4": instructions / 4 / copied,
         "issue_at_2": instructions / 2 / copied,
+        "tensor": multiplied / PRODUCTS / copied,
         "bytes": touched / (k.moved * 2),
         "parts": k.part * 4 * (_WARPS // k.options["num_warps"]) / 1e6,
         "added": k.part * 4 * 2 / k.tokens / (k.moved * 2),
@@ -260,6 +267,15 @@ def _bytes(instruction: str) -> int:
         return 0
     size = re.search(r"U?(8|16|64|128)\b", access[1])
     return int(size[1]) // 8 if size else 4
+
+
+def _multiplied(instruction: str) -> int:
+    """Multiply-adds of a warp on tensor cores by an instruction; four warps share that of a group."""
+    product = re.match(r"(?:@!?\w+ +)?(?:HMMA\.(16)(8)(16)|HGMMA\.(\d+)x(\d+)x(\d+))\.F32\.BF16", instruction)
+    if product is None:
+        return 0
+    sizes = [int(size) for size in product.groups() if size]
+    return math.prod(sizes) // (1 if product[1] else 4)
 
 
 def _tool(name: str, *arguments: str) -> str:

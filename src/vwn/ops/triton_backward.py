@@ -15,7 +15,6 @@ from vwn.ops.triton_routing import (
     coefficients,
     factors,
     load_projection,
-    load_turned_projection,
     mixed,
     mixed_segments,
     operands,
@@ -297,10 +296,27 @@ def boundary_backward(
                     gx = turned(gx, S)
                 acc = mixed_segments(read_to, gx, tl.zeros([G * S, H, BD], tl.float32), SPLIT)
                 if READ_DYNAMIC:
-                    w = load_turned_projection(
-                        packed, dynamic_read, read_gain, chunk, READ_AT, 0, A, m, M, KM, SPLIT, d, S, U, L, NC
+                    acc = unprojected(
+                        read_f,
+                        acc,
+                        packed,
+                        dynamic_read,
+                        read_gain,
+                        chunk,
+                        READ_AT,
+                        0,
+                        A,
+                        m,
+                        M,
+                        KM,
+                        SPLIT,
+                        d,
+                        S,
+                        U,
+                        L,
+                        NC,
                     )
-                    acc = sloped(read_slope, h, unprojected(read_f, w, acc, SPLIT), SPLIT)
+                    acc = sloped(read_slope, h, acc, SPLIT)
                     if WEIGHTS:
                         gw = straight(segments_of(read_w, h, G, KM, SPLIT), S)
                         accumulate(part + OF_READ, chunk, gw, fresh, m, U, NC)
@@ -351,14 +367,13 @@ def boundary_backward(
                 acc = mixed(carry_from, g, tl.zeros([G * S, H, BD], tl.float32), SPLIT)
                 if WRITE_DYNAMIC:
                     h = load_turned(state + begin, turned_row, chunk, d, S, U, L, NC, G, True)
-                    w = load_turned_projection(
-                        packed, dynamic_alpha, write_gain, chunk, 0, m, A, n, N, KN, SPLIT, d, S, U, L, NC
+                    acc = unprojected(
+                        carry_f, acc, packed, dynamic_alpha, write_gain, chunk, 0, m, A, n, N, KN, SPLIT, d, S, U, L, NC
                     )
-                    acc = unprojected(carry_f, w, acc, SPLIT)
-                    w = load_turned_projection(
-                        packed, dynamic_beta, write_gain, chunk, KN, 0, m, m, M, KM, SPLIT, d, S, U, L, NC
+                    acc = unprojected(
+                        beta_f, acc, packed, dynamic_beta, write_gain, chunk, KN, 0, m, m, M, KM, SPLIT, d, S, U, L, NC
                     )
-                    acc = sloped(write_slope, h, unprojected(beta_f, w, acc, SPLIT), SPLIT)
+                    acc = sloped(write_slope, h, acc, SPLIT)
                     if WEIGHTS and not APART:
                         gw = straight(segments_of(carry_w, h, G, KN, SPLIT), S)
                         accumulate(part, chunk, gw, fresh, n, U, NC)

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from vwn.ops.triton_tiles import (
-    again,
     columns_of,
     dot,
     dot_across,
@@ -74,51 +73,25 @@ def load_projection(
     U: tl.constexpr,
     L: tl.constexpr,
     NC: tl.constexpr,
+    TURNED: tl.constexpr = False,
+    HALF: tl.constexpr = None,
 ):
     """A chunk of the transposed projection times the gain, ``[S, K, U L]`` in float32, or ``[S, 2 K, U L]``: halves.
 
-    ``packed``: where :mod:`vwn.ops.triton_pack` put it, after ``AT`` other columns, or ``None``.
+    ``packed``: where :mod:`vwn.ops.triton_pack` put it, after ``AT`` other columns, or ``None``. ``TURNED``: with rows
+    and columns as :func:`vwn.ops.triton_tiles.load_turned` has them. ``HALF``: this one alone.
     """
-    ROWS: tl.constexpr = 2 * K if SPLIT else K
-    r = tile_rows(ROWS, S, U)
-    c = columns_of(chunk, r.shape[0], S, U, L, NC)
+    ROWS: tl.constexpr = 2 * K if SPLIT and HALF is None else K
+    r = turned_rows(ROWS, S, U) if TURNED else tile_rows(ROWS, S, U)
+    c = turned_columns_of(chunk, r.shape[0], S, U, L, NC) if TURNED else columns_of(chunk, r.shape[0], S, U, L, NC)
+    if HALF is not None:
+        r += HALF * K
     if packed is not None:
-        row = AT * (ROWS // K) + r // K * K + r % K % PADDED  # of columns that are repeated, the first
+        row = AT * (2 if SPLIT else 1) + r // K * K + r % K % PADDED  # of columns that are repeated, the first
         w = tl.load(packed + (row * (S * U * L * NC) + c))
     else:
         w = projection(weight, gain, r, c, FIRST, STRIDE, COUNT, PADDED, K, d, SPLIT)
-    return in_order(w, 1, S, U)
-
-
-@triton.jit
-def load_turned_projection(
-    packed,
-    weight,
-    gain,
-    chunk,
-    AT: tl.constexpr,
-    FIRST: tl.constexpr,
-    STRIDE: tl.constexpr,
-    COUNT: tl.constexpr,
-    PADDED: tl.constexpr,
-    K: tl.constexpr,
-    SPLIT: tl.constexpr,
-    d: tl.constexpr,
-    S: tl.constexpr,
-    U: tl.constexpr,
-    L: tl.constexpr,
-    NC: tl.constexpr,
-):
-    """As :func:`load_projection`, with rows and columns as :func:`vwn.ops.triton_tiles.load_turned` has them."""
-    ROWS: tl.constexpr = 2 * K if SPLIT else K
-    r = turned_rows(ROWS, S, U)
-    c = turned_columns_of(chunk, r.shape[0], S, U, L, NC)
-    if packed is not None:
-        row = AT * (ROWS // K) + r // K * K + r % K % PADDED
-        w = tl.load(packed + (row * (S * U * L * NC) + c))
-    else:
-        w = projection(weight, gain, r, c, FIRST, STRIDE, COUNT, PADDED, K, d, SPLIT)
-    return in_turned_order(w, 1, S, U)
+    return in_turned_order(w, 1, S, U) if TURNED else in_order(w, 1, S, U)
 
 
 @triton.jit
@@ -145,7 +118,9 @@ def factors(f, S: tl.constexpr, SPLIT: tl.constexpr):
     """``[G, H, K]`` as :func:`unprojected` takes it."""
     if SPLIT:
         high, low = halves(f, tl.bfloat16)
-        result = spread(repeated(high), S), spread(repeated(low), S)
+        if f.shape[2] < 16:
+            high, low = repeated(high), repeated(low)
+        result = spread(high, S), spread(low, S)
     elif f.shape[2] == 8:
         both = spread(beside(f, tl.zeros_like(f)), S)
         result = both, both
@@ -155,11 +130,45 @@ def factors(f, S: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def unprojected(f, w, acc, SPLIT: tl.constexpr):
-    """``acc + f @ w`` for ``f`` as :func:`factors` and ``w`` as :func:`load_projection` returns it."""
-    if f[0].shape[2] > w.shape[1]:
-        w = twice(w)
-    return mixed(f, each_group(w, acc.shape[0] // w.shape[0]), acc, SPLIT)
+def unprojected(
+    f,
+    acc,
+    packed,
+    weight,
+    gain,
+    chunk,
+    AT: tl.constexpr,
+    FIRST: tl.constexpr,
+    STRIDE: tl.constexpr,
+    COUNT: tl.constexpr,
+    PADDED: tl.constexpr,
+    K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    d: tl.constexpr,
+    S: tl.constexpr,
+    U: tl.constexpr,
+    L: tl.constexpr,
+    NC: tl.constexpr,
+):
+    """``acc + f @ w`` for ``f`` as :func:`factors` and ``w`` as :func:`load_projection` loads it, turned."""
+    G: tl.constexpr = acc.shape[0] // S
+    if SPLIT and K >= 16:  # low times low is less than halves are exact to
+        w = load_projection(
+            packed, weight, gain, chunk, AT, FIRST, STRIDE, COUNT, PADDED, K, SPLIT, d, S, U, L, NC, True, 1
+        )
+        acc = dot(f[0], each_group(w, G), acc, "ieee")
+        w = load_projection(
+            packed, weight, gain, chunk, AT, FIRST, STRIDE, COUNT, PADDED, K, SPLIT, d, S, U, L, NC, True, 0
+        )
+        acc = mixed(f, each_group(w, G), acc, SPLIT)
+    else:
+        w = load_projection(
+            packed, weight, gain, chunk, AT, FIRST, STRIDE, COUNT, PADDED, K, SPLIT, d, S, U, L, NC, True
+        )
+        if f[0].shape[2] > w.shape[1]:
+            w = twice(w)
+        acc = mixed(f, each_group(w, G), acc, SPLIT)
+    return acc
 
 
 # Routing
