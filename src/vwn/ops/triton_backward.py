@@ -25,6 +25,7 @@ from vwn.ops.triton_routing import (
     rms_reciprocal,
     segment_operands,
     segments_of,
+    squared,
     transposed_operands,
     unprojected,
 )
@@ -183,13 +184,13 @@ def boundary_backward(
         begin, z_begin = far(first, n * d), far(first, m * d)
 
         if WRITE:
-            gram = tl.zeros([G * S, H, H], tl.float32)
+            gram = tl.zeros([G * S * H // 16, 16, 16], tl.float32)
             carry_p = tl.zeros([G * S, H, KN * PARTS], tl.float32)
             beta_p = tl.zeros([G * S, H, KM * PARTS], tl.float32)
             if WRITE_DYNAMIC:
                 for chunk in tl.range(NC):
                     h = held(load_rows(state + begin, row, chunk, d, S, U, L, NC, G, True), tokens, SPLIT)
-                    gram = product_across(h, h, gram, SPLIT)
+                    gram = squared(h, gram, SPLIT)
                     w = load_projection(
                         packed, dynamic_alpha, write_gain, chunk, 0, m, A, n, N, KN, SPLIT, d, S, U, L, NC
                     )
@@ -198,7 +199,7 @@ def boundary_backward(
                         packed, dynamic_beta, write_gain, chunk, KN, 0, m, m, M, KM, SPLIT, d, S, U, L, NC
                     )
                     beta_p = projected(h, w, beta_p, SPLIT)
-            write_rstd = rms_reciprocal(gram, write_eps, d, G)
+            write_rstd = rms_reciprocal(gram, write_eps, d, G, H)
             carry_p, beta_p = over_halves(carry_p, G, KN), over_halves(beta_p, G, KM)
             carry, carry_t, carry_s = coefficients(
                 carry_p, write_rstd, static_alpha, scale_alpha, left, TAU, m, A, 1, n, N, n, N, WRITE_DYNAMIC
@@ -212,7 +213,7 @@ def boundary_backward(
                 carry_to = operands(swapped(block_diagonal(carry, H, N, N, True)), S, SPLIT)
                 beta_to = segment_operands(block_diagonal(beta, Q, M, N, False), S, SPLIT)
             gain_row = rows_of(0, BT, m, M, Q, BT, S, U)[0] % m
-            gram = tl.zeros([G * S, H, H], tl.float32)
+            gram = tl.zeros([G * S * H // 16, 16, 16], tl.float32)
             read_p = tl.zeros([G * S, H, KM * PARTS], tl.float32)
             grad = tl.zeros([G * S, H, Q], tl.float32)
             for chunk in tl.range(NC):
@@ -226,7 +227,7 @@ def boundary_backward(
                 if WRITE:
                     store_rows(of_state + begin, row, there, chunk, h, d, S, U, L, NC, G)
                 if READ_DYNAMIC:
-                    gram = product_across(h, h, gram, SPLIT)
+                    gram = squared(h, gram, SPLIT)
                     w = load_projection(
                         packed, dynamic_read, read_gain, chunk, READ_AT, 0, A, m, M, KM, SPLIT, d, S, U, L, NC
                     )
@@ -234,7 +235,7 @@ def boundary_backward(
                 if not NORM:
                     gx = load_rows(grad_x + z_begin, z_row, chunk, d, S, U, L, NC, 1, True)
                     grad = product_across(h, each_group(gx, G), grad, SPLIT)
-            read_rstd = rms_reciprocal(gram, read_eps, d, G)
+            read_rstd = rms_reciprocal(gram, read_eps, d, G, H)
             read_p = over_halves(read_p, G, KM)
             read, read_t, read_s = coefficients(
                 read_p, read_rstd, static_read, scale_read, left, TAU, 0, A, 1, m, M, n, N, READ_DYNAMIC
@@ -297,24 +298,7 @@ def boundary_backward(
                 acc = mixed_segments(read_to, gx, tl.zeros([G * S, H, BD], tl.float32), SPLIT)
                 if READ_DYNAMIC:
                     acc = unprojected(
-                        read_f,
-                        acc,
-                        packed,
-                        dynamic_read,
-                        read_gain,
-                        chunk,
-                        READ_AT,
-                        0,
-                        A,
-                        m,
-                        M,
-                        KM,
-                        SPLIT,
-                        d,
-                        S,
-                        U,
-                        L,
-                        NC,
+                        read_f, acc, packed, dynamic_read, read_gain, chunk, READ_AT, 0, A, m, M, KM, d, S, U, L, NC
                     )
                     acc = sloped(read_slope, h, acc, SPLIT)
                     if WEIGHTS:
@@ -368,10 +352,10 @@ def boundary_backward(
                 if WRITE_DYNAMIC:
                     h = load_turned(state + begin, turned_row, chunk, d, S, U, L, NC, G, True)
                     acc = unprojected(
-                        carry_f, acc, packed, dynamic_alpha, write_gain, chunk, 0, m, A, n, N, KN, SPLIT, d, S, U, L, NC
+                        carry_f, acc, packed, dynamic_alpha, write_gain, chunk, 0, m, A, n, N, KN, d, S, U, L, NC
                     )
                     acc = unprojected(
-                        beta_f, acc, packed, dynamic_beta, write_gain, chunk, KN, 0, m, m, M, KM, SPLIT, d, S, U, L, NC
+                        beta_f, acc, packed, dynamic_beta, write_gain, chunk, KN, 0, m, m, M, KM, d, S, U, L, NC
                     )
                     acc = sloped(write_slope, h, acc, SPLIT)
                     if WEIGHTS and not APART:

@@ -22,6 +22,7 @@ from vwn.ops.triton_routing import (
     rms_reciprocal,
     segment_operands,
     segments_of,
+    squared,
     transposed_operands,
 )
 from vwn.ops.triton_tiles import (
@@ -30,7 +31,6 @@ from vwn.ops.triton_tiles import (
     load_rows,
     load_turned,
     places_of,
-    product_across,
     rounded,
     rounded_pairs,
     rows_of,
@@ -108,18 +108,18 @@ def boundary(
     if WRITE:
         z += z_begin
         new_state += begin
-        gram = tl.zeros([G * S, H, H], tl.float32)
+        gram = tl.zeros([G * S * H // 16, 16, 16], tl.float32)
         carry_p = tl.zeros([G * S, H, KN * PARTS], tl.float32)
         beta_p = tl.zeros([G * S, H, KM * PARTS], tl.float32)
         if WRITE_DYNAMIC:
             for chunk in (tl.static_range if KEEP else tl.range)(NC):
                 h = held(load_rows(state, row, chunk, d, S, U, L, NC, G, True), tokens, SPLIT)
-                gram = product_across(h, h, gram, SPLIT)
+                gram = squared(h, gram, SPLIT)
                 w = load_projection(packed, dynamic_alpha, write_gain, chunk, 0, m, A, n, N, KN, SPLIT, d, S, U, L, NC)
                 carry_p = projected(h, w, carry_p, SPLIT)
                 w = load_projection(packed, dynamic_beta, write_gain, chunk, KN, 0, m, m, M, KM, SPLIT, d, S, U, L, NC)
                 beta_p = projected(h, w, beta_p, SPLIT)
-        rstd = rms_reciprocal(gram, write_eps, d, G)
+        rstd = rms_reciprocal(gram, write_eps, d, G, H)
         carry, _, _ = coefficients(
             over_halves(carry_p, G, KN), rstd, static_alpha, scale_alpha, left, TAU, m, A, 1, n, N, n, N, WRITE_DYNAMIC
         )
@@ -129,7 +129,7 @@ def boundary(
         carry = operands(swapped(block_diagonal(carry, H, N, N, True)), S, SPLIT)
         beta = segment_operands(block_diagonal(beta, Q, M, N, False), S, SPLIT)
 
-    gram = tl.zeros([G * S, H, H], tl.float32)
+    gram = tl.zeros([G * S * H // 16, 16, 16], tl.float32)
     read_p = tl.zeros([G * S, H, KM * PARTS], tl.float32)
     fresh = ()
     for chunk in (tl.static_range if KEEP else tl.range)(NC):
@@ -145,13 +145,13 @@ def boundary(
         if READ and KEEP:
             fresh += (h,)  # type: ignore[assignment]
         if READ and READ_DYNAMIC:
-            gram = product_across(h, h, gram, SPLIT)
+            gram = squared(h, gram, SPLIT)
             w = load_projection(packed, dynamic_read, read_gain, chunk, READ_AT, 0, A, m, M, KM, SPLIT, d, S, U, L, NC)
             read_p = projected(h, w, read_p, SPLIT)
 
     if READ:
         x_out += z_begin
-        rstd = rms_reciprocal(gram, read_eps, d, G)
+        rstd = rms_reciprocal(gram, read_eps, d, G, H)
         read, _, _ = coefficients(
             over_halves(read_p, G, KM), rstd, static_read, scale_read, left, TAU, 0, A, 1, m, M, n, N, READ_DYNAMIC
         )

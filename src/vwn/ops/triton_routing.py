@@ -18,6 +18,7 @@ from vwn.ops.triton_tiles import (
     in_turned_order,
     over_pieces,
     product,
+    product_across,
     spread,
     tile_rows,
     together,
@@ -143,7 +144,6 @@ def unprojected(
     COUNT: tl.constexpr,
     PADDED: tl.constexpr,
     K: tl.constexpr,
-    SPLIT: tl.constexpr,
     d: tl.constexpr,
     S: tl.constexpr,
     U: tl.constexpr,
@@ -151,24 +151,37 @@ def unprojected(
     NC: tl.constexpr,
 ):
     """``acc + f @ w`` for ``f`` as :func:`factors` and ``w`` as :func:`load_projection` loads it, turned."""
+    SPLIT: tl.constexpr = f[0].dtype == tl.bfloat16
+    APART: tl.constexpr = SPLIT and K >= 16
     G: tl.constexpr = acc.shape[0] // S
-    if SPLIT and K >= 16:  # low times low is less than halves are exact to
+    if APART:  # low times low is less than halves are exact to
         w = load_projection(
             packed, weight, gain, chunk, AT, FIRST, STRIDE, COUNT, PADDED, K, SPLIT, d, S, U, L, NC, True, 1
         )
         acc = dot(f[0], each_group(w, G), acc, "ieee")
-        w = load_projection(
-            packed, weight, gain, chunk, AT, FIRST, STRIDE, COUNT, PADDED, K, SPLIT, d, S, U, L, NC, True, 0
-        )
-        acc = mixed(f, each_group(w, G), acc, SPLIT)
-    else:
-        w = load_projection(
-            packed, weight, gain, chunk, AT, FIRST, STRIDE, COUNT, PADDED, K, SPLIT, d, S, U, L, NC, True
-        )
-        if f[0].shape[2] > w.shape[1]:
-            w = twice(w)
-        acc = mixed(f, each_group(w, G), acc, SPLIT)
-    return acc
+    w = load_projection(
+        packed,
+        weight,
+        gain,
+        chunk,
+        AT,
+        FIRST,
+        STRIDE,
+        COUNT,
+        PADDED,
+        K,
+        SPLIT,
+        d,
+        S,
+        U,
+        L,
+        NC,
+        True,
+        0 if APART else None,
+    )
+    if f[0].shape[2] > w.shape[1]:
+        w = twice(w)
+    return mixed(f, each_group(w, G), acc, SPLIT)
 
 
 # Routing
@@ -184,15 +197,22 @@ def tanh(x):
 
 
 @triton.jit
-def rms_reciprocal(gram, eps, d: tl.constexpr, G: tl.constexpr):
-    """``1 / rms`` of each row, ``[G, H]``, from all products of two rows of a group, ``[G S, H, H]``.
+def squared(h, gram, SPLIT: tl.constexpr):
+    """``gram``, ``[G S H / 16, 16, 16]``, and all products of two of 16 rows of a group.
 
     A matrix product adds up in one order, a sum over a row in one that depends on where the row came from: a state just
     computed would not get the same bits as one that was read.
     """
-    i = tl.arange(0, gram.shape[1])
+    h = tl.reshape(h, [gram.shape[0], 16, h.shape[2]])
+    return product_across(h, h, gram, SPLIT)
+
+
+@triton.jit
+def rms_reciprocal(gram, eps, d: tl.constexpr, G: tl.constexpr, H: tl.constexpr):
+    """``1 / rms`` of each row, ``[G, H]``, of what :func:`squared` has added up."""
+    i = tl.arange(0, 16)
     squares = tl.sum(tl.where(i[None, :, None] == i[None, None, :], gram, 0.0), axis=2)
-    squares = tl.sum(tl.reshape(squares, [G, gram.shape[0] // G, gram.shape[1]]), axis=1)
+    squares = tl.sum(tl.reshape(squares, [G, gram.shape[0] * 16 // (G * H), H]), axis=1)
     return tl.rsqrt(tl.maximum(squares / d + eps, 1e-37))  # finite where there is no slot and eps is zero
 
 
