@@ -38,6 +38,7 @@ from vwn.ops.triton_tiles import (
     load_rows,
     load_turned,
     over_pieces,
+    pinned,
     places_of,
     product_across,
     rounded,
@@ -61,6 +62,8 @@ def through_routing(grad, p, rstd, t, s, TAU: tl.constexpr, d: tl.constexpr):
         what the projection's weights are to be multiplied with, ``[G, H, K]``, and the slots themselves, ``[G, H]``.
     """
     factor = grad * s * (1 - t * t) * (rstd / TAU)[:, :, None]
+    if factor.shape[1] < 64:
+        factor = pinned(factor)
     return factor, -rstd * rstd / d * tl.sum(factor * p, axis=2)
 
 

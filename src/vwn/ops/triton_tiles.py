@@ -176,12 +176,18 @@ def swapped(x):
 
 
 @triton.jit
+def pinned(x):
+    """``x``, shared out among all threads once: what it is made of is not made again for each use."""
+    if not EMULATE:
+        x = tl.gather(x, tl.broadcast_to(tl.arange(0, x.shape[2])[None, None, :], x.shape), axis=2)
+    return x
+
+
+@triton.jit
 def over_pieces(x, G: tl.constexpr):
     """Sums over the pieces, ``[G S, I, J] -> [G, I, J]``."""
     if x.shape[0] > G:
-        x = tl.sum(tl.reshape(x, [G, x.shape[0] // G, x.shape[1], x.shape[2]]), axis=1)
-        if not EMULATE:  # every warp has all sums; what follows is for all threads together
-            x = tl.gather(x, tl.broadcast_to(tl.arange(0, x.shape[2])[None, None, :], x.shape), axis=2)
+        x = pinned(tl.sum(tl.reshape(x, [G, x.shape[0] // G, x.shape[1], x.shape[2]]), axis=1))
     return x
 
 
