@@ -171,8 +171,15 @@ def test_a_loop_that_the_assembler_unrolled_runs_less_often():
             /*0050*/              @P0  BRA `(.L_x_1) ;
             /*0060*/                   EXIT ;"""
     assert static_cost.executed(code, 4, False, once).total() == 2 * 3 + 4 * 3 + 1
-    with pytest.raises(ValueError, match="a loop has 2 products"):
+    with pytest.raises(ValueError, match=r"the loops have \[2, 2\] products"):
         static_cost.executed(code, 4, False, [3, 3])
+
+
+def test_a_loop_unrolled_as_a_whole_is_not_taken_for_half_of_another():
+    assert static_cost.unrolled([24, 0, 36], [12, 24, 36], 4) == [1, 1, 1]
+    assert static_cost.unrolled([24, 36], [12, 0, 36], 4) == [2, 1]
+    with pytest.raises(ValueError, match="products"):
+        static_cost.unrolled([24, 36], [12, 36], 3)  # not twice what runs three times
 
 
 @pytest.mark.parametrize(
@@ -188,6 +195,18 @@ def test_a_loop_that_the_assembler_unrolled_runs_less_often():
 )
 def test_bytes_of_an_instruction(instruction, expected):
     assert static_cost._bytes(instruction) == expected
+
+
+@pytest.mark.parametrize(
+    ("instruction", "expected"),
+    [
+        ("HMMA.16816.F32.BF16 R0, R4, R8, R0", 16 * 8 * 16),
+        ("@P0 HGMMA.64x128x16.F32.BF16 R24, R132, gdesc[UR32].tnspB, RZ, !UPT, gsb0", 64 * 128 * 16 // 4),
+        ("FFMA R0, R1, R2, R3", 0),
+    ],
+)
+def test_products_of_an_instruction(instruction, expected):
+    assert static_cost._multiplied(instruction) == expected
 
 
 @pytest.mark.slow

@@ -12,12 +12,14 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 
 from vwn import ops  # noqa: E402 - the variable must be there before Triton is imported
 from vwn.errors import UserError  # noqa: E402
 from vwn.ops import backends, reference  # noqa: E402
 from vwn.ops import triton as backend  # noqa: E402
 from vwn.ops import triton_tuning as tuning  # noqa: E402
+from vwn.ops.triton_routing import tanh  # noqa: E402
 from vwn.ops.triton_tuning import Launch  # noqa: E402
 from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights  # noqa: E402
 
@@ -121,6 +123,25 @@ def assert_same(actual, expected):
     assert len(actual) == len(expected)
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+# Routing
+
+
+@triton.jit
+def tanh_of(x, y, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tanh(tl.load(x + i)))
+
+
+def test_tanh_is_exact_to_float32_near_zero_and_to_a_millionth_elsewhere():
+    ends = torch.tensor([0.1**0.5, 1e-30, 1e-7, 20.0, 100.0, float("inf"), 0.0])
+    x = torch.cat([torch.linspace(-12, 12, 4096 - 14), ends, -ends]).to(DEVICE)
+    y = torch.empty_like(x)
+    tanh_of[(4,)](x, y, 1024)
+    exact = x.double().tanh()
+    allowed = torch.where(x.abs() < 0.3, 2.0**-22, 1.5e-6)
+    assert bool(((y.double() - exact).abs() <= allowed * exact.abs()).all())
 
 
 # Forward
@@ -253,6 +274,16 @@ def test_backward_in_half_precision(m, n, d, dtype, half):
     relative = 1e-4 if dtype == torch.bfloat16 else 1e-5  # two bfloat16 stand for a float32 of the weights
     for a, e in zip(case.backward(grad_state), case.exact_backward(grad_state), strict=True):
         assert_close(a, e, relative=relative)
+
+
+@pytest.mark.parametrize("half", ["write", "read"])
+def test_backward_of_wide_chunks_at_64_slots(half):
+    d = 520
+    sizes = backend.tiling(8, 64, d, tuning.rule(64, d), backward=True)
+    assert (sizes["BD"], sizes["NC"]) == (128, 5)
+    case = Case(8, 64, d, torch.bfloat16, tokens=2, write=half == "write", read=half == "read", norm=False)
+    for a, e in zip(case.backward(half == "write"), case.exact_backward(half == "write"), strict=True):
+        assert_close(a, e, relative=1e-4)
 
 
 @pytest.mark.parametrize("dtype", HALF)
