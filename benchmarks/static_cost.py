@@ -4,10 +4,10 @@ Instructions per token are those of the compiled code, each loop's as often as i
 that with the gradients of all weights; "norm" says whether with the reading sublayer's RMSNorm. "Issue" is the
 time that issuing them takes, at four per cycle and processor, which no kernel reaches, and at two, which is good,
 relative to the time in which a copy moves the bytes of the floor (H200: 4.3 TB/s). A kernel is slower than the greater
-of that and one; stalls, caches, bank conflicts and what else a kernel waits for are not seen. "Tensor" is the time of the products
-alone, on tensor cores at their peak, likewise relative. "Bytes" are those of all
-loads and stores outside of shared memory, whichever cache serves them, relative to the bytes of the floor. "Parts" are
-the MB in which all programs of a backward add up the gradients of the weights, and "added" what a token reads and
+of that and one; stalls, caches, bank conflicts and what else a kernel waits for are not seen. "Tensor" is the time of
+the products alone, on tensor cores at their peak, likewise relative. "Bytes" are those of all loads and stores outside
+of shared memory, but for spilled registers, whichever cache serves them, relative to the bytes of the floor. "Parts"
+are the MB in which all programs of a backward add up the gradients of the weights, and "added" what a token reads and
 writes of them, relative to the floor; both by the sizes of tiles. "Weights" is the backward's launch for the gradients
 of the write's projections, where it has one: by the rule, or, with ``--against-rule``, at the other shapes.
 """

@@ -204,10 +204,10 @@ def boundary_backward(
                     beta_p = projected(h, w, beta_p, SPLIT)
             write_rstd = rms_reciprocal(gram, write_eps, d, G, H)
             carry_p, beta_p = over_halves(carry_p, G, KN), over_halves(beta_p, G, KM)
-            carry, carry_t, carry_s = coefficients(
+            carry, carry_t, _ = coefficients(
                 carry_p, write_rstd, static_alpha, scale_alpha, left, TAU, m, A, 1, n, N, n, N, WRITE_DYNAMIC
             )
-            beta, beta_t, beta_s = coefficients(
+            beta, beta_t, _ = coefficients(
                 beta_p, write_rstd, static_beta, scale_beta, left, TAU, 0, 1, n, m, M, n, N, WRITE_DYNAMIC
             )
 
@@ -323,6 +323,13 @@ def boundary_backward(
                 store_rows(of_state + begin, row, there, chunk, g, d, S, U, L, NC, G)
 
         if WRITE:
+            # loaded again, but for tanh, as there are no registers to keep them in
+            carry, carry_t, carry_s = coefficients(
+                carry_p, write_rstd, static_alpha, scale_alpha, left, TAU, m, A, 1, n, N, n, N, WRITE_DYNAMIC, carry_t
+            )
+            beta, beta_t, beta_s = coefficients(
+                beta_p, write_rstd, static_beta, scale_beta, left, TAU, 0, 1, n, m, M, n, N, WRITE_DYNAMIC, beta_t
+            )
             carry_grad = own(over_pieces(carry_grad, G), left, KN, N, n, n, N, True)
             beta_grad = own(over_pieces(beta_grad, G), left, KM, M, m, n, N, False)
             if WEIGHTS:

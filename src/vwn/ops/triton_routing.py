@@ -232,6 +232,7 @@ def coefficients(
     n: tl.constexpr,
     N: tl.constexpr,
     DYNAMIC: tl.constexpr,
+    known=None,
 ):
     """Columns of the routing (eqs. 12-14) and what their backward needs again.
 
@@ -241,6 +242,7 @@ def coefficients(
         static: where the static part of ``(i, j)`` is, at ``FIRST + i ROW + j COLUMN``; likewise ``scale``.
         left: tokens from the first of the tile on.
         COUNT: of columns; they are repeated every ``PADDED``.
+        known: tanh, if it was kept.
 
     Returns:
         the coefficients, tanh and the scale, ``[G, H, K]``, all zero where there is no such slot or column.
@@ -254,7 +256,10 @@ def coefficients(
     s, t = c, c
     if DYNAMIC:
         s = tl.load(scale + places, mask=meet, other=0.0)
-        t = tl.where(meet, tanh(p * (rstd / TAU)[:, :, None]), 0.0)
+        if known is None:
+            t = tl.where(meet, tanh(p * (rstd / TAU)[:, :, None]), 0.0)
+        else:
+            t = known
         c += s * t
     return c, t, s
 
