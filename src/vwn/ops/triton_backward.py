@@ -179,7 +179,8 @@ def boundary_backward(
     for first in tl.range(tl.program_id(0) * BT, tokens, tl.num_programs(0) * BT, disable_licm=True):
         fresh = first == tl.program_id(0) * BT
         left = tokens - first
-        tl.assume(left > 0)
+        if SPLIT:  # which spares instructions; the other dtypes would spill more for it
+            tl.assume(left > 0)
         row, there = rows_of(first, tokens, n, N, R, BT, S, U)
         z_row, z_there = rows_of(first, tokens, m, M, Q, BT, S, U)
         turned_row, _ = places_of(turned_rows(R, S, U), first, tokens, n, N, BT)
