@@ -75,17 +75,17 @@ def load_projection(
     L: tl.constexpr,
     NC: tl.constexpr,
     TURNED: tl.constexpr = False,
-    HALF: tl.constexpr = None,
+    HALF: tl.constexpr = -1,
 ):
     """A chunk of the transposed projection times the gain, ``[S, K, U L]`` in float32, or ``[S, 2 K, U L]``: halves.
 
     ``packed``: where :mod:`vwn.ops.triton_pack` put it, after ``AT`` other columns, or ``None``. ``TURNED``: with rows
-    and columns as :func:`vwn.ops.triton_tiles.load_turned` has them. ``HALF``: this one alone.
+    and columns as :func:`vwn.ops.triton_tiles.load_turned` has them. ``HALF``: this one alone, if it is 0 or 1.
     """
-    ROWS: tl.constexpr = 2 * K if SPLIT and HALF is None else K
+    ROWS: tl.constexpr = 2 * K if SPLIT and HALF < 0 else K
     r = turned_rows(ROWS, S, U) if TURNED else tile_rows(ROWS, S, U)
     c = turned_columns_of(chunk, r.shape[0], S, U, L, NC) if TURNED else columns_of(chunk, r.shape[0], S, U, L, NC)
-    if HALF is not None:
+    if HALF > 0:
         r += HALF * K
     if packed is not None:
         row = AT * (2 if SPLIT else 1) + r // K * K + r % K % PADDED  # of columns that are repeated, the first
@@ -159,25 +159,9 @@ def unprojected(
             packed, weight, gain, chunk, AT, FIRST, STRIDE, COUNT, PADDED, K, SPLIT, d, S, U, L, NC, True, 1
         )
         acc = dot(f[0], each_group(w, G), acc, "ieee")
+    HIGH: tl.constexpr = 0 if APART else -1
     w = load_projection(
-        packed,
-        weight,
-        gain,
-        chunk,
-        AT,
-        FIRST,
-        STRIDE,
-        COUNT,
-        PADDED,
-        K,
-        SPLIT,
-        d,
-        S,
-        U,
-        L,
-        NC,
-        True,
-        0 if APART else None,
+        packed, weight, gain, chunk, AT, FIRST, STRIDE, COUNT, PADDED, K, SPLIT, d, S, U, L, NC, True, HIGH
     )
     if f[0].shape[2] > w.shape[1]:
         w = twice(w)

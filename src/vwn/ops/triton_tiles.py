@@ -51,7 +51,7 @@ def rounded_sum(a, b):
     """``a + b``, of one dtype, rounded once."""
     if EMULATE or a.dtype != tl.bfloat16:
         y = rounded(a.to(tl.float32) + b.to(tl.float32), a.dtype)
-    else:  # two at a time
+    else:  # two at a time, and, said to be impure, once for all uses
         add: tl.constexpr = "{.reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, $1, one, $2;}"
         y = tl.inline_asm_elementwise(add, "=r,r,r", [a, b], dtype=tl.bfloat16, is_pure=False, pack=2)
     return y
