@@ -248,6 +248,7 @@ def backward(
                 **{name: sizes[name] for name in ("n", "m", "d", "N", "M", "R", "KN", "KM", "S", "WIDTH")},
                 **b.flags,
                 **b.part,
+                **triton_sums.OPTIONS,
             )
     return gradients
 
