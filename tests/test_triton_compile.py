@@ -32,7 +32,7 @@ def compiled(m: int, n: int, width: int, dtype: str, candidate: int = 0) -> dict
     from vwn.ops.triton_forward import boundary
     from vwn.ops.triton_pack import pack
     from vwn.ops.triton_sums import sums
-    from vwn.ops.triton_tuning import candidates
+    from vwn.ops.triton_tuning import UNFUSED, candidates
     from vwn.ops.triton_weights import OPTIONS, columns, over_rows
     from vwn.ops.weights import NormWeights, RoutingWeights
 
@@ -48,7 +48,7 @@ def compiled(m: int, n: int, width: int, dtype: str, candidate: int = 0) -> dict
     of_projections = [b.weights[i] for i in (2, 3, 6, 9, 11)]
     packed, parts = torch.empty(1, dtype=stored if split else torch.float32), torch.empty(1)
     calls = {
-        "pack": (pack, [packed, *of_projections], f, {}),
+        "pack": (pack, [packed, *of_projections], f, UNFUSED),
         "forward": (boundary, [state, z, state, z, packed, 1, *b.weights], f, f.options),
         "decoding": (boundary, [state, z, state, z, None, 1, *b.weights], f, f.options),
         "backward": (
@@ -57,7 +57,7 @@ def compiled(m: int, n: int, width: int, dtype: str, candidate: int = 0) -> dict
             b,
             b.options,
         ),
-        "sums": (sums, [parts, 1, parts, 1, *tensors, *of_projections], b, {}),
+        "sums": (sums, [parts, 1, parts, 1, *tensors, *of_projections], b, UNFUSED),
         "weights": (over_rows, [state, packed, parts, 1, 1], b, OPTIONS),
     }
     b.sizes["BC"] = columns(split)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vwn.ops.triton_tuning import Launch, chosen, power, rows, rows_backward
+from vwn.ops.triton_tuning import UNFUSED, Launch, chosen, power, rows, rows_backward
 from vwn.ops.triton_tuning import apart as apart_by_rule
 from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights
 
@@ -106,7 +106,7 @@ class _Boundary:
         launch = launch or chosen(m, n, d, state.device, state.dtype)
         self.sizes = dict(tiling(m, n, d, launch, _split(state), backward))
         # Several stages would load ahead into shared memory, more than there is.
-        self.options = {"num_warps": launch.warps, "num_stages": 1}
+        self.options = {"num_warps": launch.warps, "num_stages": 1, **UNFUSED}
         self.tokens = state.shape[0]
         self.tiles = -(-self.tokens // self.sizes["BT"])
         self.hidden_size = m * d
@@ -152,6 +152,7 @@ class _Boundary:
             **{name: s[name] for name in ("n", "m", "d", "N", "M", "KN", "KM", "WIDTH")},
             **{name: self.flags[name] for name in ("WRITE_DYNAMIC", "READ_DYNAMIC")},
             SPLIT=split,
+            **UNFUSED,
         )
         return packed
 
@@ -248,7 +249,7 @@ def backward(
                 **{name: sizes[name] for name in ("n", "m", "d", "N", "M", "R", "KN", "KM", "S", "WIDTH")},
                 **b.flags,
                 **b.part,
-                **triton_sums.OPTIONS,
+                **UNFUSED,
             )
     return gradients
 

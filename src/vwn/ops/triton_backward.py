@@ -61,7 +61,7 @@ def through_routing(grad, p, rstd, t, s, TAU: tl.constexpr, d: tl.constexpr):
     Returns:
         what the projection's weights are to be multiplied with, ``[G, H, K]``, and the slots themselves, ``[G, H]``.
     """
-    factor = grad * s * (1 - t * t) * (rstd / TAU)[:, :, None]
+    factor = grad * s * tl.fma(-t, t, 1.0) * (rstd / TAU)[:, :, None]
     if factor.shape[1] < 64:
         factor = pinned(factor)
     return factor, -rstd * rstd / d * tl.sum(factor * p, axis=2)
@@ -88,7 +88,7 @@ def sloped(slope, h, acc, SPLIT: tl.constexpr):
     if slope[0].shape[2] > 1:
         acc = mixed(slope, h, acc, SPLIT)
     else:
-        acc += slope[0] * h.to(tl.float32)
+        acc = tl.fma(slope[0], h.to(tl.float32), acc)
     return acc
 
 
@@ -259,8 +259,8 @@ def boundary_backward(
                     x = rounded_pairs(straight(segments_of(read_from, ht, G, Q, SPLIT), S), h.dtype)
                     gy, u = upstream(grad_x + z_begin, norm_gain, z_row, gain_row, chunk, d, S, U, L, NC, NORM)
                     wide = x.to(tl.float32)
-                    squares += wide * wide
-                    dots += u * wide
+                    squares = tl.fma(wide, wide, squares)
+                    dots = tl.fma(u, wide, dots)
                     grad = product_across(h, each_group(rounded_pairs(u, h.dtype), G), grad, SPLIT)
                     along = product_across(h, each_group(x, G), along, SPLIT)
                 norm_rstd = over_tokens(tl.sum(tl.sum(squares, axis=2), axis=0), M)
@@ -297,7 +297,7 @@ def boundary_backward(
                         unit = rounded_pairs(x * norm_rstd[None, :, None], h.dtype)
                         gg = over_all_tokens(gy.to(tl.float32) * unit.to(tl.float32), M, KM)
                         accumulate(part + NORM_AT, chunk, gg, fresh, m, U, NC)
-                    gx = rounded_pairs(norm_rstd[None, :, None] * (gx - norm_slope[None, :, None] * x), h.dtype)
+                    gx = rounded_pairs(norm_rstd[None, :, None] * tl.fma(-norm_slope[None, :, None], x, gx), h.dtype)
                     gx = turned(gx, S)
                 acc = mixed_segments(read_to, gx, tl.zeros([G * S, H, BD], tl.float32), SPLIT)
                 if READ_DYNAMIC:

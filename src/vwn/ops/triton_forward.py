@@ -169,7 +169,7 @@ def boundary(
             x = rounded_pairs(x, state.dtype.element_ty)
             if NORM:
                 wide = x.to(tl.float32)
-                squares += wide * wide
+                squares = tl.fma(wide, wide, squares)
             if NORM and KEEP:
                 inputs += (x,)  # type: ignore[assignment]
             else:

@@ -24,6 +24,7 @@ from vwn.ops.triton_tiles import (
     together,
     turned_columns_of,
     turned_rows,
+    widened,
 )
 
 # Projections
@@ -102,7 +103,7 @@ def projected(h, w, acc, SPLIT: tl.constexpr):
     if SPLIT:
         acc = dot_across(h, w, acc, "ieee")
     else:
-        acc = dot_across(h.to(tl.float32), w, acc, "tf32x3")
+        acc = dot_across(widened(h), w, acc, "tf32x3")
     return acc
 
 
@@ -175,9 +176,9 @@ def unprojected(
 def tanh(x):
     """To a millionth; a polynomial, the best of its degree, keeps small arguments exact to float32."""
     s = x * x
-    series = x + x * s * (-0.33332962 + s * (0.13310652 - s * 0.04998708))
+    series = tl.fma(x * s, tl.fma(s, tl.fma(s, -0.04998708, 0.13310652), -0.33332962), x)
     r = tl.rsqrt(1 + tl.exp2(x * 2.8853900817779268))  # 2 / log 2; a square root is one instruction, a division many
-    return tl.where(s < 0.1, series, 1 - 2 * (r * r))
+    return tl.where(s < 0.1, series, tl.fma(-2 * r, r, 1.0))
 
 
 @triton.jit
@@ -244,7 +245,7 @@ def coefficients(
             t = tl.where(meet, tanh(p * (rstd / TAU)[:, :, None]), 0.0)
         else:
             t = known
-        c += s * t
+        c = tl.fma(s, t, c)
     return c, t, s
 
 

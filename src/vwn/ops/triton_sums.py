@@ -24,8 +24,6 @@ from vwn.ops.triton_tiles import (
 
 BC = tl.constexpr(16)
 BE = tl.constexpr(64)
-OPTIONS = {"enable_fp_fusion": False}
-"""A sum of two threads' products would be one of a product and a fused multiply-add, and so not the same in both."""
 
 
 @triton.jit

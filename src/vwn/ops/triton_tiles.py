@@ -93,6 +93,27 @@ def dot_across(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def again(x):
+    """``x`` (int32 or float32), but what is made of it is made again where it is used, not kept in registers."""
+    if EMULATE:
+        y = x
+    elif x.dtype == tl.int32:
+        y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        y = tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
+    return y
+
+
+@triton.jit
+def widened(x):
+    """``x`` in float32, for a product in TF32, which would add up in another order if it saw 16 bits being loaded."""
+    y = x.to(tl.float32)
+    if x.dtype != tl.float32:
+        y = again(y)
+    return y
+
+
+@triton.jit
 def halves(x, DTYPE: tl.constexpr):
     """Float32 as the sum of two of a shorter dtype, nearly."""
     high = rounded(x, DTYPE)
@@ -107,7 +128,7 @@ def product(a, b, acc, SPLIT: tl.constexpr):
     dtype is bfloat16). The other dtypes take three products in TF32.
     """
     if not SPLIT:
-        result = dot(a.to(tl.float32), b.to(tl.float32), acc, "tf32x3")
+        result = dot(widened(a), widened(b), acc, "tf32x3")
     elif a.dtype == tl.float32:
         high, low = halves(a, b.dtype)
         result = dot(high, b, dot(low, b, acc, "ieee"), "ieee")
@@ -123,20 +144,8 @@ def product_across(a, b, acc, SPLIT: tl.constexpr):
     if SPLIT:
         result = dot_across(a, b, acc, "ieee")
     else:
-        result = dot_across(a.to(tl.float32), b.to(tl.float32), acc, "tf32x3")
+        result = dot_across(widened(a), widened(b), acc, "tf32x3")
     return result
-
-
-@triton.jit
-def again(x):
-    """``x`` (int32 or float32), but what is made of it is made again where it is used, not kept in registers."""
-    if EMULATE:
-        y = x
-    elif x.dtype == tl.int32:
-        y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
-    else:
-        y = tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
-    return y
 
 
 @triton.jit

@@ -27,6 +27,10 @@ _KEPT = 16384
 _TOKENS, _BYTES = 8192, 1 << 28
 """At most so many tokens, and bytes of a state, are measured."""
 
+UNFUSED = {"enable_fp_fusion": False}
+"""How all kernels are compiled: a product is rounded before it is added. Else what a product becomes would depend on
+what it is compiled with, and ``a b + c d``, which two threads sum up and both keep, would not be the same in both."""
+
 _log = logging.getLogger("vwn.ops")
 
 

@@ -18,13 +18,14 @@ from vwn.ops.triton_tiles import (
     far,
     halves,
 )
+from vwn.ops.triton_tuning import UNFUSED
 
 BR = tl.constexpr(64)
 BK = tl.constexpr(64)
 """Rows, and columns of carry and beta, at a time."""
 PROGRAMS = 264
 """About so many; a constant, so that sums are the same on every GPU: two for each of the 132 processors of an H100."""
-OPTIONS = {"num_warps": 4, "num_stages": 3}
+OPTIONS = {"num_warps": 4, "num_stages": 3, **UNFUSED}
 """Tensor cores take whole groups of four warps, and what comes next is loaded meanwhile."""
 
 
