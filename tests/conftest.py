@@ -14,6 +14,10 @@ import torch
 from torch import nn
 
 torch.set_num_threads(1)
+if os.environ.get("VWN_PTX") == "1":
+    import ptx
+
+    ptx.install()
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, whose kernels run on a CPU only so
 

@@ -1,4 +1,7 @@
-"""The Triton kernels against the reference in float64: on a GPU if there is one, else in Triton's interpreter."""
+"""The Triton kernels against the reference in float64: on a GPU if there is one, else in Triton's interpreter.
+
+With ``VWN_PTX=1`` in the environment they are compiled for a GPU and run without one (tests/ptx).
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from vwn.ops.triton_tuning import Launch  # noqa: E402
 from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COMPILED = DEVICE == "cuda" or os.environ.get("VWN_PTX") == "1"
 SHAPES = [(1, 1, 5), (1, 4, 7), (2, 2, 8), (2, 3, 12), (4, 8, 20), (4, 16, 33), (3, 7, 9), (8, 64, 5)]
 HALF = [torch.bfloat16, torch.float16]
 
@@ -235,10 +239,11 @@ def test_backward_of_a_norm_of_what_nearly_cancels(dtype, noise):
     c.state = (base * (1 + noise * c.draw(c.tokens, 2, 64))).flatten(1).to(dtype)
     ours, exact = c.backward(), c.exact_backward()
     plain = reference.backward(c.grad_state, c.grad_x, c.state, c.z, *c.parameters, True)
+    digits = torch.finfo(dtype).eps
+    if dtype == torch.float32:  # three products in TF32 keep 23 of 24 bits of each slot, the interpreter all
+        digits = max(1e-5, 2**-24 / noise) if COMPILED else 1e-5
     for a, p, e in zip(ours, plain, exact, strict=True):
-        assert (a - e).norm() <= 3 * (p - e).norm() + (
-            1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
-        ) * e.norm()
+        assert (a - e).norm() <= 3 * (p - e).norm() + digits * e.norm()
 
 
 def test_without_an_epsilon():
@@ -448,7 +453,7 @@ def test_launches(monkeypatch):
     assert launched_by(Case(2, 3, 12, tokens=0).forward) == []
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a compiled kernel does not see the change")
+@pytest.mark.skipif(COMPILED, reason="a compiled kernel does not see the change")
 def test_the_result_is_the_kernels(monkeypatch):
     from vwn.ops import triton_forward
 
