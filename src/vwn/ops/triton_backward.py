@@ -275,7 +275,7 @@ def boundary_backward(
                 accumulate_matrix(read_matrices, grad, fresh)
             if READ_DYNAMIC:
                 if WEIGHTS:
-                    accumulate_matrix(read_matrices + R * KM, grad * read_t, fresh)
+                    accumulate_matrix(read_matrices + R * KM, grad, fresh, read_t)
                 factor, slope = through_routing(grad, read_p, read_rstd, read_t, read_s, TAU, d)
                 read_f, read_w = factors(factor, S, SPLIT), transposed_operands(factor, S, SPLIT)
                 read_slope = slopes(slope, S, SPLIT)
@@ -338,8 +338,8 @@ def boundary_backward(
                 accumulate_matrix(beta_matrices, beta_grad, fresh)
             if WRITE_DYNAMIC:
                 if WEIGHTS:
-                    accumulate_matrix(matrices + R * KN, carry_grad * carry_t, fresh)
-                    accumulate_matrix(beta_matrices + R * KM, beta_grad * beta_t, fresh)
+                    accumulate_matrix(matrices + R * KN, carry_grad, fresh, carry_t)
+                    accumulate_matrix(beta_matrices + R * KM, beta_grad, fresh, beta_t)
                 factor, slope = through_routing(carry_grad, carry_p, write_rstd, carry_t, carry_s, TAU, d)
                 carry_f, carry_w = factors(factor, S, SPLIT), transposed_operands(factor, S, SPLIT)
                 if WEIGHTS and APART:

@@ -72,11 +72,12 @@ def over_all_tokens(x, M: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def accumulate_matrix(sums, x, fresh):
-    """Add ``[G, H, K]`` to ``sums``, in a cache: in registers each warp would have its own."""
+def accumulate_matrix(sums, x, fresh, times=None):
+    """Add ``x`` or ``x times``, ``[G, H, K]``, to ``sums``, in a cache: in registers each warp would have its own."""
     row = tl.arange(0, x.shape[0])[:, None, None] * x.shape[1] + tl.arange(0, x.shape[1])[None, :, None]
     places = row * x.shape[2] + tl.arange(0, x.shape[2])[None, None, :]
-    tl.store(sums + places, tl.load(sums + places, mask=(places >= 0) & (fresh == 0), other=0.0) + x)
+    before = tl.load(sums + places, mask=(places >= 0) & (fresh == 0), other=0.0)
+    tl.store(sums + places, before + x if times is None else tl.fma(x, times, before))
 
 
 # Over the parts
