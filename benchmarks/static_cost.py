@@ -135,7 +135,7 @@ def main() -> None:
     options = p.parse_args()
     notes = {"issue": "of a bound, in parts of a copy's time; not measured", "of": "H200: 132 processors, 1.75 GHz"}
     report = Report(options, notes, COLUMNS)
-    if reason := _unavailable():
+    if reason := unavailable():
         report.add({NOT_MEASURED: reason})
         return report.done()
     for m, n in options.shapes or SHAPES:
@@ -149,7 +149,8 @@ def main() -> None:
     return report.done()
 
 
-def _unavailable() -> str | None:
+def unavailable() -> str | None:
+    """Why nothing can be compiled here, or ``None``."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if os.environ.get("TRITON_INTERPRET") == "1":

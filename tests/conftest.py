@@ -15,7 +15,7 @@ from torch import nn
 
 torch.set_num_threads(1)
 if os.environ.get("VWN_PTX") == "1":
-    import ptx
+    from benchmarks import ptx
 
     ptx.install()
 if not torch.cuda.is_available():

@@ -233,6 +233,24 @@ def test_static_cost(tmp_path):
     assert of[64, "weights"]["bytes"] == pytest.approx(read / floor, rel=0.1)
 
 
+@pytest.mark.slow
+def test_shared_cost(tmp_path):
+    out = tmp_path / "shared_cost.json"
+    command = [sys.executable, "-m", "benchmarks.shared_cost", "--quick", "--shapes", "2x3", "--out", str(out)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    rows = json.loads(out.read_text())["rows"]
+    if reason := rows[0].get("not measured"):
+        pytest.skip(reason)
+    assert [(row["kernel"], row["norm"]) for row in rows] == [
+        (kernel, norm) for norm in (False, True) for kernel in ("forward", "backward")
+    ]
+    floor = 4 * (3 * 1024 + 2048) * 2 / 4.3e12 * 132 * 1.75e9 / 2
+    assert rows[0]["shared"] == pytest.approx(rows[0]["rows_per_token"] / floor)
+    assert rows[1]["rows_per_token"] > rows[0]["rows_per_token"] > 0
+
+
 def test_rivals_take_turns():
     seen: list[str] = []
     calls = {name: lambda name=name: seen.append(name) for name in "ab"}

@@ -1,6 +1,6 @@
 """The Triton kernels against the reference in float64: on a GPU if there is one, else in Triton's interpreter.
 
-With ``VWN_PTX=1`` in the environment they are compiled for a GPU and run without one (tests/ptx).
+With ``VWN_PTX=1`` in the environment they are compiled for a GPU and run without one (benchmarks/ptx).
 """
 
 from __future__ import annotations

@@ -169,6 +169,7 @@ def boundary_backward(
     U: tl.constexpr = BD // 32 if S > 1 else 1
     L: tl.constexpr = BD // U
     A: tl.constexpr = m + n
+    W: tl.constexpr = 16 if H < 64 else 64
     READ_AT: tl.constexpr = WRITE_DYNAMIC * (KN + KM)
     if WEIGHTS:
         part = parts + tl.program_id(0).to(tl.int64) * PART
@@ -188,7 +189,7 @@ def boundary_backward(
         begin, z_begin = far(first, n * d), far(first, m * d)
 
         if WRITE:
-            gram = tl.zeros([G * S * H // 16, 16, 16], tl.float32)
+            gram = tl.zeros([G * S * H // W, W, W], tl.float32)
             carry_p = tl.zeros([G * S, H, KN * PARTS], tl.float32)
             beta_p = tl.zeros([G * S, H, KM * PARTS], tl.float32)
             if WRITE_DYNAMIC:
@@ -217,7 +218,7 @@ def boundary_backward(
                 carry_to = operands(swapped(block_diagonal(carry, H, N, N, True)), S, SPLIT)
                 beta_to = segment_operands(block_diagonal(beta, Q, M, N, False), S, SPLIT)
             gain_row = rows_of(0, BT, m, M, Q, BT, S, U)[0] % m
-            gram = tl.zeros([G * S * H // 16, 16, 16], tl.float32)
+            gram = tl.zeros([G * S * H // W, W, W], tl.float32)
             read_p = tl.zeros([G * S, H, KM * PARTS], tl.float32)
             grad = tl.zeros([G * S, H, Q], tl.float32)
             for chunk in tl.range(NC):

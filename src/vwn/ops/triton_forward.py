@@ -97,6 +97,7 @@ def boundary(
     U: tl.constexpr = BD // 32 if S > 1 else 1
     L: tl.constexpr = BD // U
     A: tl.constexpr = m + n
+    W: tl.constexpr = 16 if H < 64 else 64
     READ_AT: tl.constexpr = WRITE_DYNAMIC * (KN + KM)
     row, there = rows_of(first, tokens, n, N, R, BT, S, U)
     z_row, z_there = rows_of(first, tokens, m, M, Q, BT, S, U)
@@ -108,7 +109,7 @@ def boundary(
     if WRITE:
         z += z_begin
         new_state += begin
-        gram = tl.zeros([G * S * H // 16, 16, 16], tl.float32)
+        gram = tl.zeros([G * S * H // W, W, W], tl.float32)
         carry_p = tl.zeros([G * S, H, KN * PARTS], tl.float32)
         beta_p = tl.zeros([G * S, H, KM * PARTS], tl.float32)
         if WRITE_DYNAMIC:
@@ -129,7 +130,7 @@ def boundary(
         carry = operands(swapped(block_diagonal(carry, H, N, N, True)), S, SPLIT)
         beta = segment_operands(block_diagonal(beta, Q, M, N, False), S, SPLIT)
 
-    gram = tl.zeros([G * S * H // 16, 16, 16], tl.float32)
+    gram = tl.zeros([G * S * H // W, W, W], tl.float32)
     read_p = tl.zeros([G * S, H, KM * PARTS], tl.float32)
     fresh = ()
     for chunk in (tl.static_range if KEEP else tl.range)(NC):

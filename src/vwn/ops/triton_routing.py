@@ -188,16 +188,18 @@ def squared(h, gram, SPLIT: tl.constexpr):
     A matrix product adds up in one order, a sum over a row in one that depends on where the row came from: a state just
     computed would not get the same bits as one that was read.
     """
-    h = tl.reshape(h, [gram.shape[0], 16, h.shape[2]])
+    if gram.shape[1] != h.shape[1]:
+        h = tl.reshape(h, [gram.shape[0], gram.shape[1], h.shape[2]])
     return product_across(h, h, gram, SPLIT)
 
 
 @triton.jit
 def rms_reciprocal(gram, eps, d: tl.constexpr, G: tl.constexpr, H: tl.constexpr):
     """``1 / rms`` of each row, ``[G, H]``, of what :func:`squared` has added up."""
-    i = tl.arange(0, 16)
+    W: tl.constexpr = gram.shape[1]
+    i = tl.arange(0, W)
     squares = tl.sum(tl.where(i[None, :, None] == i[None, None, :], gram, 0.0), axis=2)
-    squares = tl.sum(tl.reshape(squares, [G, gram.shape[0] * 16 // (G * H), H]), axis=1)
+    squares = tl.sum(tl.reshape(squares, [G, gram.shape[0] * W // (G * H), H]), axis=1)
     return tl.rsqrt(tl.maximum(squares / d + eps, 1e-37))  # finite where there is no slot and eps is zero
 
 

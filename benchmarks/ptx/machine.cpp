@@ -106,6 +106,25 @@ struct Tensor {
     vector<Touched> touched;  // of two bytes each
 };
 
+static u64 rows_of_banks;  // 128 bytes each, that have passed to or from shared memory: a cycle of a processor each
+
+static void count_rows(const u64* address, u32 active, int size) {
+    // 32 banks of 4 bytes; of wide accesses a half or a quarter of a warp at a time; one place is read once for all
+    int together = size <= 4 ? LANES : size == 8 ? LANES / 2 : LANES / 4;
+    for (int first = 0; first < LANES; first += together) {
+        vector<u32> words[LANES];
+        for (int l = first; l < first + together; l++)
+            for (int i = 0; (active >> l & 1) && i < max(1, size / 4); i++) {
+                u32 word = u32(address[l]) / 4 + i;
+                auto& bank = words[word % LANES];
+                if (find(bank.begin(), bank.end(), word) == bank.end()) bank.push_back(word);
+            }
+        size_t most = 0;
+        for (auto& bank : words) most = max(most, bank.size());
+        rows_of_banks += most;
+    }
+}
+
 struct Machine {
     const i64* const* code;
     i64 length;
@@ -223,6 +242,7 @@ void Machine::multiply_group(Warp& w, const i64* p) {
     }
     for (int j = 0; j < N; j++)
         for (int k = 0; k < K; k++) second[j][k] = loaded(*b, j, k, p[5]);
+    if (w.id % 4 == 0) rows_of_banks += u64(in_registers ? N : N + 64) * K * size / 128;  // once for four warps
     bool add = w[b[1]][0] & 1;
     for (int lane = 0; lane < LANES; lane++)
         for (int i = 0; i < N / 2; i++) {
@@ -298,8 +318,10 @@ bool Machine::run(Warp& w) {  // to a barrier (true) or the end
             }
             case LOAD_GLOBAL: case LOAD_SHARED: {  // bytes, how many, offset, address, to
                 vector<u64> address(w[p[3]], w[p[3]] + LANES);
+                for (auto& x : address) x += p[2];
+                if (instruction[0] == LOAD_SHARED) count_rows(&address[0], active, p[0] * p[1]);
                 EACH {
-                    uint8_t* m = memory(instruction[0] == LOAD_GLOBAL, address[l] + p[2], p[0] * p[1], false);
+                    uint8_t* m = memory(instruction[0] == LOAD_GLOBAL, address[l], p[0] * p[1], false);
                     for (int i = 0; i < p[1]; i++) {
                         u64 value = 0;
                         memcpy(&value, m + i * p[0], p[0]);
@@ -308,15 +330,18 @@ bool Machine::run(Warp& w) {  // to a barrier (true) or the end
                 }
                 break;
             }
-            case STORE_GLOBAL: case STORE_SHARED:
+            case STORE_GLOBAL: case STORE_SHARED: {
+                vector<u64> address(w[p[3]], w[p[3]] + LANES);
+                for (auto& x : address) x += p[2];
+                if (instruction[0] == STORE_SHARED) count_rows(&address[0], active, p[0] * p[1]);
                 for (int i = 0; i < LANES; i++) {
                     int l = i ^ lanes;
                     if (!(active >> l & 1)) continue;
-                    u64 address = w[p[3]][l] + p[2];
-                    uint8_t* m = memory(instruction[0] == STORE_GLOBAL, address, p[0] * p[1], true);
+                    uint8_t* m = memory(instruction[0] == STORE_GLOBAL, address[l], p[0] * p[1], true);
                     for (int k = 0; k < p[1]; k++) memcpy(m + k * p[0], &w[p[4 + k]][l], p[0]);
                 }
                 break;
+            }
             case COPY:  // offset and address in shared memory, in global memory, bytes, those that are there
                 EACH w.copies.push_back(
                     {w[p[1]][l] + p[0], w[p[3]][l] + p[2], int(p[4]), int(u32(w[p[5]][l]))});
@@ -332,12 +357,15 @@ bool Machine::run(Warp& w) {  // to a barrier (true) or the end
                 break;
             case LOAD_MATRIX: case STORE_MATRIX: {  // how many, transposed, offset, address, registers
                 for (int i = 0; i < p[0]; i++) {
+                    vector<u64> address(LANES);
+                    for (int r = 0; r < 8; r++) address[r] = w[p[3]][8 * i + r] + p[2];
+                    count_rows(&address[0], 0xff, 16);
                     u16 matrix[8][8];
                     bool load = instruction[0] == LOAD_MATRIX;
                     for (int pass = 0; pass < 2; pass++) {
                         if (load == (pass == 0))
                             for (int r = 0; r < 8; r++) {
-                                uint8_t* row = local(w[p[3]][8 * i + r] + p[2], 16, !load);
+                                uint8_t* row = local(address[r], 16, !load);
                                 load ? memcpy(matrix[r], row, 16) : memcpy(row, matrix[r], 16);
                             }
                         else
@@ -368,10 +396,11 @@ bool Machine::run(Warp& w) {  // to a barrier (true) or the end
 extern "C" const char* mnemonics(int i) { return i < OPCODES ? MNEMONICS[i] : nullptr; }
 
 // Runs a grid of programs. `initial`: pairs of a register and its value, of constants and parameters; `tensors`: pairs
-// of an address and bytes. Returns 0, or 1 and a message, at the instruction `stopped_at`.
+// of an address and bytes. Returns 0, or 1 and a message, at the instruction `stopped_at`. `passed`: rows of banks.
 extern "C" int run(
     const i64* const* code, i64 length, i64 registers, const i64* initial, i64 initials, const u64* tensors, i64 count,
-    i64 shared, int warps, const u32* grid, u32 seed, char* message, i64* stopped_at) {
+    i64 shared, int warps, const u32* grid, u32 seed, char* message, i64* stopped_at, u64* passed) {
+    rows_of_banks = 0;
     mt19937 random(seed);
     Machine m;
     m.code = code, m.length = length, m.lanes = seed ? random() % LANES : 0;
@@ -412,5 +441,6 @@ extern "C" int run(
         *stopped_at = all[now].at - 1;
         return 1;
     }
+    *passed = rows_of_banks;
     return 0;
 }

@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptx.decoding import Program, decoded
+from benchmarks.ptx.decoding import Program, decoded
 
 ORDERS = 4
 """In which each launch runs, the first one plain."""
 CAPABILITY = 90
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
-launches: list[str] = []
-"""The names of kernels that have run, in order."""
+launches: list[tuple[str, int]] = []
+"""The kernels that have run, in order, and the rows of 128 bytes that each passed to or from shared memory."""
 
 
 class MachineError(RuntimeError):
@@ -48,9 +48,14 @@ def machine() -> ctypes.CDLL:
 
 @cache
 def opcodes() -> dict[str, int]:
-    names = iter(lambda: machine().mnemonics(next(counter)), None)
-    counter = iter(range(1 << 16))
-    return {name: i for i, several in enumerate(names) for name in several.decode().split()}
+    """The machine's number for each of PTX's mnemonics that it knows."""
+    found: dict[str, int] = {}
+    for i in range(1 << 16):
+        several = machine().mnemonics(i)
+        if several is None:
+            break
+        found |= dict.fromkeys(several.decode().split(), i)
+    return found
 
 
 def install() -> None:
@@ -104,8 +109,7 @@ def launch(kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **
     key = kernel.cache_key, str(signature), str(known), str(hints), str(options)
     if key not in compiled:
         compiled[key] = compile_kernel(kernel, signature, constants, hints, options)
-    launches.append(kernel.__name__)
-    run(*compiled[key], values, (*grid, 1, 1)[:3], tensors)
+    launches.append((kernel.__name__, run(*compiled[key], values, (*grid, 1, 1)[:3], tensors)))
 
 
 def compile_kernel(
@@ -124,8 +128,11 @@ def compile_kernel(
 
 def run(
     program: Program, warps: int, shared: int, values: list[int], grid: tuple[int, ...], tensors: list[tuple[int, int]]
-) -> None:
+) -> int:
     """Run a grid in every order.
+
+    Returns:
+        rows of 128 bytes that passed to or from shared memory, bank conflicts counted: a processor's cycles.
 
     Raises:
         MachineError: the kernel went wrong, or its result depends on the order.
@@ -135,7 +142,7 @@ def run(
     for order in range(ORDERS):
         for (address, size), content in zip(tensors, before, strict=True):
             ctypes.memmove(address, content, size)
-        once(program, warps, shared, values, grid, tensors, order)
+        rows = once(program, warps, shared, values, grid, tensors, order)
         results.append([ctypes.string_at(*tensor) for tensor in tensors])
         for i, (first, now) in enumerate(zip(results[0], results[-1], strict=True)):
             if first != now:
@@ -143,6 +150,7 @@ def run(
                 raise MachineError(
                     f"{program.name}: {differ} bytes of tensor {i} of {len(tensors)} depend on the order of threads"
                 )
+    return rows
 
 
 def once(
@@ -153,17 +161,19 @@ def once(
     grid: tuple[int, ...],
     tensors: list[tuple[int, int]],
     order: int,
-) -> None:
+) -> int:
+    """Run a grid in one order; returns as :func:`run`."""
     parameters = zip(program.parameters, [*values, *[0] * len(program.parameters)], strict=False)
     initial = np.array([*program.constants.items(), *parameters], dtype=object).astype(np.int64)
     ranges, sizes = np.array(tensors, dtype=np.uint64), np.array(grid, dtype=np.uint32)
     pointers = np.array([row.ctypes.data for row in program.code], dtype=np.int64)
-    message, at = ctypes.create_string_buffer(400), ctypes.c_int64()
+    message, at, rows = ctypes.create_string_buffer(400), ctypes.c_int64(), ctypes.c_uint64()
     arrays = [ctypes.c_void_p(x.ctypes.data) for x in (pointers, initial, ranges, sizes)]
     failed = machine().run(
         *(arrays[0], ctypes.c_int64(len(program.code)), ctypes.c_int64(program.registers)),
         *(arrays[1], ctypes.c_int64(len(initial)), arrays[2], ctypes.c_int64(len(tensors)), ctypes.c_int64(shared)),
-        *(warps, arrays[3], ctypes.c_uint32(order), message, ctypes.byref(at)),
+        *(warps, arrays[3], ctypes.c_uint32(order), message, ctypes.byref(at), ctypes.byref(rows)),
     )
     if failed:
         raise MachineError(f"{program.name}: {message.value.decode()}, in: {program.text[at.value]}")
+    return rows.value
