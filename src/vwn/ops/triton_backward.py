@@ -169,7 +169,7 @@ def boundary_backward(
     U: tl.constexpr = BD // 32 if S > 1 else 1
     L: tl.constexpr = BD // U
     A: tl.constexpr = m + n
-    W: tl.constexpr = 16 if H < 64 else 64
+    W: tl.constexpr = 16 if H < 64 else 64  # as many as tensor cores take at a time without copying
     READ_AT: tl.constexpr = WRITE_DYNAMIC * (KN + KM)
     if WEIGHTS:
         part = parts + tl.program_id(0).to(tl.int64) * PART

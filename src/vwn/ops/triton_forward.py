@@ -97,7 +97,7 @@ def boundary(
     U: tl.constexpr = BD // 32 if S > 1 else 1
     L: tl.constexpr = BD // U
     A: tl.constexpr = m + n
-    W: tl.constexpr = 16 if H < 64 else 64
+    W: tl.constexpr = 16 if H < 64 else 64  # as many as tensor cores take at a time without copying
     READ_AT: tl.constexpr = WRITE_DYNAMIC * (KN + KM)
     row, there = rows_of(first, tokens, n, N, R, BT, S, U)
     z_row, z_there = rows_of(first, tokens, m, M, Q, BT, S, U)

@@ -183,7 +183,7 @@ def tanh(x):
 
 @triton.jit
 def squared(h, gram, SPLIT: tl.constexpr):
-    """``gram``, ``[G S H / 16, 16, 16]``, and all products of two of 16 rows of a group.
+    """``gram``, ``[G S H / W, W, W]``, and all products of two of ``W`` rows of a group.
 
     A matrix product adds up in one order, a sum over a row in one that depends on where the row came from: a state just
     computed would not get the same bits as one that was read.
