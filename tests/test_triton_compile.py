@@ -33,7 +33,7 @@ def compiled(m: int, n: int, width: int, dtype: str, candidate: int = 0) -> dict
     from vwn.ops.triton_pack import pack
     from vwn.ops.triton_sums import sums
     from vwn.ops.triton_tuning import UNFUSED, candidates
-    from vwn.ops.triton_weights import OPTIONS, columns, over_rows
+    from vwn.ops.triton_weights import columns, options, over_rows
     from vwn.ops.weights import NormWeights, RoutingWeights
 
     d = width // m
@@ -58,7 +58,7 @@ def compiled(m: int, n: int, width: int, dtype: str, candidate: int = 0) -> dict
             b.options,
         ),
         "sums": (sums, [parts, 1, parts, 1, *tensors, *of_projections], b, UNFUSED),
-        "weights": (over_rows, [state, packed, parts, 1, 1], b, OPTIONS),
+        "weights": (over_rows, [state, packed, parts, 1, 1], b, options(b.sizes["KN"])),
     }
     b.sizes["BC"] = columns(split)
     return {

@@ -84,6 +84,15 @@ def accumulate_matrix(sums, x, fresh, times=None):
 
 
 @triton.jit
+def in_halves(x):
+    """The sum over the first axis, ``[P, J] -> [J]``, by halves: in one order, however threads share it out."""
+    for _ in tl.static_range(12):  # of up to 4096
+        if x.shape[0] > 1:
+            x = tl.sum(tl.reshape(x, [2, x.shape[0] // 2, x.shape[1]]), axis=0)
+    return tl.reshape(x, [x.shape[1]])
+
+
+@triton.jit
 def total(parts, programs, places, mask, PART: tl.constexpr, PB: tl.constexpr):
     """Sums over the parts at ``places``, ``[I, J]``, always in the same order."""
     result = tl.zeros([places.shape[0], places.shape[1]], tl.float32)
@@ -91,7 +100,9 @@ def total(parts, programs, places, mask, PART: tl.constexpr, PB: tl.constexpr):
         rows = p + tl.arange(0, PB)
         found = (rows < programs)[:, None, None] & mask[None, :, :]
         offsets = rows.to(tl.int64)[:, None, None] * PART + places[None, :, :]
-        result += tl.sum(tl.load(parts + offsets, mask=found, other=0.0), axis=0)
+        x = tl.load(parts + offsets, mask=found, other=0.0)
+        x = in_halves(tl.reshape(x, [PB, places.shape[0] * places.shape[1]]))
+        result += tl.reshape(x, [places.shape[0], places.shape[1]])
     return result
 
 
@@ -120,7 +131,7 @@ def projection(
     g = total(parts, programs, begin + place(k, c[None, :], WIDTH, S), mask, PART, PB)
     places = c[None, :] * STRIDE + FIRST + k
     tl.store(of_weight + places, g * tl.load(gain + c, mask=c < d, other=0.0)[None, :], mask=mask)
-    return tl.sum(g * tl.load(weight + places, mask=mask, other=0.0), axis=0)
+    return in_halves(g * tl.load(weight + places, mask=mask, other=0.0))
 
 
 @triton.jit
@@ -155,10 +166,10 @@ def matrices(
     PB: tl.constexpr = 4096 // (e.shape[0] * R // N)
     places = begin + (tl.arange(0, R // N)[:, None] * N + i[None, :]) * K + j[None, :]
     g = total(parts, programs, places, mask[None, :], PART, PB)
-    tl.store(of_static + e, tl.sum(g, axis=0), mask=there)
+    tl.store(of_static + e, in_halves(g), mask=there)
     if DYNAMIC:
         g = total(parts, programs, places + R * K, mask[None, :], PART, PB)
-        tl.store(of_scale + e, tl.sum(g, axis=0), mask=there)
+        tl.store(of_scale + e, in_halves(g), mask=there)
 
 
 @triton.jit(do_not_specialize=["programs", "shares"])

@@ -8,6 +8,8 @@ share of the rows, and has a part of its own for :mod:`vwn.ops.triton_sums`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,15 @@ PROGRAMS = 264
 """About so many; a constant, so that sums are the same on every GPU: two for each of the 132 processors of an H100."""
 OPTIONS = {"num_warps": 4, "num_stages": 3, **UNFUSED}
 """Tensor cores take whole groups of four warps, and what comes next is loaded meanwhile."""
+
+
+def options(KN: int) -> dict[str, Any]:
+    """How it is launched: of 8 columns nothing is loaded ahead.
+
+    Tensor cores multiply them in another way than those of beta, and of rows that both take, Triton 3.7 loads the next
+    ones to where a product may still be reading.
+    """
+    return OPTIONS | {"num_stages": 1} if KN < 16 else OPTIONS
 
 
 @triton.jit
@@ -145,6 +156,6 @@ def gradients(state: Tensor, kept: Tensor, rows: int, sizes: dict[str, int], spl
         **{name: sizes[name] for name in ("d", "KN", "KM", "WIDTH")},
         BC=columns(split),
         SPLIT=split,
-        **OPTIONS,
+        **options(sizes["KN"]),
     )
     return parts, shares
