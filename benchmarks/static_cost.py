@@ -119,7 +119,7 @@ def kernels(m: int, n: int, width: int, against_rule: bool = False) -> Iterator[
                 triton_weights.over_rows,
                 [state, z, parts, 1, 1],
                 constants,
-                triton_weights.options(b.sizes["KN"]),
+                triton_weights.options(b.sizes["KN"], True),
                 trips * triton_weights.BR.value / n / (blocks * projected),
                 trips,
                 False,

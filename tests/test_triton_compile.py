@@ -58,7 +58,7 @@ def compiled(m: int, n: int, width: int, dtype: str, candidate: int = 0) -> dict
             b.options,
         ),
         "sums": (sums, [parts, 1, parts, 1, *tensors, *of_projections], b, UNFUSED),
-        "weights": (over_rows, [state, packed, parts, 1, 1], b, options(b.sizes["KN"])),
+        "weights": (over_rows, [state, packed, parts, 1, 1], b, options(b.sizes["KN"], split)),
     }
     b.sizes["BC"] = columns(split)
     return {

@@ -128,7 +128,7 @@ def product(a, b, acc, SPLIT: tl.constexpr):
     dtype is bfloat16). The other dtypes take three products in TF32.
     """
     if not SPLIT:
-        result = dot(widened(a), widened(b), acc, "tf32x3")
+        result = dot(a.to(tl.float32), b.to(tl.float32), acc, "tf32x3")
     elif a.dtype == tl.float32:
         high, low = halves(a, b.dtype)
         result = dot(high, b, dot(low, b, acc, "ieee"), "ieee")

@@ -31,13 +31,13 @@ OPTIONS = {"num_warps": 4, "num_stages": 3, **UNFUSED}
 """Tensor cores take whole groups of four warps, and what comes next is loaded meanwhile."""
 
 
-def options(KN: int) -> dict[str, Any]:
-    """How it is launched: of 8 columns nothing is loaded ahead.
+def options(KN: int, split: bool) -> dict[str, Any]:
+    """How it is launched: of 8 columns in bfloat16 nothing is loaded ahead.
 
     Tensor cores multiply them in another way than those of beta, and of rows that both take, Triton 3.7 loads the next
     ones to where a product may still be reading.
     """
-    return OPTIONS | {"num_stages": 1} if KN < 16 else OPTIONS
+    return OPTIONS | {"num_stages": 1} if KN < 16 and split else OPTIONS
 
 
 @triton.jit
@@ -156,6 +156,6 @@ def gradients(state: Tensor, kept: Tensor, rows: int, sizes: dict[str, int], spl
         **{name: sizes[name] for name in ("d", "KN", "KM", "WIDTH")},
         BC=columns(split),
         SPLIT=split,
-        **options(sizes["KN"]),
+        **options(sizes["KN"], split),
     )
     return parts, shares
