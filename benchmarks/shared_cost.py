@@ -3,8 +3,9 @@
 The compiled kernels run on a machine of threads (:mod:`benchmarks.ptx`), which counts the rows of 128 bytes that pass
 to and from shared memory, bank conflicts included, and what tensor cores read there: a processor moves one row a cycle.
 "Shared" is that time relative to the time in which a copy moves the bytes of the floor (as
-:mod:`benchmarks.static_cost`): a kernel is slower than the greater of that and one. Launches for the projections, and
-for the sums over the weights' gradients, are left out: they do not grow with the tokens, or little.
+:mod:`benchmarks.static_cost`): a kernel is slower than the greater of that and one. The backward's launch for the
+gradients of the write's projections, where it has one, is included; those that make the projections ready, and that
+sum up the programs' parts, are not: they do not grow with the tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def main() -> None:
     options = parser("shared_cost", __doc__).parse_args()
     notes = {"shared": "of a bound, in parts of a copy's time; not measured", "of": "H200: 132 processors, 1.75 GHz"}
     report = Report(options, notes, COLUMNS)
-    if reason := unavailable():
+    if reason := unavailable() or ptx.unavailable():
         report.add({NOT_MEASURED: reason})
         return report.done()
     ptx.ORDERS = 1

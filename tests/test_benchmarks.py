@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -209,16 +210,23 @@ def test_products_of_an_instruction(instruction, expected):
     assert static_cost._multiplied(instruction) == expected
 
 
-@pytest.mark.slow
-def test_static_cost(tmp_path):
-    out = tmp_path / "static_cost.json"
-    command = [sys.executable, "-m", "benchmarks.static_cost", "--quick", "--shapes", "2x3,8x64", "--out", str(out)]
+def compiled(name: str, shapes: str, folder: Path) -> list[dict[str, Any]]:
+    """The rows of a benchmark that compiles the Triton kernels, which it does where there is no interpreter."""
+    out = folder / f"{name}.json"
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--shapes", shapes, "--out", str(out)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    if reason := json.loads(out.read_text())["rows"][0].get("not measured"):
+    rows = json.loads(out.read_text())["rows"]
+    if reason := rows[0].get("not measured"):
         pytest.skip(reason)
-    of = {(row["connection"][1], row["kernel"]): row for row in json.loads(out.read_text())["rows"]}
+    return rows
+
+
+@pytest.mark.slow
+def test_static_cost(tmp_path):
+    every = compiled("static_cost", "2x3,8x64", tmp_path)
+    of = {(row["connection"][1], row["kernel"]): row for row in every}
     rows = {kernel: row for (n, kernel), row in of.items() if n == 3}
     assert set(rows) == {"forward", "backward"}
     for row in rows.values():
@@ -235,14 +243,7 @@ def test_static_cost(tmp_path):
 
 @pytest.mark.slow
 def test_shared_cost(tmp_path):
-    out = tmp_path / "shared_cost.json"
-    command = [sys.executable, "-m", "benchmarks.shared_cost", "--quick", "--shapes", "2x3", "--out", str(out)]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    rows = json.loads(out.read_text())["rows"]
-    if reason := rows[0].get("not measured"):
-        pytest.skip(reason)
+    rows = compiled("shared_cost", "2x3", tmp_path)
     assert [(row["kernel"], row["norm"]) for row in rows] == [
         (kernel, norm) for norm in (False, True) for kernel in ("forward", "backward")
     ]

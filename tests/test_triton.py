@@ -129,6 +129,16 @@ def assert_same(actual, expected):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+def assert_half_is_exact(c: Case) -> None:
+    """A write or a read alone, without a norm, forward and backward, to a unit in the last place."""
+    for actual, exact in zip(c.forward(), c.exact_forward(), strict=True):
+        if exact is not None:
+            assert_close(actual, exact, relative=1e-4)
+    grad_state = c.read is None
+    for actual, exact in zip(c.backward(grad_state), c.exact_backward(grad_state), strict=True):
+        assert_close(actual, exact, relative=2e-4)
+
+
 # Routing
 
 

@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
 
 from transformers import LlamaConfig
 
-from tests.test_triton import Case, assert_close, assert_same
+from tests.test_triton import Case, assert_close, assert_half_is_exact, assert_same
 from vwn import ops
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
 from vwn.ops import triton as backend
@@ -46,12 +46,7 @@ def test_decoding_is_captured_in_a_cuda_graph(m, n):
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_wide_states_against_float64(m, n, width, half):
     c = Case(m, n, width // m, torch.bfloat16, tokens=600, write=half == "write", read=half == "read", norm=False)
-    for actual, exact in zip(c.forward(), c.exact_forward(), strict=True):
-        if exact is not None:
-            assert_close(actual, exact, relative=1e-4)
-    grad_state = half == "write"
-    for actual, exact in zip(c.backward(grad_state), c.exact_backward(grad_state), strict=True):
-        assert_close(actual, exact, relative=2e-4)
+    assert_half_is_exact(c)
 
 
 @pytest.mark.parametrize(("m", "n"), SHAPES)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
+import shutil
 import subprocess
 import tempfile
 from functools import cache
@@ -32,6 +34,14 @@ launches: list[tuple[str, int]] = []
 
 class MachineError(RuntimeError):
     """A kernel did what no kernel may, or its result depends on the order of its threads."""
+
+
+def unavailable() -> str | None:
+    """Why the machine cannot be built here, or ``None``."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"the machine of threads is built for x86-64, not for {platform.machine()}"
+    compiler = os.environ.get("CXX", "c++")
+    return None if shutil.which(compiler) else f"there is no C++ compiler ({compiler})"
 
 
 @cache
