@@ -292,6 +292,16 @@ def test_backward_in_half_precision(m, n, d, dtype, half):
 
 
 @pytest.mark.parametrize("half", ["write", "read"])
+@pytest.mark.parametrize(("m", "n", "d"), [(8, 64, 70), (16, 64, 66), (64, 64, 66), (2, 70, 130)])
+def test_of_many_slots_in_bfloat16(m, n, d, half):
+    """Rows enough for all warps, of segments too or not, and columns in the order of tensor cores."""
+    sizes = backend.tiling(m, n, d, tuning.rule(n, d))
+    assert (sizes["S"], sizes["U"]) == (1, 4)
+    case = Case(m, n, d, torch.bfloat16, tokens=2, write=half == "write", read=half == "read", norm=False)
+    assert_half_is_exact(case)
+
+
+@pytest.mark.parametrize("half", ["write", "read"])
 def test_backward_of_wide_chunks_at_64_slots(half):
     d = 520
     sizes = backend.tiling(8, 64, d, tuning.rule(64, d), backward=True)

@@ -142,6 +142,7 @@ def boundary_backward(
     KN: tl.constexpr,
     KM: tl.constexpr,
     S: tl.constexpr,
+    U: tl.constexpr,
     BD: tl.constexpr,
     NC: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -166,10 +167,10 @@ def boundary_backward(
     """
     G: tl.constexpr = R // H
     PARTS: tl.constexpr = 2 if SPLIT else 1
-    U: tl.constexpr = BD // 32 if S > 1 else 1
     L: tl.constexpr = BD // U
     A: tl.constexpr = m + n
-    W: tl.constexpr = 16 if H < 64 else 64  # as many as tensor cores take at a time without copying
+    E: tl.constexpr = max(8, BT * M) if SPLIT else Q  # segments to multiply: of 8, both halves at once
+    W: tl.constexpr = 16 if H < 64 or U > 1 else 64  # as many as tensor cores take at a time without copying
     READ_AT: tl.constexpr = WRITE_DYNAMIC * (KN + KM)
     if WEIGHTS:
         part = parts + tl.program_id(0).to(tl.int64) * PART
@@ -216,7 +217,7 @@ def boundary_backward(
         if READ:
             if WRITE:
                 carry_to = operands(swapped(block_diagonal(carry, H, N, N, True)), S, SPLIT)
-                beta_to = segment_operands(block_diagonal(beta, Q, M, N, False), S, SPLIT)
+                beta_to = segment_operands(block_diagonal(beta, E, M, N, False), S, SPLIT)
             gain_row = rows_of(0, BT, m, M, Q, BT, S, U)[0] % m
             gram = tl.zeros([G * S * H // W, W, W], tl.float32)
             read_p = tl.zeros([G * S, H, KM * PARTS], tl.float32)
@@ -245,12 +246,11 @@ def boundary_backward(
             read, read_t, read_s = coefficients(
                 read_p, read_rstd, static_read, scale_read, left, TAU, 0, A, 1, m, M, n, N, READ_DYNAMIC
             )
-            read = block_diagonal(read, Q, M, N, False)
             new = (of_state if WRITE else state) + begin
             tl.debug_barrier()  # other threads wrote what is read next
 
             if NORM:  # with U the gradient times the gain, that of X is rstd (U - slope X)
-                read_from = transposed_operands(read, S, SPLIT)
+                read_from = transposed_operands(block_diagonal(read, E, M, N, False), S, SPLIT)
                 along = tl.zeros([G * S, H, Q], tl.float32)
                 squares = tl.zeros([S, Q, BD], tl.float32)
                 dots = tl.zeros([S, Q, BD], tl.float32)
@@ -280,7 +280,7 @@ def boundary_backward(
                 factor, slope = through_routing(grad, read_p, read_rstd, read_t, read_s, TAU, d)
                 read_f, read_w = factors(factor, S, SPLIT), transposed_operands(factor, S, SPLIT)
                 read_slope = slopes(slope, S, SPLIT)
-            read_to = segment_operands(read, S, SPLIT)
+            read_to = segment_operands(block_diagonal(read, Q if NORM else E, M, N, False), S, SPLIT)
 
         carry_grad = tl.zeros([G * S, H, H], tl.float32)
         beta_grad = tl.zeros([G * S, H, Q], tl.float32)
@@ -353,7 +353,7 @@ def boundary_backward(
             if H >= 64:  # made again, as there are no registers to keep it in
                 turned_row, _ = places_of(again(turned_rows(R, S, U)), first, tokens, n, N, BT)
             carry_from = operands(block_diagonal(carry, H, N, N, True), S, SPLIT)
-            beta_from = transposed_operands(block_diagonal(beta, Q, M, N, False), S, SPLIT)
+            beta_from = transposed_operands(block_diagonal(beta, E, M, N, False), S, SPLIT)
             tl.debug_barrier()  # as above
             for chunk in tl.range(NC):
                 g = load_turned((of_state if READ else grad_state) + begin, turned_row, chunk, d, S, U, L, NC, G, True)

@@ -77,6 +77,7 @@ def boundary(
     KN: tl.constexpr,
     KM: tl.constexpr,
     S: tl.constexpr,
+    U: tl.constexpr,
     BD: tl.constexpr,
     NC: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -94,10 +95,10 @@ def boundary(
     tl.assume(left > 0)
     G: tl.constexpr = R // H
     PARTS: tl.constexpr = 2 if SPLIT else 1
-    U: tl.constexpr = BD // 32 if S > 1 else 1
     L: tl.constexpr = BD // U
     A: tl.constexpr = m + n
-    W: tl.constexpr = 16 if H < 64 else 64  # as many as tensor cores take at a time without copying
+    E: tl.constexpr = max(8, BT * M) if SPLIT else Q  # segments to multiply: of 8, both halves at once
+    W: tl.constexpr = 16 if H < 64 or U > 1 else 64  # as many as tensor cores take at a time without copying
     READ_AT: tl.constexpr = WRITE_DYNAMIC * (KN + KM)
     row, there = rows_of(first, tokens, n, N, R, BT, S, U)
     z_row, z_there = rows_of(first, tokens, m, M, Q, BT, S, U)
@@ -128,7 +129,7 @@ def boundary(
             over_halves(beta_p, G, KM), rstd, static_beta, scale_beta, left, TAU, 0, 1, n, m, M, n, N, WRITE_DYNAMIC
         )
         carry = operands(swapped(block_diagonal(carry, H, N, N, True)), S, SPLIT)
-        beta = segment_operands(block_diagonal(beta, Q, M, N, False), S, SPLIT)
+        beta = segment_operands(block_diagonal(beta, E, M, N, False), S, SPLIT)
 
     gram = tl.zeros([G * S * H // W, W, W], tl.float32)
     read_p = tl.zeros([G * S, H, KM * PARTS], tl.float32)
@@ -156,7 +157,7 @@ def boundary(
         read, _, _ = coefficients(
             over_halves(read_p, G, KM), rstd, static_read, scale_read, left, TAU, 0, A, 1, m, M, n, N, READ_DYNAMIC
         )
-        read = transposed_operands(block_diagonal(read, Q, M, N, False), S, SPLIT)
+        read = transposed_operands(block_diagonal(read, E, M, N, False), S, SPLIT)
         if not KEEP:
             tl.debug_barrier()  # other threads wrote what is read next
         squares = tl.zeros([S, Q, BD], tl.float32)

@@ -14,6 +14,9 @@ import triton.language as tl
 from vwn.ops.triton_routing import (
     projection,
 )
+from vwn.ops.triton_tiles import (
+    column_at,
+)
 
 BC = tl.constexpr(32)
 
@@ -31,12 +34,13 @@ def store_packed(
     K: tl.constexpr,
     d: tl.constexpr,
     WIDTH: tl.constexpr,
+    U: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     """Store ``BC`` columns of what comes after ``AT`` other columns of projections."""
     ROWS: tl.constexpr = 2 * K if SPLIT else K
     r, c = tl.arange(0, ROWS)[:, None], (tl.program_id(0) * BC + tl.arange(0, BC))[None, :]
-    w = projection(weight, gain, r, c, FIRST, STRIDE, COUNT, PADDED, K, d, SPLIT)
+    w = projection(weight, gain, r, column_at(c, U), FIRST, STRIDE, COUNT, PADDED, K, d, SPLIT)
     tl.store(packed + ((AT * (ROWS // K) + r) * WIDTH + c), w, mask=c < WIDTH)
 
 
@@ -56,6 +60,7 @@ def pack(
     KN: tl.constexpr,
     KM: tl.constexpr,
     WIDTH: tl.constexpr,
+    U: tl.constexpr,
     SPLIT: tl.constexpr,
     WRITE_DYNAMIC: tl.constexpr,
     READ_DYNAMIC: tl.constexpr,
@@ -63,8 +68,8 @@ def pack(
     """Fill ``packed``."""
     A: tl.constexpr = m + n
     if WRITE_DYNAMIC:
-        store_packed(packed, dynamic_alpha, write_gain, 0, m, A, n, N, KN, d, WIDTH, SPLIT)
-        store_packed(packed, dynamic_beta, write_gain, KN, 0, m, m, M, KM, d, WIDTH, SPLIT)
+        store_packed(packed, dynamic_alpha, write_gain, 0, m, A, n, N, KN, d, WIDTH, U, SPLIT)
+        store_packed(packed, dynamic_beta, write_gain, KN, 0, m, m, M, KM, d, WIDTH, U, SPLIT)
     if READ_DYNAMIC:
         at: tl.constexpr = WRITE_DYNAMIC * (KN + KM)
-        store_packed(packed, dynamic_read, read_gain, at, 0, A, m, M, KM, d, WIDTH, SPLIT)
+        store_packed(packed, dynamic_read, read_gain, at, 0, A, m, M, KM, d, WIDTH, U, SPLIT)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from vwn.ops.triton_tiles import (
+    column_at,
     columns_of,
     dot,
     dot_across,
@@ -84,8 +85,16 @@ def load_projection(
     and columns as :func:`vwn.ops.triton_tiles.load_turned` has them. ``HALF``: this one alone, if it is 0 or 1.
     """
     ROWS: tl.constexpr = 2 * K if SPLIT and HALF < 0 else K
-    r = turned_rows(ROWS, S, U) if TURNED else tile_rows(ROWS, S, U)
-    c = turned_columns_of(chunk, r.shape[0], S, U, L, NC) if TURNED else columns_of(chunk, r.shape[0], S, U, L, NC)
+    if S == 1:
+        r, c = tl.arange(0, ROWS)[:, None], chunk * (U * L) + tl.arange(0, U * L)[None, :]
+        if packed is None:
+            c = column_at(c, U)
+    elif TURNED:
+        r = turned_rows(ROWS, S, U)
+        c = turned_columns_of(chunk, r.shape[0], S, U, L, NC)
+    else:
+        r = tile_rows(ROWS, S, U)
+        c = columns_of(chunk, r.shape[0], S, U, L, NC)
     if HALF > 0:
         r += HALF * K
     if packed is not None:
@@ -93,7 +102,13 @@ def load_projection(
         w = tl.load(packed + (row * (S * U * L * NC) + c))
     else:
         w = projection(weight, gain, r, c, FIRST, STRIDE, COUNT, PADDED, K, d, SPLIT)
-    return in_turned_order(w, 1, S, U) if TURNED else in_order(w, 1, S, U)
+    if S == 1:
+        w = tl.reshape(w, [1, ROWS, U * L])
+    elif TURNED:
+        w = in_turned_order(w, 1, S, U)
+    else:
+        w = in_order(w, 1, S, U)
+    return w
 
 
 @triton.jit
@@ -354,8 +369,7 @@ def segment_operands(x, S: tl.constexpr, SPLIT: tl.constexpr):
             high, low = halves(x, tl.bfloat16)
         else:
             high, low = x, tl.zeros_like(x)
-        both = spread(beside(high, low), S)
-        result = both, both
+        result = (spread(beside(high, low), S),)
     else:
         result = operands(x, S, SPLIT)
     return result
@@ -363,10 +377,13 @@ def segment_operands(x, S: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def mixed_segments(a, z, acc, SPLIT: tl.constexpr):
-    """``acc + a @ z`` for segments ``z``, ``[S, Q, BD]``; ``a`` as :func:`segment_operands` has it."""
+    """``acc + a @ z`` for segments ``z``, ``[S, Q, BD]``; ``a`` as :func:`segment_operands` has it.
+
+    Of 8 segments ``z`` may have 16 rows: each of them twice.
+    """
     G: tl.constexpr = acc.shape[0] // z.shape[0]
-    if z.shape[1] == 8:
-        z = each_group(twice(z), G)
+    if len(a) == 1:
+        z = each_group(twice(z) if z.shape[1] == 8 else z, G)
         acc = dot(a[0], z, acc, "ieee") if SPLIT else product(a[0], z, acc, SPLIT)
     else:
         acc = mixed(a, each_group(z, G), acc, SPLIT)
@@ -388,8 +405,7 @@ def transposed_operands(x, S: tl.constexpr, SPLIT: tl.constexpr):
     if SPLIT and x.shape[1] == 8:
         high, low = halves(x, tl.bfloat16)
         second = tl.arange(0, 2)[None, :, None, None] == 1
-        both = spread(tl.reshape(tl.where(second, low[:, None, :, :], high[:, None, :, :]), [1, 16, R]), S)
-        result = both, both
+        result = (spread(tl.reshape(tl.where(second, low[:, None, :, :], high[:, None, :, :]), [1, 16, R]), S),)
     else:
         result = operands(x, S, SPLIT)
     return result
@@ -397,13 +413,19 @@ def transposed_operands(x, S: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def segments_of(a, h, G: tl.constexpr, Q: tl.constexpr, SPLIT: tl.constexpr):
-    """``a @ h`` for slots ``h``, ``[S, Q, BD]`` in float32; ``a`` as :func:`transposed_operands` has it."""
+    """``a @ h`` for slots ``h``, ``[S, Q, BD]`` in float32; ``a`` as :func:`transposed_operands` has it.
+
+    Of 8 segments, rows from 8 on are zero.
+    """
     h = together(h, G)
     S: tl.constexpr = h.shape[0]
     BD: tl.constexpr = h.shape[2]
-    if SPLIT and Q == 8:
+    if len(a) == 1:
         both = dot(a[0], h, tl.zeros([S, 16, BD], tl.float32), "ieee")
         x = tl.sum(tl.reshape(both, [S, 2, 8, BD]), axis=1)
+        if Q > 8:
+            first = tl.arange(0, Q // 8)[None, :, None, None] == 0
+            x = tl.reshape(tl.where(first, x[:, None, :, :], 0.0), [S, Q, BD])
     else:
         x = mixed(a, h, tl.zeros([S, Q, BD], tl.float32), SPLIT)
     return x

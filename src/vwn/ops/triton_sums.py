@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 
 from vwn.ops.triton_tiles import (
-    out_of_order,
     rounded,
 )
 
@@ -27,9 +26,9 @@ BE = tl.constexpr(64)
 
 
 @triton.jit
-def place(k, c, WIDTH: tl.constexpr, S: tl.constexpr):
+def place(k, c, WIDTH: tl.constexpr, S: tl.constexpr, U: tl.constexpr):
     """Where column ``c`` of row ``k`` is, ``WIDTH`` columns long: what a thread has of a chunk lies 16 bytes a time."""
-    if S > 1:
+    if S > 1 or U > 1:
         block = (k // 8 * 2 + c % 8 // 4) * (WIDTH // 32) + c // 32
         at = block * 128 + k % 8 * 16 + c % 32 // 8 * 4 + c % 4
     else:
@@ -46,9 +45,12 @@ def accumulate(part, chunk, x, fresh, COUNT: tl.constexpr, U: tl.constexpr, NC: 
     S: tl.constexpr = x.shape[0]
     E: tl.constexpr = x.shape[1] // 8
     BD: tl.constexpr = x.shape[2]
-    if S > 1:
-        x = tl.reshape(out_of_order(x, 1, S, U), [E, U, S, 8, 4, 2, 4])
-        x = tl.reshape(tl.permute(x, [0, 5, 1, 2, 3, 4, 6]), [E * 2 * U * S * 8, 16])
+    if S > 1 or U > 1:
+        if S > 1:
+            x = tl.permute(tl.reshape(x, [S, E, 8, U, 2, 2, 4, 2]), [1, 4, 3, 0, 2, 6, 5, 7])
+        else:
+            x = tl.permute(tl.reshape(x, [E, 8, 2, 2, U, 4, 2]), [0, 2, 4, 1, 5, 3, 6])
+        x = tl.reshape(x, [E * 2 * U * S * 8, 16])
         i = tl.arange(0, E * 2 * U * S * 8)[:, None]
         unit = i // (8 * S)
         block = unit // U * (S * NC * U) + ((i // 8 % S) * NC + chunk) * U + unit % U
@@ -122,13 +124,14 @@ def projection(
     d: tl.constexpr,
     WIDTH: tl.constexpr,
     S: tl.constexpr,
+    U: tl.constexpr,
     PART: tl.constexpr,
 ):
     """Store ``COUNT`` columns of a projection's gradient from ``FIRST``, for rows ``c``; return that of the gain."""
     PB: tl.constexpr = 4096 // (K * c.shape[0]) if K * c.shape[0] < 4096 else 1
     k = tl.arange(0, K)[:, None]
     mask = (k < COUNT) & (c < d)[None, :]
-    g = total(parts, programs, begin + place(k, c[None, :], WIDTH, S), mask, PART, PB)
+    g = total(parts, programs, begin + place(k, c[None, :], WIDTH, S, U), mask, PART, PB)
     places = c[None, :] * STRIDE + FIRST + k
     tl.store(of_weight + places, g * tl.load(gain + c, mask=c < d, other=0.0)[None, :], mask=mask)
     return in_halves(g * tl.load(weight + places, mask=mask, other=0.0))
@@ -204,6 +207,7 @@ def sums(
     KN: tl.constexpr,
     KM: tl.constexpr,
     S: tl.constexpr,
+    U: tl.constexpr,
     WIDTH: tl.constexpr,
     WRITE: tl.constexpr,
     WRITE_DYNAMIC: tl.constexpr,
@@ -235,8 +239,9 @@ def sums(
             of, count = (of_write, shares) if APART else (parts, programs)
             SIZE: tl.constexpr = (KN + KM) * WIDTH if APART else PART
             P: tl.constexpr = 1 if APART else S
-            dot = projection(of, count, 0, c, dynamic_alpha, write_gain, to, m, A, n, N, d, WIDTH, P, SIZE)
-            dot += projection(of, count, at, c, dynamic_beta, write_gain, to_beta, 0, m, m, M, d, WIDTH, P, SIZE)
+            V: tl.constexpr = 1 if APART else U
+            dot = projection(of, count, 0, c, dynamic_alpha, write_gain, to, m, A, n, N, d, WIDTH, P, V, SIZE)
+            dot += projection(of, count, at, c, dynamic_beta, write_gain, to_beta, 0, m, m, M, d, WIDTH, P, V, SIZE)
             tl.store(of_write_gain + c, dot, mask=c < d)
             zero_columns(of_dynamic_alpha, c, 0, m, A, M, d)
         block -= COLUMNS
@@ -244,7 +249,7 @@ def sums(
         if (block >= 0) & (block < COLUMNS):
             c = block * BC + tl.arange(0, BC)
             to = of_dynamic_read
-            dot = projection(parts, programs, OF_READ, c, dynamic_read, read_gain, to, 0, A, m, M, d, WIDTH, S, PART)
+            dot = projection(parts, programs, OF_READ, c, dynamic_read, read_gain, to, 0, A, m, M, d, WIDTH, S, U, PART)
             tl.store(of_read_gain + c, dot, mask=c < d)
             zero_columns(of_dynamic_read, c, m, n, A, N, d)
         block -= COLUMNS
@@ -277,7 +282,7 @@ def sums(
         if block >= 0:
             e = block * BE + elements
             there = e < m * d
-            places = NORM_AT + place(e // d, e % d, WIDTH, S)
+            places = NORM_AT + place(e // d, e % d, WIDTH, S, U)
             g = total(parts, programs, places[None, :], there[None, :], PART, 4096 // BE)
             tl.store(of_norm_gain + e, rounded(tl.reshape(g, [BE]), of_norm_gain.dtype.element_ty), mask=there)
 

@@ -6,10 +6,15 @@ each warp, of ``NC`` chunks of ``BD`` columns. A chunk of all pieces is ``[S, ro
 ``[G S, H, BD]``. What mixes the rows of a group is block-diagonal: a row and a column meet only where they belong to
 the same token. Projections have ``KN`` columns for the slots and ``KM`` for the segments, 8 or more, repeated if fewer.
 
-A chunk is loaded 16 bytes of a row at a time, and its columns are taken in the order (:func:`in_order`) in which what a
-thread loads is what it hands to the tensor cores: nothing passes through shared memory on the way, there or back. For a
-product that sums over rows it is loaded in another order (:func:`load_turned`) for the same reason. A slot that needs
-all warps for its rows (``H`` from 64 on, then ``S = 1``) has the plain order for both.
+A chunk is loaded 16 bytes of a row at a time, ``L`` columns in each of ``U`` units, and its columns are taken in the
+order (:func:`in_order`) in which what a thread loads is what it hands to the tensor cores: nothing passes through
+shared memory on the way, there or back. For a product that sums over rows it is loaded in another order
+(:func:`load_turned`) for the same reason.
+
+A slot with rows for all warps (``H`` from 64 on) has one piece (``S = 1``): each warp has 16 rows of it in that order,
+and what is summed over rows passes through shared memory. So do the projections, which are packed in that order
+(:func:`column_at`). A row shorter than 64 columns, and one of another dtype than bfloat16, has the plain order there
+(``U = 1``).
 """
 
 from __future__ import annotations
@@ -205,12 +210,21 @@ def over_pieces(x, G: tl.constexpr):
 
 @triton.jit
 def in_order(x, G: tl.constexpr, S: tl.constexpr, U: tl.constexpr):
-    """``[G E U S 8, L] -> [G S, 8 E, U L]``, columns in the order of tensor cores: of 8 of a thread, pairs."""
+    """``[G E U S 8, L] -> [G S, 8 E, U L]``, columns in the order of tensor cores: of 8 of a thread, pairs.
+
+    Rows are in the order of :func:`tile_rows`. Of one piece the first pairs of all units come first.
+    """
     E: tl.constexpr = x.shape[0] // (G * U * S * 8)
     L: tl.constexpr = x.shape[1]
     if S > 1:
         x = tl.reshape(x, [G, E, U, S, 8, 4, 2, 2, 2])
         x = tl.permute(x, [0, 3, 1, 4, 2, 6, 7, 5, 8])
+    elif U > 1 and E % 8 == 0:
+        x = tl.reshape(x, [U, E // 8, 2, 4, 8, 4, 2, 2, 2])
+        x = tl.permute(x, [1, 3, 2, 4, 6, 7, 0, 5, 8])
+    elif U > 1:
+        x = tl.reshape(x, [E, U, 8, 4, 2, 2, 2])
+        x = tl.permute(x, [0, 2, 4, 5, 1, 3, 6])
     return tl.reshape(x, [G * S, 8 * E, U * L])
 
 
@@ -221,25 +235,47 @@ def out_of_order(x, G: tl.constexpr, S: tl.constexpr, U: tl.constexpr):
     L: tl.constexpr = x.shape[2] // U
     if S > 1:
         x = tl.permute(tl.reshape(x, [G, S, E, 8, U, 2, 2, 4, 2]), [0, 2, 4, 1, 3, 7, 5, 6, 8])
+    elif U > 1 and E % 8 == 0:
+        x = tl.permute(tl.reshape(x, [E // 8, 4, 2, 8, 2, 2, U, 4, 2]), [6, 0, 2, 1, 3, 7, 4, 5, 8])
+    elif U > 1:
+        x = tl.permute(tl.reshape(x, [E, 8, 2, 2, U, 4, 2]), [0, 4, 1, 5, 2, 3, 6])
     return tl.reshape(x, [G * E * U * S * 8, L])
+
+
+@triton.jit
+def column_at(place, U: tl.constexpr):
+    """The column that is at a ``place`` of a row in the order of :func:`in_order`, if all warps share a piece."""
+    c = place
+    if U > 1:
+        c = place // (32 * U) * (32 * U) + place // 8 % U * 32 + place // 2 % 4 * 8
+        c += place % (32 * U) // (8 * U) * 2 + place % 2
+    return c
 
 
 @triton.jit
 def columns_of(chunk, COUNT: tl.constexpr, S: tl.constexpr, U: tl.constexpr, L: tl.constexpr, NC: tl.constexpr):
     """Columns of a chunk, ``[COUNT, L]``, ``U`` times ``L`` of each piece; a warp's chunks lie side by side."""
     i = tl.arange(0, COUNT)[:, None]
-    return (((i // 8 % S) * NC + chunk) * U + i // (8 * S) % U) * L + tl.arange(0, L)[None, :]
+    if S == 1 and U > 1 and COUNT // U % 64 == 0:
+        unit = i // (COUNT // U)
+    else:
+        unit = i // (8 * S) % U
+    return (((i // 8 % S) * NC + chunk) * U + unit) * L + tl.arange(0, L)[None, :]
 
 
 @triton.jit
 def tile_rows(ROWS: tl.constexpr, S: tl.constexpr, U: tl.constexpr):
     """Rows of a tile beside :func:`columns_of`, ``[ROWS S U, 1]``: for a warp 8 rows of its piece, then the next 8.
 
-    In two dimensions, not in one for each of these, because in what order those are given out to threads depends on
-    the version of Triton.
+    Of one piece warps share out the rows, 16 each, or the columns, if rows are too few for all. In two dimensions, not
+    in one for each of these, because in what order those are given out to threads depends on the version of Triton.
     """
     i = tl.arange(0, ROWS * S * U)[:, None]
-    return i // (8 * S * U) * 8 + i % 8
+    if S == 1 and U > 1 and ROWS % 64 == 0:
+        r = i % ROWS // 64 * 64 + i // 8 % 4 * 16 + i // 32 % 2 * 8 + i % 8
+    else:
+        r = i // (8 * S * U) * 8 + i % 8
+    return r
 
 
 @triton.jit
@@ -396,7 +432,7 @@ def turned(x, S: tl.constexpr):
 @triton.jit
 def held(x, tokens, SPLIT: tl.constexpr):
     """A chunk that was loaded, as tensor cores want it in registers: else it is copied there for each product."""
-    if SPLIT and x.shape[1] < 64 and not EMULATE:
+    if SPLIT and not EMULATE:
         zero = (tokens >> 31).to(tl.int16).to(tl.bfloat16, bitcast=True)  # which the compiler does not know
         x = tl.inline_asm_elementwise("or.b32 $0, $1, $2;", "=r,r,r", [x, zero], tl.bfloat16, is_pure=True, pack=2)
     return x
