@@ -42,7 +42,7 @@ def main() -> None:
 
 def counted(m: int, n: int, width: int, norm: bool) -> list[tuple[str, int, float]]:
     """Forward and backward, how often each moves the state at the least, and rows per token."""
-    from vwn.ops import triton
+    from vwn.ops import triton, triton_weights
     from vwn.ops.weights import NormWeights, RoutingWeights
 
     d, draw, stored = width // m, torch.randn, torch.bfloat16
@@ -50,6 +50,7 @@ def counted(m: int, n: int, width: int, norm: bool) -> list[tuple[str, int, floa
     write = RoutingWeights(*(draw(shape) for shape in shapes), 1e-6)
     weights = write, write.to_read, NormWeights(draw(width).to(stored), 1e-6) if norm else None
     state, z = (draw(TOKENS, size).to(stored) for size in (n * d, width))
+    triton_weights.PROGRAMS = 1  # what it does once for all its tokens is for many
     ptx.launches.clear()
     triton.forward(state, z, *weights)
     triton.backward(state, z, state, z, *weights, True, programs=1)
