@@ -121,8 +121,8 @@ def widened(x):
 @triton.jit
 def halves(x, DTYPE: tl.constexpr):
     """Float32 as the sum of two of a shorter dtype, nearly."""
-    high = rounded(x, DTYPE)
-    return high, rounded(x - high.to(tl.float32), DTYPE)
+    high = rounded_pairs(x, DTYPE)
+    return high, rounded_pairs(x - high.to(tl.float32), DTYPE)
 
 
 @triton.jit
