@@ -256,10 +256,12 @@ def test_backward_of_a_norm_of_what_nearly_cancels(dtype, noise):
         assert (a - e).norm() <= 3 * (p - e).norm() + digits * e.norm()
 
 
-def test_without_an_epsilon():
+@pytest.mark.parametrize(("m", "n", "d"), [(2, 3, 12), (2, 33, 5), (3, 9, 5)])
+def test_without_an_epsilon(m, n, d):
     """Rows that only fill a tile have a norm of zero."""
-    case = Case(2, 3, 12)
+    case = Case(m, n, d)
     case.write, case.read = case.write._replace(eps=0.0), case.read._replace(eps=0.0)
+    case.norm = case.norm._replace(eps=0.0)
     for actual, exact in zip(
         [*case.forward(), *case.backward()], [*case.exact_forward(), *case.exact_backward()], strict=True
     ):
@@ -415,13 +417,14 @@ def test_packed_or_not_the_weights_get_the_same_gradients(m, n, d, monkeypatch):
 
 
 @pytest.mark.parametrize("split", [True, False])
-@pytest.mark.parametrize(("m", "n", "d"), [(2, 3, 300), (4, 16, 300), (8, 64, 300)])
+@pytest.mark.parametrize(("m", "n", "d"), [(2, 3, 300), (4, 16, 300), (8, 64, 300), (2, 70, 300)])
 def test_forward_and_backward_share_out_the_columns_alike(m, n, d, split):
     """Else the backward would not compute the forward's new state again to the bit."""
     launch = tuning.rule(n, d)
     a, b = (backend.tiling(m, n, d, launch, split, backward) for backward in (False, True))
     assert a["S"] == b["S"]
-    assert split or a["BD"] == b["BD"]  # three products in TF32 are added up before they are added
+    # the order of columns depends on the chunk, or three products in TF32 are added up before they are added
+    assert (split and n < 64) or (a["BD"], a["U"]) == (b["BD"], b["U"])
     assert a["NC"] * a["BD"] == b["NC"] * b["BD"] >= d / a["S"]
     assert b["BT"] >= a["BT"]
 

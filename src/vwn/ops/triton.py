@@ -60,9 +60,8 @@ def tiling(m: int, n: int, d: int, launch: Launch, split: bool = True, backward:
     pieces = min(launch.warps, launch.columns // 32) if slots < 64 and launch.columns >= 64 else 1
     columns, chunks = launch.columns // pieces, -(-d // launch.columns)
     # By benchmarks.static_cost 64 columns would take (4, 16) 5 % fewer instructions, but spill four times as much.
-    # At 64 slots all 128 columns take half as many barriers, an eighth less of shared memory, and, if there are more
-    # than a few chunks, 9 % fewer instructions.
-    wide = not backward or slots == 64
+    # From 64 slots on the order of columns, and so of sums over them, depends on the chunk: it is the forward's.
+    wide = not backward or slots >= 64
     most = columns if split and wide else 64 if split and height != 32 else 32
     if columns > most:
         columns, chunks = most, chunks * columns // most
@@ -77,6 +76,7 @@ def tiling(m: int, n: int, d: int, launch: Launch, split: bool = True, backward:
         "R": height,
         "H": max(16, slots),
         "Q": max(16 if slots >= 64 else 8, height // slots * segments),
+        "E": max(8 if slots < 64 or split else 16, height // slots * segments),
         "KN": max(8, slots),
         "KM": max(8, segments),
         "S": pieces,
@@ -106,8 +106,8 @@ class _Boundary:
         d = state.shape[1] // n
         launch = launch or chosen(m, n, d, state.device, state.dtype)
         self.sizes = dict(tiling(m, n, d, launch, _split(state), backward))
-        # Several stages would load ahead into shared memory: a third more instructions at 64 slots, more memory than
-        # there is at others; and Triton 3.6 loads to where a product still reads (seen by benchmarks.ptx).
+        # Several stages would load ahead into shared memory: up to a third more instructions at 64 slots, more memory
+        # than there is at others; and Triton 3.6 loads to where a product still reads (seen by benchmarks.ptx).
         self.options = {"num_warps": launch.warps, "num_stages": 1, **UNFUSED}
         self.tokens = state.shape[0]
         self.tiles = -(-self.tokens // self.sizes["BT"])
@@ -151,8 +151,7 @@ class _Boundary:
         triton_pack.pack[(-(-s["WIDTH"] // triton_pack.BC.value),)](
             packed,
             *(self.weights[i] for i in (2, 3, 6, 9, 11)),
-            **{name: s[name] for name in ("n", "m", "d", "N", "M", "KN", "KM", "WIDTH")},
-            U=s["U"] if s["S"] == 1 else 1,
+            **{name: s[name] for name in ("n", "m", "d", "N", "M", "KN", "KM", "S", "U", "WIDTH")},
             **{name: self.flags[name] for name in ("WRITE_DYNAMIC", "READ_DYNAMIC")},
             SPLIT=split,
             **UNFUSED,

@@ -139,6 +139,7 @@ def boundary_backward(
     R: tl.constexpr,
     H: tl.constexpr,
     Q: tl.constexpr,
+    E: tl.constexpr,
     KN: tl.constexpr,
     KM: tl.constexpr,
     S: tl.constexpr,
@@ -169,7 +170,6 @@ def boundary_backward(
     PARTS: tl.constexpr = 2 if SPLIT else 1
     L: tl.constexpr = BD // U
     A: tl.constexpr = m + n
-    E: tl.constexpr = max(8, BT * M) if SPLIT else Q  # segments to multiply: of 8, both halves at once
     W: tl.constexpr = 16 if H < 64 or U > 1 else 64  # as many as tensor cores take at a time without copying
     READ_AT: tl.constexpr = WRITE_DYNAMIC * (KN + KM)
     if WEIGHTS:
@@ -265,7 +265,9 @@ def boundary_backward(
                     grad = product_across(h, each_group(rounded_pairs(u, h.dtype), G), grad, SPLIT)
                     along = product_across(h, each_group(x, G), along, SPLIT)
                 norm_rstd = over_tokens(tl.sum(tl.sum(squares, axis=2), axis=0), M)
-                norm_rstd = tl.where(tl.arange(0, Q) // M < left, tl.rsqrt(norm_rstd / (m * d) + norm_eps), 0.0)
+                norm_rstd = tl.where(
+                    tl.arange(0, Q) // M < tl.minimum(left, BT), tl.rsqrt(norm_rstd / (m * d) + norm_eps), 0.0
+                )
                 norm_slope = over_tokens(tl.sum(tl.sum(dots, axis=2), axis=0), M) / (m * d)
                 norm_slope *= norm_rstd * norm_rstd
             grad = over_pieces(grad, G)

@@ -74,6 +74,7 @@ def boundary(
     R: tl.constexpr,
     H: tl.constexpr,
     Q: tl.constexpr,
+    E: tl.constexpr,
     KN: tl.constexpr,
     KM: tl.constexpr,
     S: tl.constexpr,
@@ -97,7 +98,6 @@ def boundary(
     PARTS: tl.constexpr = 2 if SPLIT else 1
     L: tl.constexpr = BD // U
     A: tl.constexpr = m + n
-    E: tl.constexpr = max(8, BT * M) if SPLIT else Q  # segments to multiply: of 8, both halves at once
     W: tl.constexpr = 16 if H < 64 or U > 1 else 64  # as many as tensor cores take at a time without copying
     READ_AT: tl.constexpr = WRITE_DYNAMIC * (KN + KM)
     row, there = rows_of(first, tokens, n, N, R, BT, S, U)

@@ -88,7 +88,7 @@ def load_projection(
     if S == 1:
         r, c = tl.arange(0, ROWS)[:, None], chunk * (U * L) + tl.arange(0, U * L)[None, :]
         if packed is None:
-            c = column_at(c, U)
+            c = column_at(c, S, U)
     elif TURNED:
         r = turned_rows(ROWS, S, U)
         c = turned_columns_of(chunk, r.shape[0], S, U, L, NC)

@@ -13,8 +13,8 @@ shared memory on the way, there or back. For a product that sums over rows it is
 
 A slot with rows for all warps (``H`` from 64 on) has one piece (``S = 1``): each warp has 16 rows of it in that order,
 and what is summed over rows passes through shared memory. So do the projections, which are packed in that order
-(:func:`column_at`). A row shorter than 64 columns, and one of another dtype than bfloat16, has the plain order there
-(``U = 1``).
+(:func:`column_at`). A chunk shorter than 64 columns, and one of another dtype than bfloat16, has the plain order there
+(``U = 1``). Of ``E = 8`` segments both halves are multiplied at once, also where ``Q`` is 16.
 """
 
 from __future__ import annotations
@@ -243,10 +243,10 @@ def out_of_order(x, G: tl.constexpr, S: tl.constexpr, U: tl.constexpr):
 
 
 @triton.jit
-def column_at(place, U: tl.constexpr):
-    """The column that is at a ``place`` of a row in the order of :func:`in_order`, if all warps share a piece."""
+def column_at(place, S: tl.constexpr, U: tl.constexpr):
+    """The column that is at a ``place`` of a row: of one piece in the order of :func:`in_order`, else the same."""
     c = place
-    if U > 1:
+    if S == 1 and U > 1:
         c = place // (32 * U) * (32 * U) + place // 8 % U * 32 + place // 2 % 4 * 8
         c += place % (32 * U) // (8 * U) * 2 + place % 2
     return c
