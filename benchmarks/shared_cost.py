@@ -50,7 +50,7 @@ def counted(m: int, n: int, width: int, norm: bool) -> list[tuple[str, int, floa
     write = RoutingWeights(*(draw(shape) for shape in shapes), 1e-6)
     weights = write, write.to_read, NormWeights(draw(width).to(stored), 1e-6) if norm else None
     state, z = (draw(TOKENS, size).to(stored) for size in (n * d, width))
-    triton_weights.PROGRAMS = 1  # what it does once for all its tokens is for many
+    triton_weights.PROGRAMS = 1  # of all tokens: what it does once in the end is to count little, as of many
     ptx.launches.clear()
     triton.forward(state, z, *weights)
     triton.backward(state, z, state, z, *weights, True, programs=1)

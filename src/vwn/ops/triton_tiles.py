@@ -11,8 +11,8 @@ order (:func:`in_order`) in which what a thread loads is what it hands to the te
 shared memory on the way, there or back. For a product that sums over rows it is loaded in another order
 (:func:`load_turned`) for the same reason.
 
-A slot with rows for all warps (``H`` from 64 on) has one piece (``S = 1``): each warp has 16 rows of it in that order,
-and what is summed over rows passes through shared memory. So do the projections, which are packed in that order
+A token with rows for all warps (``H`` from 64 on) has one piece (``S = 1``): each warp has 16 of its rows in such an
+order, and what is summed over rows passes through shared memory. So do the projections, which are packed in that order
 (:func:`column_at`). A chunk shorter than 64 columns, and one of another dtype than bfloat16, has the plain order there
 (``U = 1``). Of ``E = 8`` segments both halves are multiplied at once, also where ``Q`` is 16.
 """
