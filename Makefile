@@ -45,7 +45,7 @@ test: $(STAMP)
 # Every injected fault; the table of docs/reliability.md comes from here.
 test-faults: $(STAMP)
 	mkdir -p build
-	VWN_FAULTS_TABLE=build/faults.md $(BIN)/python -m pytest -m faults tests/test_faults.py
+	VWN_FAULTS_TABLE=build/faults.md $(BIN)/python -m pytest -m faults tests/training/test_faults.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.report import NOT_MEASURED, Report, parser
 from vwn import ops
-from vwn.errors import UserError
+from vwn.common.errors import UserError
 from vwn.ops import ReadWeights, RoutingWeights
 from vwn.ops.weights import pack, unpack
 

@@ -44,7 +44,7 @@ class Step(NamedTuple):
     """Of all the time, that it may take at most."""
 
 
-TESTS = ("-q", "-n", "8", "tests/test_triton_gpu.py", "tests/test_triton.py")
+TESTS = ("-q", "-n", "8", "tests/ops/test_triton_gpu.py", "tests/ops/test_triton.py")
 DETERMINISTIC = (("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),)  # the tests ask PyTorch for deterministic algorithms
 STEPS = (
     Step("compile", "benchmarks.gpu", ("--compile-only",), share=0.3),

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from vwn import Geometry
-from vwn.connection_cost import connection_cost
-from vwn.training.machine import keep_freed_memory
+from vwn.common.provenance import keep_freed_memory
+from vwn.cost.connection import connection_cost
 
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from vwn.connection import GeneralizedHyperConnection
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
+from vwn.nn.generalized import GeneralizedHyperConnection
 from vwn.training.presets import PRESETS, Preset
 
 VOCAB = {"cpu": 2048, "cuda": 32768}

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import measure
 from benchmarks.report import FOLDER, NOT_MEASURED, Report, parser
+from vwn.commands.generate import timed
+from vwn.common.errors import UserError
 from vwn.data import Corpus
-from vwn.errors import UserError
-from vwn.generation import timed
 from vwn.training.config import CorpusConfig, OptimConfig, TrainConfig, WidthOptions
 from vwn.training.run import load_corpus, train
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vwn.training.machine import provenance
+from vwn.common.provenance import provenance
 
 FOLDER = Path(__file__).parent
 NOT_MEASURED = "not measured"

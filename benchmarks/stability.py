@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from vwn.training.directory import read_json, write_json
-from vwn.training.health import read_health
+from vwn.training.watch.health import read_health
 
 DIVERGED = 1.0
 """Nats by which the last validation loss is above the lowest where a run counts as diverged."""

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from vwn.compare.config import CompareConfig
-from vwn.compare.run import compare
+from vwn.lab.compare.config import CompareConfig
+from vwn.lab.compare.run import compare
 from vwn.training.config import CorpusConfig, OptimConfig, WidthOptions
 
 

@@ -63,7 +63,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory, text: Path) -> tuple[Any, Any]:
     """A finished training run of 20 steps, its configuration and result; leave its directory as it is."""
     from runs import config  # it imports Triton on the way
-
     from vwn.training.run import train
 
     run = config(tmp_path_factory.mktemp("run") / "out", text)

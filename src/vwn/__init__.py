@@ -6,15 +6,15 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vwn.connection import GeneralizedHyperConnection
-from vwn.embedding import OverWidthEmbedding, OverWidthReduce
-from vwn.errors import UserError
-from vwn.geometry import Geometry
-from vwn.multi_token import BlockLinear, MultiTokenPredictor
-from vwn.relatives import HyperConnection, ManifoldHyperConnection
-from vwn.seam import Connection, Routing
-from vwn.version import __version__
-from vwn.weight_decay import no_weight_decay
+from vwn.common.errors import UserError
+from vwn.common.version import __version__
+from vwn.nn.connection import Connection, Routing
+from vwn.nn.embedding import OverWidthEmbedding, OverWidthReduce
+from vwn.nn.generalized import GeneralizedHyperConnection
+from vwn.nn.geometry import Geometry
+from vwn.nn.multi_token import BlockLinear, MultiTokenPredictor
+from vwn.nn.relatives import HyperConnection, ManifoldHyperConnection
+from vwn.nn.weight_decay import no_weight_decay
 
 if TYPE_CHECKING:
     from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM, VirtualWidthModel, widen

@@ -13,15 +13,15 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
-from vwn.cluster.options import PlanOptions
-from vwn.compare.arms import check_arms, parse_arm
-from vwn.compare.config import CompareConfig
-from vwn.errors import UserError
-from vwn.evaluation.config import EvalConfig
-from vwn.inspection.config import InspectConfig
+from vwn.commands.evaluation.config import EvalConfig
+from vwn.commands.inspection.config import InspectConfig
+from vwn.common.errors import UserError
+from vwn.common.files import NO_ROOM, CannotWrite
+from vwn.common.processes import LostProcess, first_process, launched_processes
+from vwn.cost.cluster.options import PlanOptions
+from vwn.lab.compare.arms import check_arms, parse_arm
+from vwn.lab.compare.config import CompareConfig
 from vwn.training.config import TrainConfig, WidthOptions, require
-from vwn.training.files import NO_ROOM, CannotWrite
-from vwn.training.ranks import LostProcess, first_process, launched_processes
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ class CostConfig:
 
 def run_train(config: TrainConfig) -> None:
     """`vwn train`."""
+    from vwn.common.provenance import keep_freed_memory
     from vwn.training.directory import adopt
     from vwn.training.distributed import leave
-    from vwn.training.machine import keep_freed_memory
     from vwn.training.run import train
 
     keep_freed_memory()
@@ -121,8 +121,8 @@ def run_train(config: TrainConfig) -> None:
 
 def run_compare(config: CompareConfig) -> None:
     """`vwn compare`."""
-    from vwn.compare.run import adopt, compare
-    from vwn.training.machine import keep_freed_memory
+    from vwn.common.provenance import keep_freed_memory
+    from vwn.lab.compare.run import adopt, compare
 
     keep_freed_memory()
     compare(adopt(config, given_options()))
@@ -130,7 +130,7 @@ def run_compare(config: CompareConfig) -> None:
 
 def run_generate(config: GenerateConfig) -> None:
     """`vwn generate`."""
-    from vwn.generation import generate, generate_with_mtp
+    from vwn.commands.generate import generate, generate_with_mtp
 
     if config.mtp:
         if config.temperature:
@@ -149,7 +149,7 @@ def run_generate(config: GenerateConfig) -> None:
 
 def run_inspect(config: InspectCommand) -> None:
     """`vwn inspect`."""
-    from vwn.inspection.run import inspect_checkpoint
+    from vwn.commands.inspection.run import inspect_checkpoint
 
     result = inspect_checkpoint(config)
     radii = [s["spectral_radius"]["mean"] for s in result["sublayers"]]
@@ -161,7 +161,7 @@ def run_inspect(config: InspectCommand) -> None:
 
 def run_eval(config: EvalCommand) -> None:
     """`vwn eval`."""
-    from vwn.evaluation.run import evaluate_checkpoint, tasks_table, text_line
+    from vwn.commands.evaluation.run import evaluate_checkpoint, tasks_table, text_line
 
     result = evaluate_checkpoint(config)
     if "text" in result:
@@ -182,11 +182,11 @@ def run_widen(config: WidenConfig) -> None:
 
 def run_cost(config: CostConfig) -> None:
     """`vwn cost`."""
-    from vwn.cluster.hardware import parse_cluster
-    from vwn.cluster.plan import plans
-    from vwn.cluster.table import plan_rows, plan_text
-    from vwn.compare.models import arm_models
-    from vwn.cost import cost_table
+    from vwn.cost.cluster.hardware import parse_cluster
+    from vwn.cost.cluster.plan import plans
+    from vwn.cost.cluster.table import plan_rows, plan_text
+    from vwn.cost.model import cost_table
+    from vwn.lab.compare.models import arm_models
     from vwn.training.model import load_backbone
     from vwn.training.presets import PRESETS
 

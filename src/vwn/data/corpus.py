@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 from tqdm.auto import tqdm
 
-from vwn.cache import default_cache_dir, load_or_build
+from vwn.common.cache import default_cache_dir, load_or_build
+from vwn.common.errors import UserError
 from vwn.data.packing import PackedWindows, Written, smallest_dtype, write_tokens
 from vwn.data.sources import Source, resolve, resolve_valid
 from vwn.data.tokenizer import bpe_size, load_tokenizer, wrap
-from vwn.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

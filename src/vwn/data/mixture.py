@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vwn.errors import UserError
+from vwn.common.errors import UserError
 
 _GOLDEN = (5**0.5 - 1) / 2
 

@@ -10,6 +10,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
+from vwn.common.errors import UserError
 from vwn.data.reading import (
     SEPARATOR,
     _not_utf8,
@@ -21,7 +22,6 @@ from vwn.data.reading import (
     text_column,
 )
 from vwn.data.stream import safe_cut
-from vwn.errors import UserError
 
 PIECE = 1 << 15
 """Bytes of text, or characters of a row, that are tokenised at once; longer documents are cut at line ends."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from vwn.errors import UserError
+from vwn.common.errors import UserError
 
 SEPARATOR = "<|endoftext|>"
 SUFFIXES = (".txt", ".txt.xz", ".jsonl", ".jsonl.xz", ".parquet")

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from vwn.common.errors import UserError
 from vwn.data.pieces import PIECE, Piece, Skipped, Unit, document_of, parquet_column, read_pieces, row_text
 from vwn.data.reading import SUFFIXES, first_line, is_supported, kind, string_columns, text_column
 from vwn.data.sources import open_local, quiet
-from vwn.errors import UserError
 
 _LARGEST_UNIT = 1 << 26
 _ENDS = 1 << 16

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
+from vwn.common.errors import UserError
 from vwn.data.reading import (
     SUFFIXES,
     Advance,
@@ -24,7 +25,6 @@ from vwn.data.reading import (
     string_columns,
     text_column,
 )
-from vwn.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, cast
 
 from tqdm.auto import tqdm
 
+from vwn.common.errors import UserError
 from vwn.data.reading import SEPARATOR
 from vwn.data.sources import Source, quiet
-from vwn.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset

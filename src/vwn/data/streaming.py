@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from vwn.common.errors import UserError
 from vwn.data.corpus import Corpus, prepare_valid
 from vwn.data.lanes import START, Lane, Position, lane_count, lane_of
 from vwn.data.mixture import parse_sources, sources_of_step
 from vwn.data.pieces import Skipped
 from vwn.data.shards import Shards, open_shards
 from vwn.data.tokenizer import bpe_size
-from vwn.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -9,9 +9,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from vwn.common.errors import UserError
 from vwn.data.reading import SEPARATOR, first_line
 from vwn.data.sources import quiet
-from vwn.errors import UserError
 
 BYTES = "bytes"
 BPE = "bpe:"

@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from vwn.hf.configuration import VirtualWidthConfig
 from vwn.hf.conversion import widen, widen_checkpoint
 from vwn.hf.layouts import Layout, Sublayer, layout_of, register_layout
-from vwn.hf.modeling import (
+from vwn.hf.model import (
     VirtualWidthCausalLMOutput,
     VirtualWidthForCausalLM,
     VirtualWidthModel,

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from vwn.errors import UserError
+from vwn.common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from vwn.errors import UserError
+from vwn.common.errors import UserError
 from vwn.hf.families import family_of
 
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")

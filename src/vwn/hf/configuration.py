@@ -9,9 +9,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from vwn.connection import CARRY_CONSTRAINTS
-from vwn.embedding import EMBEDDING_FORMS, REDUCE_INITS, check_embedding, resolve_reduce
-from vwn.geometry import Geometry
+from vwn.nn.embedding import EMBEDDING_FORMS, REDUCE_INITS, check_embedding, resolve_reduce
+from vwn.nn.generalized import CARRY_CONSTRAINTS
+from vwn.nn.geometry import Geometry
 
 _log = logging.getLogger("vwn.hf")
 

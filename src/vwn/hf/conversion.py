@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from vwn.errors import UserError
+from vwn.common.errors import UserError
+from vwn.hf.checkpoint.saving import check_weight_files
 from vwn.hf.configuration import VirtualWidthConfig
-from vwn.hf.modeling import VirtualWidthForCausalLM
-from vwn.hf.saving import check_weight_files
+from vwn.hf.model import VirtualWidthForCausalLM
 from vwn.hf.widening import base_model_class, build_mtp_layer, refuse_family
-from vwn.initialisation import StatesItsInitialValues
-from vwn.seam import Connection
+from vwn.nn.connection import Connection
+from vwn.nn.initialisation import StatesItsInitialValues
 
 PROBE_SHAPE = (2, 19)
 

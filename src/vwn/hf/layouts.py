@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from vwn.errors import UserError
+from vwn.common.errors import UserError
 from vwn.hf.structure import Structure, find_structure
 from vwn.ops import NormWeights
 

@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from vwn.errors import UserError
+from vwn.common.errors import UserError
 
 LOSS_BACKENDS = ("auto", "torch", "liger")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from vwn.errors import UserError
+from vwn.common.errors import UserError
 from vwn.hf.branches import Branches
 from vwn.hf.sharing import ARGUMENT, STREAM, Sharing, names_in_other_scopes
 from vwn.hf.syntax import load, on_seam, store, stored, terms_of

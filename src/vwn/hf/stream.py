@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from vwn import ops
-from vwn.connection import GeneralizedHyperConnection
+from vwn.nn.connection import Connection
+from vwn.nn.generalized import GeneralizedHyperConnection
 from vwn.ops import NormWeights, RoutingWeights
 from vwn.ops.weights import pack, unpack
-from vwn.seam import Connection
 
 
 class Reader(NamedTuple):

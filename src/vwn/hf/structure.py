@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from vwn.errors import UserError
+from vwn.common.errors import UserError
 from vwn.hf.rewriting import SHAPES, Rewriter
 
 

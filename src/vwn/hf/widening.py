@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers import initialization as init
 
-from vwn.connection import GeneralizedHyperConnection
-from vwn.embedding import repeat_over_slots
-from vwn.errors import UserError
-from vwn.geometry import Geometry
+from vwn.common.errors import UserError
 from vwn.hf.anatomy import Anatomy, find_anatomy
 from vwn.hf.configuration import VirtualWidthConfig
 from vwn.hf.families import family_of
 from vwn.hf.layouts import fusable_norm, layout_of
 from vwn.hf.stream import Reader, Stream, can_read_ahead
-from vwn.initialisation import StatesItsInitialValues
-from vwn.relatives import HyperConnection, ManifoldHyperConnection
-from vwn.seam import Connection
+from vwn.nn.connection import Connection
+from vwn.nn.embedding import repeat_over_slots
+from vwn.nn.generalized import GeneralizedHyperConnection
+from vwn.nn.geometry import Geometry
+from vwn.nn.initialisation import StatesItsInitialValues
+from vwn.nn.relatives import HyperConnection, ManifoldHyperConnection
 
 _OPTIONAL = ("position_ids", "past_key_values", "output_hidden_states", "output_attentions", "stream")
 

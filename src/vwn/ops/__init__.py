@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vwn.errors import UserError
+from vwn.common.errors import UserError
 from vwn.ops import flops, library
 from vwn.ops.backends import BACKENDS, check_backend, choose
 from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights, check_shapes

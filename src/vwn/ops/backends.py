@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vwn.errors import UserError
+from vwn.common.errors import UserError
 from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights
 
 BACKENDS = ("auto", "reference", "compiled", "triton")

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vwn.cache import default_cache_dir, load_or_build
-from vwn.errors import UserError
+from vwn.common.cache import default_cache_dir, load_or_build
+from vwn.common.errors import UserError
 from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("sinkhorn.cpp", "boundary.cpp")]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vwn.errors import UserError
+from vwn.common.errors import UserError
 from vwn.ops import compiled
 from vwn.ops.backends import choose
 

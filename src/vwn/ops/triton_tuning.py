@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vwn.cache import default_cache_dir, load_or_build
-from vwn.errors import UserError
+from vwn.common.cache import default_cache_dir, load_or_build
+from vwn.common.errors import UserError
 from vwn.ops.weights import NormWeights, RoutingWeights
 
 _WARPS = 4

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vwn.errors import UserError
+from vwn.common.errors import UserError
 
 
 class ReadWeights(NamedTuple):

@@ -13,7 +13,7 @@ from datasets import load_dataset
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
-from vwn.errors import UserError
+from vwn.common.errors import UserError
 
 FORMATS = {"jsonl": "json", "parquet": "parquet"}
 

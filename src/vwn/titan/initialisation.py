@@ -16,7 +16,7 @@ from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.models.common.embedding import Embedding
 from torchtitan.models.common.nn_modules import RMSNorm
 
-from vwn.initialisation import StatesItsInitialValues
+from vwn.nn.initialisation import StatesItsInitialValues
 
 EMBEDDING_STD = 1.0
 """Of the token table's rows, as in ``vwn train``."""

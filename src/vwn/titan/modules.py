@@ -20,12 +20,12 @@ from torchtitan.models.common.embedding import Embedding
 from torchtitan.models.common.nn_modules import RMSNorm
 from torchtitan.protocols.module import Module, ModuleList
 
-import vwn.embedding
-import vwn.multi_token
-from vwn.connection import GeneralizedHyperConnection
-from vwn.embedding import repeat_over_slots
-from vwn.geometry import Geometry
-from vwn.initialisation import StatesItsInitialValues
+import vwn.nn.embedding
+import vwn.nn.multi_token
+from vwn.nn.embedding import repeat_over_slots
+from vwn.nn.generalized import GeneralizedHyperConnection
+from vwn.nn.geometry import Geometry
+from vwn.nn.initialisation import StatesItsInitialValues
 
 
 def local(t: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class Connection(GeneralizedHyperConnection, Part):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
-        """``(D, m, n)`` and the arguments of :class:`vwn.connection.GeneralizedHyperConnection`."""
+        """``(D, m, n)`` and the arguments of :class:`vwn.nn.generalized.GeneralizedHyperConnection`."""
 
         geometry: Geometry
         dynamic: bool = True
@@ -83,12 +83,12 @@ class Connection(GeneralizedHyperConnection, Part):
         )
 
 
-class Reduce(vwn.embedding.OverWidthReduce, Part):
+class Reduce(vwn.nn.embedding.OverWidthReduce, Part):
     """The final state back to the backbone's width."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
-        """The arguments of :class:`vwn.embedding.OverWidthReduce`."""
+        """The arguments of :class:`vwn.nn.embedding.OverWidthReduce`."""
 
         geometry: Geometry
         form: str | None = None
@@ -134,7 +134,7 @@ class Expand(StatesItsInitialValues, Part):
         self.weight = nn.Parameter(torch.empty(g.over_width, g.hidden_size))
 
     def initial_values(self) -> dict[str, Tensor]:
-        """As in :class:`vwn.embedding.OverWidthEmbedding`: the rows keep their variance."""
+        """As in :class:`vwn.nn.embedding.OverWidthEmbedding`: the rows keep their variance."""
         return {"weight": torch.randn(self.weight.shape) * self.weight.shape[1] ** -0.5}
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ class Block(TransformerBlock):
         return self.moe if self.moe_enabled else self.feed_forward
 
 
-class BlockLinear(vwn.multi_token.BlockLinear, Part):
+class BlockLinear(vwn.nn.multi_token.BlockLinear, Part):
     """The small matrix of an MTP module, shared by the slots."""
 
     @dataclass(kw_only=True, slots=True)
@@ -219,7 +219,7 @@ class BlockLinear(vwn.multi_token.BlockLinear, Part):
         super().__init__(config.in_features, config.out_features)
 
 
-class Predictor(vwn.multi_token.MultiTokenPredictor, Part):
+class Predictor(vwn.nn.multi_token.MultiTokenPredictor, Part):
     """One MTP module (section 3.4): fuse, one more block, reduce, norm."""
 
     @dataclass(kw_only=True, slots=True)

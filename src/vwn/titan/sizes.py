@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vwn.embedding import resolve_reduce
-from vwn.errors import UserError
-from vwn.geometry import Geometry
+from vwn.common.errors import UserError
+from vwn.nn.embedding import resolve_reduce
+from vwn.nn.geometry import Geometry
 
 
 @dataclass(kw_only=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
-from vwn.errors import UserError
+from vwn.common.errors import UserError
 
 _BLOCK = {
     "attention.qkv_linear.wq": "self_attn.q_proj",

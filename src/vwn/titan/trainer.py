@@ -15,7 +15,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from vwn.errors import UserError
+from vwn.common.errors import UserError
 from vwn.titan.loss import MultiTokenLoss
 from vwn.titan.model import check_parallelism, model_config
 from vwn.titan.parallelize import parallelize

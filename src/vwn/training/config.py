@@ -7,7 +7,7 @@ from math import inf
 from pathlib import Path
 from typing import Literal
 
-from vwn.errors import UserError
+from vwn.common.errors import UserError
 from vwn.training.groups import parse_factors
 
 

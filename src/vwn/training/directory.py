@@ -12,11 +12,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from vwn.errors import UserError
-from vwn.training.checkpoints import FORMAT, clear_rests, last_checkpoint
+from vwn.common.errors import UserError
+from vwn.common.files import read_json, write_json
+from vwn.common.provenance import provenance
+from vwn.training.checkpoint.manifest import FORMAT, clear_rests, last_checkpoint
 from vwn.training.config import CorpusConfig, OptimConfig, ReliabilityOptions, SpeedOptions, TrainConfig, WidthOptions
-from vwn.training.files import read_json, write_json
-from vwn.training.machine import provenance
 
 LOCK = ".lock"
 PARTIAL = re.compile(r"\..*\.partial")  # what a killed process had begun to write

@@ -15,10 +15,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from vwn.errors import UserError
+from vwn.common.errors import UserError
+from vwn.common.processes import everyones, launched_processes, rank, world_size
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.training.config import TrainConfig
-from vwn.training.ranks import everyones, launched_processes, rank, world_size
 
 T = TypeVar("T")
 

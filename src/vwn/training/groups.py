@@ -8,10 +8,10 @@ from math import inf
 import torch
 from torch import nn
 
-from vwn.embedding import OverWidthEmbedding, OverWidthReduce, UnembeddingExpand
-from vwn.errors import UserError
-from vwn.ngram import NgramEmbedding
-from vwn.seam import Connection
+from vwn.common.errors import UserError
+from vwn.nn.connection import Connection
+from vwn.nn.embedding import OverWidthEmbedding, OverWidthReduce, UnembeddingExpand
+from vwn.nn.ngram import NgramEmbedding
 
 SHALLOW = 8
 """Sublayers up to which the routing learns as fast as the rest; those of the preset whose rates were swept."""

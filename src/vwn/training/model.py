@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from vwn.errors import UserError
+from vwn.common.errors import UserError
 from vwn.hf import VirtualWidthConfig
 from vwn.training.config import WidthOptions
 from vwn.training.presets import PRESETS

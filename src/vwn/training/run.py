@@ -18,17 +18,20 @@ from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments, default_data_collator
 from transformers.utils import logging as hf_logging
 
-from vwn.cost import model_cost
+from vwn.common.errors import UserError
+from vwn.common.processes import all_present, first_ones, first_process, rank, world_size
+from vwn.common.provenance import PeakMemory
+from vwn.cost.model import model_cost
 from vwn.data import Corpus, PackedWindows, prepare
 from vwn.data.streaming import prepare_stream
-from vwn.errors import UserError
 from vwn.hf import VirtualWidthForCausalLM
-from vwn.hf.card import TrainingFacts
+from vwn.hf.checkpoint.card import TrainingFacts
 from vwn.hf.loss import choose_loss
+from vwn.nn.connection import Connection
 from vwn.ops import choose
-from vwn.seam import Connection
 from vwn.training import directory
-from vwn.training.checkpoints import agreed_checkpoint
+from vwn.training.checkpoint.manifest import agreed_checkpoint
+from vwn.training.checkpoint.sharding import MODEL, load_weights
 from vwn.training.config import SpeedOptions, TrainConfig
 from vwn.training.distributed import (
     SHARDED,
@@ -40,13 +43,10 @@ from vwn.training.distributed import (
     together,
 )
 from vwn.training.groups import default_factors, parse_factors
-from vwn.training.machine import PeakMemory
 from vwn.training.model import build_model, load_backbone, model_config, resize_backbone
-from vwn.training.preemption import Stopped, StopSignals
 from vwn.training.presets import EMBEDDING_STD, PRESETS
-from vwn.training.ranks import all_present, first_ones, first_process, rank, world_size
-from vwn.training.sharding import MODEL, load_weights
 from vwn.training.trainer import Diverged, ProgressBar, VirtualWidthTrainer
+from vwn.training.watch.preemption import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -384,7 +384,7 @@ def validation_curve(history: list[dict[str, Any]]) -> list[dict[str, float | No
 
 
 def flops_per_token(config: Any, window: int) -> float | None:
-    """Forward FLOPs per token, by the formulas of :mod:`vwn.cost`; None for attention they do not know."""
+    """Forward FLOPs per token, by the formulas of :mod:`vwn.cost.model`; None for attention they do not know."""
     try:
         return model_cost(config, sequence_length=window).forward_flops_per_token
     except UserError as unknown:

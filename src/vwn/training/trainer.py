@@ -15,16 +15,16 @@ from torch.utils.data import RandomSampler
 from tqdm import tqdm
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback
 
+from vwn.common.errors import UserError
+from vwn.common.processes import world_size
 from vwn.data.streaming import StreamLoader, TokenStream
-from vwn.errors import UserError
-from vwn.training.checkpoints import checkpoints
+from vwn.nn.weight_decay import no_weight_decay
+from vwn.training.checkpoint.manifest import checkpoints
+from vwn.training.checkpoint.saving import SavingTrainer, not_finite
+from vwn.training.checkpoint.sharding import ShardingTrainer
 from vwn.training.groups import scale_rates
-from vwn.training.guards import StepGuard
-from vwn.training.health import HealthLog
-from vwn.training.ranks import world_size
-from vwn.training.saving import SavingTrainer, not_finite
-from vwn.training.sharding import ShardingTrainer
-from vwn.weight_decay import no_weight_decay
+from vwn.training.watch.guards import StepGuard
+from vwn.training.watch.health import HealthLog
 
 
 class Diverged(UserError):

@@ -1,0 +1,91 @@
+"""Rows of evaluation sets from local files; the task files in ``tasks/`` name `load_rows` as their data set."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import tarfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vwn.common.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def load_rows(name: str, fields: Sequence[str], data_dir: str | Path | None = None, **_: Any) -> dict[str, Dataset]:
+    """``{"test": rows}`` of ``data_dir/name.jsonl.xz`` or ``.jsonl``; of ``set/subset`` also in ``set.tar.xz``.
+
+    Args:
+        name: the file's name without its ending.
+        fields: what every row must have; others are left out. ``gold`` must be the number of one of ``choices``.
+        data_dir: the folder; lm-eval passes it on from its ``--metadata``, with much else that is passed over.
+
+    Raises:
+        UserError: no folder named, no file, a damaged one, or a row without a field.
+    """
+    from datasets import Dataset
+
+    if data_dir is None:
+        raise UserError(
+            f"the task file of {name} reads local data: name the folder with "
+            """--metadata '{"data_dir": "FOLDER"}' (lm_eval) or --data-dir (vwn eval)"""
+        )
+    where, lines = _read(Path(data_dir).expanduser(), name)
+    rows = [_row(line, fields, f"line {i} of {where}") for i, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise UserError(f"{where} is empty; restore it")
+    return {"test": Dataset.from_list(rows)}
+
+
+def _read(folder: Path, name: str) -> tuple[Path, list[str]]:
+    """Where the lines were found, and the lines."""
+    archive = folder / f"{name.split('/')[0]}.tar.xz"
+    paths = [folder / f"{name}.jsonl.xz", folder / f"{name}.jsonl"]
+    path = next((p for p in paths if p.is_file()), None)
+    try:
+        if path is None and "/" in name and archive.is_file():
+            member = f"{name.split('/')[1]}.jsonl"
+            found = _members(archive, archive.stat().st_mtime_ns)
+            if member not in found:
+                raise UserError(f"{archive} holds no {member}; restore it")
+            return archive / member, _lines(found[member])
+        if path is None:
+            expected = [*paths, archive] if "/" in name else paths
+            raise UserError(f"there is no {' nor '.join(map(str, expected))}; put one there, or name another folder")
+        packed = path.read_bytes()
+        return path, _lines(lzma.decompress(packed) if path.suffix == ".xz" else packed)
+    except (lzma.LZMAError, EOFError, tarfile.TarError, UnicodeDecodeError) as error:
+        raise UserError(f"{path or archive} is damaged ({error}); restore it") from error
+
+
+@lru_cache(maxsize=1)
+def _members(archive: Path, _modified: int) -> dict[str, bytes]:
+    """The files of an archive, by name without folders: unpacked once, not once for every subset."""
+    with tarfile.open(archive, "r:xz") as tar:
+        files = {m.name: tar.extractfile(m) for m in tar if m.isfile()}
+        return {name.split("/")[-1]: file.read() for name, file in files.items() if file is not None}
+
+
+def _lines(data: bytes) -> list[str]:
+    return data.decode().split("\n")  # not splitlines, which cuts at characters that JSON strings may hold
+
+
+def _row(line: str, fields: Sequence[str], where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        kept = {field: row[field] for field in fields}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where} is not a JSON object with {', '.join(fields)}; restore it") from error
+    for field, value in kept.items():
+        texts = value if field == "choices" else [value]
+        if field != "gold" and not (isinstance(texts, list) and all(isinstance(t, str) and t.strip() for t in texts)):
+            raise UserError(f"{where} has {field} = {value!r:.40}, which should be text; restore it")
+    if "choices" in kept and len(kept["choices"]) < 2:
+        raise UserError(f"{where} has {len(kept['choices'])} choices, which should be two or more; restore it")
+    if "gold" in kept and not (type(kept["gold"]) is int and 0 <= kept["gold"] < len(kept["choices"])):
+        raise UserError(f"{where} has gold = {kept['gold']!r:.20}, not the number of a choice; restore it")
+    return kept

@@ -1,0 +1,208 @@
+"""Losses on a text: which windows, how many bytes they stand for, and the sums over them.
+
+Legend: B windows of a batch, W tokens of a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import exp, isfinite, log
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vwn.commands.evaluation.loading import check_positions, positions_of
+from vwn.common.errors import UserError
+from vwn.hf import VirtualWidthForCausalLM
+
+DEFAULT_WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class Text:
+    """A tokenised text. ``bytes`` of UTF-8 are what all its ``tokens`` stand for; ends of documents stand for none."""
+
+    name: str
+    tokens: np.ndarray
+    bytes: int
+    tokenizer: Any
+    max_tokens: int | None
+
+
+def load_text(source: Path | str, data: str | None, record: dict[str, Any]) -> Text:
+    """``data``, or the text that a run was validated on, in the tokens of the checkpoint ``source``.
+
+    Args:
+        source: the checkpoint.
+        data: name of a text, see :func:`vwn.data.prepare`; all of it, or its validation side if it has one.
+        record: the run's ``run.json``, where there is one.
+
+    Raises:
+        UserError: no text, or not the one the run was validated on any more.
+    """
+    from vwn.data import prepare
+    from vwn.data.corpus import prepare_run
+
+    run = record.get("config", {})
+    if data is not None:
+        corpus, name, limit = prepare(data, valid=data, tokenizer=str(source), window=2), data, None
+    elif "corpus.data" not in run:
+        raise UserError(f"{source} does not say what text it was trained on (it has no run.json); give --data")
+    else:
+        train, valid = run["corpus.data"], run["corpus.valid"]
+        try:
+            corpus = prepare_run(run, window=2)
+        except UserError as error:
+            raise UserError(f"the run's own text cannot be read ({error}); give --data") from error
+        if corpus.fingerprint != record.get("text", "").partition("+")[0]:
+            raise UserError(f"the text {train} is not the one that {source} was trained on any more; give --data")
+        name, limit = valid or f"{train} (held-out part)", run["corpus.max_valid_tokens"]
+    tokens = np.memmap(corpus.valid.path, dtype=corpus.valid.dtype, mode="r")
+    return Text(name, tokens, round(corpus.valid_bytes_per_token * len(tokens)), corpus.tokenizer, limit)
+
+
+def byte_lengths(tokenizer: Any) -> np.ndarray:
+    """Bytes of UTF-8 that each token id stands for, ``[largest id + 1]``; none for the end of text.
+
+    Exact for byte-level tokenisers, one character of whose pieces is one byte, also of a character that is split. Of
+    others the piece's own text is counted, which need not be what was written (a space in front, another case).
+    """
+    decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
+    is_byte_level = '"ByteLevel"' in decoder
+    pieces = tokenizer.get_vocab()
+    lengths = np.zeros(max(pieces.values()) + 1, dtype=np.int64)
+    for piece, index in pieces.items():
+        if is_byte_level:
+            lengths[index] = len(piece)
+        elif len(piece) == 6 and piece.startswith("<0x"):
+            lengths[index] = 1
+        else:
+            lengths[index] = len(piece.removeprefix("##").replace("▁", " ").encode())
+    for index, added in tokenizer.added_tokens_decoder.items():
+        lengths[index] = len(added.content.encode())
+    lengths[tokenizer.eos_token_id] = 0
+    return lengths
+
+
+def measure_text(
+    model: Any,
+    text: Text,
+    window: int | None = None,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """Mean losses of a model over the windows of a text.
+
+    A window is read from its first token on, with nothing before it. Of the first window every target is counted, of
+    the others the last ``stride``; a target of the next-but-``k`` head needs ``k + 1`` tokens before it. With a stride
+    as long as the window, the default, these are the windows and targets of a training run's validation.
+
+    Args:
+        model: a causal language model; with MTP modules, every head is measured.
+        text: what to measure it on.
+        window: tokens; no longer than the text.
+        stride: tokens between the starts of windows.
+        max_tokens: so many tokens of windows, spread evenly; the text's own number by default, or all.
+        batch_size: windows per forward pass.
+
+    Returns:
+        ``loss`` and, of MTP modules, ``loss_2`` … [nats per token], ``perplexity``, ``bits_per_byte``, ``tokens``
+        (next-token targets counted), ``bytes`` (of UTF-8 that these stand for), ``bytes_exact`` (whether every token's
+        bytes are known), ``window``, ``stride``, ``windows``, ``data``.
+
+    Raises:
+        UserError: a window that does not fit the text, the model or the stride, ids that the model does not know, or
+            a loss that is not finite.
+    """
+    heads = 1 + (model.config.num_mtp_modules if isinstance(model, VirtualWidthForCausalLM) else 0)
+    window = _check_window(model, text, window, heads)
+    stride = stride or window
+    if max_tokens is not None and max_tokens < window:
+        raise UserError(f"--max-tokens {max_tokens} is less than one window of {window}; raise it, or lower --window")
+    if stride > window:
+        raise UserError(f"--stride must be at most the window of {window}, got {stride}")
+    starts = _spread((len(text.tokens) - window) // stride + 1, stride, max_tokens or text.max_tokens)
+    lengths = byte_lengths(text.tokenizer)
+    sums, counts, covered = torch.zeros(heads, dtype=torch.float64), [0] * heads, 0
+    with tqdm(total=len(starts), desc="evaluating", unit="window") as bar:
+        for first in range(0, len(starts), batch_size):
+            part = starts[first : first + batch_size]
+            ids = np.stack([text.tokens[s : s + window] for s in part]).astype(np.int64)
+            _check_ids(ids, model.config.get_text_config().vocab_size)
+            begins = [1 if s == 0 else max(1, window - stride) for s in part]
+            for k, losses in enumerate(_losses(model, torch.from_numpy(ids).to(model.device), heads)):
+                for row, begin in zip(losses, begins, strict=True):
+                    counted = row[max(begin, k + 1) - k - 1 :]
+                    sums[k] += counted.double().sum().cpu()
+                    counts[k] += len(counted)
+            covered += sum(int(lengths[row[begin:]].sum()) for row, begin in zip(ids, begins, strict=True))
+            bar.update(len(part))
+    means = [float(total) / count for total, count in zip(sums, counts, strict=True)]
+    if not all(map(isfinite, means)):
+        raise UserError(f"the model's loss on {text.name} is not finite: it has diverged; give an earlier checkpoint")
+    share = text.bytes / max(1, _total(lengths, text.tokens))
+    return {
+        "data": text.name,
+        "loss": means[0],
+        **{f"loss_{k}": mean for k, mean in enumerate(means[1:], 2)},
+        "perplexity": exp(means[0]) if means[0] < 700 else float("inf"),
+        "bits_per_byte": float(sums[0]) / log(2) / (covered * share) if covered else None,
+        "tokens": counts[0],
+        "bytes": round(covered * share),
+        "bytes_exact": share == 1,
+        "window": window,
+        "stride": stride,
+        "windows": len(starts),
+    }
+
+
+def _check_window(model: Any, text: Text, window: int | None, heads: int) -> int:
+    """The window given, else as long as text and model allow, to a limit."""
+    if window is None:
+        window = min(DEFAULT_WINDOW, positions_of(model)[0] or DEFAULT_WINDOW, len(text.tokens))
+    check_positions(model, window)
+    if len(text.tokens) < window:
+        raise UserError(
+            f"the text {text.name} holds {len(text.tokens)} tokens, fewer than a window of {window}; give more text, "
+            "or a shorter --window"
+        )
+    if window <= heads:
+        raise UserError(f"a window of {window} tokens predicts nothing {heads} tokens ahead; take a longer one")
+    return window
+
+
+def _spread(windows: int, stride: int, max_tokens: int | None) -> list[int]:
+    """Starts of the windows that are used, evenly spread as a training run's validation spreads them."""
+    from vwn.training.run import spread
+
+    count = windows if max_tokens is None else max_tokens // stride
+    return [index * stride for index in spread(range(windows), count)]
+
+
+def _check_ids(ids: np.ndarray, vocab_size: int) -> None:
+    if (largest := int(ids.max())) >= vocab_size:
+        raise UserError(
+            f"the text has token {largest}, the model knows {vocab_size} tokens; the tokenizer is not the model's own"
+        )
+
+
+@torch.no_grad()
+def _losses(model: Any, ids: Tensor, heads: int) -> Iterator[Tensor]:
+    """Cross-entropy of every target of each head: of head ``k`` ``[B, W - 1 - k]``, in float32."""
+    further = {"output_mtp_logits": True} if heads > 1 else {}
+    out = model(input_ids=ids, use_cache=False, **further)
+    for k, logits in enumerate((out.logits, *(out.mtp_logits if heads > 1 else ()))):
+        pairs = zip(logits, ids, strict=True)  # row by row, for the sake of memory
+        yield torch.stack([F.cross_entropy(row[: -1 - k].float(), t[1 + k :], reduction="none") for row, t in pairs])
+
+
+def _total(lengths: np.ndarray, tokens: np.ndarray, block: int = 1 << 22) -> int:
+    return sum(int(lengths[tokens[i : i + block]].sum()) for i in range(0, len(tokens), block))

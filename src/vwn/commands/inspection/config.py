@@ -1,0 +1,29 @@
+"""What an inspection is, as a typed dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vwn.common.errors import UserError
+from vwn.training.config import require
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Look inside a trained model."""
+
+    checkpoint: str
+    """A run directory, one of its checkpoints, or a hub id."""
+    out: Path
+    """Directory for numbers and figures; it must not exist yet."""
+    data: str | None = None
+    """Text to run the model on, as in `vwn train`; by default the validation text of the run."""
+    tokens: int = 2048
+    """Tokens to run it on, in windows spread evenly over the text."""
+
+    def check(self) -> None:
+        """Refuse what cannot be done, before anything is read or written."""
+        require(self.tokens >= 2, "tokens", "at least 2", self.tokens)
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise UserError(f"{self.out} exists already; choose another --out")

@@ -1,0 +1,76 @@
+"""The inspection as one self-contained HTML page."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from typing import Any
+
+from vwn.lab.report.page import CONTENT_POLICY
+from vwn.lab.report.page_assets import STYLE
+from vwn.lab.report.tables import text
+
+CAPTIONS = {
+    "depth": (
+        "Which sublayer feeds which",
+        "Left: the size of the path, ‖Åₗᵀ(Âₜ₊₁⋯Âₗ₋₁)ᵀBₜᵀ‖ as an RMS gain, 1 for a residual connection. Right: what "
+        "goes along it, the RMS of the source’s share against that of the whole input; shares may cancel.",
+    ),
+    "spectrum": (
+        "How long slots remember",
+        "The largest absolute eigenvalue of the carry. Below 1 means exponential forgetting.",
+    ),
+    "slots": ("What slots are used for", "Each row is a sublayer. Kept is 1 where a slot passes through unchanged."),
+    "routing": (
+        "What depends on the token",
+        "Static part of the matrices, the RMS of what the token’s state adds to it, and how much of that varies from "
+        "token to token.",
+    ),
+}
+FRAME = "figure img { max-width: 100%; background: #fff; border-radius: 6px; padding: 0.5rem; }"
+
+
+def render_page(result: dict[str, Any], figures: dict[str, str]) -> str:
+    """The HTML text of a result and its SVG figures by name."""
+    title = text(f"Inside a {result['m']}×{result['n']} model")
+    facts = (
+        f"{result['checkpoint']} · {result['connection']} · {result['tokens']:,} tokens of {result['data']} in windows "
+        f"of {result['window']:,}"
+    )
+    return "\n".join(
+        [
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<link rel="icon" href="data:,">',
+            f"<title>{title}</title>\n<style>{STYLE}{FRAME}</style>\n</head>\n<body>\n<main>",
+            f'<header><h1>{title}</h1>\n<p class="facts">{text(facts)}</p></header>',
+            *[_section(name, svg) for name, svg in figures.items()],
+            f'<p class="note">{_saturation(result)}</p>',
+            f'<p class="note">The unrolled sum of eq. 17 gives the final state to {_error(result)} relative. '
+            "The numbers are in inspect.json.</p>\n</main>\n</body>\n</html>\n",
+        ]
+    )
+
+
+def _section(name: str, svg: str) -> str:
+    title, caption = CAPTIONS[name]
+    data = b64encode(svg.encode()).decode()
+    return (
+        f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2><figure>'
+        f'<img alt="{text(title)}" src="data:image/svg+xml;base64,{data}"><figcaption>{text(caption)}</figcaption>'
+        "</figure></section>"
+    )
+
+
+def _saturation(result: dict[str, Any]) -> str:
+    shares = [(part["saturated"], s["name"], name) for s in result["sublayers"] for name, part in s["routing"].items()]
+    share, sublayer, name = max((s for s in shares if s[0] is not None), default=(None, "", ""))
+    if share is None:
+        return "This connection has no tanh that could saturate."
+    if share == 0:
+        return "No tanh is saturated (|tanh| above 0.99) on any token."
+    return text(f"Most saturated (|tanh| above 0.99) is the {name} of {sublayer}: {100 * share:.2g} % of its entries.")
+
+
+def _error(result: dict[str, Any]) -> str:
+    return f"{result['depth']['unrolled_error']:.0e}"

@@ -1,0 +1,110 @@
+"""`vwn inspect`: run a trained model over some text and write down what its connections do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vwn.commands.inspection.config import InspectConfig
+from vwn.commands.inspection.loading import load_model, load_tokens
+from vwn.common.errors import UserError
+from vwn.hf import VirtualWidthForCausalLM
+from vwn.hf.measures import DepthMap, SublayerStatistics, Unrolled, split, static_routing, tanh_scales
+from vwn.hf.recording import record, sublayer_names
+from vwn.nn.connection import Connection
+from vwn.training.directory import locate
+
+BATCH_BYTES = 1 << 28
+
+
+def inspect_checkpoint(config: InspectConfig) -> dict[str, Any]:
+    """Write ``inspect.json``, figures and ``inspect.html`` into ``config.out``; returns what ``inspect.json`` holds.
+
+    Raises:
+        UserError: no checkpoint, a plain model, no text, or something in the way at ``config.out``.
+    """
+    from vwn.commands.inspection.figures import write_figures
+    from vwn.commands.inspection.page import render_page
+    from vwn.training.directory import write_json
+
+    config.check()
+    source = locate(config.checkpoint)
+    model = load_model(source)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    ids, text = load_tokens(source, config.data, config.tokens, positions)
+    result = {"checkpoint": str(source), "data": text, **measure(model, ids)}
+    config.out.mkdir(parents=True, exist_ok=True)
+    figures = write_figures(result, config.out)
+    (config.out / "inspect.html").write_text(render_page(result, figures), encoding="utf-8")
+    write_json(config.out / "inspect.json", result)
+    return result
+
+
+def measure(model: VirtualWidthForCausalLM, ids: Tensor, batch_bytes: int = BATCH_BYTES) -> dict[str, Any]:
+    """Everything that is measured of a model on tokens ``[windows, window]``.
+
+    Args:
+        batch_bytes: memory that the paths and outputs of one batch may take; a window is not cut for it.
+
+    Returns:
+        ``depth``, see :meth:`DepthMap.result`, ``sublayers``, each as :meth:`SublayerStatistics.result` with its
+        ``name``, ``final_slot_rms``, and the sizes.
+    """
+    names, g = sublayer_names(model), model.config.geometry
+    depth, statistics = DepthMap(len(names)), [SublayerStatistics() for _ in names]
+    # paths of all sources, twice while they are taken a sublayer on, and what the sources wrote
+    per_token = 4 * (2 * g.n * (g.n + g.m * len(names)) + g.hidden_size * len(names))
+    batch = max(1, batch_bytes // (per_token * ids.shape[1]))
+    final_square: Any = 0.0
+    for part in tqdm(ids.split(batch), desc="inspecting", unit="batch"):
+        final = _measure_batch(model, part.to(model.device), depth, statistics)
+        final_square = final_square + final.double().square().mean(-1).sum(0).cpu()
+    config = model.config
+    return {
+        "connection": config.connection,
+        "carry_constraint": config.carry_constraint,
+        "hidden_size": g.hidden_size,
+        "m": g.m,
+        "n": g.n,
+        "window": ids.shape[1],
+        "tokens": ids.numel(),
+        "depth": depth.result(),
+        "sublayers": [{"name": name, **s.result()} for name, s in zip(names, statistics, strict=True)],
+        "final_slot_rms": (final_square / ids.numel()).sqrt().tolist(),
+    }
+
+
+def _measure_batch(
+    model: VirtualWidthForCausalLM, ids: Tensor, depth: DepthMap, statistics: list[SublayerStatistics]
+) -> Tensor:
+    """Count one batch; returns its final states, ``[T, n, d]``."""
+    g = model.config.geometry
+    unrolled: list[Unrolled] = []
+
+    def visit(index: int, state: Tensor, z: Tensor, connection: Connection) -> None:
+        state = state.flatten(0, -2)
+        routing, static = connection.routing_matrices(state), static_routing(connection, state)
+        _check_finite(sublayer_names(model)[index], state, z, *routing)
+        parts, dtype = split(routing), routing.alpha.dtype
+        slots = state.unflatten(-1, (g.n, -1)).to(dtype)
+        if index == 0:
+            unrolled.append(Unrolled(slots))
+        depth.add(index, unrolled[0], slots, parts["read"])
+        statistics[index].add(slots, routing, static, tanh_scales(connection))
+        unrolled[0].advance(z.flatten(0, -2).unflatten(-1, (g.m, -1)).to(dtype), parts["carry"], parts["write"])
+
+    final = record(model, ids, visit).flatten(0, -2).unflatten(-1, (g.n, -1))
+    _check_finite("final state", final)
+    final = final.to(unrolled[0].sources[0].dtype)
+    depth.add(len(statistics), unrolled[0], final, None)
+    return final
+
+
+def _check_finite(where: str, *tensors: Tensor) -> None:
+    if not all(bool(t.isfinite().all()) for t in tensors):
+        raise UserError(
+            f"the model has diverged: at {where!r} a state or a routing matrix is not finite; give an earlier "
+            "checkpoint"
+        )

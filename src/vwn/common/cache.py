@@ -1,0 +1,57 @@
+"""A folder that is built once: complete or absent, whatever kills the process that builds it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock
+
+from vwn.common.errors import UserError
+
+T = TypeVar("T")
+
+
+def default_cache_dir() -> Path:
+    """`$VWN_CACHE`, else `~/.cache/vwn`."""
+    return Path(os.environ.get("VWN_CACHE") or Path("~", ".cache", "vwn")).expanduser()
+
+
+def load_or_build(folder: Path, load: Callable[[Path], T | None], build: Callable[[Path], None]) -> T:
+    """What `load` finds in `folder`; where it finds nothing whole (None), `build` fills a new folder first.
+
+    The new folder takes its name only when it is complete, by one rename. Processes that want the same folder wait for
+    the first; what a killed one left is removed by the next. Raises `UserError` where the cache cannot be written.
+    """
+    if (found := load(folder)) is not None:
+        return found
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            if (found := load(folder)) is not None:
+                return found
+            _remove(partial)
+            _remove(folder)
+            partial.mkdir()
+            try:
+                build(partial)
+                os.replace(partial, folder)
+            finally:
+                _remove(partial)
+    except OSError as error:
+        raise UserError(
+            f"the cache in {folder.parent} cannot be written ({error.strerror or error}); free space there, or name "
+            "another folder in the environment variable VWN_CACHE"
+        ) from error
+    found = load(folder)
+    assert found is not None, f"{folder} was built incomplete"
+    return found
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -1,0 +1,83 @@
+"""What the processes of a run tell each other; a run of one process answers itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from vwn.common.errors import UserError
+
+T = TypeVar("T")
+
+
+class LostProcess(UserError):
+    """Another process of the run is gone, or does not answer."""
+
+    exit_code = 69
+    """Of the command line: EX_UNAVAILABLE of sysexits.h."""
+
+
+@contextmanager
+def all_present() -> Iterator[None]:
+    """Say in a sentence that a process is gone, where the others notice by an error of torch.distributed or gloo."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        why = " ".join(str(error).split()).rpartition("] ")[2][:150]
+        raise LostProcess(
+            f"another process of this run is gone or does not answer ({why}); start all again with --resume auto"
+        ) from error
+
+
+def launched_processes() -> int:
+    """Processes that the launcher says there are, before they have met."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def first_process() -> bool:
+    """Whether this process is the one that speaks, also before they have met."""
+    return int(os.environ.get("RANK") or 0) == 0
+
+
+def world_size() -> int:
+    """Processes of this run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number among them."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def everyones(value: T) -> list[T]:
+    """The value of each process, by rank; all of them must ask."""
+    if world_size() == 1:
+        return [value]
+    found: list[T | None] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found  # type: ignore[return-value]
+
+
+def first_ones(value: T) -> T:
+    """The value of the first process; all of them must ask."""
+    if world_size() == 1:
+        return value
+    found = [value]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest value of any process; cheap enough for every step. All of them must ask."""
+    if world_size() == 1:
+        return value
+    found = torch.tensor(value, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)

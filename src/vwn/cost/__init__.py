@@ -1,0 +1,1 @@
+"""What a model, a connection and a training run cost."""

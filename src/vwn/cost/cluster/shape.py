@@ -1,0 +1,166 @@
+"""What a plan needs to know of a model: parameters by where they live, widths of what is saved, FLOPs by part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from vwn.cost.model import build_on_meta, is_experts, model_cost, top_k
+from vwn.nn.geometry import Geometry
+from vwn.nn.ngram import NgramEmbedding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Numbers of parameters."""
+
+    split: int = 0
+    """Of matrices and tables, which tensor parallelism divides."""
+    whole: int = 0
+    """Of norms, routers, connections and linears at the wide ends, which every tensor-parallel rank has."""
+
+    def __add__(self, other: Weights) -> Weights:
+        return Weights(self.split + other.split, self.whole + other.whole)
+
+    def on_rank(self, tp: int) -> float:
+        """Of one tensor-parallel rank."""
+        return self.split / tp + self.whole
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer: its parameters, and the widths per token of what it saves for the backward."""
+
+    weights: Weights
+    attention: int
+    """``q``, ``k``, ``v`` and the heads' output."""
+    hidden: int
+    """Outputs of the matrices that widen: two ``F`` of a gated FFN, and as much of every expert that a token meets."""
+    routed: int
+    """Copies of tokens on their way to experts, and of what these return."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A causal language model as a plan sees it. FLOPs are per token of a forward pass."""
+
+    geometry: Geometry
+    widened: bool
+    """Whether it has connections; if not, the stream is ``D`` wide and a sublayer's output is not kept."""
+    layers: tuple[LayerShape, ...]
+    mtp: tuple[LayerShape, ...]
+    """The MTP modules; their weights include fuse and reduce."""
+    table: Weights
+    """The embedding."""
+    direct: bool
+    """Whether the table's rows are as wide as the state, so that vocabulary-parallel ranks add up wide rows."""
+    tail: Weights
+    """Reduce, final norm and unembedding."""
+    tied: bool
+    vocab_size: int
+    heads: tuple[int, int]
+    """Attention's query heads and key-value heads."""
+    layer_flops: float
+    """Matrices and attention of one layer."""
+    connection_flops: float
+    """Both connections of one layer."""
+    connection_traffic: tuple[float, float]
+    """Elements that the two connections of a layer move forward and backward where the layers are not joined: their
+    states are read and written once more at the layer's end."""
+    first_flops: float
+    last_flops: float
+    """Reduce, MTP fuse and all heads; the MTP modules' layers come on top."""
+    forward_flops: float
+    window: int
+
+    @property
+    def ratio(self) -> float:
+        """``r``."""
+        return self.geometry.ratio
+
+    @property
+    def parameters(self) -> int:
+        """All of them, tied ones once."""
+        parts = [self.table, self.tail, *(x.weights for x in (*self.layers, *self.mtp))]
+        return sum(w.split + w.whole for w in parts)
+
+
+def model_shape(config: PreTrainedConfig, window: int) -> ModelShape:
+    """Look at the model of a config, built on the meta device.
+
+    Args:
+        config: of a causal language model whose cost is known (:func:`vwn.cost.model.model_cost`).
+        window: tokens of a window.
+
+    Raises:
+        UserError: as :func:`vwn.cost.model.model_cost`.
+    """
+    cost = model_cost(config, sequence_length=window)
+    model: Any = build_on_meta(config)
+    base, text = model.base_model, config.get_text_config()
+    predictors = list(getattr(base, "mtp", ()))
+    depth = len(base.layers) + len(predictors)
+    table, f = _weights([base.embed_tokens]), cost.flops
+    inner = {id(p) for part in (base.embed_tokens, base.layers, *predictors) for p in part.parameters()}
+    tail = [module for module in model.modules() if any(id(p) not in inner for p in module.parameters(recurse=False))]
+    geometry = cost.connection.geometry if cost.connection else Geometry(text.hidden_size, 1, 1)
+    wide, narrow = geometry.over_width, geometry.hidden_size
+    return ModelShape(
+        geometry=geometry,
+        widened=cost.connection is not None,
+        layers=tuple(_layer(x, text, narrow) for x in base.layers),
+        mtp=tuple(_layer(x, text, narrow) for x in predictors),
+        table=table,
+        direct=getattr(base.embed_tokens, "form", "direct") == "direct",
+        tail=_weights(tail, inner),
+        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        vocab_size=text.vocab_size,
+        heads=(text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
+        layer_flops=(f.linear + f.attention_scores + f.experts) / depth,
+        connection_flops=f.connections / depth,
+        connection_traffic=(5 * wide + 4 * narrow, 7 * wide + 6 * narrow) if cost.connection else (0, 0),
+        first_flops=f.embedding,
+        last_flops=f.reduce + f.mtp_fuse + f.unembedding,
+        forward_flops=f.total,
+        window=window,
+    )
+
+
+def _weights(modules: Iterable[nn.Module], without: Iterable[int] = ()) -> Weights:
+    """Of modules and all that is inside them, each parameter once."""
+    seen, split, whole = set(without), 0, 0
+    for module in (inner for outer in modules for inner in outer.modules()):
+        divided = isinstance(module, nn.Linear | nn.Embedding | NgramEmbedding) or is_experts(module)
+        for p in module.parameters(recurse=False):
+            if id(p) not in seen:
+                seen.add(id(p))
+                if divided and p.ndim > 1:
+                    split += p.numel()
+                else:
+                    whole += p.numel()
+    return Weights(split, whole)
+
+
+def _layer(layer: nn.Module, config: Any, width: int) -> LayerShape:
+    attention = hidden = routed = 0
+    inside: set[int] = set()
+    for module in layer.modules():
+        q, o = getattr(module, "q_proj", None), getattr(module, "o_proj", None)
+        if isinstance(q, nn.Linear) and isinstance(o, nn.Linear):
+            inside |= {id(x) for x in module.modules()}
+            attention += sum(x.out_features for n in "qkv" if (x := getattr(module, f"{n}_proj", None)) is not None)
+            attention += o.in_features
+        elif is_experts(module):
+            numbers = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 3)
+            active, experts = top_k(layer, config), next(module.parameters(recurse=False)).shape[0]
+            hidden += round(active * 2 * numbers / (3 * experts * width))  # gate, up, down of one size
+            routed += 2 * active * width
+        elif isinstance(module, nn.Linear) and id(module) not in inside and module.in_features == width:
+            hidden += module.out_features
+    return LayerShape(_weights([layer]), attention, hidden, routed)

@@ -1,0 +1,1 @@
+"""Save a model where others can load it."""

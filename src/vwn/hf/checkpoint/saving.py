@@ -1,0 +1,264 @@
+"""Saving and loading: what lies beside the weights of a checkpoint, and what is refused when one is read."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from huggingface_hub import ModelCard
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from vwn.common.errors import UserError
+from vwn.hf.checkpoint.card import TrainingFacts, model_card
+from vwn.nn.connection import Connection
+
+SHIM = Path(__file__).with_name("shim.py")
+SHIM_MODULE = "modeling_virtual_width"
+AUTO_MAP = {
+    "AutoConfig": f"{SHIM_MODULE}.VirtualWidthConfig",
+    "AutoModel": f"{SHIM_MODULE}.VirtualWidthModel",
+    "AutoModelForCausalLM": f"{SHIM_MODULE}.VirtualWidthForCausalLM",
+}
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model.pt", "model.pt", "model.bin")
+CARD = "README.md"
+NOT_PLAIN = "these are weights of a model with virtual width; `import vwn.hf` and load it with AutoModelForCausalLM"
+_TEMPLATE = "This model card has been automatically generated."  # of what transformers uploads for want of a card
+
+
+class SavingMixin:
+    """``save_pretrained`` with a shim module and a model card, ``from_pretrained`` that is whole or raises."""
+
+    config: Any
+    training_facts: TrainingFacts | None = None
+    """What the model card says of the training; a training run sets it."""
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
+        """As in transformers: safetensors and ``config.json``. Besides, what other tools and people need.
+
+        ``modeling_virtual_width.py`` imports the classes from the installed package, so that a process that has not
+        imported it loads the model with ``trust_remote_code=True``. ``README.md`` is a model card, left alone where
+        there is one.
+
+        Raises:
+            UserError: ``safe_serialization=False``, or a path that is a file.
+        """
+        if kwargs.pop("safe_serialization", True) is not True:
+            raise UserError("safe_serialization = False would write a pickle; leave it out, weights are safetensors")
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise UserError(f"{folder} is a file; give save_pretrained a directory")
+        adapters_only = getattr(self, "_hf_peft_config_loaded", False)
+        if not adapters_only:
+            self.config.auto_map = dict(AUTO_MAP)
+            # A plain class would find its config in ours and start all its weights afresh: it is to fail at this name.
+            self.config.backbone.transformers_weights = NOT_PLAIN
+        if not adapters_only and is_main_process and _first_rank():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write_companions(folder)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+
+    def _write_companions(self, folder: Path) -> None:
+        shutil.copyfile(SHIM, folder / f"{SHIM_MODULE}.py")
+        if not (folder / CARD).exists():
+            model_card(self, self.training_facts).save(folder / CARD)
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, files_timestamps: Any, **kwargs: Any) -> Any:
+        """What every push ends in; transformers has put the hub's card, or an empty template, over ours."""
+        folder = Path(working_dir)
+        if (folder / CARD).exists() and _TEMPLATE in (folder / CARD).read_text(encoding="utf-8"):
+            tags = ModelCard.load(folder / CARD).data.tags or []
+            card = model_card(self, self.training_facts)
+            card.data.tags = list(dict.fromkeys([*card.data.tags, *tags]))
+            card.save(folder / CARD)
+        stamps = {name: time for name, time in files_timestamps.items() if name not in (CARD, f"{SHIM_MODULE}.py")}
+        return super()._upload_modified_files(working_dir, repo_id, stamps, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing: classes of an installed package are imported, their source is not copied into checkpoints."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        use_safetensors: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, from safetensors alone, and the whole model: nothing is left at its initial value.
+
+        Args:
+            ignore_mismatched_sizes: let weights that are missing, or of another shape, start afresh, and leave out
+                those that the model has no place for; with a warning that lists them.
+
+        Raises:
+            UserError: pickled, damaged, missing or unfitting files or weights, or a checkpoint of another model type.
+        """
+        source = pretrained_model_name_or_path
+        if use_safetensors is False:
+            raise UserError("use_safetensors = False would load a pickle, which can run code; leave it out")
+        if source is not None:
+            cls._check_model_type(source, kwargs)
+            folder = Path(source) / kwargs.get("subfolder", "")
+            if folder.is_dir() and not (folder / "adapter_config.json").exists() and kwargs.get("gguf_file") is None:
+                check_weight_files(folder, kwargs.get("variant"))
+        try:
+            model, info = super().from_pretrained(  # type: ignore[misc]
+                source,
+                *model_args,
+                ignore_mismatched_sizes=True,  # they are looked at below, with the missing ones
+                output_loading_info=True,
+                use_safetensors=True,
+                **kwargs,
+            )
+        except SafetensorError as error:
+            raise UserError(f"the weights in {source} are damaged ({error}); copy or download them again") from error
+        if not ignore_mismatched_sizes:
+            _check_complete(model, info, source)
+        _check_sharding(model)
+        _keep_routing_weights_placed(model)
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _check_model_type(cls, source: Any, options: dict[str, Any]) -> None:
+        ours = cls.config_class.model_type  # type: ignore[attr-defined]
+        config = options.get("config")
+        if config is None:
+            names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+            where = {name: options[name] for name in names if name in options}
+            fields, _ = cls.config_class.get_config_dict(source, **where)  # type: ignore[attr-defined]
+            found = fields.get("model_type")
+        else:
+            found = getattr(config, "model_type", ours)  # a path is read by transformers
+        if found != ours:
+            raise UserError(
+                f"{source} is a checkpoint of model type {found!r}, not {ours!r}; load it with AutoModelForCausalLM, "
+                "and give it a virtual width with vwn.widen"
+            )
+
+    def post_init(self) -> None:
+        """As in transformers, with routing in float32 (section 4), and no plans that an over-width state breaks."""
+        for connection in (m for m in self.modules() if isinstance(m, Connection)):  # type: ignore[attr-defined]
+            if any(t.dtype in (torch.float16, torch.bfloat16) for t in connection.state_dict().values()):
+                connection.float()
+        super().post_init()  # type: ignore[misc]
+        self._pp_plan: dict[str, Any] = {}  # pipeline buffers are hidden_size wide
+        for name in ("_tp_plan", "_fsdp_plan"):  # the backbone's own table and final norm are not in it
+            plan = getattr(self, name, None) or {}
+            gone = [key for key in plan if key.endswith(("backbone.embed_tokens", "backbone.norm"))]
+            setattr(self, name, {key: style for key, style in plan.items() if key not in gone})
+
+
+def check_weight_files(folder: Path, variant: str | None = None) -> None:
+    """Whether the safetensors files of a checkpoint are all there and can be read, as far as their headers tell.
+
+    Raises:
+        UserError: no weights, only pickled ones, a missing shard, or a damaged file.
+    """
+    whole, index = (_with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    if (folder / whole).exists():
+        names: Iterable[str] = [whole]
+    elif (folder / index).exists():
+        names = _shards(folder / index)
+    elif list(folder.glob("shard-*-model-*.safetensors")):  # what distributed_checkpoint=True wrote
+        return
+    else:
+        pickles = [name for name in PICKLES if (folder / _with_variant(name, variant)).exists()]
+        if pickles:
+            raise UserError(
+                f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is read; have "
+                "whoever wrote it save it as safetensors"
+            )
+        raise UserError(f"{folder} holds no weights (no {whole} and no {index})")
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise UserError(f"{folder} lacks {len(missing)} of its shards ({_some(missing)}); copy or download them again")
+    for name in names:
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{folder / name} is damaged ({error}); copy or download it again") from error
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged ({error!r}); copy or download it again") from error
+    outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+    if outside:
+        raise UserError(f"{index} names {outside[0]!r}, which is no safetensors file beside it; it is not ours")
+    return names
+
+
+def _with_variant(name: str, variant: str | None) -> str:
+    stem, dot, rest = name.partition(".")
+    return f"{stem}{dot}{variant}.{rest}" if variant else name
+
+
+def _check_complete(model: Any, info: dict[str, Any], source: Any) -> None:
+    """Refuse a model that is not all from the checkpoint, or a checkpoint that does not all go into the model."""
+    c = model.config
+    model_is = f"this model (m = {c.m}, n = {c.n}, connection {c.connection!r}, {c.embedding} embedding)"
+    afresh = "or pass ignore_mismatched_sizes=True to start these afresh"
+    if info["mismatched_keys"]:
+        name, stored, wanted = min(info["mismatched_keys"])
+        raise UserError(
+            f"{len(info['mismatched_keys'])} weights in {source} have other shapes than in {model_is}, for instance "
+            f"{name}: {tuple(stored)} in the checkpoint, {tuple(wanted)} in the model; use the checkpoint's own "
+            f"config, {afresh}"
+        )
+    if info["missing_keys"]:
+        raise UserError(
+            f"{len(info['missing_keys'])} weights of {model_is} are missing from {source} "
+            f"({_some(info['missing_keys'])}); use a whole checkpoint and its own config, {afresh}"
+        )
+    routing = [name for name in info["unexpected_keys"] if ".connections." in name and ".mtp." not in f".{name}"]
+    if routing:
+        raise UserError(
+            f"{source} holds {len(routing)} routing weights that {model_is} has no place for ({_some(routing)}); use "
+            "the checkpoint's own config, or pass ignore_mismatched_sizes=True to leave them out"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    first = sorted(names)
+    return ", ".join(first[:2]) + (", ..." if len(first) > 2 else "")
+
+
+def _check_sharding(model: Any) -> None:
+    """FSDP keeps each dtype in a group of its own, whose weights are there in that group's ``forward`` alone."""
+    if (getattr(model, "_fsdp_size", None) or 1) > 1 and model.dtype in (torch.float16, torch.bfloat16):
+        raise UserError(
+            f"FSDP cannot hold a layer in {model.dtype} and its routing in float32; load with dtype=torch.float32 and "
+            "compute in lower precision by autocast"
+        )
+
+
+def _keep_routing_weights_placed(model: Any) -> None:
+    """Load the routing weights that ``device_map`` offloads, for good.
+
+    Offloading brings a module's weights in around its ``forward``, which a connection does not have: its layer reads
+    and writes through it. They are a small part of a layer.
+    """
+    for connection in (m for m in model.modules() if isinstance(m, Connection)):
+        hook = getattr(connection, "_hf_hook", None)
+        if hook is None or not getattr(hook, "offload", False):
+            continue
+        for name, weight in connection.state_dict(keep_vars=True).items():
+            if weight.is_meta:
+                value = hook.weights_map[name]
+                set_module_tensor_to_device(connection, name, hook.execution_device, value=value, dtype=weight.dtype)
+        hook.offload = False
+
+
+def _first_rank() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

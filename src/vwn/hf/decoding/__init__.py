@@ -1,0 +1,1 @@
+"""Generation, with and without MTP drafts."""

@@ -1,0 +1,106 @@
+"""What ``generate()`` hands a model: what the backbone's own causal LM would, and n-grams' ids before the chunk."""
+
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
+
+from vwn.common.errors import UserError
+from vwn.nn.ngram import NO_TOKEN, with_context
+
+
+class NgramGenerationMixin(GenerationMixin):
+    """``GenerationMixin`` whose inputs hold ``preceding_ids`` and ``padding_mask`` where the embedding needs them."""
+
+    config: Any
+    base_model: Any
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> bool:
+        """As in transformers, which goes by the class's name to find out what the model calls its cache."""
+        prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if self._says_cache_params and "past_key_values" in model_kwargs:
+            model_kwargs["cache_params"] = model_kwargs.pop("past_key_values")
+        return prepared
+
+    @property
+    def _says_cache_params(self) -> bool:
+        names = self.base_model.backbone.arguments
+        return names is not None and "cache_params" in names
+
+    @property
+    def create_masks_for_generate(self) -> Any:
+        """How the backbone's own causal LM makes masks for a cache of fixed length, if it has a way of its own."""
+        causal_class = AutoModelForCausalLM._model_mapping.get(type(self.config.backbone), None)
+        own = inspect.getattr_static(causal_class, "create_masks_for_generate", None)
+        if own is None:
+            return create_masks_for_generate
+        make = own.__func__ if isinstance(own, staticmethod) else partial(own, self)
+        return lambda config, **given: make(config=config.get_text_config(decoder=True), **given)
+
+    def _switches_rope(self, length: int, cache: Cache | None) -> bool:
+        """Whether this is where the rotary embedding changes for long texts (Phi-3), so that the cache is void."""
+        limit = getattr(self.config.backbone, "original_max_position_embeddings", None)
+        if cache is None or limit is None or self.config.backbone.model_type not in ("phi3", "phimoe"):
+            return False
+        return length > limit and 0 < cache.get_seq_length() <= limit
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        preceding_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in transformers, and with n-grams the ids before the chunk and its padding, whatever form the mask takes.
+
+        Args:
+            input_ids: all ids so far, ``[B, T]``; transformers cuts them to the chunk that the cache does not hold.
+            preceding_ids: ids before ``input_ids``, ``[B, any]``, where these do not start the sequence.
+
+        Raises:
+            UserError: a cache of tokens whose ids are not given.
+        """
+        if self._switches_rope(input_ids.shape[1], past_key_values):
+            past_key_values, kwargs["next_sequence_length"] = None, None
+        given = {"past_key_values": past_key_values, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **given, **kwargs)
+        chunk = inputs.get("input_ids")
+        if kwargs.get("cache_params") is not None and chunk is not None and chunk.shape[1] == 1:
+            inputs["attention_mask"] = None  # of all tokens, where one of the new token is wanted
+        order = self.config.ngram_order
+        if order == 1 or inputs.get("input_ids") is None:
+            return inputs
+        known = input_ids if preceding_ids is None else torch.cat([preceding_ids, input_ids], dim=1)
+        length = inputs["input_ids"].shape[1]
+        before = known.shape[1] - length
+        if before < order - 1 and inputs_embeds is None and past_key_values is not None:
+            cached = int(past_key_values.get_seq_length())
+            if cached > before:
+                raise UserError(
+                    f"the cache holds {cached} tokens whose ids n-gram embeddings need; give generate() all ids from "
+                    "the start, and no prefill_chunk_size"
+                )
+        mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        return inputs | ngram_inputs(known, length, order, mask)
+
+
+def ngram_inputs(known: Tensor, length: int, order: int, attention_mask: Tensor | None) -> dict[str, Tensor]:
+    """``preceding_ids`` and ``padding_mask`` for the last ``length`` of all ids so far.
+
+    Args:
+        known: ``[B, T]``.
+        length: of the chunk to embed.
+        order: ``K`` of the n-grams.
+        attention_mask: of ``known``, see :func:`vwn.nn.ngram.with_context`.
+    """
+    ids = with_context(known, order, attention_mask=attention_mask)[:, -(order - 1 + length) :]
+    return {"preceding_ids": ids[:, : order - 1].contiguous(), "padding_mask": ids[:, order - 1 :] != NO_TOKEN}

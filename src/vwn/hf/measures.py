@@ -1,0 +1,197 @@
+"""What is measured of the routing matrices, summed up batch by batch.
+
+Shapes: ``T`` tokens, ``n`` slots, ``m`` segments, ``d = D / m`` segment width, ``L`` sublayers. All in the dtype of the
+routing: float32, or float64 for a float64 model.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vwn.nn.connection import Connection, Routing
+
+SATURATED = 0.99
+DYNAMIC = ("dynamic_alpha", "dynamic_beta", "pre_weight", "post_weight", "res_weight")
+"""Weights of any kind of connection that the token's state is multiplied with."""
+
+
+class Unrolled:
+    """The terms of eq. 17 for some tokens: every source so far and the path from it to the present state.
+
+    Args:
+        state: ``H'_0``, ``[T, n, d]``, the first source.
+    """
+
+    def __init__(self, state: Tensor) -> None:
+        n = state.shape[-2]
+        self.sources = [state]
+        """``H'_0``, ``Z_1``, ...: ``[T, n, d]``, then ``[T, m, d]``."""
+        self.paths = [torch.eye(n, dtype=state.dtype, device=state.device).expand(state.shape[0], n, n)]
+        """``(Â_1 ⋯ Â_l)ᵀ``, then ``(Â_{t+1} ⋯ Â_l)ᵀ B_tᵀ`` for each ``t``: ``[T, n, n]``, then ``[T, n, m]``."""
+
+    def advance(self, z: Tensor, carry: Tensor, beta: Tensor) -> None:
+        """Go on by one sublayer: its output ``[T, m, d]``, its ``Â`` ``[T, n, n]`` and ``B`` ``[T, m, n]``."""
+        self.paths = [carry.mT @ path for path in self.paths] + [beta.mT]
+        self.sources.append(z)
+
+
+class DepthMap:
+    """How much of every source reaches every reader, averaged over tokens.
+
+    The readers are the sublayers and, last, the final state; the sources are the embedding ``H'_0`` and the sublayers.
+    """
+
+    def __init__(self, sublayers: int) -> None:
+        size = sublayers + 1
+        self._gain = torch.zeros(size, size, dtype=torch.float64)
+        self._carried = torch.zeros(size, size, dtype=torch.float64)
+        self._read = torch.zeros(size, dtype=torch.float64)
+        self._tokens = 0
+        self.unrolled_error = 0.0
+        """The final state against the sum of eq. 17, relative, of the batch where they differ most."""
+
+    def add(self, reader: int, unrolled: Unrolled, state: Tensor, read: Tensor | None) -> None:
+        """Count what reaches one reader.
+
+        Args:
+            reader: number of the sublayer, or ``L``, the final state.
+            unrolled: all that was written before it.
+            state: that it reads, ``[T, n, d]``.
+            read: its ``Å``, ``[T, n, m]``; ``None`` for the final state, which is looked at as it is.
+        """
+        total = torch.zeros_like(state)
+        for source, (path, z) in enumerate(zip(unrolled.paths, unrolled.sources, strict=True)):
+            path = path if read is None else read.mT @ path
+            # ‖path‖_F / √rows: the RMS that arrives of a source of independent numbers of RMS 1
+            self._gain[reader, source] += path.square().sum((-2, -1)).div(path.shape[-2]).sqrt().double().sum().cpu()
+            arrived = path @ z
+            self._carried[reader, source] += arrived.square().double().mean((-2, -1)).sum().cpu()
+            if read is None:
+                total += arrived
+        x = state if read is None else read.mT @ state
+        self._read[reader] += x.square().double().mean((-2, -1)).sum().cpu()
+        if read is None:
+            error = torch.linalg.vector_norm(total - state) / torch.linalg.vector_norm(state)
+            self.unrolled_error = float(torch.maximum(error, error.new_tensor(self.unrolled_error)))  # keeps NaN
+            self._tokens += state.shape[0]
+
+    def result(self) -> dict[str, Any]:
+        """``gain`` and ``carried``, a row for each reader and a number for each source before it."""
+        carried = (self._carried / self._read[:, None]).sqrt()
+        return {
+            "gain": _rows_below(self._gain / self._tokens),
+            "carried": _rows_below(carried),
+            "input_rms": (self._read / self._tokens).sqrt().tolist(),
+            "unrolled_error": self.unrolled_error,
+        }
+
+
+def _rows_below(matrix: Tensor) -> list[list[float]]:
+    return [row[: reader + 1].tolist() for reader, row in enumerate(matrix)]
+
+
+class SublayerStatistics:
+    """Spectrum of the carry, use of the slots, static and dynamic part of one sublayer's routing."""
+
+    def __init__(self) -> None:
+        self._radii: list[Tensor] = []
+        self._slots: dict[str, Tensor] = {}
+        self._parts: dict[str, dict[str, Tensor]] = {}
+        self._static: dict[str, Tensor] = {}
+        self._tokens = 0
+
+    def add(self, state: Tensor, routing: Routing, static: Routing, scales: dict[str, Tensor]) -> None:
+        """Count some tokens.
+
+        Args:
+            state: ``[T, n, d]``, that the sublayer reads.
+            routing: of these tokens.
+            static: without the dynamic part, ``[1, n, m+n]`` and ``[1, m, n]``.
+            scales: ``S`` of each part whose dynamic part is ``S ∘ tanh(…)``.
+        """
+        parts, self._static = split(routing), split(static)
+        self._tokens += state.shape[0]
+        self._radii.append(spectral_radius(parts["carry"]))
+        slots = {
+            "read": parts["read"].norm(dim=-1),
+            "written": parts["write"].norm(dim=-2),
+            "kept": parts["carry"].diagonal(dim1=-2, dim2=-1),
+            "rms": state.square().mean(-1),
+        }
+        _add(self._slots, {name: value.double().sum(0) for name, value in slots.items()})
+        for name, part in parts.items():
+            dynamic = (part - self._static[name]).double()
+            sums = {"sum": dynamic.sum(0), "square": dynamic.square().sum(0)}
+            if name in scales:
+                sums["saturated"] = (dynamic.abs() > SATURATED * scales[name].abs()).double().sum(0)
+            _add(self._parts.setdefault(name, {}), sums)
+
+    def result(self) -> dict[str, Any]:
+        """``spectral_radius``, ``slots`` (a number for each) and ``routing``, for ``read``, ``carry`` and ``write``."""
+        radii = torch.cat(self._radii).double()
+        low, high = torch.quantile(radii, torch.tensor([0.05, 0.95], dtype=radii.dtype)).tolist()
+        slots = {name: value / self._tokens for name, value in self._slots.items()}
+        slots["rms"] = slots["rms"].sqrt()
+        routing: dict[str, Any] = {}
+        for name, sums in self._parts.items():
+            mean, square = sums["sum"] / self._tokens, sums["square"] / self._tokens
+            routing[name] = {
+                "static": _rms(self._static[name].double()),
+                "dynamic": float(square.mean().sqrt()),
+                "varying": float((square - mean.square()).clamp(min=0).mean().sqrt()),
+                "saturated": float(sums["saturated"].mean()) / self._tokens if "saturated" in sums else None,
+            }
+        return {
+            "spectral_radius": {"mean": float(radii.mean()), "low": low, "high": high},
+            "slots": {name: value.tolist() for name, value in slots.items()},
+            "routing": routing,
+        }
+
+
+def _add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+    for name, value in more.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+def split(routing: Routing) -> dict[str, Tensor]:
+    """``read``: ``Å`` ``[..., n, m]``, ``carry``: ``Â`` ``[..., n, n]``, ``write``: ``B`` ``[..., m, n]``."""
+    m = routing.beta.shape[-2]
+    return {"read": routing.alpha[..., :m], "carry": routing.alpha[..., m:], "write": routing.beta}
+
+
+def spectral_radius(carry: Tensor) -> Tensor:
+    """Largest absolute eigenvalue, ``[T, n, n] -> [T]``, on the CPU; the same matrix throughout is looked at once."""
+    carry = carry.cpu()
+    if bool((carry == carry[:1]).all()):
+        return torch.linalg.eigvals(carry[:1]).abs().amax(-1).expand(carry.shape[0])
+    return torch.linalg.eigvals(carry).abs().amax(-1)
+
+
+def static_routing(connection: Connection, state: Tensor) -> Routing:
+    """A connection's matrices with its dynamic weights at zero, for one token: ``[1, n, m+n]`` and ``[1, m, n]``."""
+    twin = deepcopy(connection)
+    for name in DYNAMIC:
+        if name in twin.shapes:
+            getattr(twin, name).data.zero_()
+    return twin.routing_matrices(state[:1])
+
+
+def tanh_scales(connection: Connection) -> dict[str, Tensor]:
+    """``S`` of each part of the routing that is ``S ∘ tanh(…)`` + static (eqs. 13-14); empty if there is none."""
+    if "scale_alpha" not in connection.shapes:
+        return {}
+    m, n = connection.geometry.m, connection.geometry.n
+    alpha, beta = (getattr(connection, name).detach() for name in ("scale_alpha", "scale_beta"))
+    alpha = alpha.expand(n, m + n)  # Hyper-Connections have one number for each matrix
+    scales = {"read": alpha[:, :m], "carry": alpha[:, m:], "write": beta.expand(m, n)}
+    if connection.sinkhorn_rounds:
+        del scales["carry"]
+    return scales

@@ -1,0 +1,1 @@
+"""Compare models and judge the paper's claims."""

@@ -1,0 +1,78 @@
+"""The runs of a report by arm and seed, and what kind of arm each is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vwn.lab.analysis.curves import EMPTY, Curve
+
+LOSS_KEYS = ("loss", "loss_2")
+
+Run = dict[str, Any]
+
+
+def read_curve(run: Run | None, key: str) -> Curve:
+    """The curve of `run` in one loss (`"loss"` or `"loss_2"`); null and infinite losses become NaN; empty for no run.
+
+    Raises ValueError if the token counts do not increase strictly.
+    """
+    if run is None:
+        return EMPTY
+    points = run["curve"]
+    tokens = np.array([point["tokens"] for point in points], dtype=np.float64)
+    raw = [point.get(key) for point in points]
+    losses = np.array([np.nan if value is None else value for value in raw], dtype=np.float64)
+    if not (np.diff(tokens) > 0).all():
+        raise ValueError(f"the curve of arm {run['name']!r}, seed {run['seed']}, does not increase in tokens")
+    return Curve(tokens, np.where(np.isfinite(losses), losses, np.nan))
+
+
+def has_loss(run: Run, key: str) -> bool:
+    """Whether `run` was measured in this loss at all; the next-token loss always is."""
+    return key == "loss" or any(point.get(key) is not None for point in run["curve"])
+
+
+def runs_by_arm(report: dict[str, Any]) -> dict[str, list[Run]]:
+    """Arm name -> its runs, both in the report's order. Raises ValueError if an arm holds a seed twice."""
+    grouped: dict[str, list[Run]] = {}
+    for run in report["arms"]:
+        runs = grouped.setdefault(run["name"], [])
+        if any(other["seed"] == run["seed"] for other in runs):
+            raise ValueError(f"arm {run['name']!r} holds seed {run['seed']} twice")
+        runs.append(run)
+    return grouped
+
+
+def baseline_by_seed(report: dict[str, Any]) -> dict[int, Run]:
+    """Seed -> the baseline's run; empty if the report has no baseline arm."""
+    return {run["seed"]: run for run in report["arms"] if run["name"] == report.get("baseline")}
+
+
+def pair_status(run: Run, other: Run | None, key: str) -> str:
+    """Whether the final losses of two runs of one seed can be held against each other; `"compared"` if so.
+
+    Else `"no baseline"` (there is no other run), `"no data"` (an empty curve, or a loss not measured), `"diverged"`
+    (a final loss is not finite) or `"different budgets"` (the runs end at different token counts).
+    """
+    if other is None:
+        return "no baseline"
+    curve, reference = read_curve(run, key), read_curve(other, key)
+    if curve.is_empty or reference.is_empty or not (has_loss(run, key) and has_loss(other, key)):
+        return "no data"
+    if curve.final_loss is None or reference.final_loss is None:
+        return "diverged"
+    return "compared" if curve.budget == reference.budget else "different budgets"
+
+
+def is_generalized(run: Run, baseline: str | None) -> bool:
+    """Whether the arm is of Generalized Hyper-Connections with the comparison's own options, but for its width, its
+    embedding and its MTP modules; where the run does not say, all but the baseline are."""
+    own = run.get("options", {}).keys() - {"connection", "embedding", "mtp", "learning_rate"}
+    return run["name"] != baseline and run.get("connection", "ghc") == "ghc" and not own
+
+
+def is_width_arm(run: Run, baseline: str | None) -> bool:
+    """Whether the arm is a virtual width: Generalized Hyper-Connections with more slots than segments, r > 1."""
+    return is_generalized(run, baseline) and run["n"] > run["m"]

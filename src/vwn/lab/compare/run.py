@@ -1,0 +1,298 @@
+"""Train the arms of a comparison one after the other, on the same data in the same order, and report."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from collections.abc import Set
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from vwn.common.errors import UserError
+from vwn.common.provenance import provenance
+from vwn.cost.model import model_cost
+from vwn.data import Corpus, prepare
+from vwn.lab.analysis.analyse import add_analysis
+from vwn.lab.compare.arms import BASELINE, Arm
+from vwn.lab.compare.config import CompareConfig
+from vwn.lab.compare.models import Sizes, arm_models
+from vwn.lab.compare.progress import Progress
+from vwn.lab.compare.studies import STUDIES
+from vwn.lab.compare.sweep import Losses, as_given, first_rates, outcome, sweep, sweep_run
+from vwn.lab.report.write import format_table, write_report
+from vwn.training import directory
+from vwn.training.config import TrainConfig
+from vwn.training.model import load_backbone
+from vwn.training.presets import PRESETS
+from vwn.training.run import RunResult, check_device, learning_rate_of, train
+from vwn.training.trainer import Diverged
+
+
+def compare(config: CompareConfig) -> dict[str, Any]:
+    """Run the comparison; write ``report.json``, ``curves.csv`` and ``report.html`` after every arm; return the report.
+
+    An arm that diverges is reported as such and does not keep the others from being trained. With ``resume``, arms,
+    seeds and their learning rates may be added; everything else must be as it was.
+
+    Raises:
+        UserError: as :func:`vwn.training.run.train`; all arms are checked before the first is trained.
+    """
+    config.check()
+    for arm in config.parsed:
+        run = config.run(arm, config.seeds[0])
+        check_device(run.speed)
+        start_rate(config, run)
+    stored = directory.open_directory(config.out, "compare.json", config.resume)
+    shared = shared_settings(config)
+    if stored is not None:
+        directory.check_same(config.out, stored.get("config", {}), shared, "comparison")
+        check_same_study(config, stored)
+    c = config.corpus
+    corpus = prepare(c.data, valid=c.valid, tokenizer=c.tokenizer, window=c.window)
+    if stored is not None:
+        directory.check_same_text(config.out, stored, corpus.fingerprint)
+    backbone = load_backbone(config.backbone, len(corpus.tokenizer), c.window)
+    models, sizes = arm_models(config.parsed, backbone, config.width, c.window)
+    check_runs(config, sizes)
+    warn_of_untuned_rates(config)
+    with directory.locked(config.out):
+        made = provenance()
+        record = stored or {"config": shared, "text": corpus.fingerprint, **made}
+        if stored is not None:
+            record["continued"] = [*stored.get("continued", []), made]
+        record["plan"] = plan(config)
+        directory.write_json(config.out / "compare.json", record)
+        return Comparison(config, corpus, models, sizes, record).run()
+
+
+class Comparison:
+    """One comparison under way.
+
+    Args:
+        config: what is compared.
+        corpus: on which data.
+        models: each arm's model config, by name.
+        sizes: each arm's hidden and intermediate size, where they are not the backbone's own.
+        record: of the comparison, with the commands, versions and machines that it was started and continued with.
+    """
+
+    def __init__(
+        self,
+        config: CompareConfig,
+        corpus: Corpus,
+        models: dict[str, PreTrainedConfig],
+        sizes: dict[str, Sizes],
+        record: dict[str, Any],
+    ) -> None:
+        self.config, self.corpus, self.sizes, self.record = config, corpus, sizes, record
+        self.progress = Progress({name: _flops(model, config.corpus.window) for name, model in models.items()})
+        self.swept = {a.name for a in config.parsed if config.sweeps and a.name not in config.rates}
+
+    def run(self) -> dict[str, Any]:
+        """Sweep, train and report; the report."""
+        config = self.config
+        for arm in config.parsed:
+            if arm.name in self.swept:
+                run = sweep_run(config, self._measured(arm, config.seeds[0]), arm.name, 1.0)
+                self.progress.plan(arm.name, run.optim.steps * len(first_rates(config, 1.0)))
+            self.progress.plan(arm.name, config.optim.steps * len(config.seeds))
+        sweeps = [self._rate(arm) for arm in config.parsed]
+        rates = {entry["arm"]: entry["best"] for entry in sweeps}
+        about = {
+            **{name: self.record.get(name) for name in ("command", "created", "versions", "machine")},
+            "continued": self.record.get("continued", []),
+            "study": config.study,
+            "question": STUDIES[config.study].question if config.study else None,
+            "config": describe(config, self.corpus),
+            "baseline": config.baseline,
+            "sweep": sweeps,
+        }
+        runs = [
+            (arm, seed, self._measured(arm, seed, rates[arm.name])) for seed in config.seeds for arm in config.parsed
+        ]
+        # What had ended comes first, so that a report never holds less than the one before it.
+        ended = [item for item in runs if (item[2].out / "result.json").exists()]
+        runs = ended + [item for item in runs if item not in ended]
+        results: dict[tuple[int, str], dict[str, Any]] = {}
+        report: dict[str, Any] = {}
+        for number, (arm, seed, run) in enumerate(runs, 1):
+            result = self._train(arm.name, run, f"[{number}/{len(runs)}] {arm.name} seed {seed}")
+            results[seed, arm.name] = {**dataclasses.asdict(result), "name": arm.name, "options": arm.own}
+            if number >= len(ended):
+                order = [(seed, arm.name) for seed in config.seeds for arm in config.parsed]
+                report = add_analysis({**about, "arms": [results[key] for key in order if key in results]})
+                write_report(report, config.out, images=number == len(runs))
+        print(format_table(report))
+        print(f"\nreport: {config.out / 'report.html'}")
+        return report
+
+    def _measured(self, arm: Arm, seed: int, rate: float | None = None) -> TrainConfig:
+        run = self.config.run(arm, seed, self.sizes[arm.name])
+        return (
+            run if rate is None else dataclasses.replace(run, optim=dataclasses.replace(run.optim, learning_rate=rate))
+        )
+
+    def _rate(self, arm: Arm) -> dict[str, Any]:
+        measured = self._measured(arm, self.config.seeds[0])
+        start = start_rate(self.config, measured)
+        if arm.name not in self.swept:
+            return as_given(arm.name, start)
+        planned = set(first_rates(self.config, start))
+
+        def final_loss(rate: float) -> Losses:
+            run = sweep_run(self.config, measured, arm.name, rate)
+            if rate not in planned:
+                self.progress.plan(arm.name, run.optim.steps)
+            result = self._train(arm.name, run, f"[sweep] {arm.name} rate {rate:.3g}")
+            for path in (*run.out.glob("checkpoint-*"), *run.out.glob("*.safetensors")):  # only the result is of use
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            return outcome(result, run.width.mtp_loss_weight)
+
+        return sweep(self.config, arm, start, final_loss)
+
+    def _train(self, name: str, run: TrainConfig, label: str) -> RunResult:
+        """The result of one run, also of one that diverged, or of one that had ended before."""
+        self.progress.start(name)
+
+        def shown(steps: int) -> str:
+            self.progress.advance(steps)
+            return f"{label} ({self.progress.text()})"
+
+        try:
+            result = train(dataclasses.replace(run, resume="auto"), self.corpus, shown)
+        except Diverged as diverged:
+            print(f"vwn: {label}: {diverged}", file=sys.stderr)
+            directory.write_json(run.out / "result.json", dataclasses.asdict(diverged.result))
+            result = diverged.result
+        self.progress.finish(run.optim.steps)
+        return result
+
+
+def check_same_study(config: CompareConfig, stored: dict[str, Any]) -> None:
+    """Refuse to turn a study into another one; a comparison by hand may become one."""
+    study = stored.get("plan", {}).get("study")
+    if study not in (None, config.study):
+        raise UserError(
+            f"{config.out} holds the study {study!r}, not {config.study!r}; name it, add single arms with --arms, or "
+            "choose another --out"
+        )
+
+
+def check_runs(config: CompareConfig, sizes: dict[str, Sizes]) -> None:
+    """Refuse what no arm could be trained with, or not be continued with, before anything is written."""
+    for arm in config.parsed:
+        for seed in config.seeds:
+            run = config.run(arm, seed, sizes[arm.name])
+            try:
+                run.check()
+            except UserError as error:
+                raise UserError(f"arm {arm.name}: {error}") from error
+            path = run.out / "run.json"
+            if path.exists():
+                asked = directory.settings(run)
+                if run.optim.learning_rate is None:  # swept, or the preset's
+                    del asked["optim.learning_rate"]
+                directory.check_same(run.out, directory.read_json(path).get("config", {}), asked)
+
+
+def start_rate(config: CompareConfig, run: TrainConfig) -> float:
+    """The rate of a run, or where the sweep of its arm begins.
+
+    Raises:
+        UserError: none was given and none is known.
+    """
+    if config.sweeps and config.sweep.sweep_rates and run.optim.learning_rate is None:
+        return min(config.sweep.sweep_rates)
+    if config.sweeps and run.optim.learning_rate is None and run.backbone not in PRESETS:
+        raise UserError(f"--sweep-rates is needed: no learning rate is known for the backbone {run.backbone!r}")
+    return learning_rate_of(run)
+
+
+def plan(config: CompareConfig) -> dict[str, Any]:
+    """What a resumed comparison goes on with, and may add to."""
+    return {
+        "study": config.study,
+        "arms": list(config.arms),
+        "seeds": list(config.seeds),
+        "learning_rates": list(config.learning_rates),
+        "learning_rate": config.optim.learning_rate,
+        "sweep": dataclasses.asdict(config.sweep),
+    }
+
+
+def shared_settings(config: CompareConfig) -> dict[str, Any]:
+    """Everything that all arms have in common, by dotted name."""
+    arm = dataclasses.replace(config.run(Arm(BASELINE), 0), width=config.width, speed=config.speed, optim=config.optim)
+    apart = ("m", "n", "hidden_size", "intermediate_size", "seed", "optim.learning_rate")
+    return {k: v for k, v in directory.settings(arm).items() if k not in apart and not k.startswith("reliability.")}
+
+
+def warn_of_untuned_rates(config: CompareConfig) -> None:
+    """An arm at a rate that suits another arm better says nothing about the arm."""
+    if config.sweeps:
+        return
+    untuned = [arm.name for arm in config.parsed if arm.name not in config.rates]
+    if len(untuned) > 1 and config.optim.learning_rate is not None:
+        print(f"vwn: one learning rate for {', '.join(untuned)}; tune each arm (--lr-sweep on)", file=sys.stderr)
+    by_preset = config.optim.learning_rate is None and config.backbone in PRESETS
+    if untuned and by_preset and not PRESETS[config.backbone].swept:
+        print(
+            f"vwn: the learning rates of the preset {config.backbone!r} are a rule of thumb, not tuned; "
+            "tune each arm (--lr-sweep on) before you trust the comparison",
+            file=sys.stderr,
+        )
+
+
+def describe(config: CompareConfig, corpus: Corpus) -> dict[str, Any]:
+    """What all arms have in common, for the report."""
+    return {
+        **{name.split(".")[-1]: value for name, value in shared_settings(config).items()},
+        "arms": [arm.name for arm in config.parsed],
+        "seeds": list(config.seeds),
+        "train_tokens": corpus.train_tokens,
+        "valid_tokens": corpus.valid_tokens,
+        "vocabulary": len(corpus.tokenizer),
+        "valid_bytes_per_token": corpus.valid_bytes_per_token,
+    }
+
+
+def adopt(config: CompareConfig, given: Set[str]) -> CompareConfig:
+    """The comparison to resume: the stored one, but for the options that were ``given``; arms and seeds add up."""
+    path = config.out / "compare.json"
+    if not config.resume or not path.exists():
+        return config
+    record = directory.read_json(path)
+    stored, planned = record.get("config", {}), record.get("plan", {})
+    parts: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            kept = {k.split(".")[1]: v for k, v in stored.items() if k.startswith(f"{f.name}.")}
+            kept |= planned.get(f.name, {})
+            known = {o.name: _as_tuple(kept[o.name]) for o in dataclasses.fields(value) if o.name in kept}
+            parts[f.name] = dataclasses.replace(value, **{k: v for k, v in known.items() if k not in given})  # type: ignore
+        elif f.name in ("arms", "seeds", "learning_rates"):
+            asked = getattr(config, f.name) if f.name in given else ()
+            before = planned.get(f.name, [])
+            if f.name == "learning_rates":  # a new rate of an arm takes the place of its old one
+                before = [item for item in before if item.split("=")[0] not in {new.split("=")[0] for new in asked}]
+            parts[f.name] = tuple(dict.fromkeys([*before, *asked]))
+        elif f.name not in given and f.name in stored | planned:
+            parts[f.name] = (stored | planned)[f.name]
+    if "learning_rate" not in given and "learning_rate" in planned:
+        parts["optim"] = dataclasses.replace(parts["optim"], learning_rate=planned["learning_rate"])
+    return dataclasses.replace(config, **parts)
+
+
+def _as_tuple(stored: Any) -> Any:
+    """JSON has lists only."""
+    return tuple(stored) if isinstance(stored, list) else stored
+
+
+def _flops(model: PreTrainedConfig, window: int) -> float:
+    try:
+        return model_cost(model, sequence_length=window).forward_flops_per_token
+    except UserError:  # attention that the formulas do not know
+        return 1.0

@@ -1,0 +1,182 @@
+"""What the report's figures show. The page and the image files are both drawn from this, so that they cannot differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from vwn.lab.analysis.runs import runs_by_arm
+
+ARM_COLOURS = 7
+DASHES = ("solid", "dash", "dot")
+NAMES = (
+    *("loss-over-tokens", "gap-over-tokens", "speedup-over-tokens"),
+    *("loss-over-width", "loss-over-fraction-rate", "loss-over-mtp", "sweep"),
+)
+# Styles of what belongs to no arm are numbered from here.
+OTHERS = 1000
+
+
+@dataclass(frozen=True)
+class LineStyle:
+    """How an arm is drawn everywhere: its place among the arms, a colour of `page_assets.LIGHT`, and a dash."""
+
+    index: int
+    colour: str
+    dash: str
+
+    @property
+    def css(self) -> str:
+        """The colour as a CSS variable, which the page resolves for light and dark."""
+        return f"var(--{self.colour})"
+
+
+INK_STYLE = LineStyle(OTHERS, "ink", "solid")
+PAPER_STYLE = LineStyle(OTHERS + 1, "muted", "dash")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a figure, or its points.
+
+    Args:
+        name: of the arm, or of what is drawn.
+        role: "mean", a line; "seed", a faint one; "points", a line with markers; "ring", around single points.
+        style: series of one style are shown and hidden together.
+        x, y: as long as each other; None in `y` leaves a gap.
+        low, high: bounds at each point, a band around a "mean", bars on "points"; None where there are none.
+        hover: what is said at each point; without it nothing is.
+    """
+
+    name: str
+    role: Literal["mean", "seed", "points", "ring"]
+    style: LineStyle
+    x: Sequence[float]
+    y: Sequence[float | None]
+    low: Sequence[float | None] = ()
+    high: Sequence[float | None] = ()
+    hover: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Axis:
+    """`ticks` are (place, label) pairs; without them the axis is of training tokens (x) or plain numbers (y)."""
+
+    title: str
+    ticks: tuple[tuple[float, str], ...] = ()
+    range: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Note:
+    """A text at a marked point of a figure; `lines` are below each other."""
+
+    x: float
+    y: float
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure.
+
+    Args:
+        name: of its files; figures of one name are panels of one file.
+        key: "loss" or "loss_2".
+        title, caption: plain text.
+        x, y: its axes.
+        series: drawn in this order.
+        level: where a dotted line is drawn across.
+        level_name: what that line is.
+        notes: marked points.
+        remark: a text in the upper right corner.
+    """
+
+    name: str
+    key: str
+    title: str
+    caption: str
+    x: Axis
+    y: Axis
+    series: tuple[Series, ...]
+    level: float | None = None
+    level_name: str = ""
+    notes: tuple[Note, ...] = ()
+    remark: str = ""
+
+    @property
+    def identifier(self) -> str:
+        """Of its element in the page."""
+        return self.name if self.key == "loss" else f"{self.name}-2"
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no point to draw."""
+        return not any(value is not None for series in self.series for value in series.y)
+
+    @property
+    def legend(self) -> dict[int, Series]:
+        """Style index -> the series that stands for it, a faint one only if there is no other; never a ring."""
+        shown: dict[int, Series] = {}
+        for roles in (("mean", "points"), ("seed",)):
+            for series in self.series:
+                if series.role in roles:
+                    shown.setdefault(series.style.index, series)
+        return shown
+
+    @property
+    def hides_points(self) -> bool:
+        """Whether some points lie outside the part that is shown at first."""
+        if self.y.range is None:
+            return False
+        low, high = self.y.range
+        return any(value is not None and not low <= value <= high for series in self.series for value in series.y)
+
+    def explained(self) -> Figure:
+        """The figure, its caption telling of hidden points."""
+        if not self.hides_points:
+            return self
+        return replace(self, caption=f"{self.caption} Some points lie outside; a double click shows all.")
+
+
+def arm_styles(report: dict[str, Any]) -> dict[str, LineStyle]:
+    """Arm name -> line style; the baseline has the neutral colour; up to 21 others all look different."""
+    styles = {}
+    others = 0
+    for index, name in enumerate(runs_by_arm(report)):
+        if name == report.get("baseline"):
+            styles[name] = LineStyle(index, "baseline", "solid")
+        else:
+            dash = DASHES[others // ARM_COLOURS % len(DASHES)]
+            styles[name] = LineStyle(index, f"arm-{others % ARM_COLOURS}", dash)
+            others += 1
+    return styles
+
+
+def finite_runs(*columns: Sequence[float | None]) -> Iterator[slice]:
+    """The stretches in which no column is None: a band is drawn piece by piece."""
+    whole = [all(value is not None for value in row) for row in zip(*columns, strict=True)]
+    start = None
+    for place, fine in enumerate([*whole, False]):
+        if fine and start is None:
+            start = place
+        elif not fine and start is not None:
+            yield slice(start, place)
+            start = None
+
+
+def padded_range(values: Sequence[float | None], room: Sequence[float | None] = ()) -> tuple[float, float] | None:
+    """An axis range around all `values`; it gives way to `room` (of bands), but not until `values` are flat."""
+    found = np.array([value for value in values if value is not None], dtype=np.float64)
+    if found.size == 0 or found.min() == found.max():
+        return None
+    low, high = float(found.min()), float(found.max())
+    span = high - low
+    bounds = [value for value in room if value is not None]
+    low = max(min([low, *bounds]), low - span)
+    high = min(max([high, *bounds]), high + span)
+    pad = 0.06 * (high - low)
+    return low - pad, high + pad

@@ -1,0 +1,1 @@
+"""The paper's parts in plain PyTorch, one module per section."""

@@ -1,0 +1,163 @@
+"""Generalized Hyper-Connections (section 3.3): read from, and write to, an over-width state around one sublayer.
+
+Shapes: ``...`` any leading dimensions, ``n`` slots, ``m`` segments, ``d = D / m`` segment width, ``D' = n d``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vwn import ops
+from vwn.nn.connection import Connection, Routing
+from vwn.nn.geometry import Geometry
+from vwn.ops.reference import coefficients
+from vwn.ops.sinkhorn import ROUNDS, sinkhorn
+from vwn.ops.weights import NormWeights, RoutingWeights, read_columns, write_columns
+
+__all__ = ["CARRY_CONSTRAINTS", "CARRY_SHARPNESS", "Connection", "GeneralizedHyperConnection", "Routing"]
+
+CARRY_CONSTRAINTS = ("none", "doubly_stochastic")
+
+CARRY_SHARPNESS = 12.0
+"""What a doubly-stochastic carry multiplies its logits by: the largest whose gradients, of the order of
+``exp(-12)``, are still ten times Adam's eps of 1e-8. Rows then start 2e-5 (3 slots) to 8e-4 (64) from the identity's:
+less than bfloat16 resolves."""
+
+
+class GeneralizedHyperConnection(Connection):
+    """One sublayer's connection to the over-width state (eqs. 10, 12-16).
+
+    Args:
+        hidden_size: backbone width ``D``.
+        m: fraction rate, divides ``D``.
+        n: slots, ``n >= m``.
+        dynamic: whether the routing depends on the token's state (eqs. 12-14) or is a parameter alone.
+        carry_constraint: ``"none"``, the paper's free carry, or ``"doubly_stochastic"``, which is ours: the same
+            weights make the logits of a carry whose rows and columns sum to one.
+        frozen: keep everything at its initial value, as buffers of the same names; with ``m = n = 1`` and
+            ``dynamic=False`` this is exactly the residual connection.
+        eps: added to the mean square in the slot norm.
+        backend: what runs the ops, see :mod:`vwn.ops`; not part of the state, so checkpoints do not depend on it.
+
+    Raises:
+        ValueError: invalid ``(D, m, n)``, an unknown ``carry_constraint`` or ``backend``, or a backend that does not
+            run a constrained carry.
+    """
+
+    kind = "ghc"
+    not_decayed = ("static_alpha", "static_beta")
+
+    static_alpha: Tensor
+    static_beta: Tensor
+    dynamic_alpha: Tensor
+    dynamic_beta: Tensor
+    scale_alpha: Tensor
+    scale_beta: Tensor
+    norm_weight: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        m: int,
+        n: int,
+        dynamic: bool = True,
+        carry_constraint: str = "none",
+        frozen: bool = False,
+        eps: float = 1e-6,
+        backend: str = "auto",
+    ) -> None:
+        geometry = Geometry(hidden_size, m, n)
+        if carry_constraint not in CARRY_CONSTRAINTS:
+            raise ValueError(f"carry_constraint must be one of {CARRY_CONSTRAINTS}, got {carry_constraint!r}")
+        shapes: dict[str, tuple[int, ...]] = {"static_alpha": (n, m + n), "static_beta": (m, n)}
+        if dynamic:
+            d = geometry.segment_size
+            shapes |= {"dynamic_alpha": (d, m + n), "dynamic_beta": (d, m)}
+            shapes |= {"scale_alpha": (n, m + n), "scale_beta": (m, n), "norm_weight": (d,)}
+        self.dynamic, self.carry_constraint, self.eps = dynamic, carry_constraint, eps
+        self.sinkhorn_rounds = 0 if carry_constraint == "none" else ROUNDS
+        super().__init__(geometry, shapes, frozen, backend)
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Eqs. 15-16: slots ``0..m-1`` start as the plain residual stream, every slot carries itself, and slot ``j``
+        receives segment ``j mod m``; the dynamic part starts at zero with unit scales."""
+        m, n = self.geometry.m, self.geometry.n
+        slot = torch.arange(n)
+        values = {
+            "static_alpha": torch.cat([torch.eye(n)[:, :m], torch.eye(n)], dim=1),
+            "static_beta": (torch.arange(m)[:, None] == slot[None, :] % m).float(),
+        }
+        if self.dynamic:
+            values |= {
+                "dynamic_alpha": torch.zeros(self.shapes["dynamic_alpha"]),
+                "dynamic_beta": torch.zeros(self.shapes["dynamic_beta"]),
+                "scale_alpha": torch.ones(n, m + n),
+                "scale_beta": torch.ones(m, n),
+                "norm_weight": torch.ones(self.geometry.segment_size),
+            }
+        return values
+
+    @property
+    def weights(self) -> RoutingWeights:
+        """The parameters as the ops take them."""
+        if not self.dynamic:
+            return RoutingWeights(self.static_alpha, self.static_beta, eps=self.eps)
+        return RoutingWeights(
+            self.static_alpha,
+            self.static_beta,
+            self.dynamic_alpha,
+            self.dynamic_beta,
+            self.scale_alpha,
+            self.scale_beta,
+            self.norm_weight,
+            self.eps,
+        )
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """All, or those that run a constrained carry."""
+        return ops.BACKENDS if self.rewrites else ("auto", "reference", "compiled")
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the ops do the write: if the carry is free."""
+        return self.carry_constraint == "none"
+
+    def read_matrix(self, slots: Tensor) -> Tensor:
+        """``Å`` (eq. 13), ``[..., n, m]``."""
+        return coefficients(slots, read_columns(self.weights.to_read, slots.dtype))
+
+    def write_matrices(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """``Â`` (eq. 13), ``[..., n, n]``, and ``B`` (eq. 14), ``[..., m, n]``."""
+        g = self.geometry
+        carry, beta = coefficients(slots, write_columns(self.weights, slots.dtype)).split([g.n, g.m], dim=-1)
+        if self.carry_constraint == "doubly_stochastic":
+            carry = sinkhorn(CARRY_SHARPNESS * carry, self.sinkhorn_rounds, exact=True, backend=self.backend)
+        return carry, beta.mT
+
+    def read(self, state: Tensor, norm: NormWeights | None = None) -> Tensor:
+        """As :meth:`Connection.read`, by the ops."""
+        return ops.read(state, self.weights, norm, self.backend)
+
+    def write(self, state: Tensor, z: Tensor) -> Tensor:
+        """As :meth:`Connection.write`; by the ops if the carry is free."""
+        return ops.write(state, z, self.weights, self.backend) if self.rewrites else super().write(state, z)
+
+    def write_read(
+        self, state: Tensor, z: Tensor, following: Connection, norm: NormWeights | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`Connection.write_read`; in one pass over the state if the ops do both."""
+        if self.rewrites and isinstance(following, GeneralizedHyperConnection) and following.geometry == self.geometry:
+            return ops.write_read(state, z, self.weights, following.weights, norm, self.backend)
+        return super().write_read(state, z, following, norm)
+
+    def fuses_norm(self, dtype: torch.dtype) -> bool:
+        """Whether a read gains from taking on the sublayer's norm: in Triton alone; else its own bits stay."""
+        return ops.choose(self.backend, self.static_alpha.device, dtype) == "triton"
+
+    def _title(self) -> str:
+        return f"a carry that is {self.carry_constraint!r}"
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dynamic={self.dynamic}, carry_constraint={self.carry_constraint!r}"

@@ -1,0 +1,131 @@
+"""Hashed n-gram embeddings, added to the rows of an embedding table (Over-Tokenized Transformer, arXiv 2501.16975)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vwn.nn.initialisation import StatesItsInitialValues
+
+NO_TOKEN = -1
+"""Stands where there is no token: before the start of a sequence and at its padding."""
+
+_INCREMENT, _FACTORS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of SplitMix64
+
+
+class NgramEmbedding(StatesItsInitialValues):
+    """For each order ``k = 2..K`` the row of a table that the last ``k`` token ids hash to; their sum.
+
+    The tables of all orders are one parameter, ``(K-1) buckets x width``, so that looking up is one operation. They
+    start at zero: the model then starts exactly as without them, whatever the scale of the table they add to, and a
+    zero row has a gradient like any other.
+
+    Args:
+        order: ``K``, 2 or more.
+        buckets: rows of each order's table.
+        width: of a row.
+
+    Raises:
+        ValueError: an order below 2 or no buckets.
+    """
+
+    def __init__(self, order: int, buckets: int, width: int) -> None:
+        super().__init__()
+        if order < 2 or buckets < 1:
+            raise ValueError(f"n-grams need an order of 2 or more and 1 bucket or more, got {order} and {buckets}")
+        self.order, self.buckets = order, buckets
+        self.weight = nn.Parameter(torch.empty((order - 1) * buckets, width))
+        self.reset_parameters()
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Zero."""
+        return {"weight": torch.zeros(self.weight.shape)}
+
+    def forward(
+        self, input_ids: Tensor, preceding_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """``[..., S]`` ids to ``[..., S, width]``; the other arguments as in :func:`with_context`."""
+        ids = with_context(input_ids, self.order, preceding_ids, attention_mask)
+        first_rows = torch.arange(self.order - 1, device=ids.device) * self.buckets
+        rows = F.embedding(hash_ngrams(ids, self.order, self.buckets) + first_rows, self.weight)
+        return rows.sum(-2).to(self.weight.dtype)  # autocast sums in float32
+
+    def extra_repr(self) -> str:
+        return f"order={self.order}, buckets={self.buckets}, width={self.weight.shape[1]}"
+
+
+def with_context(
+    input_ids: Tensor, order: int, preceding_ids: Tensor | None = None, attention_mask: Tensor | None = None
+) -> Tensor:
+    """The ids and the ``order - 1`` before them, :data:`NO_TOKEN` where there is none.
+
+    Args:
+        input_ids: ``[..., S]``.
+        order: ``K``.
+        preceding_ids: the last ``K-1`` ids before ``input_ids``, ``[..., K-1]``, :data:`NO_TOKEN` where there is none;
+            without them ``input_ids`` start the sequence.
+        attention_mask: 0 at padding, 1 elsewhere, ``[..., T]``; its last column belongs to the last id, and what it
+            does not reach is no padding.
+
+    Returns:
+        ``[..., K-1+S]``.
+
+    Raises:
+        ValueError: ``preceding_ids`` of another shape.
+    """
+    shape = (*input_ids.shape[:-1], order - 1)
+    if preceding_ids is None:
+        preceding_ids = input_ids.new_full(shape, NO_TOKEN)
+    elif preceding_ids.shape != shape:
+        raise ValueError(
+            f"preceding_ids must be the last {order - 1} ids before input_ids, of shape {shape} with {NO_TOKEN} where "
+            f"there is none; got {tuple(preceding_ids.shape)}"
+        )
+    ids = torch.cat([preceding_ids, input_ids], dim=-1)
+    if attention_mask is None:
+        return ids
+    mask = attention_mask[..., -ids.shape[-1] :]
+    mask = F.pad(mask.to(torch.bool), (ids.shape[-1] - mask.shape[-1], 0), value=True)
+    return ids.masked_fill(~mask, NO_TOKEN)
+
+
+def hash_ngrams(ids: Tensor, order: int, buckets: int) -> Tensor:
+    """The bucket of the n-gram of each order ``2..K`` that ends at a position.
+
+    64-bit integers throughout, so the same on every device and in every batch. A trained table depends on these
+    numbers: they are part of a checkpoint's meaning.
+
+    Args:
+        ids: ``[..., K-1+S]``, see :func:`with_context`.
+        order: ``K``.
+        buckets: of each order.
+
+    Returns:
+        ``[..., S, K-1]``, column ``k - 2`` for order ``k``, within 0 and ``buckets - 1``.
+    """
+    length = ids.shape[-1] - (order - 1)
+    ids = ids.long()
+    state = _mix(ids[..., order - 1 :])
+    columns = []
+    for back in range(1, order):
+        start = order - 1 - back
+        state = _mix(state ^ ids[..., start : start + length])
+        columns.append((state & (2**63 - 1)) % buckets)
+    return torch.stack(columns, dim=-1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's output function after one step: a bijection of 64-bit numbers that changes about half the bits."""
+    x = x + _signed(_INCREMENT)
+    for shift, factor in zip((30, 27), _FACTORS, strict=True):
+        x = (x ^ _shift_right(x, shift)) * _signed(factor)
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch's shift copies the sign
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value

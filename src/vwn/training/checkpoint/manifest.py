@@ -1,0 +1,207 @@
+"""Checkpoints that are whole, or are not taken for one: written aside, listed with sizes and hashes, then renamed.
+
+``manifest.json`` is written last: ``{format, step, world_size, files: {name: {bytes, blake2b}}}``. A file of which a
+bit has changed, one that is short, missing or new makes a checkpoint unusable, and the one before is taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from vwn.common.errors import UserError
+from vwn.common.files import as_json, read_json, sync, sync_directory, write_json
+from vwn.common.processes import everyones, first_ones, rank, world_size
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+STAGING = ".incomplete"  # where a checkpoint or the final model is being written
+DISCARDED = ".discarded-"  # in front of the name of what is being deleted
+
+
+def checkpoints(directory: Path) -> dict[int, Path]:
+    """What bears a checkpoint's name in a run directory, by step, newest first; clocks have no say in it."""
+    found = {int(m[1]): p for p in directory.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint that is whole; None where there has never been one.
+
+    Raises:
+        UserError: there are checkpoints, and none of them is whole.
+    """
+    return _newest(directory, list(checkpoints(directory)), damage_of)
+
+
+def agreed_checkpoint(directory: Path) -> Path | None:
+    """As :func:`last_checkpoint`, for all processes of a run together: each reads a share, and all find the same."""
+    steps = first_ones(list(checkpoints(directory)))
+
+    def damage(checkpoint: Path) -> str | None:
+        return next((d for d in everyones(damage_of(checkpoint, rank(), world_size())) if d), None)
+
+    return _newest(directory, steps, damage)
+
+
+def _newest(directory: Path, steps: Sequence[int], damage: Callable[[Path], str | None]) -> Path | None:
+    why = ""
+    for step in steps:
+        checkpoint = directory / f"checkpoint-{step}"
+        found = damage(checkpoint)
+        if found is None:
+            return checkpoint
+        if rank() == 0:
+            before = "the one before is used" if step != steps[-1] else "there is none before it"
+            print(f"vwn: {checkpoint} is damaged ({found}); {before}", file=sys.stderr)
+        why = why or f"{checkpoint.name}: {found}"
+    if steps:
+        raise UserError(
+            f"none of the checkpoints in {directory} can be used ({why}); restore one of them, or delete them to train "
+            "from the start"
+        )
+    return None
+
+
+def damage_of(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
+    """Why a checkpoint cannot be used; None if it can.
+
+    Args:
+        checkpoint: its folder.
+        share: which part of its contents to read, where several processes read it together.
+        shares: how many parts there are.
+    """
+    if not (checkpoint / MANIFEST).exists():
+        return _damage_without_manifest(checkpoint)
+    try:
+        said = (checkpoint / MANIFEST).read_text()
+        manifest = json.loads(said)
+        if manifest["format"] > FORMAT:
+            return f"{MANIFEST} is of a newer vwn, format {manifest['format']}"
+        listed = {name: (entry["bytes"], entry["blake2b"]) for name, entry in manifest["files"].items()}
+        if manifest["self"] != _seal(manifest) or said != as_json(manifest):
+            return f"{MANIFEST} is not what was written"
+        if checkpoint.name != f"checkpoint-{manifest['step']}":
+            return f"{MANIFEST} is that of checkpoint-{manifest['step']}"
+        found = {name: (checkpoint / name).stat().st_size for name in _files(checkpoint)}
+        for name, (size, _) in listed.items():
+            if name not in found:
+                return f"{name} is missing"
+            if found[name] != size:
+                return f"{name} has {found[name]} bytes, not {size}"
+        if extra := sorted(found.keys() - listed):
+            return f"{extra[0]} does not belong to it"
+        for name in sorted(listed)[share::shares]:
+            if _hash(checkpoint / name) != listed[name][1]:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{MANIFEST}: {type(error).__name__} {error}"[:100]
+    return None
+
+
+def _damage_without_manifest(checkpoint: Path) -> str | None:
+    """Earlier versions wrote none: their checkpoints are good if their files can be read, later ones are not whole."""
+    record = checkpoint.parent / "run.json"
+    if record.exists() and "checkpoint_format" in read_json(record):
+        return f"{MANIFEST} is missing"
+    try:
+        read_json(checkpoint / "trainer_state.json")
+        weights = list(checkpoint.glob("*.safetensors"))
+        if not weights:
+            return "no weights"
+        for path in weights:
+            safe_open(path, framework="pt")
+        for name in ("optimizer.pt", "scheduler.pt"):
+            torch.load(checkpoint / name, mmap=name == "optimizer.pt", weights_only=True)
+    except (UserError, OSError, SafetensorError, RuntimeError) as error:
+        return " ".join(str(error).split())[:100]
+    print(
+        f"vwn: {checkpoint} is an earlier version's, without hashes; it can be read, no more is known", file=sys.stderr
+    )
+    return None
+
+
+def seal(checkpoint: Path, step: int) -> None:
+    """Have the disk hold every file of a checkpoint, and list them; all processes together, when all have written."""
+    names = first_ones(sorted(_files(checkpoint)))
+    mine = {}
+    for name in names[rank() :: world_size()]:
+        sync(checkpoint / name)
+        mine[name] = {"bytes": (checkpoint / name).stat().st_size, "blake2b": _hash(checkpoint / name)}
+    files = {name: entry for part in everyones(mine) for name, entry in part.items()}
+    if rank() == 0:
+        manifest: dict[str, Any] = {"format": FORMAT, "step": step, "world_size": world_size()}
+        manifest["files"] = {name: files[name] for name in names}
+        write_json(checkpoint / MANIFEST, manifest | {"self": _seal(manifest)})
+        for folder in {(checkpoint / name).parent for name in names}:
+            sync_directory(folder)
+
+
+def publish(checkpoint: Path, directory: Path) -> Path:
+    """Give a sealed checkpoint its place in the run directory, of which the disk knows when this returns."""
+    place = directory / checkpoint.name
+    discard(place)
+    checkpoint.rename(place)
+    sync_directory(directory)
+    return place
+
+
+def rotate(directory: Path, keep: int, whole: Iterable[int], upto: int) -> None:
+    """Delete old checkpoints.
+
+    Args:
+        directory: of the run.
+        keep: how many stay.
+        whole: steps of those that may be counted on; others do not keep a good one out.
+        upto: the step of the last one; those after it are leftovers of a run that was taken up again before them,
+            damaged, and stay until they are written anew.
+    """
+    stays = sorted(set(whole) & {step for step in checkpoints(directory) if step <= upto})[-keep:]
+    for step, path in checkpoints(directory).items():
+        if step <= upto and step not in stays:
+            discard(path)
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint so that a kill in the middle does not leave half of it under its name."""
+    if folder.exists():
+        trash = folder.with_name(f"{DISCARDED}{folder.name}")
+        shutil.rmtree(trash, ignore_errors=True)
+        folder.rename(trash)
+        shutil.rmtree(trash)
+
+
+def clear_rests(directory: Path) -> None:
+    """Delete what a killed process left half written or half deleted."""
+    for rest in (directory / STAGING, *directory.glob(f"{DISCARDED}*")):
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+def size_of(checkpoint: Path) -> int:
+    """Bytes of all its files."""
+    return sum((checkpoint / name).stat().st_size for name in _files(checkpoint))
+
+
+def _files(checkpoint: Path) -> set[str]:
+    """Names of all files but the manifest, below the checkpoint, those of sharded states in their folders too."""
+    return {p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if p.is_file()} - {MANIFEST}
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    """Hash of what a manifest says, so that a bit of it cannot change unseen either."""
+    said = {name: value for name, value in manifest.items() if name != "self"}
+    return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=32).hexdigest()

@@ -1,0 +1,188 @@
+"""How a Trainer saves: whole checkpoints only, the last few of them, and nothing lost where the disk is full."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import Trainer
+
+from vwn.common.files import CannotWrite, read_json, sync, sync_directory, write_json
+from vwn.common.processes import everyones, first_ones, rank, world_size
+from vwn.training.checkpoint.manifest import MANIFEST, STAGING, checkpoints, publish, rotate, seal
+
+DATA_STATE = "data_state.json"
+RUN_STATE = "run_state.json"
+"""What a run has to remember that transformers does not: ``{name: [state of each process]}``."""
+
+
+class Stateful(Protocol):
+    """Something of which a run must know again where it was: the data, a guard."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON; floats come back to the bit, and must be finite."""
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Take up what every process of the run had said, by rank; there may have been more or fewer than now."""
+
+
+class SavingTrainer(Trainer):
+    """A Trainer whose checkpoints are written aside, sealed with a manifest, renamed, and rotated.
+
+    Args:
+        keep_last: checkpoints that stay.
+        stateful: by name, what else is saved with each checkpoint and comes back with :meth:`restore`.
+    """
+
+    def __init__(
+        self, *args: Any, keep_last: int = 2, stateful: dict[str, Stateful] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.keep_last = keep_last
+        self.stateful: dict[str, Stateful] = dict(stateful or {})
+        self.stream: Any = None  # the loader of streamed data: it alone knows where they stand
+        self._whole: list[int] = []
+        self._staging: Path | None = None
+
+    def restore(self, checkpoint: Path) -> None:
+        """Give the data and everything in ``stateful`` their state back; before training goes on from a checkpoint."""
+        step = int(checkpoint.name.rpartition("-")[2])
+        self._whole = [s for s in checkpoints(checkpoint.parent) if s <= step]
+        self.load_data_state(checkpoint)
+        if (checkpoint / MANIFEST).exists() and rank() == 0:
+            wrote = read_json(checkpoint / MANIFEST)["world_size"]
+            if wrote != world_size():
+                print(
+                    f"vwn: {checkpoint} was written by {wrote} processes, {world_size()} go on with it", file=sys.stderr
+                )
+        if (checkpoint / RUN_STATE).exists():  # earlier versions wrote none
+            states = read_json(checkpoint / RUN_STATE)
+            for name in self.stateful.keys() & states:
+                self.stateful[name].load_state_dict(states[name])
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_weights(model)
+        run_dir, step = Path(self.args.output_dir), self.state.global_step
+        checkpoint = run_dir / STAGING / f"checkpoint-{step}"
+        with self._aside(f"the checkpoint of step {step}", optimiser=True) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            self.save_data_state(checkpoint)
+            states = {name: everyones(part.state_dict()) for name, part in self.stateful.items()}
+            if self.args.should_save:
+                write_json(checkpoint / RUN_STATE, states)
+            self.accelerator.wait_for_everyone()
+            seal(checkpoint, step)
+        if self.args.should_save:
+            publish(checkpoint, run_dir)
+            checkpoint.parent.rmdir()
+            self._whole.append(step)
+            rotate(run_dir, self.keep_last, self._whole, upto=step)
+        self.accelerator.wait_for_everyone()
+
+    def save_data_state(self, checkpoint: Path) -> None:
+        """Where the training data stands, into a checkpoint that is being written; on every rank, the first writes.
+
+        Nothing for packed windows: their place follows from the number of steps.
+        """
+        if self.stream is not None:
+            state = self.stream.state_dict()
+            if self.args.should_save:
+                write_json(checkpoint / DATA_STATE, state)
+
+    def load_data_state(self, checkpoint: Path) -> None:
+        """Continue streamed data where a checkpoint left them; before ``train``."""
+        if self.stream is not None:
+            self.stream.load_state_dict(read_json(checkpoint / DATA_STATE))
+
+    def save_final(self) -> None:
+        """Weights, config and tokenizer into the run directory; ``config.json`` comes last and makes it whole."""
+        run_dir = Path(self.args.output_dir)
+        with self._aside("the trained model", optimiser=False) as staging:
+            self.save_model(str(staging))
+            if self.args.should_save:
+                (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json says it all
+                for path in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
+                    sync(path)
+                    path.replace(run_dir / path.name)
+                sync_directory(run_dir)
+        if self.args.should_save:
+            staging.rmdir()
+
+    @contextmanager
+    def _aside(self, what: str, optimiser: bool) -> Iterator[Path]:
+        """A folder to write in; where that fails in any process, it goes, and all say so in a sentence.
+
+        Raises:
+            CannotWrite: the disk is full or broken.
+        """
+        run_dir = Path(self.args.output_dir)
+        staging, need, failure = run_dir / STAGING, self._bytes_to_save(optimiser), None
+        free = first_ones(shutil.disk_usage(run_dir).free)
+        if free < need:
+            raise CannotWrite(self._no_room(what, "the disk is too full", need, free))
+        try:
+            yield staging
+        except BaseException as error:
+            if not _is_of_writing(error):
+                raise
+            failure = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+            free = shutil.disk_usage(run_dir).free
+        failure = next((f for f in everyones(failure) if f), None)
+        if failure is not None:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise CannotWrite(self._no_room(what, failure, need, free))
+
+    def _no_room(self, what: str, why: str, need: int, free: int) -> str:
+        last = next(iter(checkpoints(Path(self.args.output_dir)).values()), None)
+        kept = f"the last checkpoint, {last}, is untouched" if last else "there is no checkpoint yet"
+        return (
+            f"{what} cannot be written to {self.args.output_dir} ({why}): it takes about {need / 1e6:,.1f} MB, and "
+            f"{free / 1e6:,.1f} MB are free; {kept}; make room, and go on with --resume"
+        )
+
+    def _bytes_to_save(self, optimiser: bool) -> int:
+        """Of the weights and the optimiser's state; little else is written."""
+        tensors: list[Any] = list(self.model.state_dict().values())
+        if optimiser:
+            tensors += [t for state in self.optimizer.state.values() for t in state.values()]
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+    def _check_weights(self, model: nn.Module) -> None:
+        """Raise if a weight is no longer finite, in all processes; for the subclass."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+
+def not_finite(model: nn.Module) -> str | None:
+    """Name of a parameter that is no longer finite in any of the processes, which ask together."""
+    bad = None
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        value = value.to_local() if isinstance(value, DTensor) else value
+        if not torch.isfinite(value).all():
+            bad = name
+            break
+    return next((name for name in everyones(bad) if name), None)
+
+
+def _is_of_writing(error: BaseException) -> bool:
+    """Whether an error is the disk's: torch hides the system's in its own, and sharded saving in another."""
+    if isinstance(error, OSError | SafetensorError | CannotWrite):
+        return True
+    signs = ("PytorchStreamWriter", "unexpected pos", "iostream error")
+    hidden = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return hidden or type(error).__name__ == "CheckpointException"

@@ -1,0 +1,1 @@
+"""Watch a run: its health, bad steps, signals."""

@@ -1,0 +1,260 @@
+"""The health of a run while it trains: gradient norms by layer, size of the state, routing matrices of every sublayer.
+
+Every measurement is a line of ``health.jsonl`` in the run directory; what is worst over the layers goes to the logs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from vwn.common.errors import UserError
+from vwn.common.files import finite
+from vwn.hf import VirtualWidthForCausalLM
+from vwn.hf.measures import SublayerStatistics, split, static_routing, tanh_scales
+from vwn.hf.recording import record, sublayer_names
+from vwn.nn.connection import Connection
+from vwn.training.groups import group_of_parameters
+
+FILE = "health.jsonl"
+PROBE_TOKENS = 256
+"""Validation tokens that the state is looked at with, always the same."""
+ROUTED_TOKENS = 32
+"""Of these, evenly spread, those whose routing matrices are looked at."""
+LARGEST_STATE = 1e6
+"""RMS above which a state is reported; sound runs stay below 2e5 (results/stability)."""
+logger = logging.getLogger(__name__)
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+class HealthLog(TrainerCallback):
+    """Measures every ``every`` steps, and at the first and the last; training itself is not changed by it.
+
+    Args:
+        trainer: whose model, validation text and log are used.
+        every: steps between two measurements.
+    """
+
+    def __init__(self, trainer: Any, every: int) -> None:
+        self.trainer, self.every = trainer, every
+        self.path = Path(trainer.args.output_dir) / FILE
+        self.warned: set[str] = set()
+        self.gradients: dict[str, Any] = {}
+        self.unlogged: dict[str, float] = {}
+        """What is worst of the last measurement, for the next training log to take along."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether the optimiser step ``step``, counted from 1, is measured."""
+        return step == 1 or step % self.every == 0 or step == self.trainer.args.max_steps
+
+    def see_gradients(self, model: nn.Module) -> None:
+        """Measure the gradients of the step under way, which are complete and not yet clipped."""
+        if self.is_due(self.trainer.state.global_step + 1):
+            self.gradients = gradient_norms(model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.path.exists():  # a resumed run takes its last steps once more
+            lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= state.global_step]
+            partial = self.path.with_name(f".{self.path.name}.partial")
+            partial.write_text("".join(f"{line}\n" for line in lines))
+            partial.replace(self.path)  # a kill in between loses no line
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.is_due(state.global_step):
+            return
+        seen = self.trainer.eval_dataset[0]["input_ids"][None, :PROBE_TOKENS]
+        entry = {
+            "step": state.global_step,
+            "tokens": state.global_step * self.trainer.tokens_per_step,
+            "gradient_norm": self.gradients,
+            "state": measure_state(self.trainer.model, seen),
+        }
+        if state.is_world_process_zero:
+            with self.path.open("a") as file:
+                file.write(json.dumps(finite(entry), allow_nan=False) + "\n")
+            for name, sentence in concerns(entry).items():
+                if name not in self.warned:
+                    logger.warning("step %d: %s", state.global_step, sentence)
+                self.warned.add(name)
+        self.unlogged = {f"health_{name}": value for name, value in worst(entry).items()}
+
+
+def gradient_norms(model: nn.Module) -> dict[str, Any]:
+    """2-norm of the gradients: of the backbone's layers (``layers``) and of their connections (``routing``), a number
+    for each layer; of the other parameter groups (:data:`vwn.training.groups.GROUPS`), the rest of the backbone, the
+    MTP modules (``mtp``), and all (``total``)."""
+    squares: dict[str, Any] = {}
+    for name, group in group_of_parameters(model).items():
+        grad = model.get_parameter(name).grad
+        if grad is None:
+            continue
+        grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
+        square = float(grad.detach().float().norm().square())
+        layer = _LAYER.search(name)
+        if ".mtp." in name:
+            squares["mtp"] = squares.get("mtp", 0.0) + square
+        elif layer and group in ("backbone", "routing"):
+            row = squares.setdefault("layers" if group == "backbone" else "routing", {})
+            row[int(layer[1])] = row.get(int(layer[1]), 0.0) + square
+        else:
+            squares[group] = squares.get(group, 0.0) + square
+        squares["total"] = squares.get("total", 0.0) + square
+    return {
+        key: [math.sqrt(value[i]) for i in sorted(value)] if isinstance(value, dict) else math.sqrt(value)
+        for key, value in squares.items()
+    }
+
+
+@torch.no_grad()
+def measure_state(model: nn.Module, ids: Tensor) -> dict[str, Any]:
+    """The state on some tokens, in evaluation mode.
+
+    Args:
+        model: any causal language model; what is plain has no routing to look at.
+        ids: ``[1, S]``.
+
+    Returns:
+        ``rms``: of the state that each sublayer reads and, last, of the final one (where the model is plain, of what
+        each layer reads); and for every sublayer its ``name``, ``spectral_radius`` of the carry (mean over tokens),
+        ``saturated`` (share of the dynamic routing whose tanh is above 0.99 in magnitude, the largest of read, carry
+        and write; None without one), ``effective_slots`` (of ``n``: how many directions the slots span) and
+        ``weakest_slot`` (RMS of the smallest slot over that of all).
+    """
+    training = model.training
+    model.eval()
+    try:
+        ids = ids.to(next(model.parameters()).device)
+        if not isinstance(model, VirtualWidthForCausalLM) or model.config.connection == "residual":
+            hidden = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+            return {"rms": [_rms(h) for h in hidden[:-1]]}  # the last is normed
+        return _measure_sublayers(model, ids)
+    finally:
+        model.train(training)
+
+
+def _measure_sublayers(model: VirtualWidthForCausalLM, ids: Tensor) -> dict[str, Any]:
+    n = model.config.geometry.n
+    rows: list[dict[str, Any]] = []
+    rms: list[float] = []
+
+    @torch.autocast(ids.device.type, enabled=False)
+    def visit(index: int, state: Tensor, z: Tensor, connection: Connection) -> None:
+        rms.append(_rms(state))
+        tokens = state.flatten(0, -2)
+        tokens = tokens[:: max(1, len(tokens) // ROUTED_TOKENS)].float()
+        if not tokens.isfinite().all():
+            rows.append({})
+            return
+        routing, statistics = connection.routing_matrices(tokens), SublayerStatistics()
+        slots = tokens.unflatten(-1, (n, -1))
+        if not all(part.isfinite().all() for part in split(routing).values()):
+            rows.append({})
+            return
+        statistics.add(slots, routing, static_routing(connection, tokens), tanh_scales(connection))
+        seen = statistics.result()
+        saturated = [part["saturated"] for part in seen["routing"].values() if part["saturated"] is not None]
+        strengths = torch.tensor(seen["slots"]["rms"])
+        rows.append(
+            {
+                "spectral_radius": seen["spectral_radius"]["mean"],
+                "saturated": max(saturated, default=None) if connection.dynamic else None,
+                "effective_slots": effective_slots(slots),
+                "weakest_slot": float(strengths.min() / strengths.square().mean().sqrt()),
+            }
+        )
+
+    names = sublayer_names(model)
+    rms_of_final = _rms(record(model, ids, visit))
+    keys = ("spectral_radius", "saturated", "effective_slots", "weakest_slot")
+    return {
+        "name": names,
+        "rms": [*rms, rms_of_final],
+        **{key: [row.get(key) for row in rows] for key in keys},
+    }
+
+
+def effective_slots(slots: Tensor) -> float:
+    """How many independent slots a state amounts to: from 1, where all are multiples of one, to ``min(n, d)``.
+
+    Args:
+        slots: ``[T, n, d]``.
+
+    Returns:
+        ``(tr G)² / ‖G‖²`` with ``G`` the slots' Gram matrix, the participation ratio of its eigenvalues, mean over
+        tokens.
+    """
+    gram = slots @ slots.mT
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return float((trace.square() / gram.square().sum((-2, -1))).mean())
+
+
+def worst(entry: dict[str, Any]) -> dict[str, float]:
+    """What to watch of a measurement: the extreme over the layers of each number, those only that are known."""
+    state, gradients = entry["state"], entry["gradient_norm"]
+    chosen = {
+        "layer_grad_norm_max": (max, gradients.get("layers")),
+        "routing_grad_norm_max": (max, gradients.get("routing")),
+        "state_rms_max": (max, state["rms"]),
+        "spectral_radius_max": (max, state.get("spectral_radius")),
+        "saturated_max": (max, state.get("saturated")),
+        "effective_slots_min": (min, state.get("effective_slots")),
+        "weakest_slot_min": (min, state.get("weakest_slot")),
+    }
+    known = {name: (f, [v for v in values or () if v is not None]) for name, (f, values) in chosen.items()}
+    return {name: f(values) for name, (f, values) in known.items() if values}
+
+
+def concerns(entry: dict[str, Any]) -> dict[str, str]:
+    """What of a measurement the user should hear about, a sentence each, by a name of its own."""
+    found, seen = {}, worst(entry)
+    radius = seen.get("spectral_radius_max")
+    if not all(rms < LARGEST_STATE for rms in entry["state"]["rms"]):  # NaN too
+        found["state"] = f"the state has grown beyond an RMS of {LARGEST_STATE:g}; lower the learning rate"
+        if radius is not None:
+            found["state"] += (
+                f", or that of the routing alone (--rate-factors routing=0.1), or bound the carry, whose spectral "
+                f"radius is up to {radius:.2f} (--carry-constraint doubly_stochastic)"
+            )
+    if seen.get("saturated_max", 0) > 0.5:
+        found["saturated"] = (
+            f"{seen['saturated_max']:.0%} of a sublayer's dynamic routing is saturated and learns no more; lower the "
+            "learning rate of the routing (--rate-factors routing=0.1)"
+        )
+    if entry["gradient_norm"].get("total") == 0:
+        found["gradient"] = "all gradients are zero, so nothing is learnt any more; start again with a lower rate"
+    return found
+
+
+def read_health(directory: Path) -> list[dict[str, Any]]:
+    """The measurements of a run, in the order of its steps; none where none were made.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = directory / FILE
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it or restore it") from error
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.float().square().mean().sqrt())
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # cut off by a kill

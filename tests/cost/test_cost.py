@@ -1,0 +1,278 @@
+"""``vwn cost`` against PyTorch's own FLOP counter and against models that were built and run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    T5Config,
+)
+
+from vwn.common.errors import UserError
+from vwn.cost.model import connection_cost, cost_table, model_cost
+from vwn.hf import VirtualWidthConfig
+from vwn.nn.generalized import GeneralizedHyperConnection
+from vwn.nn.geometry import Geometry
+
+BATCH, LENGTH = 2, 64
+_SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+}
+_MOE = {"num_experts_per_tok": 2, "num_experts": 8, "moe_intermediate_size": 96, "mlp_only_layers": [0]}
+_BACKBONES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 48}),  # heads together wider than the hidden size, as in Qwen3 itself
+    "mixtral": (MixtralConfig, {"num_experts_per_tok": 2, "num_local_experts": 8, "sliding_window": 16}),
+    "qwen3_moe": (Qwen3MoeConfig, {"head_dim": 48, **_MOE}),  # the first layer dense
+}
+WIDTHS = [(1, 1), (1, 4), (2, 2), (2, 3), (4, 16), (8, 64)]
+
+
+def backbone(kind: str = "llama", **changes: Any) -> PreTrainedConfig:
+    config_class, fields = _BACKBONES[kind]
+    return config_class(**_SIZES | fields | changes)
+
+
+def build(config: PreTrainedConfig, experts: str = "eager") -> nn.Module:
+    # Only attention spelt out in matmuls is counted on a CPU: the counter has no entry for its fused attention.
+    # Of the ways transformers runs experts it counts the loop over experts ("eager": one mm for each expert that was
+    # hit) and "batched_mm" (one bmm over token-expert pairs); for "grouped_mm", the default, it has no entry either.
+    inner = getattr(config, "backbone", config)
+    inner._attn_implementation = "eager"
+    inner._experts_implementation = experts
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+def counted_flops_per_token(model: nn.Module) -> float:
+    ids = torch.randint(1, 320, (BATCH, LENGTH))
+    with_mtp = {"output_mtp_logits": True} if getattr(model.config, "num_mtp_modules", 0) else {}
+    with FlopCounterMode(display=False, depth=20) as counter, torch.no_grad():
+        model(ids, use_cache=False, **with_mtp)
+    # transformers 5.17 multiplies positions and frequencies with a matmul, later ones elementwise; ours leaves it out.
+    rotary = [ops for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
+    return (counter.get_total_flops() - sum(sum(ops.values()) for ops in rotary)) / (BATCH * LENGTH)
+
+
+@pytest.mark.parametrize("mtp", [0, 1])
+@pytest.mark.parametrize("kind", _BACKBONES)
+def test_flops_of_widened_models_are_those_the_counter_sees(kind: str, mtp: int) -> None:
+    for m, n in WIDTHS:
+        config = VirtualWidthConfig(backbone=backbone(kind), m=m, n=n, num_mtp_modules=mtp)
+        cost = model_cost(config, sequence_length=LENGTH)
+        assert cost.forward_flops_per_token == counted_flops_per_token(build(config)), (m, n)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"m": 4, "n": 8, "embedding": "factorised"},
+        {"m": 4, "n": 8, "embedding": "replicated", "reduce": "sum", "tie_word_embeddings": True},
+        {"m": 4, "n": 8, "dynamic": False},
+        {"m": 2, "n": 3, "num_mtp_modules": 2},
+        {"connection": "residual"},
+        {"connection": "residual", "num_mtp_modules": 1, "tie_word_embeddings": True},
+    ],
+    ids=str,
+)
+def test_flops_and_parameters_of_every_form(fields: dict[str, Any]) -> None:
+    config = VirtualWidthConfig(backbone=backbone("mixtral"), **fields)
+    model = build(config)
+    cost = model_cost(config, sequence_length=LENGTH)
+    assert cost.forward_flops_per_token == counted_flops_per_token(model)
+    assert cost.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", _BACKBONES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_plain_transformers_models(kind: str, tied: bool) -> None:
+    config = backbone(kind, tie_word_embeddings=tied)
+    model = build(config)
+    cost = model_cost(config, sequence_length=LENGTH)
+    assert cost.forward_flops_per_token == counted_flops_per_token(model)
+    assert cost.training_flops_per_token == 3 * cost.forward_flops_per_token
+    assert cost.parameters == sum(p.numel() for p in model.parameters())
+    assert cost.connection is None
+    assert cost.flops.connections == 0
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_cost_the_same_however_they_are_run(kind: str) -> None:
+    config = backbone(kind)
+    cost = model_cost(config, sequence_length=LENGTH)
+    assert cost.forward_flops_per_token == counted_flops_per_token(build(config, experts="batched_mm"))
+
+
+def test_training_flops_are_what_forward_and_backward_take() -> None:
+    config = VirtualWidthConfig(backbone=backbone(), m=2, n=3, num_mtp_modules=1)
+    model = build(config)
+    ids = torch.randint(1, 320, (BATCH, LENGTH))
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    counted = counter.get_total_flops() / (BATCH * LENGTH)
+    assert model_cost(config, sequence_length=LENGTH).training_flops_per_token == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", _BACKBONES)
+@pytest.mark.parametrize("embedding", ["direct", "factorised", "replicated"])
+def test_parameters_are_those_of_the_built_model(kind: str, embedding: str) -> None:
+    config = VirtualWidthConfig(backbone=backbone(kind), m=4, n=16, embedding=embedding, num_mtp_modules=1)
+    assert model_cost(config, sequence_length=8).parameters == sum(p.numel() for p in build(config).parameters())
+
+
+def test_active_parameters_leave_out_the_experts_a_token_does_not_meet() -> None:
+    dense = model_cost(backbone("llama"), sequence_length=8)
+    assert dense.active_parameters == dense.parameters
+    cost = model_cost(backbone("mixtral"), sequence_length=8)
+    one_expert = 3 * 128 * 352
+    assert cost.parameters - cost.active_parameters == 3 * (8 - 2) * one_expert
+
+
+def test_the_published_size_of_mixtral_8x7b() -> None:
+    cost = model_cost(MixtralConfig(), sequence_length=4096)
+    assert cost.parameters == 46_702_792_704
+    assert cost.active_parameters / 1e9 == pytest.approx(12.9, abs=0.05)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(("m", "n"), WIDTHS)
+def test_connection_flops_are_those_the_counter_sees(m: int, n: int, dynamic: bool) -> None:
+    ghc = GeneralizedHyperConnection(64, m, n, dynamic=dynamic)
+    state = torch.randn(BATCH, LENGTH, ghc.geometry.over_width)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        ghc(state, lambda x: x)
+    cost = connection_cost(ghc.geometry, dynamic=dynamic)
+    assert cost.matmul_flops == counter.get_total_flops() / (BATCH * LENGTH)
+    assert cost.flops - cost.matmul_flops == (4 * ghc.geometry.over_width if dynamic else 0)
+
+
+def test_the_papers_own_figures_at_2_3() -> None:
+    width = 1024
+    cost = connection_cost(Geometry(width, 2, 3))
+    parts = (cost.norm_flops, cost.dynamic_parameter_flops, cost.width_connection_flops, cost.depth_connection_flops)
+    assert parts == (6 * width, 21 * width, 15 * width, 6 * width)
+    assert cost.flops == 48 * width
+    assert cost.activation_bytes == 3 * width
+    assert cost.activation_overhead == pytest.approx(0.088, abs=5e-4)
+    assert connection_cost(Geometry(width, 2, 3), saved_share=1).activation_bytes == 6 * width
+
+
+@pytest.mark.parametrize("e", [2, 4])
+@pytest.mark.parametrize(("m", "n"), WIDTHS)
+def test_traffic_floors(m: int, n: int, e: int) -> None:
+    g = Geometry(256, m, n)
+    traffic, r, unit = connection_cost(g, bytes_per_element=e).traffic, g.ratio, 256 * e
+    assert traffic.forward_fused == (2 * r + 2) * unit
+    assert traffic.forward_separate == (3 * r + 2) * unit
+    assert traffic.forward_naive == (4 * r + 2) * unit
+    assert traffic.backward_fused == (3 * r + 3) * unit
+    assert traffic.backward_separate == (4 * r + 3) * unit
+
+
+def _table(**widths: tuple[int, int]) -> tuple[list[dict[str, Any]], str]:
+    configs = {"plain": VirtualWidthConfig(backbone=backbone(), connection="residual", num_mtp_modules=1)}
+    for name, (m, n) in widths.items():
+        configs[name] = VirtualWidthConfig(backbone=backbone(), m=m, n=n, num_mtp_modules=1)
+    return cost_table(configs, LENGTH)
+
+
+def test_rows_say_what_the_models_cost() -> None:
+    rows, _ = _table(small=(2, 3), large=(8, 64))
+    assert [row["name"] for row in rows] == ["plain", "small", "large"]
+    plain, small, large = json.loads(json.dumps(rows))
+    assert plain["flops_ratio"] == 1
+    assert plain["connection_share"] == 0
+    assert plain["traffic_bytes"] is None
+    assert plain["activation_bytes_per_layer"] == 34 * 128
+    cost = model_cost(VirtualWidthConfig(backbone=backbone(), m=2, n=3, num_mtp_modules=1), sequence_length=LENGTH)
+    assert (small["m"], small["n"], small["r"]) == (2, 3, 1.5)
+    assert small["params"] == cost.parameters
+    assert small["flops_per_token"] == sum(small["flops"].values()) == cost.forward_flops_per_token
+    assert small["flops_ratio"] == small["flops_per_token"] / plain["flops_per_token"]
+    assert small["connection_flops_per_sublayer"] == 48 * 128
+    assert small["connection_norm_flops"] == 4 * 2 * 6 * 128  # three layers and the MTP module's
+    assert small["connection_share"] == 4 * 2 * 42 * 128 / small["flops_per_token"]
+    assert small["activation_bytes_per_layer"] == 37 * 128
+    assert large["traffic_units"]["forward_fused"] == 18
+    assert large["traffic_bytes"]["forward_fused"] == 18 * 128 * 2
+
+
+def test_the_ratio_needs_a_plain_model_to_compare_with() -> None:
+    rows, text = cost_table({"2x3": VirtualWidthConfig(backbone=backbone(), m=2, n=3)}, LENGTH)
+    assert rows[0]["flops_ratio"] is None
+    assert "–" in text
+
+
+def test_the_text_fits_a_terminal_and_has_a_line_for_each_model() -> None:
+    name = "a_name_that_is_much_longer_than_the_column_it_goes_into"
+    _, text = _table(**{"2x3": (2, 3), name: (8, 64)})
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 110
+    assert sum(line.startswith("2x3 ") for line in lines) == 2  # once for the model, once for the traffic
+    assert sum(line.startswith("a_name") for line in lines) == 2
+    assert "4.736 kB (+8.8%)" in text
+    assert "18 = 4.608 kB" in text
+
+
+def test_a_model_larger_than_any_memory_here() -> None:
+    huge = LlamaConfig(hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128)
+    cost = model_cost(VirtualWidthConfig(backbone=huge, m=8, n=64), sequence_length=8192)
+    assert cost.parameters > 400e9
+    assert cost.flops.connections / cost.forward_flops_per_token < 0.02
+
+
+def test_the_config_is_left_as_it_was() -> None:
+    config = VirtualWidthConfig(backbone=backbone(), m=2, n=3)
+    before = config.to_dict()
+    model_cost(config, sequence_length=8)
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (T5Config(), "no causal language model for T5Config"),
+        (GPT2Config(n_layer=2, n_embd=64, n_head=2), "0 of its 2 layers have an attention"),
+        (BertConfig(num_hidden_layers=1, is_decoder=True), "does not follow from its shapes"),
+    ],
+    ids=["not causal", "other attention", "encoder"],
+)
+def test_what_cannot_be_costed_is_refused(config: PreTrainedConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        model_cost(config, sequence_length=8)
+
+
+def test_bad_numbers_are_refused() -> None:
+    with pytest.raises(UserError, match="sequence_length must be 1 or more, got 0"):
+        model_cost(backbone(), sequence_length=0)
+    with pytest.raises(UserError, match="bytes_per_element must be 1 or more, got 0"):
+        connection_cost(Geometry(8, 2, 3), bytes_per_element=0)
+    with pytest.raises(UserError, match=r"within 0 and 1, got 1\.5"):
+        connection_cost(Geometry(8, 2, 3), saved_share=1.5)
+
+
+def test_importing_the_formulas_needs_torch_only() -> None:
+    code = "import sys, vwn.cost.model; sys.exit('transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,372 @@
+"""The benchmarks run and report what they promise; how fast anything is, is not tested."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks import gpu, measure, models, static_cost
+from benchmarks.models import Training
+from benchmarks.rivals import Inputs, check_listing
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+def run(tmp_path: Path, name: str, *options: str) -> dict:
+    out = tmp_path / f"{name}.json"
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--device", "cpu", "--out", str(out), *options]
+    threads = {"OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    content = json.loads(out.read_text())
+    assert content["benchmark"] == name
+    assert content["quick"]
+    assert content["date"][:2] == "20"
+    assert f"python -m benchmarks.{name} --quick --device cpu --out {out}" in content["command"]
+    assert content["machine"]["cpu"]
+    assert content["machine"]["threads"] == 1
+    assert {"vwn", "torch", "triton", "transformers", "hyper-connections", "liger-kernel"} <= content["versions"].keys()
+    assert content["versions"]["torch"] == torch.__version__
+    assert {"commit", "dirty"} <= content.keys()
+    measured = [row for row in content["rows"] if "not measured" not in row]
+    assert measured
+    for row in measured:
+        assert str(row.get("who", row.get("rival", row.get("variant")))) in found.stdout
+    for row in content["rows"]:
+        if "not measured" in row:
+            assert row["not measured"]
+            assert not any(key.startswith(("median", "min")) for key in row)
+            assert f"not measured: {row['not measured']}" in found.stdout
+    return content
+
+
+def test_connections(tmp_path):
+    rows = run(tmp_path, "connections", "--shapes", "2x4")["rows"]
+    [copy] = [row for row in rows if row["rival"] == "copy"]
+    by_name = {(row["rival"], row["pass"]): row for row in rows if row["rival"] != "copy"}
+    rivals = {"ours", "ours, separate", "ours, with the norm", "reference", "listing, eager", "listing, compiled"}
+    rivals |= {"plain, eager", "plain, compiled", "hyper-connections", "Liger-Kernel mHC"}
+    assert {name for name, _ in by_name} == rivals
+    assert "GPU" in by_name["Liger-Kernel mHC", "forward"]["not measured"]
+    r, wide, element = 2, 64 * 32, 4
+    floors = {"forward": (2 * r + 2) * wide * element, "forward + backward": (5 * r + 5) * wide * element}
+    for (name, direction), row in by_name.items():
+        if "not measured" in row or direction == "backward":
+            continue
+        listing = by_name["listing, eager", direction]["median_ms"]
+        assert 0 < row["min_ms"] <= row["median_ms"]
+        assert row["times_faster"] == pytest.approx(listing / row["median_ms"])
+        assert row["gb_per_s"] == pytest.approx(row["floor_bytes"] / row["median_ms"] / 1e6)
+        assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / copy["gb_per_s"])
+        if "plain" not in name:
+            assert row["floor_bytes"] == floors[direction]
+    for name in rivals - {"Liger-Kernel mHC"}:
+        medians = [by_name[name, p]["median_ms"] for p in ("forward", "backward", "forward + backward")]
+        assert medians[0] + medians[1] == pytest.approx(medians[2])
+
+
+def test_training_step(tmp_path):
+    rows = run(tmp_path, "training_step", "--shapes", "2x3")["rows"]
+    assert {row["family"] for row in rows} == {"dense", "moe"}
+    variants = {"auto", "reference", "keep_states_every=4", "checkpointing"}
+    assert {row["variant"] for row in rows if row["family"] == "dense"} == variants
+    for row in rows:
+        assert row["time_ratio"] == pytest.approx(row["median_ms"] / row["plain_median_ms"])
+        assert row["saved_ratio"] == pytest.approx(row["saved_mb"] / row["plain_saved_mb"])
+        assert row["peak_ratio"] == pytest.approx(row["total_peak_mb"] / row["plain_total_peak_mb"])
+        assert row["saved_mb"] < row["total_peak_mb"]
+    saved = {row["variant"]: row["saved_mb"] for row in rows if row["family"] == "dense"}
+    assert saved["checkpointing"] < saved["keep_states_every=4"] < saved["auto"] == saved["reference"]
+
+
+def test_scaling(tmp_path):
+    rows = run(tmp_path, "scaling")["rows"]
+    assert {row["series"] for row in rows} == {"decoding", "tokens", "slots", "depth"}
+    assert all("GPU" in row["not measured"] for row in rows if row["who"].endswith("graph"))
+    for series in ("tokens", "slots"):
+        of = [row for row in rows if row["series"] == series]
+        assert of[-1]["relative"] == 1
+        for row in of:
+            assert row["us_per_unit"] == pytest.approx(row["median_us"] / row["size"])
+            assert row["relative"] == pytest.approx(row["us_per_unit"] / of[-1]["us_per_unit"])
+
+
+def test_memory(tmp_path):
+    rows = run(tmp_path, "memory", "--shapes", "2x3")["rows"]
+    chain = {(row["who"], row["keep_states_every"]): row for row in rows if row["where"] == "chain"}
+    bound = (3 / 2 + 1) * 64 * 4
+    for who in ("reference", "compiled"):
+        for keep in (1, 4):
+            if "not measured" not in chain[who, keep]:
+                assert chain[who, keep]["saved_bytes"] == (3 / 2 / keep + 1) * 64 * 4
+    assert chain["listing", 1]["saved_bytes"] > 2 * bound
+    [model] = [row for row in rows if row["where"] == "model"]
+    assert model["saved_bytes"] == pytest.approx((3 / 2 + 1) * 32 * 4, rel=0.01)
+    loss = {row["who"]: row for row in rows if row["where"] == "loss"}
+    assert loss["torch"]["peak_bytes"] > loss["torch"]["heads"] * loss["torch"]["logits_bytes"] == 2 * 512 * 4
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        assert loss["liger"]["loss"] == pytest.approx(loss["torch"]["loss"], abs=1e-4)
+        saved = loss["torch"]["peak_bytes"] - loss["liger"]["peak_bytes"]
+        assert saved > loss["torch"]["logits_bytes"]
+
+
+def test_memory_of_a_loss_that_cannot_run_is_not_measured(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    rows = run(tmp_path, "memory", "--shapes", "2x3")["rows"]
+    [liger] = [row for row in rows if row.get("who") == "liger"]
+    assert "it runs on a GPU, not on cpu" in liger["not measured"]
+
+
+def test_exponent_of_known_powers():
+    assert measure.exponent([1, 2, 4], [3.0, 6.0, 12.0]) == pytest.approx(1)
+    assert measure.exponent([1, 2, 4], [1.0, 4.0, 16.0]) == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("trips", "persistent", "expected"), [(1, False, 6), (4, False, 12), (1, True, 5), (4, True, 11)]
+)
+def test_instructions_of_loops_count_as_often_as_they_run(trips, persistent, expected):
+    code = """
+        .L_x_0:
+            /*0000*/                   S2R R0, SR_CTAID.X ;
+        .L_x_1:
+            /*0010*/                   FADD R1, R1, R0 ;
+            /*0020*/              @P0  BRA `(.L_x_1) ;
+            /*0030*/                   STG.E [R2], R1 ;
+            /*0040*/              @!P1 BRA `(.L_x_0) ;
+        .L_x_2:
+            /*0050*/                   BRA `(.L_x_2) ;"""
+    lines = code if persistent else code.replace("@!P1 BRA `(.L_x_0)", "EXIT")
+    assert static_cost.executed(lines, trips, persistent).total() == expected
+
+
+def test_a_loop_that_the_assembler_unrolled_runs_less_often():
+    ptx = """
+        $L__BB0_1:
+            mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { }, { }, { }, { };
+            @%p1 bra $L__BB0_1;
+        $L__BB0_2:
+            wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 { };
+            mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { }, { }, { }, { };
+            @%p2 bra $L__BB0_2;
+            ret;"""
+    once = static_cost.products(ptx, persistent=False)
+    assert once == [1, 2]
+    code = """
+        .L_x_0:
+            /*0000*/                   HMMA.16816.F32.BF16 R0, R4, R8, R0 ;
+            /*0010*/                   HMMA.16816.F32.BF16 R0, R4, R8, R0 ;
+            /*0020*/              @P0  BRA `(.L_x_0) ;
+        .L_x_1:
+            /*0030*/                   HGMMA.64x32x16.F32.BF16 R0, R4, R8, R0 ;
+            /*0040*/                   HMMA.16816.F32.BF16 R0, R4, R8, R0 ;
+            /*0050*/              @P0  BRA `(.L_x_1) ;
+            /*0060*/                   EXIT ;"""
+    assert static_cost.executed(code, 4, False, once).total() == 2 * 3 + 4 * 3 + 1
+    with pytest.raises(ValueError, match=r"the loops have \[2, 2\] products"):
+        static_cost.executed(code, 4, False, [3, 3])
+
+
+def test_a_loop_unrolled_as_a_whole_is_not_taken_for_half_of_another():
+    assert static_cost.unrolled([24, 0, 36], [12, 24, 36], 4) == [1, 1, 1]
+    assert static_cost.unrolled([24, 36], [12, 0, 36], 4) == [2, 1]
+    with pytest.raises(ValueError, match="products"):
+        static_cost.unrolled([24, 36], [12, 36], 3)  # not twice what runs three times
+
+
+@pytest.mark.parametrize(
+    ("instruction", "expected"),
+    [
+        ("@!P3 LDG.E.128.STRONG.GPU R4, [R2.64]", 16),
+        ("STG.E desc[UR4][R2.64], R1", 4),
+        ("LDG.E.U16.CONSTANT R1, [R2]", 2),
+        ("LDGSTS.E.BYPASS.LTC128B.128 [R1], desc[UR4][R2.64], P0", 16),
+        ("LDS.128 R4, [R2]", 0),
+        ("FADD R1, R128, R2", 0),
+    ],
+)
+def test_bytes_of_an_instruction(instruction, expected):
+    assert static_cost._bytes(instruction) == expected
+
+
+@pytest.mark.parametrize(
+    ("instruction", "expected"),
+    [
+        ("HMMA.16816.F32.BF16 R0, R4, R8, R0", 16 * 8 * 16),
+        ("@P0 HGMMA.64x128x16.F32.BF16 R24, R132, gdesc[UR32].tnspB, RZ, !UPT, gsb0", 64 * 128 * 16 // 4),
+        ("FFMA R0, R1, R2, R3", 0),
+    ],
+)
+def test_products_of_an_instruction(instruction, expected):
+    assert static_cost._multiplied(instruction) == expected
+
+
+def compiled(name: str, shapes: str, folder: Path) -> list[dict[str, Any]]:
+    """The rows of a benchmark that compiles the Triton kernels, which it does where there is no interpreter."""
+    out = folder / f"{name}.json"
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--shapes", shapes, "--out", str(out)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    rows = json.loads(out.read_text())["rows"]
+    if reason := rows[0].get("not measured"):
+        pytest.skip(reason)
+    return rows
+
+
+@pytest.mark.slow
+def test_static_cost(tmp_path):
+    every = compiled("static_cost", "2x3,8x64", tmp_path)
+    of = {(row["connection"][1], row["kernel"]): row for row in every}
+    rows = {kernel: row for (n, kernel), row in of.items() if n == 3}
+    assert set(rows) == {"forward", "backward"}
+    for row in rows.values():
+        assert row["bytes"] >= 1  # the floor has to be moved
+        assert row["issue_at_2"] == pytest.approx(2 * row["issue_at_4"])
+    d, columns, matrices = 1024, 3 + 3 * 2, 2 * 16 * (8 + 8 + 8)  # with the norm's; 16 rows, 8 columns or more, twice
+    assert rows["backward"]["parts"] == pytest.approx(264 * 4 * (columns * d + matrices) / 1e6)
+    assert rows["forward"]["parts"] == rows["forward"]["added"] == 0
+    assert rows["backward"]["instructions_per_token"] > rows["forward"]["instructions_per_token"]
+    # The state, and what the backward kept, for each 128 of the 256 columns, of the write's projections' gradients.
+    read, floor = 64 * 256 * 2 + 2 * 64 * (64 + 8) * 4, 3 * (64 + 8) * 256 * 2
+    assert of[64, "weights"]["bytes"] == pytest.approx(read / floor, rel=0.1)
+
+
+@pytest.mark.slow
+def test_shared_cost(tmp_path):
+    rows = compiled("shared_cost", "2x3", tmp_path)
+    assert [(row["kernel"], row["norm"]) for row in rows] == [
+        (kernel, norm) for norm in (False, True) for kernel in ("forward", "backward")
+    ]
+    floor = 4 * (3 * 1024 + 2048) * 2 / 4.3e12 * 132 * 1.75e9 / 2
+    assert rows[0]["shared"] == pytest.approx(rows[0]["rows_per_token"] / floor)
+    assert rows[1]["rows_per_token"] > rows[0]["rows_per_token"] > 0
+
+
+def test_rivals_take_turns():
+    seen: list[str] = []
+    calls = {name: lambda name=name: seen.append(name) for name in "ab"}
+    times = measure.take_turns(calls, CPU, rounds=3, warmup=0, sample_seconds=0.0)
+    assert "".join(seen) == "ab" + 3 * "aabb"  # each sample after a call that is not timed
+    assert all(0 < t.best <= t.median for t in times.values())
+
+
+def test_memory_counts_what_stays_and_the_most_there_was():
+    def call() -> torch.Tensor:
+        large = torch.empty(1000)
+        small = torch.empty(10)
+        del large
+        return small
+
+    result, memory = measure.memory_of(call, CPU)
+    assert result.nbytes == 40
+    assert memory.live == pytest.approx(40, abs=64)
+    assert memory.peak == pytest.approx(4040, abs=64)
+
+
+def test_memory_agrees_with_hooks_on_saved_tensors():
+    training = Training(models.QUICK["dense"], (2, 3), "cpu", (2, 16), mtp=0)
+    constant = {p.untyped_storage().data_ptr() for p in [*training.model.parameters(), *training.model.buffers()]}
+    storages: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    training.loss()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        kept = training.loss()
+    counted = sum(size for address, size in storages.items() if address not in constant)
+    del kept
+    _, memory = measure.memory_of(training.loss, CPU)
+    assert memory.live == pytest.approx(counted, rel=0.005)
+
+
+def test_listing_that_differs_is_noticed():
+    inputs = Inputs(2, 3, 8, 5, torch.float32, CPU)
+    check_listing(inputs, inputs.connection(torch.float32))
+    for field in inputs.weights._fields[:-1]:
+        changed = inputs.connection(torch.float32)
+        with torch.no_grad():
+            getattr(changed, field).add_(0.1)
+        with pytest.raises(AssertionError, match="listing"):
+            check_listing(inputs, changed)
+
+
+# All that wants a GPU
+
+
+def test_gpu_steps_within_a_time_limit(tmp_path):
+    """Each is asked for what the options say; one that fails or takes too long does not keep others from running."""
+    options = gpu._parser().parse_args(["--shapes", "2x3", "--folder", str(tmp_path), "--commit", "abc"])
+    commands, limits = {}, {}
+
+    def run(command, environment, seconds):
+        name = gpu.STEPS[len(commands)].name
+        commands[name], limits[name] = (command, environment), seconds
+        return {"accuracy": 3, "memory": None}.get(name, 0)
+
+    lines = dict(line.split(": ") for line in gpu.run_all(list(gpu.STEPS), options, run))
+    assert list(lines) == [step.name for step in gpu.STEPS]
+    assert lines.pop("accuracy") == "failed, exit code 3"
+    assert lines.pop("memory").startswith("stopped")
+    assert set(lines.values()) == {"done"}
+    assert limits["connections"] == pytest.approx(0.3 * 9 * 60)
+    assert limits["scaling"] == pytest.approx(9 * 60, abs=5)
+    command, environment = commands["connections_tuned"]
+    assert environment["VWN_TUNE"] == "1"
+    assert command[command.index("--out") + 1] == str(tmp_path / "connections_tuned-cuda.json")
+    assert command[command.index("--shapes") + 1] == "2x3"
+    assert command[command.index("--commit") + 1] == "abc"
+    assert commands["compile"][0][1:] == ["-m", "benchmarks.gpu", "--compile-only", "--shapes", "2x3"]
+    options.minutes = 0.1
+    assert list(gpu.run_all(list(gpu.STEPS[:1]), options, run)) == ["compile: no time left"]
+
+
+def test_a_step_that_takes_too_long_is_stopped_with_its_children(tmp_path):
+    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(tmp_path / 'alive')!r}).touch()"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert gpu.run([sys.executable, "-c", parent], dict(os.environ), 1.0) is None
+    assert gpu.run([sys.executable, "-c", "raise SystemExit(5)"], dict(os.environ), 60.0) == 5
+    time.sleep(3)
+    assert not (tmp_path / "alive").exists()
+
+
+def test_gpu_steps_run_dry(tmp_path):
+    """In Triton's interpreter, by the same commands."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--steps", "accuracy,launches"]
+    command += ["--shapes", "2x3", "--folder", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "accuracy: done" in result.stdout
+    rows = json.loads((tmp_path / "launches-cpu.json").read_text())["rows"]
+    assert {row["pass"] for row in rows} == {"forward", "backward"}
+    assert len({row["programs"] for row in rows if row["pass"] == "backward"}) > 1
+    assert {row["apart"] for row in rows if row["pass"] == "backward" and row["weights"]} == {False, True}
+    assert all(row["median_ms"] > 0 for row in rows)
+    rows = json.loads((tmp_path / "accuracy-cpu.json").read_text())["rows"]
+    assert {row["backend"] for row in rows} == {"triton"}
+    assert all(row["output_ulp"] < 20 for row in rows if "not measured" not in row)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--device", "cpu", "--steps", "speed"], "no such step: speed"), ([], "there is no GPU")],
+)
+def test_gpu_steps_that_cannot_be_run(arguments, message):
+    if not arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

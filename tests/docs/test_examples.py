@@ -1,0 +1,155 @@
+"""The examples: they run, and the one that widens a GPT by hand changes ten lines and starts as that GPT."""
+
+import difflib
+import importlib.util
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import vwn
+from conftest import perturb
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SIZES = dict(width=32, depth=2, heads=2, window=32)
+
+
+def module(name):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = loaded  # where dataclasses look their annotations up
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    return module("gpt")
+
+
+@pytest.fixture(scope="module")
+def wide():
+    return module("gpt_vwn")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_ten_lines_turn_the_gpt_into_a_vwn():
+    old, new = ((EXAMPLES / name).read_text().splitlines() for name in ("gpt.py", "gpt_vwn.py"))
+    lines = list(difflib.unified_diff(old, new, n=0, lineterm=""))[2:]
+    added = [line for line in lines if line.startswith("+")]
+    removed = [line for line in lines if line.startswith("-")]
+    assert 0 < len(added) <= 10
+    assert len(removed) <= len(added)
+    assert not any(line.strip("+ ").startswith(";") or ";" in line for line in added)  # no two statements in a line
+
+
+@pytest.mark.parametrize(("m", "n"), [(4, 16), (2, 3), (1, 1)])
+def test_the_wide_gpt_starts_as_the_gpt(gpt, wide, m, n):
+    plain = perturb(gpt.GPT(gpt.Config(**SIZES)))
+    model = wide.GPT(wide.Config(**SIZES, m=m, n=n))
+    theirs = {name.replace("norm.weight", "norm.1.weight") if name.startswith("norm.") else name: value
+              for name, value in plain.state_dict().items()}  # fmt: skip
+    theirs["norm.1.bias"] = theirs.pop("norm.bias")
+    table = theirs.pop("embedding.weight")
+    missing, unexpected = model.load_state_dict(theirs, strict=False)
+    assert not unexpected
+    assert all("connections" in name or name.startswith(("embedding.", "norm.0.")) for name in missing)
+    with torch.no_grad():
+        model.embedding.table.weight[:, : SIZES["width"]] = table  # what is in the other slots must not matter
+    ids = torch.randint(256, (2, 20))
+    torch.testing.assert_close(model(ids), plain(ids), rtol=1e-3, atol=1e-3)
+    assert (perturb(model)(ids) - plain(ids)).abs().max() > 0.1  # the test can fail
+
+
+@pytest.mark.parametrize("name", ["gpt", "gpt_vwn"])
+def test_both_are_causal_and_learn(name, request, text):
+    example = module(name)
+    torch.manual_seed(0)
+    model = example.GPT(example.Config(**SIZES))
+    data = torch.tensor(list(text.read_bytes()))
+    losses = example.train(model, data, steps=30, batch_size=8, rate=1e-2)
+    assert len(losses) == 30
+    assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 1.0
+    ids = data[None, :12]
+    changed = ids.clone()
+    changed[0, 8] = (changed[0, 8] + 1) % 256
+    before, after = perturb(model)(ids), model(changed)
+    assert torch.equal(before[:, :8], after[:, :8])
+    assert not torch.equal(before[:, 8:], after[:, 8:])
+    assert model.continued(ids, 3).shape == (1, 15)
+    assert F.cross_entropy(before[0, :-1], ids[0, 1:]).isfinite()
+
+
+def test_the_wide_gpt_decays_no_static_routing(wide):
+    model = wide.GPT(wide.Config(**SIZES))
+    decayed, spared = wide.optimiser(model, 1e-3).param_groups
+    routing = model.blocks[0].connections[0]
+    assert any(p is routing.static_alpha for p in spared["params"])
+    assert any(p is routing.dynamic_alpha for p in decayed["params"])
+
+
+def test_gpt_from_the_command_line(run, text, tmp_path):
+    sizes = [f"--{name}={value}" for name, value in SIZES.items()]
+    assert "step     2" in run("gpt_vwn", text, "--steps=2", "--sample=4", "--m=2", "--n=3", *sizes)
+    short = tmp_path / "short.txt"
+    short.write_text("few")
+    with pytest.raises(SystemExit):
+        run("gpt", short)
+
+
+def test_trainer(run, text, tmp_path):
+    out = tmp_path / "out"
+    printed = run("train_with_trainer", text, out, "--steps=3", "--window=32", "--width=32", "--layers=1", "--n=6")
+    assert "nats per byte" in printed
+    assert json.loads((out / "config.json").read_text())["n"] == 6
+    assert (out / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_compare(run, text, tmp_path):
+    options = ["--steps=2", "--seeds", "0", "--window=32", "--batch-size=2", "--arms", "plain", "2x3"]
+    printed = run("compare_arms", text, tmp_path / "out", *options)
+    assert printed.splitlines()[-1].startswith("2x3: ")
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_widen(run, text, tmp_path):
+    printed = run("widen_pretrained", text, tmp_path, "--steps=3", "--window=32", "--batch-size=2")
+    change = printed.split("largest change of a logit: ")[1].split()[0]
+    assert float(change) < 1e-5
+    losses = [float(line.split()[-1]) for line in printed.splitlines() if line.startswith("step")]
+    assert losses[-1] < losses[0]
+    assert json.loads((tmp_path / "wide" / "config.json").read_text())["model_type"] == "virtual_width"
+
+
+def test_lora(run, text, tmp_path):
+    pytest.importorskip("peft")
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                         num_attention_heads=2)  # fmt: skip
+    plain = perturb(AutoModelForCausalLM.from_config(config), scale=0.1)
+    plain.save_pretrained(tmp_path / "plain")
+    before = vwn.widen(plain, m=4, n=8).state_dict()
+    options = ["--steps=3", "--window=32", "--batch-size=2", "--rank=2", "--checkpoint", tmp_path / "plain"]
+    assert "trainable params" in run("lora", text, tmp_path / "out", *options)
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert after.keys() <= before.keys()
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    adapted = ("q_proj", "v_proj", "up_proj", "down_proj")
+    assert all(any(part in name for part in (*adapted, ".connections.")) for name in moved)
+    assert all(any(part in name for name in moved) for part in (*adapted, "static_alpha", "static_beta"))

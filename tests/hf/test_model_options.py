@@ -1,0 +1,354 @@
+"""Options of the model: recorded outputs, attention, checkpointing, compilation, resizing, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, OpenAIGPTConfig, PreTrainedModel
+
+from tiny import (
+    BACKBONES,
+    MOE_BACKBONES,
+    VOCAB,
+    backbone_config,
+    build,
+    copy_stock_weights,
+    stock,
+    token_ids,
+    vwn_config,
+)
+from vwn import ops
+from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM, layout_of, register_layout
+from vwn.hf.configuration import _say_untied
+
+KINDS = pytest.mark.parametrize("kind", BACKBONES)
+
+
+# Recorded outputs
+
+
+@KINDS
+@pytest.mark.parametrize("how", ["argument", "config"])
+def test_hidden_states_are_over_width_and_one_more_than_layers(kind, how):
+    model = build(
+        vwn_config(kind, 2, 4, num_mtp_modules=1, **({"output_hidden_states": True} if how == "config" else {}))
+    )
+    ids = token_ids()
+    arguments = {"output_hidden_states": True} if how == "argument" else {}
+    out = model(ids, labels=ids, **arguments)
+    assert [tuple(h.shape) for h in out.hidden_states] == [(2, 9, 48)] * 3
+    assert torch.equal(out.hidden_states[0], model.model.embed_tokens(ids))
+    assert torch.equal(out.hidden_states[-1], model.model(ids).over_width_state)
+    assert_close(model.lm_head(model.model.norm(model.model.reduce(out.hidden_states[-1]))), out.logits)
+    assert model(ids, output_hidden_states=False).hidden_states is None
+    base = model.model(ids, **arguments)
+    assert len(base.hidden_states) == 3
+
+
+@KINDS
+@pytest.mark.parametrize("how", ["argument", "config"])
+def test_attentions_with_eager_attention(kind, how):
+    fields = {"output_attentions": True} if how == "config" else {}
+    model = build(vwn_config(kind, 2, 4, num_mtp_modules=1, attn_implementation="eager", **fields))
+    ids = token_ids()
+    out = model(ids, labels=ids, **({"output_attentions": True} if how == "argument" else {}))
+    assert [tuple(a.shape) for a in out.attentions] == [(2, 4, 9, 9)] * 2
+    assert_close(out.attentions[0].sum(-1), torch.ones(2, 4, 9))
+    assert not out.attentions[0].triu(1).any()
+    assert model(ids, output_attentions=False).attentions is None
+
+
+def test_recording_leaves_nothing_behind():
+    model = build(vwn_config())
+    model(token_ids(), output_hidden_states=True)
+    assert model(token_ids()).hidden_states is None
+    assert len(model(token_ids(), output_hidden_states=True).hidden_states) == 3
+
+
+# Settings on the outer config reach the inner models
+
+
+@pytest.mark.parametrize("how", ["constructor", "attribute", "argument"])
+def test_use_cache_reaches_the_backbone(how):
+    model = build(vwn_config(**({"use_cache": False} if how == "constructor" else {})))
+    if how == "attribute":
+        model.config.use_cache = False
+    out = model(token_ids(), **({"use_cache": False} if how == "argument" else {}))
+    assert out.past_key_values is None
+    assert build(vwn_config())(token_ids()).past_key_values is not None
+
+
+def attention_of(model: torch.nn.Module) -> set[str]:
+    """What every nested model and every attention module is set to."""
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    assert len(models) == 4
+    cores = [m for m in model.modules() if type(m).__name__.endswith("Attention")]
+    assert len(cores) == 3
+    return {m.config._attn_implementation for m in models + cores}
+
+
+def test_the_attention_implementation_reaches_backbone_and_modules(tmp_path):
+    config = vwn_config("llama", 2, 4, num_mtp_modules=1)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    assert attention_of(model) == {"eager"}
+    model.save_pretrained(tmp_path)
+    assert attention_of(AutoModelForCausalLM.from_pretrained(tmp_path)) == {"sdpa"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert attention_of(loaded) == {"eager"}
+    wanted = loaded(token_ids(), labels=token_ids()).loss
+    loaded.set_attn_implementation("sdpa")
+    assert attention_of(loaded) == {"sdpa"}
+    assert_close(loaded(token_ids(), labels=token_ids()).loss, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_one_backbone_config_may_serve_several_models():
+    """`vwn compare` builds every arm from one backbone config: what one does to it must not reach the others."""
+    shared = backbone_config()
+    one, two = VirtualWidthConfig(backbone=shared, m=1, n=1), VirtualWidthConfig(backbone=shared, m=2, n=4)
+    one.use_cache = False
+    VirtualWidthForCausalLM(one).resize_token_embeddings(VOCAB + 3)
+    assert (two.vocab_size, two.use_cache) == (VOCAB, True)
+    assert (shared.vocab_size, shared.use_cache) == (VOCAB, True)
+
+
+def test_the_backbones_special_tokens_and_sizes_are_the_models():
+    config = vwn_config()
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 0)
+    assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (VOCAB, 24, 2)
+    assert config.max_position_embeddings == 64
+    assert config.get_text_config() is config.backbone
+    assert vwn_config(eos_token_id=7).eos_token_id == 7
+
+
+def test_the_backbones_initializer_range_is_used_everywhere():
+    model = VirtualWidthForCausalLM(vwn_config("llama", 2, 4, {"initializer_range": 0.5}, num_mtp_modules=1))
+    for weight in (
+        model.lm_head.weight,
+        model.model.embed_tokens.table.weight,
+        model.model.mtp[0].layer.layers[0].mlp.up_proj.weight,
+    ):
+        assert abs(float(weight.detach().std()) - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("connection", ["ghc", "residual"])
+@KINDS
+def test_layers_that_must_not_be_split_are_named_as_they_are(kind, connection):
+    """Device maps and FSDP look for these class names among the model's modules."""
+    config = vwn_config(kind, 1, 1, connection=connection, num_mtp_modules=1)
+    model = VirtualWidthForCausalLM(config)
+    layers = {type(layer).__name__ for layer in (*model.model.backbone.layers, *model.model.mtp[0].layer.layers)}
+    assert layers <= set(model._no_split_modules)
+    assert set(model._no_split_modules) <= {type(module).__name__ for module in model.modules()}
+
+
+@pytest.mark.parametrize("kind", MOE_BACKBONES)
+def test_experts_run_by_the_implementation_the_stock_model_takes(monkeypatch, kind):
+    """transformers decides by the source of the model's class; what it found for the stock class must not matter."""
+    wanted = stock(kind).model.layers[0].mlp.experts.config._experts_implementation
+    for cls in {cls for module in build(vwn_config(kind, num_mtp_modules=1)).modules() for cls in type(module).__mro__}:
+        if "_can_set_experts_implementation_cached_value" in vars(cls):
+            monkeypatch.delattr(cls, "_can_set_experts_implementation_cached_value")
+    model = build(vwn_config(kind, num_mtp_modules=1))
+    experts = [m for m in model.modules() if type(m).__name__.endswith("Experts")]
+    assert len(experts) == 3
+    assert {m.config._experts_implementation for m in experts} == {wanted}
+    for choice in ("eager", "grouped_mm"):
+        chosen = AutoModelForCausalLM.from_config(vwn_config(kind), experts_implementation=choice)
+        experts = [m for m in chosen.modules() if type(m).__name__.endswith("Experts")]
+        assert {m.config._experts_implementation for m in experts} == {choice}
+
+
+# Gradient checkpointing
+
+
+@KINDS
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(kind, reentrant):
+    model = build(vwn_config(kind, 2, 4, num_mtp_modules=1)).train()
+    ids = token_ids()
+
+    def losses_and_gradients():
+        model.zero_grad()
+        out = model(ids, labels=ids)
+        out.loss.backward()
+        return out.loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    wanted, gradients = losses_and_gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert model.is_gradient_checkpointing
+    runs = [0]
+    core = model.model.mtp[0].layer.layers[0].mlp
+    core.register_forward_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
+    actual, again = losses_and_gradients()
+    assert runs[0] == 2, "the module's layer is not recomputed"
+    assert torch.equal(actual, wanted)
+    for name, gradient in gradients.items():
+        assert_close(again[name], gradient, rtol=1e-5, atol=1e-7, msg=lambda s, k=name: f"{k}: {s}")
+
+
+# Compilation
+
+
+@pytest.mark.parametrize(
+    ("kind", "m", "n"), [("llama", 2, 4), *(pytest.param(kind, 2, 3, marks=pytest.mark.slow) for kind in BACKBONES[1:])]
+)
+def test_compiles_as_one_graph(kind, m, n):
+    if kind in MOE_BACKBONES and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("the experts of this transformers do not compile as one graph on a CPU")
+    torch._dynamo.reset()
+    model = build(vwn_config(kind, m, n, {"num_hidden_layers": 1}, num_mtp_modules=1))
+    ids = token_ids()
+    wanted = model(ids, labels=ids, use_cache=False)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    actual = compiled(ids, labels=ids, use_cache=False)
+    assert_close(actual.loss, wanted.loss, rtol=1e-5, atol=1e-5)
+    assert_close(actual.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+    left = torch.autograd.grad(actual.loss, list(model.parameters()))
+    right = torch.autograd.grad(wanted.loss, list(model.parameters()))
+    for (name, _), a, b in zip(model.named_parameters(), left, right, strict=True):
+        assert_close(a, b, rtol=1e-3, atol=1e-5, msg=lambda s, k=name: f"{k}: {s}")
+
+
+@pytest.mark.parametrize("embedding", ["direct", "factorised", "replicated"])
+def test_autocast_keeps_the_state_in_float32(monkeypatch, embedding):
+    """As the stock models' residual stream, which is not rounded after every sublayer under autocast."""
+    model = build(vwn_config("llama", 2, 4, embedding=embedding, num_mtp_modules=2)).train()
+    ids = token_ids()
+    wanted = model(ids, labels=ids).loss
+    seen = []
+    for name in ("write", "write_read"):
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda s, *rest, op=op: (seen.append(s.dtype), op(s, *rest))[1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(ids, labels=ids)
+    assert (out.loss - wanted).abs() < 0.2
+    out.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert seen == [torch.float32] * 2 * (2 + 2)
+
+
+def test_inputs_can_require_gradients():
+    """What adapters on frozen models with checkpointing need."""
+    model = build(vwn_config("llama", 2, 4, num_mtp_modules=1)).train()
+    model.requires_grad_(False)
+    model.enable_input_require_grads()
+    out = model(token_ids(), labels=token_ids())
+    assert out.loss.requires_grad
+
+
+# Resizing
+
+
+@pytest.mark.parametrize(("embedding", "tied"), [("direct", False), ("factorised", False), ("replicated", True)])
+@pytest.mark.parametrize("size", [VOCAB + 5, VOCAB - 11])
+def test_resizing_the_vocabulary(tmp_path, embedding, tied, size):
+    model = build(vwn_config("llama", 2, 4, {"tie_word_embeddings": tied}, embedding=embedding, num_mtp_modules=1))
+    before = model(token_ids() % 50).logits
+    model.resize_token_embeddings(size, mean_resizing=False)
+    assert model.config.vocab_size == model.config.backbone.vocab_size == size
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied
+    ids = token_ids() % 50
+    ids[0, 0] = size - 1
+    out = model(ids, labels=ids)
+    assert out.logits.shape == (2, 9, size)
+    assert torch.isfinite(out.loss)
+    assert_close(model(token_ids() % 50).logits[..., :50], before[..., :50])
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, out.logits)
+
+
+# Refusals
+
+
+GEMMA = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 6}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+POST_NORM = {
+    "Block": OpenAIGPTConfig(vocab_size=VOCAB, n_embd=24, n_layer=2, n_head=4),
+    "Bert": BertConfig(vocab_size=VOCAB, hidden_size=24, num_hidden_layers=1, num_attention_heads=4),
+}
+
+
+@pytest.mark.parametrize("name", POST_NORM)
+@pytest.mark.parametrize("connection", ["ghc", "residual"])
+def test_backbones_that_are_no_sums_are_refused(name, connection):
+    """Plain ones too, so that a baseline is what it is compared with."""
+    config = VirtualWidthConfig(backbone=POST_NORM[name], connection=connection, tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=name) as error:
+        VirtualWidthForCausalLM(config)
+    message = str(error.value)
+    assert "register_layout" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"m": 5, "n": 8}, r"m = 5 .*24.* 4"),
+        ({"m": 4, "n": 3}, r"n = 3 .*m = 4"),
+        ({"m": 0, "n": 3}, r"m must be a positive integer, got 0"),
+        ({"connection": "hyper"}, r"connection .*ghc.*residual.*'hyper'"),
+        ({"connection": "residual"}, r"m = n = 1.*m = 2, n = 3"),
+        ({"carry_constraint": "orthogonal"}, r"carry_constraint .*none.*'orthogonal'"),
+        ({"embedding": "wide"}, r"embedding .*direct.*factorised.*replicated.*'wide'"),
+        ({"reduce": "mean"}, r"reduce .*linear.*sum.*'mean'"),
+        ({"reduce": ""}, r"reduce .*linear.*sum.*''"),
+        ({"reduce_norm": "group_norm"}, r"integer r.*3/2"),
+        ({"reduce_init": "zeros"}, r"reduce_init .*first_slots.*normal.*'zeros'"),
+        ({"num_mtp_modules": -1}, r"num_mtp_modules .*-1"),
+        ({"mtp_loss_weight": float("nan")}, r"mtp_loss_weight .*nan"),
+        ({"mtp_loss_weight": -0.5}, r"mtp_loss_weight .*-0.5"),
+        ({"tie_word_embeddings": True}, r"tie_word_embeddings .*direct.*factorised"),
+        ({"backbone": {"hidden_size": 24}}, r"model_type"),
+        ({"backbone": {"model_type": "gpt5"}}, r"model_type.*'gpt5'"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_in_one_sentence(fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        VirtualWidthConfig(**{"backbone": backbone_config(), "m": 2, "n": 3} | fields)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tied_backbone_with_a_wide_table_is_untied_and_says_so(caplog):
+    _say_untied.cache_clear()
+    with caplog.at_level("WARNING", "vwn.hf"):
+        config = VirtualWidthConfig(backbone=GPT2Config(), m=2, n=4)
+        VirtualWidthConfig(backbone=GPT2Config(), m=2, n=4)
+    assert config.tie_word_embeddings is False
+    assert [r.getMessage().startswith("the backbone of type gpt2 ties") for r in caplog.records] == [True]
+    assert VirtualWidthConfig.from_dict(config.to_dict()).tie_word_embeddings is False
+    tied = {"tie_word_embeddings": True}
+    assert vwn_config("llama", 2, 2, tied).tie_word_embeddings is True
+    assert vwn_config("llama", 2, 4, tied, embedding="factorised").tie_word_embeddings is True
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        vwn_config("llama", 2, 4, tied, tie_word_embeddings=True)
+    assert not vwn_config("llama", 2, 4, tied, tie_word_embeddings=False).tie_word_embeddings
+
+
+def test_a_whole_number_is_a_loss_weight():
+    assert vwn_config(mtp_loss_weight=1).mtp_loss_weight == 1
+
+
+def test_a_registered_layout_goes_before_what_would_be_found():
+    """Mistral's layer is Llama's; a user may say so, and what the user says is taken."""
+    from transformers import MistralConfig
+
+    from vwn.hf import layouts
+
+    config = MistralConfig(**GEMMA, **HEADS)
+    register_layout("MistralDecoderLayer", layouts.PRE_NORM)
+    try:
+        torch.manual_seed(0)
+        theirs = AutoModelForCausalLM.from_config(config).eval()
+        frozen = VirtualWidthConfig(backbone=config, dynamic=False, frozen=True)
+        ours = copy_stock_weights(theirs, VirtualWidthForCausalLM(frozen)).eval()
+        assert layout_of(stock("llama").model.layers[0]) != layouts.PRE_NORM
+        assert ours.model.layers[0].layout is layouts._LAYOUTS["MistralDecoderLayer"]
+        assert torch.equal(ours(token_ids()).logits, theirs(token_ids()).logits)
+        register_layout("MistralDecoderLayer", layouts.PRE_NORM[:1])  # wrong: no FFN
+        wrong = copy_stock_weights(theirs, VirtualWidthForCausalLM(frozen)).eval()
+        assert not torch.equal(wrong(token_ids()).logits, theirs(token_ids()).logits)
+    finally:
+        del layouts._LAYOUTS["MistralDecoderLayer"]

@@ -1,0 +1,207 @@
+"""The relatives in a model: training, saving, decoding, options, weight decay and cost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from test_relatives import EVERY_KIND, KINDS, make
+from tiny import build, copy_stock_weights, stock, token_ids, vwn_config
+from vwn import UserError, no_weight_decay
+from vwn.cost.model import connection_cost, model_cost
+from vwn.hf import VirtualWidthForCausalLM
+from vwn.nn.connection import Connection
+from vwn.nn.relatives import HyperConnection, ManifoldHyperConnection
+
+
+def model_of(kind: str, **fields) -> VirtualWidthForCausalLM:
+    return build(vwn_config(backbone={"num_hidden_layers": 3}, **KINDS[kind] | fields))
+
+
+def step(model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss = model(token_ids(), labels=token_ids(), use_cache=False).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+
+@EVERY_KIND
+def test_starts_as_the_plain_transformer(kind):
+    """Streams that are equal stay so; their sum and mHC's gain of 1 + 2 (n - 1) σ(-3) vanish in the norms behind."""
+    torch.manual_seed(0)
+    fields = KINDS[kind] | {"embedding": "replicated"}
+    model = VirtualWidthForCausalLM(vwn_config(backbone={"num_hidden_layers": 3}, reduce_norm="none", **fields))
+    plain = stock("llama", num_hidden_layers=3)
+    copy_stock_weights(plain, model).eval()
+    tolerance = 2e-3 if kind == "ghc_ds" else 2e-4
+    assert_close(model(token_ids()).logits, plain(token_ids()).logits, rtol=tolerance, atol=tolerance)
+
+
+@EVERY_KIND
+def test_sublayers_are_counted_through_the_mtp_modules(kind):
+    model = model_of(kind, num_mtp_modules=2)
+    connections = [c for c in model.modules() if isinstance(c, Connection)]
+    assert len(connections) == 2 * (3 + 2)
+    assert {c.kind for c in connections} == {model.config.connection}
+    if kind != "ghc_ds":
+        assert [c.index for c in connections] == list(range(10))
+
+
+@EVERY_KIND
+def test_every_weight_gets_a_gradient_and_training_lowers_the_loss(kind):
+    model = model_of(kind, num_mtp_modules=1).train()
+    first = step(model)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == first.keys() - {"loss"}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(5):
+        step(model)
+        optimizer.step()
+    assert step(model)["loss"] < first["loss"] - 0.5
+
+
+@EVERY_KIND
+def test_save_and_load(kind, tmp_path):
+    model = model_of(kind, num_mtp_modules=1)
+    model.save_pretrained(tmp_path)
+    again = VirtualWidthForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert again.config.to_dict()["connection"] == model.config.connection
+    assert again.config.carry_constraint == model.config.carry_constraint
+    assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
+    half = VirtualWidthForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    dtypes = {"connections" in name: p.dtype for name, p in half.named_parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    for name, p in half.named_parameters():
+        if "connections" in name:
+            assert torch.equal(p, model.get_parameter(name))
+
+
+@EVERY_KIND
+def test_generation_with_a_cache_equals_the_full_pass(kind):
+    model = model_of(kind)
+    decoded = model.generate(token_ids(2, 5), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    logits = model(decoded).logits
+    assert torch.equal(logits[:, 4:-1].argmax(-1), decoded[:, 5:])
+
+
+@EVERY_KIND
+def test_gradient_checkpointing_changes_no_bit(kind):
+    model = model_of(kind, num_mtp_modules=1).train()
+    wanted = step(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = step(model)
+    assert all(torch.equal(found[name], t) for name, t in wanted.items())
+
+
+@EVERY_KIND
+def test_mixed_precision_is_close(kind):
+    model = model_of(kind).train()
+    wanted = step(model)["loss"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = step(model)
+    assert all(t.isfinite().all() for t in found.values())
+    assert found["loss"] == pytest.approx(wanted.item(), rel=0.02)
+    assert found["loss"] != wanted
+
+
+@EVERY_KIND
+def test_compiles_as_one_graph(kind):
+    torch._dynamo.reset()
+    model = model_of(kind)
+    wanted = model(token_ids(), use_cache=False).logits
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(token_ids(), use_cache=False).logits
+    assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@EVERY_KIND
+def test_states_that_cannot_be_rebuilt_are_kept(kind):
+    model = model_of(kind)
+    model.keep_states_every = 2
+    with pytest.raises(UserError, match=rf"keep_states_every = 2 cannot rebuild .* {model.config.connection!r}.* to 1"):
+        model(token_ids())
+
+
+@EVERY_KIND
+def test_backends_of_a_model(kind):
+    model = model_of(kind)
+    wanted = model(token_ids()).logits
+    for name in ("auto", "reference"):
+        model.set_connection_backend(name)
+        assert_close(model(token_ids()).logits, wanted, rtol=1e-4, atol=1e-4)
+    if kind in ("hc", "frac"):
+        with pytest.raises(UserError, match="'compiled' does not run"):
+            model.set_connection_backend("compiled")
+    else:
+        model.set_connection_backend("compiled")
+        assert {c.backend for c in model.modules() if isinstance(c, Connection)} == {"compiled"}
+    with pytest.raises(UserError, match="'triton'"):
+        model.set_connection_backend("triton")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"connection": "mhc", "m": 2, "n": 4}, "connection 'mhc' .* m = 1; got m = 2"),
+        ({"connection": "mhc", "m": 1, "n": 4, "dynamic": False}, "'mhc' is dynamic .*got dynamic = False"),
+        (
+            {"connection": "hc", "carry_constraint": "doubly_stochastic"},
+            "'doubly_stochastic' belongs .*'ghc', got 'hc'",
+        ),
+        ({"connection": "HC"}, r"connection must be one of \('ghc', 'hc', 'mhc', 'residual'\), got 'HC'"),
+    ],
+)
+def test_configurations_that_do_not_fit(fields, message):
+    with pytest.raises(ValueError, match=message):
+        vwn_config(**fields)
+
+
+# Weight decay and cost
+
+
+def test_what_is_not_decayed():
+    spared = {"static_alpha", "static_beta", "scale_alpha", "scale_beta", "norm_weight", "norm_bias"}
+    assert no_weight_decay(HyperConnection(12, 1, 4)) == spared
+    assert no_weight_decay(HyperConnection(12, 1, 4, dynamic=False)) == {"static_alpha", "static_beta"}
+    mhc = ManifoldHyperConnection(12, 4)
+    assert no_weight_decay(mhc) == {f"{k}_{part}" for k in ("pre", "post", "res") for part in ("bias", "scale")}
+    assert mhc.shapes.keys() - no_weight_decay(mhc) == {"pre_weight", "post_weight", "res_weight"}
+    assert len([name for name in no_weight_decay(model_of("mhc")) if "connections" in name]) == 6 * 6
+
+
+@EVERY_KIND
+def test_flops_are_those_the_counter_sees(kind):
+    connection = make(kind, width=24)
+    g, m, n = connection.geometry, connection.geometry.m, connection.geometry.n
+    rounds = 20 if kind in ("mhc", "ghc_ds") else 0
+    assert connection.sinkhorn_rounds == rounds
+    cost = connection_cost(g, kind=connection.kind, sinkhorn_rounds=rounds)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        connection(torch.randn(2, 5, g.over_width, dtype=torch.float64), lambda x: x)
+    assert cost.matmul_flops == counter.get_total_flops() / 10
+    columns = 2 * n + n * n if kind == "mhc" else 2 * m + n
+    assert cost.dynamic_parameter_flops == 2 * columns * g.over_width
+    assert cost.flops - cost.matmul_flops == 4 * n * n * rounds + cost.norm_flops
+
+
+@EVERY_KIND
+def test_cost_of_a_model(kind):
+    config = vwn_config(num_mtp_modules=1, **KINDS[kind])
+    config.backbone._attn_implementation = "eager"
+    model = VirtualWidthForCausalLM(config).eval()
+    cost = model_cost(config, sequence_length=9)
+    ids = token_ids()
+    with FlopCounterMode(display=False, depth=20) as counter, torch.no_grad():
+        model(ids, use_cache=False, output_mtp_logits=True)
+    rotary = [ops for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
+    counted = counter.get_total_flops() - sum(sum(ops.values()) for ops in rotary)
+    assert cost.forward_flops_per_token == counted / ids.numel()
+    assert cost.parameters == sum(p.numel() for p in model.parameters())
+    assert cost.connection is not None
+    assert cost.flops.connections == 6 * cost.connection.matmul_flops
+
+
+def test_a_kind_without_a_cost_is_refused():
+    with pytest.raises(UserError, match="kind 'dense' is not known"):
+        connection_cost(make("hc").geometry, kind="dense")

@@ -1,0 +1,287 @@
+"""A checkpoint in other hands: a process that never imported us, plain classes, the hub, and its model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+
+import vwn
+from conftest import perturb
+from tiny import BACKBONES, build, token_ids, vwn_config
+from vwn.common.errors import UserError
+from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
+from vwn.hf.checkpoint.card import TrainingFacts, model_card, without_folders
+
+FACTS = TrainingFacts(
+    data="/home/ada/books/text.txt",
+    tokens=12_345_678,
+    losses={"next-token loss": 3.25, "next-2-token loss": 4.5},
+    command="vwn train --out /home/ada/runs/one --data=/home/ada/books/text.txt --tokenizer owner/name --steps 20",
+    versions={"vwn": "0.1.0", "torch": "2.9"},
+)
+
+FRESH = """
+import json, os, sys, torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+for auto in (AutoConfig, AutoModel, AutoModelForCausalLM):
+    try:
+        auto.from_pretrained(sys.argv[1])
+    except ValueError as error:
+        assert "trust_remote_code" in str(error), error
+    else:
+        raise AssertionError("loaded without being trusted")
+assert not [name for name in sys.modules if name.split(".")[0] == "vwn"]
+for path in sys.argv[1:]:
+    expected = torch.load(path + "/expected.pt")
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    assert type(model).__module__ == "vwn.hf.model", type(model).__module__
+    assert torch.equal(model(expected["ids"]).logits, expected["logits"]), path
+    base = AutoModel.from_pretrained(path, trust_remote_code=True)
+    assert torch.equal(base(expected["ids"]).last_hidden_state, expected["hidden"]), path
+    model.save_pretrained(path + "/again")
+    assert "configuration.py" not in os.listdir(path + "/again"), os.listdir(path + "/again")
+    shims, maps = [], []
+    for folder in (path, path + "/again"):
+        shims.append(open(folder + "/modeling_virtual_width.py").read())
+        maps.append(json.load(open(folder + "/config.json"))["auto_map"])
+    assert shims[0] == shims[1] and maps[0] == maps[1], maps
+    again = AutoModelForCausalLM.from_pretrained(path + "/again", trust_remote_code=True)
+    assert torch.equal(again(expected["ids"]).logits, expected["logits"]), path
+print("all equal")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_never_imported_us_loads_what_it_trusts(tmp_path):
+    models = {kind: (build(vwn_config(kind, 2, 3, num_mtp_modules=1)), {}) for kind in BACKBONES}
+    tied = {"tie_word_embeddings": True, "embedding": "factorised"}
+    models["tied"] = (build(vwn_config("llama", 2, 4, **tied)), {"max_shard_size": "5KB"})
+    models["bf16"] = (perturb(AutoModelForCausalLM.from_config(vwn_config("llama", 2, 4), dtype=torch.bfloat16)), {})
+    for name, (model, options) in models.items():
+        model.save_pretrained(tmp_path / name, **options)
+        ids = token_ids()
+        hidden = model.model(ids).last_hidden_state.detach()
+        saved = {"ids": ids, "logits": model(ids).logits.detach(), "hidden": hidden}
+        torch.save(saved, tmp_path / name / "expected.pt")
+    assert len(list((tmp_path / "tied").glob("*.safetensors"))) > 1
+    paths = [str(tmp_path / name) for name in models]
+    env = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    run = subprocess.run(
+        [sys.executable, "-c", FRESH, *paths], capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "all equal" in run.stdout
+
+
+@pytest.mark.parametrize("trust", [None, False, True])
+def test_once_imported_the_installed_classes_are_taken_without_a_word(tmp_path, monkeypatch, capfd, trust):
+    model = build(vwn_config())
+    model.save_pretrained(tmp_path)
+    capfd.readouterr()
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("asked for, or ran, the checkpoint's code")
+
+    monkeypatch.setattr("builtins.input", forbidden)
+    for module in ("auto_factory", "configuration_auto"):
+        monkeypatch.setattr(f"transformers.models.auto.{module}.get_class_from_dynamic_module", forbidden)
+    for auto in (AutoModel, AutoModelForCausalLM):
+        assert torch.equal(
+            auto.from_pretrained(tmp_path, trust_remote_code=trust)(token_ids())[0],
+            (model if auto is AutoModelForCausalLM else model.model)(token_ids())[0],
+        )
+    config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=trust)
+    assert type(config) is VirtualWidthConfig
+    assert type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust)) is VirtualWidthForCausalLM
+    assert re.search("warn|code|trust", capfd.readouterr().err, re.I) is None
+
+
+def test_what_is_saved(tmp_path):
+    build(vwn_config()).save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_virtual_width.py",
+    }  # fmt: skip
+    shim = (tmp_path / "modeling_virtual_width.py").read_text()
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    for target in config["auto_map"].values():
+        module, name = target.split(".")
+        assert (tmp_path / f"{module}.py").exists()
+        assert name in shim
+    assert len(re.findall(r"^(?:from|import) ", shim, re.M)) == 1
+
+
+def test_pickles_are_not_written(tmp_path):
+    with pytest.raises(UserError, match=r"safe_serialization = False.*pickle"):
+        build(vwn_config()).save_pretrained(tmp_path / "out", safe_serialization=False)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="is a file"):
+        build(vwn_config()).save_pretrained(tmp_path / "file")
+
+
+def test_registering_for_an_auto_class_does_not_turn_our_source_into_remote_code(tmp_path):
+    VirtualWidthConfig.register_for_auto_class()
+    VirtualWidthForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    assert not VirtualWidthForCausalLM.is_remote_code()
+    build(vwn_config()).save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.glob("*.py")} == {"modeling_virtual_width.py"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_a_plain_class_does_not_load_a_widened_checkpoint(tmp_path, kind):
+    """It would find its config inside ours, and start all its layers afresh."""
+    model = build(vwn_config(kind, 1, 1, embedding="replicated"))
+    model.save_pretrained(tmp_path)
+    plain = type(AutoModelForCausalLM.from_config(model.config.backbone))
+    assert plain.__name__ != "VirtualWidthForCausalLM"
+    with pytest.raises(ValueError, match=r"virtual width.*import vwn\.hf.*AutoModelForCausalLM"):
+        plain.from_pretrained(tmp_path)
+
+
+def test_a_backbone_config_taken_out_of_a_widened_model_is_as_good_as_any(tmp_path):
+    model = build(vwn_config("llama", 2, 4))
+    model.save_pretrained(tmp_path / "wide")
+    taken = AutoConfig.from_pretrained(tmp_path / "wide").backbone
+    LlamaForCausalLM(taken).save_pretrained(tmp_path / "plain")
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "plain").config.hidden_size == 24
+
+
+# The model card
+
+
+def test_the_card_says_what_the_model_is(tmp_path):
+    config = vwn_config("mixtral", 2, 3, embedding="factorised", tie_word_embeddings=True, num_mtp_modules=1)
+    model = build(config)
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.license is None
+    assert "mixtral" in card.data.tags
+    for said in ("| 2, 3 |", "| 1.5 (over-width 36) |", "ghc, dynamic", "factorised, tied", "width D = 24, 2 layers",
+                 f"| {model.num_parameters():,} |", "| vocabulary | 61 |", "multi-token prediction modules | 1 |",
+                 "import vwn.hf", "## Licence"):  # fmt: skip
+        assert said in card.text, said
+    assert "## Training" not in card.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"m": 1, "n": 1, "connection": "residual", "table_factor": 2}, ["plain", "2 times as wide"]),
+        ({"m": 1, "n": 2, "connection": "mhc", "embedding": "replicated"}, ["mhc", "replicated"]),
+        ({"dynamic": False, "frozen": True}, ["static, frozen"]),
+        ({"ngram_order": 2, "ngram_buckets": 5}, ["n-grams up to 2 in 5 buckets"]),
+        ({"carry_constraint": "doubly_stochastic"}, ["doubly_stochastic carry"]),
+    ],
+)  # fmt: skip
+def test_the_card_of_other_options(fields, said):
+    text = str(model_card(build(vwn_config("llama", **fields))))
+    assert all(words in text for words in said)
+
+
+def test_the_card_says_what_the_training_was_and_nothing_of_the_machine():
+    model = build(vwn_config())
+    model.training_facts = FACTS
+    text = str(model_card(model, model.training_facts))
+    for said in ("| data | text.txt |", "12,345,678", "3.2500", "4.5000", "vwn 0.1.0, torch 2.9",
+                 "vwn train --out one --data=text.txt --tokenizer owner/name --steps 20"):  # fmt: skip
+        assert said in text, said
+    assert "ada" not in text
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("stdlib", "stdlib"),
+        ("owner/name", "owner/name"),
+        ("/data/a b.txt,books", "a b.txt,books"),
+        ("~/x.txt", "x.txt"),
+        ("../up/x.txt", "x.txt"),
+        ("/", "/"),
+        ("bpe:4096", "bpe:4096"),
+    ],
+)
+def test_folders_are_left_out(path, shown):
+    assert without_folders(path) == shown
+
+
+def test_a_users_card_is_left_alone(tmp_path):
+    model = build(vwn_config())
+    (tmp_path / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_only_the_main_process_writes(tmp_path):
+    build(vwn_config()).save_pretrained(tmp_path, is_main_process=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_training_run_describes_itself(finished):
+    run, result = finished
+    text = (run.out / "README.md").read_text()
+    tokens = 20 * run.optim.batch_size * run.corpus.window
+    for said in ("| data | text.txt |", f"| tokens | {tokens:,} |", f"{result.curve[-1]['loss']:.4f}",
+                 f"{result.curve[-1]['loss_2']:.4f}", f"vwn {vwn.__version__}", "| 4, 10 |"):  # fmt: skip
+        assert said in text, said
+    assert str(run.out.parent) not in text
+    assert (run.out / "modeling_virtual_width.py").exists()
+
+
+class FakeHub:
+    """What a push needs of the hub; keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, str] = {}
+
+    def create_repo(self, repo_id, **kwargs):
+        return type("Repo", (), {"repo_id": repo_id})
+
+    def create_commit(self, operations, **kwargs):
+        for operation in operations:
+            with operation.as_file() as file:
+                self.files[operation.path_in_repo] = file.read()
+
+
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained", "save_pretrained twice"])
+@pytest.mark.parametrize("own_card", [True, False])
+def test_a_push_carries_the_shim_and_a_card(tmp_path, monkeypatch, way, own_card):
+    from huggingface_hub.errors import EntryNotFoundError
+
+    hub = FakeHub()
+    for module in ("modeling_utils", "utils.hub"):
+        monkeypatch.setattr(f"transformers.{module}.hf_api", lambda: hub, raising=False)
+
+    load = ModelCard.load.__func__
+
+    def stored_card(cls, where, **kwargs):
+        if os.path.exists(where):
+            return load(cls, where, **kwargs)
+        if own_card:
+            return ModelCard("---\nlicense: mit\n---\nmine")
+        raise EntryNotFoundError("no card")
+
+    monkeypatch.setattr(ModelCard, "load", classmethod(stored_card))
+    model = build(vwn_config())
+    if way == "push_to_hub":
+        model.push_to_hub("ada/wide", tags=["tried"])
+    else:
+        if way.endswith("twice"):
+            model.save_pretrained(tmp_path)
+        model.save_pretrained(tmp_path, push_to_hub=True, repo_id="ada/wide")
+    assert {"config.json", "model.safetensors", "modeling_virtual_width.py", "README.md"} <= set(hub.files)
+    card = hub.files["README.md"].decode()
+    if own_card:
+        assert card.endswith("mine")
+    else:
+        assert "| connection | ghc, dynamic |" in card
+        assert ("- tried" in card) == (way == "push_to_hub")

@@ -1,0 +1,486 @@
+"""How the model runs its connections: reads joined to writes across layers, states rebuilt, no bit changed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise, product
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.testing import assert_close
+
+from conftest import perturb
+from tiny import build, token_ids, vwn_config
+from vwn import GeneralizedHyperConnection, ops
+from vwn.common.errors import UserError
+from vwn.hf import VirtualWidthForCausalLM, widening
+from vwn.hf.stream import Reader, Stream
+from vwn.ops import backends
+
+KINDS = pytest.mark.parametrize("kind", ["llama", "mixtral"])
+WIDTHS = pytest.mark.parametrize(("m", "n"), [(2, 3), (4, 16)])
+LAYERS = 3
+
+
+def model_of(kind: str = "llama", m: int = 2, n: int = 3, mtp: int = 1, layers: int = LAYERS, **fields):
+    """In training mode, with layers enough that one is neither first nor last."""
+    return build(vwn_config(kind, m, n, {"num_hidden_layers": layers}, num_mtp_modules=mtp, **fields)).train()
+
+
+def step(model: nn.Module, compiled: Callable | None = None, **options) -> dict[str, Tensor]:
+    """The loss of a batch, and every gradient."""
+    model.zero_grad()
+    ids, run = token_ids(), model if compiled is None else compiled
+    loss = run(ids, labels=ids, use_cache=False, **options).loss
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients
+    return {"loss": loss.detach(), **gradients}
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    assert one.keys() == other.keys()
+    return all(x.dtype == other[name].dtype and torch.equal(x, other[name]) for name, x in one.items())
+
+
+@pytest.fixture(params=["reference", "compiled"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if reason := backends.module(request.param).unavailable(torch.device("cpu"), torch.float32):
+        pytest.skip(reason)
+    return request.param
+
+
+@contextlib.contextmanager
+def unfused():
+    """Every connection reads and writes on its own, as the paper's eq. 10 has it."""
+
+    def write_read(self, state, z, connection, reader):
+        new = self.write(state, z, connection)
+        return new, self.read(new, reader)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(widening, "can_read_ahead", lambda *_: False)
+        patch.setattr(Stream, "write_read", write_read)
+        yield
+
+
+@pytest.fixture
+def calls(monkeypatch) -> Counter:
+    """Counts the calls of the ops."""
+    counts: Counter = Counter()
+
+    def counted(name: str, op: Callable) -> Callable:
+        return lambda *args: counts.update([name]) or op(*args)
+
+    for name in ("read", "write", "write_read"):
+        monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
+    return counts
+
+
+# Fused and unfused
+
+
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@WIDTHS
+@KINDS
+def test_fused_and_unfused_agree_to_the_bit(kind, m, n, dtype, dynamic, backend):
+    model = model_of(kind, m, n, dynamic=dynamic).to(dtype)
+    model.set_connection_backend(backend)
+    fused = step(model)
+    with unfused():
+        assert same_bits(step(model), fused)
+    with pytest.MonkeyPatch.context() as patch:  # within a layer fused, between layers not
+        patch.setattr(widening, "can_read_ahead", lambda *_: False)
+        assert same_bits(step(model), fused)
+
+
+def test_mixed_precision_changes_nothing():
+    model = model_of()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused = step(model)
+        with unfused():
+            assert same_bits(step(model), fused)
+        model.model.keep_states_every = 2
+        assert same_bits(step(model), fused)
+
+
+@KINDS
+def test_reads_ahead(calls, kind):
+    model = model_of(kind)
+    backbone = Counter(read=1, write_read=2 * LAYERS - 1, write=1)
+    each_layer = Counter(read=1, write_read=1, write=1)
+    step(model)
+    assert calls == backbone + each_layer  # the module for one more token is a backbone of one layer
+    calls.clear()
+    model(token_ids())
+    assert calls == backbone
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    calls.clear()
+    model(token_ids(), use_cache=False)
+    assert calls == Counter(dict.fromkeys(each_layer, LAYERS))
+    calls.clear()
+    model.eval()(token_ids())
+    assert calls == backbone, "nothing is recomputed in evaluation"
+    with unfused():
+        calls.clear()
+        model(token_ids())
+        assert calls == Counter(read=2 * LAYERS, write=2 * LAYERS)
+
+
+@WIDTHS
+def test_norms_fused_into_the_reads(monkeypatch, m, n, backend):
+    """What a GPU does, here on a CPU."""
+    model = model_of("llama", m, n)
+    model.set_connection_backend(backend)
+    wanted = step(model)
+    monkeypatch.setattr(GeneralizedHyperConnection, "fuses_norm", lambda *_: True)
+    layers = model.model.backbone.layers
+    norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+    ran, forward = [], type(norms[0]).forward
+    monkeypatch.setattr(type(norms[0]), "forward", lambda self, x: (ran.append(self), forward(self, x))[1])
+    fused = step(model)
+    assert ran
+    assert not any(norm is other for norm in norms for other in ran)
+    assert fused.keys() == wanted.keys()
+    for name, x in fused.items():
+        assert_close(x, wanted[name], rtol=1e-4, atol=1e-5 * float(1 + wanted[name].abs().max()))
+    with unfused():
+        assert same_bits(step(model), fused)
+    model.model.keep_states_every = 2
+    assert same_bits(step(model), fused)
+
+
+# Hooks and other layers
+
+
+def test_recorded_hidden_states_are_the_states():
+    model = model_of()
+    with torch.no_grad():
+        state = model.model.embed_tokens(token_ids())
+        states = [state]
+        for i in range(LAYERS):  # by runs of the first layers alone
+            shorter = copy.deepcopy(model.model)
+            shorter.backbone.layers = shorter.backbone.layers[: i + 1]
+            states.append(shorter(token_ids()).over_width_state)
+    wanted = step(model)
+    assert same_bits(step(model, output_hidden_states=True), wanted)
+    for context in (contextlib.nullcontext(), unfused()):
+        with context:
+            recorded = model(token_ids(), output_hidden_states=True).hidden_states
+        assert all(torch.equal(a, b) for a, b in zip(recorded, states, strict=True))
+
+
+def replace(state: Tensor) -> Tensor:
+    return torch.cat([state[..., :5] + 3, state[..., 5:]], dim=-1)
+
+
+def in_place(state: Tensor) -> None:
+    state[..., :5].add_(3)
+
+
+def after(layers: nn.ModuleList, change: Callable) -> None:
+    layers[0].register_forward_hook(lambda _, args, output: change(output))
+
+
+def before_the_next(layers: nn.ModuleList, change: Callable) -> None:
+    def hook(_, args):
+        state = change(args[0])
+        return None if state is None else (state, *args[1:])
+
+    layers[1].register_forward_pre_hook(hook)
+
+
+HOOKS = pytest.mark.parametrize("change", [replace, in_place])
+PLACES = pytest.mark.parametrize("place", [after, before_the_next])
+
+
+@HOOKS
+@PLACES
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_hooks_that_change_the_state_in_training(place, change, every):
+    model = model_of()
+    without = step(model)
+    place(model.model.backbone.layers, change)
+    with unfused():
+        wanted = step(model)
+    assert not torch.isclose(wanted["loss"], without["loss"])
+    model.model.keep_states_every = every
+    assert same_bits(step(model), wanted)
+
+
+@HOOKS
+@pytest.mark.parametrize(
+    ("place", "mode"), [*product((after, before_the_next), ("no_grad", "inference_mode")), (after, "compile")]
+)
+def test_hooks_that_change_the_state_in_inference(place, mode, change):
+    model = model_of(layers=2, mtp=0).eval()
+    place(model.model.backbone.layers, change)
+    with torch.no_grad(), unfused():
+        wanted = model(token_ids(), use_cache=False).logits
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="aot_eager") if mode == "compile" else model
+    with torch.inference_mode() if mode == "inference_mode" else torch.no_grad():
+        assert_close(run(token_ids(), use_cache=False).logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [[0], [1, 2], [2, 1, 0], [0, 0, 2], [1, 1, 1]])
+@pytest.mark.parametrize("every", [1, 2])
+def test_layers_removed_reordered_and_repeated(order, every):
+    model = model_of()
+    layers = model.model.backbone.layers
+    model.model.backbone.layers = layers[: order[0] + 1] if len(order) == 1 else nn.ModuleList(layers[i] for i in order)
+    model.model.keep_states_every = every
+    found = step(model)
+    with unfused():
+        wanted = step(model)
+    for name, x in found.items():
+        assert torch.equal(x, wanted[name]) if name in wanted else not x.any(), name
+    assert wanted.keys() <= found.keys()
+
+
+# Gradient checkpointing
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@WIDTHS
+@KINDS
+def test_gradient_checkpointing_changes_no_bit(kind, m, n, dtype, reentrant):
+    model = model_of(kind, m, n).to(dtype)
+    wanted = step(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert same_bits(step(model), wanted)
+
+
+@pytest.mark.parametrize("how", CheckpointImpl)
+def test_checkpointing_by_torchs_own_wrapper_changes_no_bit(how):
+    """What FSDP's recipes, and accelerate with them, put around the layers."""
+    model = model_of(mtp=0)
+    wanted = step(model)
+    wrap = partial(checkpoint_wrapper, checkpoint_impl=how)
+    apply_activation_checkpointing(model, wrap, check_fn=lambda module: isinstance(module, widening.VirtualWidthLayer))
+    found = {name.replace("_checkpoint_wrapped_module.", ""): x for name, x in step(model).items()}
+    assert same_bits(found, wanted)
+
+
+# Copies
+
+
+def test_copies_read_ahead_for_their_own_layers(calls):
+    model = model_of()
+    wanted, names = step(model), list(model.state_dict())
+    wanted_calls = Counter(calls)
+    assert not [name for name in (*names, *dict(model.named_modules())) if "following" in name]
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert list(other.state_dict()) == names
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2)
+        calls.clear()
+        assert same_bits(step(other), wanted)
+        assert calls == wanted_calls
+        model.load_state_dict(other.state_dict())
+
+
+def test_a_deep_model_can_be_copied():
+    model = VirtualWidthForCausalLM(vwn_config("llama", 1, 2, {"num_hidden_layers": 200}))
+    assert len(copy.deepcopy(model).model.backbone.layers) == 200
+    assert len(pickle.loads(pickle.dumps(model)).model.backbone.layers) == 200
+
+
+# States that are not kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@WIDTHS
+@KINDS
+def test_rebuilt_states_change_no_bit(kind, m, n, dtype, backend):
+    model = model_of(kind, m, n).to(dtype)
+    model.set_connection_backend(backend)
+    wanted = step(model)
+    for every in (1, 2, 3, 5):
+        model.model.keep_states_every = every
+        assert same_bits(step(model), wanted)
+        assert same_bits(step(model, output_hidden_states=True), wanted)
+
+
+@pytest.mark.parametrize("every", [2, 3, 5])
+def test_rebuilt_states_are_rebuilt_again_for_a_second_backward(every):
+    model, ids = model_of(), token_ids()
+    model.model.keep_states_every = every
+    loss = model(ids, labels=ids).loss
+    leaves = list(model.parameters())
+    first, second = (torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True) for _ in range(2))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    wanted = step(model)
+    named = dict(zip(dict(model.named_parameters()), first, strict=True))
+    assert all(torch.equal(named[name], x) for name, x in wanted.items() if name != "loss")
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+def test_states_are_not_kept_and_rebuilt_once_each(monkeypatch, calls, every):
+    states: list[StorageWeakRef] = []
+    counted = ops.write_read
+
+    def noted(*args):
+        new, x = counted(*args)
+        states.append(StorageWeakRef(new.untyped_storage()))
+        return new, x
+
+    monkeypatch.setattr(ops, "write_read", noted)
+    model, ids = model_of(mtp=0), token_ids()
+    model.model.keep_states_every = every
+
+    def alive() -> int:  # nothing has to wait for the garbage collector
+        return sum(not state.expired() for state in states)
+
+    loss = model(ids, labels=ids, use_cache=False).loss
+    assert len(states) == 2 * LAYERS - 1
+    assert alive() == len(states) // every
+    calls.clear()
+    loss.backward()
+    assert calls == Counter(write=len(states) - len(states) // every)
+    assert alive() == 0
+    states.clear()
+    with torch.no_grad():
+        model(ids)
+    assert alive() == 0
+
+
+def test_keeping_fewer_states_is_refused_where_it_cannot_be():
+    model, ids = model_of(), token_ids()
+    for every in (0, -1, 1.5):
+        model.model.keep_states_every = every
+        with pytest.raises(UserError, match=f"keep_states_every must be a whole number .*1 or more, got {every}"):
+            model(ids)
+    model.model.keep_states_every = 2
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"keep_states_every = 2 does not go through torch\.compile; set it to 1"):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(ids)
+    model.gradient_checkpointing_enable()
+    with pytest.raises(UserError, match=r"keep_states_every = 2 and gradient checkpointing .*; use one of them"):
+        model(ids, use_cache=False)
+    model.eval()(ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("m", "n"), [(2, 3), (4, 8), (4, 16), (8, 64)])
+def test_saved_activations_are_the_state_and_the_input(m, n, dtype):
+    """(r + 1) D numbers for each token and sublayer, of sublayers that save nothing themselves."""
+    tokens, width, sublayers = 48, 16, 8
+    connections = [perturb(GeneralizedHyperConnection(width, m, n)) for _ in range(sublayers + 1)]
+    parameters = {p.untyped_storage().data_ptr() for c in connections for p in c.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    state = torch.randn(tokens, width // m * n, requires_grad=True).to(dtype)
+    outputs = [torch.randn(tokens, width, requires_grad=True).to(dtype) for _ in range(sublayers)]
+    stream, total = Stream(), torch.zeros(())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        for z, (connection, following) in zip(outputs, pairwise(connections), strict=True):
+            state, x = stream.write_read(state, z, connection, Reader(following))  # type: ignore[arg-type]
+            total = total + x.sum()
+    bytes_saved = sum(size for address, size in saved.items() if address not in parameters)
+    assert 0 < bytes_saved / sublayers <= (n / m + 1) * width * dtype.itemsize * tokens
+    total.backward()
+
+
+# Decoding and compilation
+
+
+@KINDS
+@WIDTHS
+def test_every_backend_decodes_the_same_tokens(kind, m, n, backend):
+    """Greedily with a cache, and one by one by hand, as the reference does over whole sequences."""
+    model = model_of(kind, m, n).eval()
+    model.set_connection_backend(backend)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    decoded = model.generate(token_ids(2, 5), **options)
+    cache, steps = None, []
+    for t in range(decoded.shape[1]):
+        out = model(decoded[:, t : t + 1], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        steps.append(out.logits)
+    model.set_connection_backend("reference")
+    wanted = model(decoded).logits
+    assert_close(torch.cat(steps, dim=1), wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(wanted[:, 4:-1].argmax(-1), decoded[:, 5:])
+
+
+def test_the_model_compiles_as_one_graph(backend):
+    torch._dynamo.reset()
+    model = model_of(layers=2)
+    model.set_connection_backend(backend)
+    wanted = step(model)
+    found = step(model, torch.compile(model, fullgraph=True, backend="aot_eager"))
+    assert found.keys() == wanted.keys()
+    for name, x in found.items():
+        assert_close(x, wanted[name], rtol=1e-4, atol=1e-5 * float(1 + wanted[name].abs().max()))
+
+
+# Gradients switched off for a part, and things changed behind the backward's back
+
+
+def test_a_frozen_bottom_run_without_gradients():
+    """What was read ahead without a graph is not used where there is to be one."""
+    model = model_of()
+    bottom = model.model.backbone.layers[0]
+    forward = type(bottom).forward
+
+    def without_gradients(*args, **kwargs):
+        with torch.no_grad():
+            return forward(bottom, *args, **kwargs)
+
+    bottom.forward = without_gradients
+    fused = step(model)
+    with unfused():
+        assert same_bits(step(model), fused)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_weights_changed_before_the_backward_are_noticed(every):
+    model = model_of()
+    model.keep_states_every = every
+    assert model.model.keep_states_every == every
+    loss = model(token_ids(), labels=token_ids()).loss
+    with torch.no_grad():
+        model.model.backbone.layers[0].connections[0].static_alpha.mul_(2)
+    with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace operation"):
+        loss.backward()
+
+
+def test_states_of_sharded_layers_are_not_rebuilt():
+    model = model_of().train()
+    model.keep_states_every = 2
+    model.model.backbone.layers[1].connections[0].static_alpha.ds_id = 0  # as ZeRO marks what it shards
+    with pytest.raises(UserError, match="sharded"):
+        model(token_ids())
+
+
+def test_layers_compiled_one_by_one_share_their_graphs():
+    torch._dynamo.reset()
+    model = build(vwn_config("llama", 2, 4, {"num_hidden_layers": 6})).eval()
+    wanted = model(token_ids()).logits
+    counter = CompileCounterWithBackend("eager")
+    for layer in model.model.backbone.layers:
+        layer.compile(backend=counter)
+    assert_close(model(token_ids(), use_cache=False).logits, wanted, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count <= 2

@@ -1,0 +1,187 @@
+"""The plain backbone with a factorised wide table at both ends, against plain models with the products as tables."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from conftest import perturb
+from test_cost import LENGTH, backbone, counted_flops_per_token
+from test_cost import build as build_for_cost
+from test_loss_backends import both
+from tiny import VOCAB, build, stock, token_ids, vwn_config
+from vwn import Geometry, OverWidthEmbedding, no_weight_decay
+from vwn.cost.model import model_cost
+from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
+from vwn.hf import loss as loss_module
+from vwn.nn.embedding import UnembeddingExpand
+
+PLAIN = {"m": 1, "n": 1, "connection": "residual"}
+
+
+def with_factor(k: int = 3, kind: str = "llama", **fields) -> VirtualWidthForCausalLM:
+    return build(vwn_config(kind, **PLAIN, table_factor=k, **fields))
+
+
+@pytest.mark.parametrize(("k", "geometry"), [(2, Geometry(6, 1, 1)), (5, Geometry(6, 1, 1)), (2, Geometry(6, 2, 3))])
+def test_the_embedding_is_a_wide_table_and_one_linear(k, geometry):
+    embedding = perturb(OverWidthEmbedding(geometry, 11, table_factor=k, ngram_order=2, ngram_buckets=7))
+    out_width, width = geometry.over_width, k * geometry.over_width
+    assert {name: tuple(p.shape) for name, p in embedding.named_parameters()} == {
+        "table.weight": (11, width),
+        "ngram.weight": (7, width),
+        "contract_weight": (out_width, width),
+    }
+    ids = torch.tensor([[0, 3, 10], [7, 7, 1]])
+    rows = (embedding.table.weight[ids] + embedding.ngram(ids)).detach().double()
+    assert_close(embedding(ids).double(), rows @ embedding.contract_weight.detach().double().T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_it_is_the_stock_model_with_the_products_as_tables(kind, k):
+    """Forward and backward in float64; by the chain rule a factor's gradient is the product's times the other."""
+    model = with_factor(k, kind).double()
+    embedding, expand, head = model.model.embed_tokens, model.unembed_expand.weight, model.lm_head.weight
+    theirs = stock(kind).double()
+    weights = {n.replace(".backbone.", "."): v for n, v in model.state_dict().items() if "embed" not in n}
+    weights["model.embed_tokens.weight"] = embedding.table.weight @ embedding.contract_weight.T
+    weights["lm_head.weight"] = head @ expand
+    theirs.load_state_dict(weights)
+    ids = token_ids()
+    ours, wanted = model(ids, labels=ids), theirs(ids, labels=ids)
+    assert_close(ours.logits, wanted.logits)
+    model(ids).logits.square().mean().backward()
+    theirs(ids).logits.square().mean().backward()
+    into, out_of = theirs.get_input_embeddings().weight.grad, theirs.lm_head.weight.grad
+    rows = [i for i in range(VOCAB) if i != 0]  # row 0 is the padding's, which has no gradient
+    assert_close(embedding.table.weight.grad[rows], (into @ embedding.contract_weight)[rows])
+    assert_close(embedding.contract_weight.grad, into.T @ embedding.table.weight)
+    assert_close(head.grad, out_of @ expand.T)
+    assert_close(expand.grad, head.T @ out_of)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_head_goes_through_the_factors(tied):
+    """The multi-token modules too: against the same model without a factor."""
+    model = with_factor(3, num_mtp_modules=2, tie_word_embeddings=tied)
+    plain = build(vwn_config(**PLAIN, num_mtp_modules=2))
+    factors = ("model.embed_tokens.", "unembed_expand.")
+    weights = {n: v for n, v in model.state_dict().items() if not n.startswith(factors)}
+    embedding = model.model.embed_tokens
+    weights["model.embed_tokens.table.weight"] = embedding.table.weight @ embedding.contract_weight.T
+    weights["lm_head.weight"] = model.lm_head.weight @ model.unembed_expand.weight
+    plain.load_state_dict(weights)
+    ids = token_ids()
+    ours, wanted = (x(ids, labels=ids, output_mtp_logits=True) for x in (model, plain))
+    assert_close(ours.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+    assert_close(torch.stack(ours.mtp_logits), torch.stack(wanted.mtp_logits), rtol=1e-4, atol=1e-4)
+    assert_close(torch.stack(ours.losses), torch.stack(wanted.losses), rtol=1e-4, atol=1e-4)
+    assert (model.lm_head.weight is embedding.table.weight) == tied
+    assert_close(model(ids, logits_to_keep=2).logits, ours.logits[:, -2:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("k", [2, 8])
+def test_rows_and_logits_start_at_the_plain_models_scale(k, tied):
+    sizes = {"hidden_size": 96, "vocab_size": 2000}
+    scales = []
+    for factor in (1, k):
+        torch.manual_seed(0)
+        model = VirtualWidthForCausalLM(vwn_config(backbone=sizes, **PLAIN, table_factor=factor))
+        model.get_input_embeddings().weight.data.mul_(1 / 0.02)  # as presets do
+        rows = model.model.embed_tokens(torch.arange(1, 2000))
+        if tied:
+            model.lm_head.weight = model.get_input_embeddings().weight
+        logits = model.lm_head(model.unembed_expand(torch.randn(100, 96)))
+        scales.append((float(rows.detach().std()), float(logits.detach().std())))
+    assert scales[0][0] == pytest.approx(1, rel=0.02)
+    assert scales[1] == pytest.approx(scales[0], rel=0.05)
+
+
+def test_the_expansion_keeps_norms():
+    expand = UnembeddingExpand(64, 8)
+    hidden = torch.randn(500, 64)
+    assert float(expand(hidden).detach().norm() / hidden.norm()) == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_and_load(tmp_path, tied):
+    model = with_factor(2, num_mtp_modules=1, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert again.config.table_factor == 2
+    assert (again.lm_head.weight is again.get_input_embeddings().weight) == tied
+    assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
+
+
+def test_the_head_is_what_transformers_expects():
+    model = with_factor(2)
+    assert type(model.get_output_embeddings()) is nn.Linear
+    before = model(token_ids()).logits
+    model.resize_token_embeddings(VOCAB + 3)
+    assert model.lm_head.weight.shape == model.get_input_embeddings().weight.shape == (VOCAB + 3, 48)
+    assert_close(model(token_ids()).logits[..., :VOCAB], before)
+    assert type(build(vwn_config()).unembed_expand) is nn.Identity
+
+
+def test_generation():
+    model, ids = with_factor(2, ngram_order=3, ngram_buckets=37), token_ids(2, 5)
+    new = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for _ in range(6):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(new, ids)
+
+
+def test_the_loss_without_logits_goes_through_the_factors():
+    loss_module._choose_loss.cache_clear()
+    model = with_factor(2, num_mtp_modules=1).train()
+    try:
+        (with_logits, wanted), (without, actual) = both(model, input_ids=token_ids(), labels=token_ids())
+    finally:
+        loss_module._choose_loss.cache_clear()
+    assert without.logits is None
+    assert_close(without.loss, with_logits.loss, rtol=1e-5, atol=1e-5)
+    assert actual.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        assert_close(actual[name], grad, rtol=1e-4, atol=1e-5 * float(1 + grad.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"num_mtp_modules": 1}, {"tie_word_embeddings": True}, {"ngram_order": 2, "ngram_buckets": 9}],
+    ids=str,
+)
+def test_cost_is_that_of_the_model(fields):
+    config = VirtualWidthConfig(backbone=backbone("mixtral"), connection="residual", table_factor=4, **fields)
+    model, cost = build_for_cost(config), model_cost(config, sequence_length=LENGTH)
+    assert cost.parameters == sum(p.numel() for p in model.parameters())
+    assert cost.forward_flops_per_token == counted_flops_per_token(model)
+    heads = 1 + config.num_mtp_modules
+    assert cost.flops.embedding == 2 * 128 * 512
+    assert cost.flops.unembedding == 2 * heads * (128 * 512 + 512 * 320)
+
+
+def test_factors_are_decayed():
+    model = with_factor(2)
+    names = {"unembed_expand.weight", "model.embed_tokens.contract_weight", "lm_head.weight"}
+    assert names <= dict(model.named_parameters()).keys()
+    assert not names & no_weight_decay(model)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({**PLAIN, "table_factor": 0}, "table_factor must be 1 or more, got 0"),
+        ({**PLAIN, "table_factor": 2, "embedding": "factorised"}, "table_factor = 2 .* form 'factorised'"),
+        ({"m": 2, "n": 4, "table_factor": 2}, "table_factor = 2 is for the plain backbone, .* connection 'ghc'"),
+    ],
+)
+def test_refusals(fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        vwn_config(**fields)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,470 @@
+"""vwn.widen: trained weights kept, function preserved, live gradients, clear refusals."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import supported_models
+import vwn
+import zoo
+from conftest import perturb
+from vwn import UserError, VirtualWidthConfig, VirtualWidthForCausalLM, widen
+from vwn.cli import main
+from vwn.nn.generalized import GeneralizedHyperConnection
+
+LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "internlm3", "olmo", "seed_oss")
+LLAMA_LIKE = [kind for kind in LLAMA_FAMILY if kind in zoo.CAUSAL_TYPES]  # older versions have fewer
+
+
+def ids_of(rows: int = 2, length: int = 9) -> torch.Tensor:
+    return torch.randint(1, 90, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def change_gauge(wide: VirtualWidthForCausalLM, spread: float = 0.3) -> None:
+    """Other weights everywhere, same function: the state is kept as ``G_k H`` after write ``k``, for m = 1.
+
+    The plain residual stream is row 0 of ``H``; the others hold what it must not be mixed with: other rows of the
+    table, if it is as wide as the state, and other shares of what is written. Each read, carry, write and the reduce
+    undo and redo the change.
+    """
+    n = wide.config.n
+    generator = torch.Generator().manual_seed(5)
+
+    def gauge() -> torch.Tensor:
+        return torch.eye(n, dtype=torch.float64) + spread * torch.rand(n, n, generator=generator, dtype=torch.float64)
+
+    g = torch.eye(n, dtype=torch.float64)
+    with torch.no_grad():
+        table = wide.model.embed_tokens.table.weight
+        if table.shape[1] > wide.config.hidden_size:
+            table[:, wide.config.hidden_size :] = table[:, : wide.config.hidden_size].flip(0)
+        for layer in wide.model.layers:
+            for connection in layer.connections:
+                assert isinstance(connection, GeneralizedHyperConnection)
+                after, back = gauge(), torch.linalg.inv(g)
+                connection.static_alpha[:, :1] = back.T[:, :1]
+                connection.static_alpha[:, 1:] = (after @ back).T
+                shares = torch.rand(n, 1, generator=generator, dtype=torch.float64) * 2 - 1
+                shares[0] = 1
+                connection.static_beta.copy_((after @ shares).T)
+                g = after
+        rows = torch.kron(torch.linalg.inv(g)[:1], torch.eye(wide.config.hidden_size, dtype=torch.float64))
+        wide.model.reduce.weight.copy_(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def test_the_page_says_what_happens(model_type):
+    """docs/supported_models.md, row by row."""
+    text = supported_models.PAGE.read_text()
+    if f"transformers\n{transformers.__version__}," not in text:
+        pytest.skip(f"the page is of another version of transformers than {transformers.__version__}")
+    row = supported_models.row(model_type)
+    assert row in text.splitlines()
+    assert "WRONG" not in row
+
+
+def test_the_page_reaches_the_goal():
+    lines = supported_models.PAGE.read_text().splitlines()
+    assert sum("| exact |" in line or "| close |" in line for line in lines) >= 90
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", zoo.CAUSAL_TYPES)
+def test_every_read_and_write_is_where_it_belongs(model_type):
+    """In another gauge every routing weight differs from its start and from its neighbours', and the logits do not."""
+    model = zoo.tiny_causal_lm(model_type)
+    try:
+        wide = widen(model, m=1, n=2, embedding="replicated" if model_type == "inkling_text" else "direct")
+    except UserError:
+        pytest.skip("refused")
+    change_gauge(wide)
+    with torch.no_grad():
+        plain, ours = model(ids_of()).logits, wide(ids_of()).logits
+    torch.testing.assert_close(ours, plain, rtol=2e-3, atol=2e-3 * plain.abs().max().item())
+    with torch.no_grad():  # and it is a test: one read out of place shows
+        wide.model.layers[1].connections[0].static_alpha[1, 0] += 0.5
+        moved = wide(ids_of()).logits
+    assert (moved - plain).abs().max() > 10 * (ours - plain).abs().max()
+
+
+@pytest.mark.parametrize("model_type", LLAMA_LIKE)
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (1, 3), (2, 3), (4, 16), (8, 8)])
+def test_the_llama_family_keeps_every_bit(model_type, m, n):
+    model = zoo.tiny_causal_lm(model_type)
+    with torch.no_grad():
+        before = model(ids_of()).logits
+        assert torch.equal(widen(model, m=m, n=n)(ids_of()).logits, before)
+        assert torch.equal(widen(model, m=m, n=n, embedding="direct")(ids_of()).logits, before)
+        assert torch.equal(model(ids_of()).logits, before)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2"])
+def test_the_reduce_may_have_a_norm(model_type):
+    """A scaled vector has the same RMSNorm and LayerNorm, up to rounding and the norm's eps."""
+    model = zoo.tiny_causal_lm(model_type)
+    with torch.no_grad():
+        for parameter in model.get_input_embeddings().parameters():
+            parameter.mul_(20)  # away from eps
+        wide = widen(model, m=2, n=4, reduce_norm="rms_norm", check=False)
+        torch.testing.assert_close(wide(ids_of()).logits, model(ids_of()).logits, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="integer r"):
+        widen(model, m=2, n=3, reduce_norm="rms_norm")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi", "bamba", "gemma3_text"])
+def test_the_new_weights_learn(model_type):
+    """Routing weights of the further slots have gradients at once, and some steps change what the slots do."""
+    model = zoo.tiny_causal_lm(model_type)
+    wide = widen(model, m=2, n=4).train()
+    optimizer = torch.optim.AdamW(wide.parameters(), lr=1e-2)
+    losses = []
+    for step in range(6):
+        loss = wide(ids_of(), labels=ids_of()).loss
+        loss.backward()
+        if step == 0:
+            for layer in wide.model.layers:
+                for connection in layer.connections:
+                    assert connection.dynamic_alpha.grad.abs().max() > 0
+                    assert connection.static_alpha.grad[2:, :2].abs().max() > 0  # the read of the further slots
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert wide.model.layers[0].connections[0].static_alpha[2:, :2].abs().max() > 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("embedding", ["replicated", "direct"])
+def test_tables_tied_and_not(tied, embedding, tmp_path):
+    model = zoo.tiny_causal_lm("llama", tie_word_embeddings=tied)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    before = model(ids_of()).logits
+    wide = widen(model, m=2, n=4, embedding=embedding)
+    table = wide.model.embed_tokens.table.weight
+    assert table.shape == (zoo.VOCAB, zoo.HIDDEN * (2 if embedding == "direct" else 1))
+    assert (table is wide.lm_head.weight) == (tied and embedding == "replicated")
+    assert wide.config.tie_word_embeddings == (tied and embedding == "replicated")
+    wide.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids_of()).logits, before)
+    assert (loaded.model.embed_tokens.table.weight is loaded.lm_head.weight) == (tied and embedding == "replicated")
+
+
+@pytest.mark.parametrize(
+    "model_type", ["gemma3_text", "gpt2", "bloom", "falcon_h1", "granite", "phi", "mamba", "qwen3_next", "deepseek_v3"]
+)
+def test_saved_and_loaded_and_built_anew(model_type, tmp_path):
+    """The config says all that the loader has to know; every weight perturbed, so that nothing is at its start."""
+    wide = perturb(widen(zoo.tiny_causal_lm(model_type), m=2, n=3)).eval()
+    wide.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=wide.config._attn_implementation)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids_of()).logits, wide(ids_of()).logits)
+        fresh = VirtualWidthForCausalLM(
+            VirtualWidthConfig(backbone=zoo.tiny_config(model_type), m=2, n=3, tie_word_embeddings=False)
+        ).eval()
+        assert fresh(ids_of()).logits.isfinite().all()
+    greedy = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert torch.equal(loaded.generate(ids_of(), **greedy), wide.generate(ids_of(), **greedy))
+    assert torch.equal(wide.generate(ids_of(), **greedy), wide.generate(ids_of(), use_cache=False, **greedy))
+
+
+def test_a_table_that_scales_its_rows_does_so_from_a_config_too():
+    config = zoo.tiny_config("gemma3_text")
+    model = VirtualWidthForCausalLM(VirtualWidthConfig(backbone=config, m=2, n=4, tie_word_embeddings=False))
+    rows = model.model.embed_tokens(ids_of())
+    table = model.model.embed_tokens.table.weight[ids_of()]
+    torch.testing.assert_close(rows, table * config.hidden_size**0.5, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype):
+    model = zoo.tiny_causal_lm("llama").to(dtype)
+    wide = widen(model, m=2, n=4)
+    assert wide.dtype == dtype
+    assert {p.dtype for n, p in wide.named_parameters() if "connections" in n} == {torch.float32}
+    with torch.no_grad():
+        assert torch.equal(wide(ids_of()).logits, model(ids_of()).logits)
+
+
+def test_what_is_shared_and_what_stays():
+    model = zoo.tiny_causal_lm("qwen3").train()
+    model.generation_config.max_new_tokens = 3
+    kept, classes = copy.deepcopy(model), [type(m) for m in model.modules()]
+    wide = widen(model, m=2, n=4)
+    assert wide.training
+    assert wide.generation_config.max_new_tokens == 3
+    assert wide.model.layers[0].self_attn.q_proj.weight is model.model.layers[0].self_attn.q_proj.weight
+    assert [type(m) for m in model.modules()] == classes
+    assert not any(p.is_meta for p in (*wide.parameters(), *wide.buffers()))
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.zero_()
+        assert not torch.equal(wide.eval()(ids_of()).logits, kept.eval()(ids_of()).logits)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_with_multi_token_prediction(model_type):
+    model = zoo.tiny_causal_lm(model_type)
+    wide = widen(model, m=2, n=4, num_mtp_modules=2)
+    with torch.no_grad():
+        assert torch.equal(wide(ids_of()).logits, model(ids_of()).logits)
+    out = wide(ids_of(), labels=ids_of())
+    assert len(out.losses) == 3
+    assert all(loss.isfinite() for loss in out.losses)
+    out.loss.backward()
+    assert all(p.grad is not None for p in wide.model.mtp.parameters() if p.requires_grad)
+
+
+def test_relatives_can_be_had_as_well():
+    model = zoo.tiny_causal_lm("llama")
+    wide = widen(model, m=1, n=2, carry_constraint="doubly_stochastic", check=False)
+    with torch.no_grad():
+        torch.testing.assert_close(wide(ids_of()).logits, model(ids_of()).logits, rtol=1e-2, atol=1e-2)
+    with pytest.raises(UserError, match="changed the logits"):  # mHC does not start as the plain stream
+        widen(model, m=1, n=4, connection="mhc")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: widen(widen(zoo.tiny_causal_lm("llama"), m=1, n=2), m=1, n=2), "virtual width already"),
+        (lambda: widen(zoo.tiny_causal_lm("llama").model, m=1, n=2), "with its head.*LlamaModel"),
+        (lambda: widen(torch.nn.Linear(2, 2), m=1, n=2), "got Linear"),
+        (lambda: widen(zoo.tiny_causal_lm("deepseek_v4"), m=1, n=2), "widened already"),
+        (lambda: widen(zoo.tiny_causal_lm("qwen4_exp_text"), m=1, n=2), "widened already"),
+        (lambda: widen(zoo.tiny_causal_lm("openai-gpt"), m=1, n=2), "not its residual stream"),
+        (lambda: widen(zoo.tiny_causal_lm("llama"), m=5, n=10), "5"),
+        (lambda: widen(zoo.tiny_causal_lm("llama"), m=4, n=2), "n"),
+        (lambda: widen(zoo.tiny_causal_lm("llama"), m=1, n=2, embedding="factorised"), "factorised"),
+        (lambda: widen(zoo.tiny_causal_lm("llama"), m=1, n=2, dinamic=False), "no option 'dinamic'"),
+        (lambda: widen(zoo.tiny_causal_lm("llama"), m=1, n=2, frozen=True), "no option 'frozen'"),
+        (lambda: widen(zoo.tiny_causal_lm("llama").to("meta"), m=1, n=2), "meta device"),
+        (lambda: widen(zoo.tiny_causal_lm("inkling_text"), m=1, n=2, embedding="direct"), "more than look up rows"),
+        (lambda: widen(zoo.tiny_causal_lm("glm_moe_dsa"), m=1, n=2, num_mtp_modules=1), "cannot have MTP modules"),
+        (lambda: VirtualWidthForCausalLM(VirtualWidthConfig(backbone=zoo.tiny_config("hy_v4"), m=1, n=2)), "already"),
+    ],
+)
+def test_refusals(make, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_spread_by_accelerate_is_refused(tmp_path):
+    """Where layers have hooks, and where single weights are on disk; but not for hooks that leave them alone."""
+    dispatch, ids = pytest.importorskip("accelerate").dispatch_model, torch.arange(3, 10)[None]
+
+    def spread(**places: str):
+        model = zoo.tiny_causal_lm("llama")
+        wanted = model(ids).logits
+        parts = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+        place = {f"model.layers.{i}.{part}": "cpu" for i in range(zoo.LAYERS) for part in parts}
+        place |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+        place |= {name.replace("__", "."): where for name, where in places.items()}
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        return dispatch(model, place, main_device="cpu", offload_dir=folder, force_hooks=True), wanted
+
+    model, wanted = spread()
+    assert torch.equal(widen(model, m=2, n=3)(ids).logits, wanted)
+    for name in ("lm_head", "model__layers__1__mlp", "model__layers__1__input_layernorm"):
+        weight = f"{name.replace('__', '.')}."
+        with pytest.raises(UserError, match=rf"offloaded \({weight}.* is one\).*load it without offloading"):
+            widen(spread(**{name: "disk"})[0], m=2, n=3)
+    whole = dispatch(zoo.tiny_causal_lm("llama"), {"": "cpu"}, force_hooks=True)
+    with pytest.raises(UserError, match="widen the model before that"):
+        widen(whole, m=2, n=3)
+
+
+def test_a_model_that_does_more_than_it_shows_is_refused(monkeypatch):
+    """What the probe is for: the head of this model scales its logits, and no table says so."""
+    from vwn.hf import families
+
+    monkeypatch.setitem(families.FAMILIES, "granite", families.Family())
+    with pytest.raises(UserError, match="changed the logits"):
+        widen(zoo.tiny_causal_lm("granite"), m=1, n=2)
+
+
+def test_on_the_command_line(tmp_path, capsys, monkeypatch):
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["vwn", "widen", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        return 0
+
+    model = zoo.tiny_causal_lm("gpt2")
+    model.save_pretrained(tmp_path / "plain")
+    assert run(tmp_path / "plain", tmp_path / "wide", "--m", 2, "--n", 4) == 0
+    assert "gpt2, m = 2, n = 4" in capsys.readouterr().out
+    assert json.loads((tmp_path / "wide/config.json").read_text())["backbone"]["model_type"] == "gpt2"
+    code = (
+        "import sys, torch, vwn.hf; from transformers import AutoModelForCausalLM as A;"
+        "torch.save(A.from_pretrained(sys.argv[1])(torch.tensor([[1, 2, 3]])).logits, sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "wide"), str(tmp_path / "logits.pt")], check=True)
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), model(torch.tensor([[1, 2, 3]])).logits)
+    for arguments, message in (
+        ((tmp_path / "plain", tmp_path / "wide"), "not empty"),
+        ((tmp_path / "none", tmp_path / "new"), "no model at"),
+        ((tmp_path / "wide", tmp_path / "new"), "virtual width already"),
+        ((tmp_path / "plain", tmp_path / "new", "--m", 3, "--n", 6), "3"),
+    ):
+        assert run(*arguments) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_it_is_at_the_top_of_the_package():
+    assert vwn.widen is vwn.hf.widen
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "bloom", "gptj"])
+def test_what_needs_the_stream_says_so_where_it_does_not_reach_the_layers(model_type):
+    from vwn.hf.recording import record
+
+    wide = widen(zoo.tiny_causal_lm(model_type), m=2, n=4).train()
+    with pytest.raises(UserError, match=f"type {model_type} does not hand"):
+        record(wide, ids_of(), lambda *_: None)
+    wide.model.keep_states_every = 2
+    with pytest.raises(UserError, match=f"type {model_type} does not; set it to 1"):
+        wide(ids_of(), labels=ids_of())
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma3_text", "qwen3_next", "mistral", "granite", "cohere2"])
+def test_the_stream_reaches_the_layers_of_others(model_type):
+    """Rebuilt states give the same gradients, and every sublayer can be looked into."""
+    from vwn.hf.recording import record, sublayer_names
+
+    wide = perturb(widen(zoo.tiny_causal_lm(model_type), m=2, n=4), scale=0.05).train()
+    seen = []
+    record(wide.eval(), ids_of(), lambda i, *_: seen.append(i))
+    assert seen == list(range(len(sublayer_names(wide))))
+    gradients = []
+    for every in (1, 3):
+        wide.train().model.keep_states_every = every
+        wide.zero_grad()
+        wide(ids_of(), labels=ids_of()).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in wide.named_parameters() if p.grad is not None})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", zoo.CAUSAL_TYPES)
+def test_multi_token_prediction_from_a_config(model_type):
+    """It trains, or one sentence says why not."""
+    config = zoo.tiny_config(model_type)
+    table = {"embedding": "replicated", "tie_word_embeddings": False}
+    try:
+        wide = VirtualWidthForCausalLM(VirtualWidthConfig(backbone=config, m=2, n=4, num_mtp_modules=1, **table))
+    except ValueError as refusal:
+        message = str(refusal)
+    else:
+        message = ""
+    if message:
+        assert "\n" not in message
+        assert model_type not in ("llama", "gpt2", "gemma3_text", "deepseek_v3", "qwen3_next", "bamba", "mamba")
+        return
+    out = wide(ids_of(), labels=ids_of())
+    assert len(out.losses) == 2
+    assert out.loss.isfinite()
+
+
+def test_a_config_of_several_modalities_is_refused():
+    from transformers import Gemma3Config
+
+    with pytest.raises(ValueError, match=r"gemma3 takes more than text.*gemma3_text"):
+        VirtualWidthConfig(backbone=Gemma3Config(), m=2, n=4)
+
+
+@pytest.mark.parametrize("model_type", ["cohere", "mamba", "longcat_flash", "flint", "gemma3_text"])
+def test_in_bfloat16_and_back(model_type, tmp_path):
+    """Sums in another order round otherwise, some weights stay in float32, and some types keep the state in it."""
+    zoo.tiny_causal_lm(model_type).save_pretrained(tmp_path / "plain")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16)
+    wide = widen(model.eval(), m=2, n=4)
+    assert wide.dtype == torch.bfloat16
+    wide.save_pretrained(tmp_path / "wide")
+    attention = wide.config._attn_implementation
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "wide", attn_implementation=attention)
+    assert loaded.dtype == torch.bfloat16
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids_of()).logits, wide(ids_of()).logits, rtol=0, atol=0)
+
+
+def test_a_checkpoint_that_is_not_whole_is_not_widened(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from vwn.hf import widen_checkpoint
+
+    zoo.tiny_causal_lm("llama").save_pretrained(tmp_path / "plain")
+    path = tmp_path / "plain/model.safetensors"
+    weights = load_file(path)
+    gone = weights.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"up_proj\.weight is one"):
+        widen_checkpoint(str(tmp_path / "plain"), tmp_path / "wide", m=2, n=4)
+    save_file(weights | {"model.layers.0.mlp.up_proj.weight": gone[:3].clone()}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"up_proj\.weight is one"):
+        widen_checkpoint(str(tmp_path / "plain"), tmp_path / "wide", m=2, n=4)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="damaged"):
+        widen_checkpoint(str(tmp_path / "plain"), tmp_path / "wide", m=2, n=4)
+    assert not (tmp_path / "wide").exists()
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "bloom"])
+def test_an_mtp_module_is_one_layer_without_a_front(model_type):
+    config = VirtualWidthConfig(
+        backbone=zoo.tiny_config(model_type), m=2, n=4, num_mtp_modules=1, tie_word_embeddings=False
+    )
+    names = [name for name, _ in VirtualWidthForCausalLM(config).model.mtp.named_parameters()]
+    assert not any("wpe" in name or "embed_positions" in name or "word_embeddings" in name for name in names)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "falcon_mamba", "llama", "gpt2", "qwen3_next"])
+def test_left_padded_batches_generate_what_the_plain_model_does(model_type):
+    model = zoo.tiny_causal_lm(model_type)
+    wide = widen(model, m=2, n=4)
+    ids, mask = ids_of(), torch.ones_like(ids_of())
+    mask[0, :3] = 0
+    options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
+    plain = model.generate(ids, attention_mask=mask, **options)
+    ours = wide.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(ours.sequences, plain.sequences)
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-4)
+
+
+def generated(model, length=5, **options):
+    """Logits ``[T, V]`` of greedy decoding."""
+    options = dict(max_new_tokens=length, do_sample=False, pad_token_id=0, eos_token_id=None) | options
+    out = model.generate(ids_of(1, 7), output_logits=True, return_dict_in_generate=True, **options)
+    return torch.cat(out.logits)
+
+
+def test_where_the_rotary_embedding_changes_for_long_texts():
+    """Phi-3 computes its cache anew at that length."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 10}
+    rope |= {"partial_rotary_factor": 1.0, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    lengths = {"original_max_position_embeddings": 10, "max_position_embeddings": 64}
+    model = zoo.tiny_causal_lm("phi3", rope_parameters=rope, **lengths)
+    wide = widen(model, m=2, n=3)
+    torch.testing.assert_close(generated(wide, 10), generated(model, 10), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "gemma3_text", "nemotron_h", "gpt2"])
+def test_a_cache_of_fixed_length(model_type):
+    model = zoo.tiny_causal_lm(model_type)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    torch.testing.assert_close(
+        generated(widen(model, m=2, n=3), **static), generated(model, **static), rtol=1e-4, atol=1e-4
+    )

@@ -1,0 +1,207 @@
+"""`vwn compare` end to end on a small text."""
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from vwn.common.errors import UserError
+from vwn.lab.compare.config import CompareConfig
+from vwn.lab.compare.run import adopt, compare, shared_settings, warn_of_untuned_rates
+from vwn.training.config import CorpusConfig, OptimConfig, WidthOptions
+
+
+def config(out, text, **changes):
+    options = dict(
+        out=out,
+        backbone="nano",
+        arms=("plain", "1x1", "4x10"),
+        seeds=(0, 1),
+        learning_rates=("4x10=0.005",),
+        corpus=CorpusConfig(data=str(text), window=32, max_valid_tokens=256),
+        optim=OptimConfig(steps=6, batch_size=4, learning_rate=1e-2),
+        eval_every=2,
+    )
+    return CompareConfig(**options | changes)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, text):
+    out = tmp_path_factory.mktemp("compare") / "out"
+    return out, compare(config(out, text))
+
+
+def test_the_report_has_an_object_for_each_arm_and_seed(done):
+    out, _ = done
+    report = json.loads((out / "report.json").read_text())
+    arms = report["arms"]
+    assert [(a["name"], a["seed"]) for a in arms] == [
+        (name, seed) for seed in (0, 1) for name in ("plain", "1x1", "4x10")
+    ]
+    wanted = {"name", "m", "n", "r", "seed", "params", "flops_per_token", "tokens_per_second", "peak_memory_bytes"}
+    for arm in arms:
+        assert wanted <= set(arm)
+        assert [p["tokens"] for p in arm["curve"]] == [0, 256, 512, 768]
+        assert all(set(p) == {"tokens", "loss", "loss_2", "seconds"} for p in arm["curve"])
+        assert all(p["loss_2"] is not None for p in arm["curve"])  # MTP is on unless asked otherwise
+    assert [a["learning_rate"] for a in arms[:3]] == [0.01, 0.01, 0.005]
+    assert report["command"]
+    assert report["versions"]["torch"]
+    assert report["config"]["train_tokens"] > 10_000
+
+
+def test_curves_and_page_are_written(done):
+    out, _ = done
+    with open(out / "curves.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 * 4
+    assert "4x10" in (out / "report.html").read_text()
+
+
+def test_arms_of_a_seed_start_alike_and_differ_by_width_alone(done):
+    _, report = done
+    plain, same, wide = report["arms"][:3]
+    assert plain["curve"][0]["loss"] == pytest.approx(same["curve"][0]["loss"], abs=1e-6)  # 1x1 starts as plain
+    assert plain["curve"][0]["loss"] != wide["curve"][0]["loss"]
+    assert plain["params"] < same["params"] < wide["params"]
+    assert plain["flops_per_token"] < same["flops_per_token"] < wide["flops_per_token"]
+
+
+def test_an_arm_that_diverges_does_not_stop_the_others(tmp_path, text):
+    diverging = config(tmp_path / "out", text, arms=("plain", "4x10"), seeds=(0,), learning_rates=("plain=1e30",))
+    report = compare(diverging)
+    plain, wide = report["arms"]
+    assert plain["curve"][-1]["loss"] is None
+    assert wide["curve"][-1]["loss"] < wide["curve"][0]["loss"]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["arms"][1]["tokens_to_baseline"] is None
+    again = compare(dataclasses.replace(diverging, resume=True))
+    assert [a["curve"] for a in again["arms"]] == [a["curve"] for a in report["arms"]]
+
+
+def test_what_was_left_away_on_resume_is_taken_from_the_record(done, text):
+    out, _ = done
+    asked = CompareConfig(out=out, arms=("plain", "2x3"), resume=True)
+    adopted = adopt(asked, given={"out", "arms", "resume"})
+    everything = (*config(out, text).arms, "2x3")
+    assert adopted == dataclasses.replace(config(out, text), arms=everything, resume=True)
+    assert adopt(asked, given={"out", "window", "resume"}).corpus.window == CorpusConfig().window
+
+
+def test_resuming_repeats_nothing_and_adds_arms(done, text):
+    out, report = done
+    results = {p: p.stat().st_mtime_ns for p in out.glob("arms/*/result.json")}
+    more = compare(config(out, text, arms=("plain", "1x1", "4x10", "2x3"), resume=True))
+    assert {p: p.stat().st_mtime_ns for p in results} == results
+    assert [a for a in more["arms"] if a["name"] != "2x3"] == report["arms"]
+    assert len(more["arms"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"arms": ("plain", "4by16")}, "MxN"),
+        ({"arms": ("plain", "5x10")}, "does not divide"),
+        ({"arms": ("plain", "plain")}, "twice"),
+        ({"arms": ("plain", "2x3"), "width": WidthOptions(reduce="identity")}, "needs n = m"),
+        ({"arms": ("plain", "4x8", "04x8")}, "twice"),
+        ({"seeds": (0, -1)}, "--seed must be"),
+        ({"arms": ("plain", "2x3"), "width": WidthOptions(reduce_norm="rms_norm")}, "integer r"),
+        ({"learning_rates": ("8x64=0.1",)}, "not among the arms"),
+        ({"learning_rates": ("plain:0.1",)}, "ARM=RATE"),
+        ({"arms": ("plain", "big:plain,hidden_size=0")}, "above 0"),
+        ({"arms": ("plain", "big:plain,hidden_scale=nan")}, "above 0"),
+        ({"backbone": "huge"}, "unknown backbone"),
+        ({"seeds": ()}, "at least one"),
+    ],
+)
+def test_refusals_come_before_anything_is_trained(tmp_path, text, changes, expected):
+    with pytest.raises(ValueError, match=expected):
+        compare(config(tmp_path / "out", text, **{"learning_rates": ()} | changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_directory_is_refused(done, text):
+    out, _ = done
+    with pytest.raises(UserError, match="exists already"):
+        compare(config(out, text))
+
+
+def test_other_settings_are_refused_on_resume(done, text):
+    out, _ = done
+    with pytest.raises(UserError, match="batch_size"):
+        compare(config(out, text, optim=OptimConfig(steps=6, batch_size=8, learning_rate=1e-2), resume=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"optim": OptimConfig(steps=2, batch_size=4, learning_rate=1e-2)}, "one learning rate for plain, 1x1"),
+        ({"optim": OptimConfig(steps=2, batch_size=4)}, "preset 'nano' are a rule of thumb"),
+        ({"learning_rates": ("plain=0.01", "1x1=0.02")}, ""),
+        ({"backbone": "tiny", "optim": OptimConfig(steps=2, batch_size=4)}, ""),
+    ],
+)
+def test_untuned_rates_are_named(tmp_path, text, capsys, changes, expected):
+    options = {"arms": ("plain", "1x1"), "learning_rates": ()} | changes
+    warn_of_untuned_rates(config(tmp_path, text, **options))
+    said = capsys.readouterr().err
+    assert expected in said
+    assert bool(said) == bool(expected)
+
+
+def test_a_rate_that_cannot_be_taken_on_does_no_harm(tmp_path, text):
+    asked = config(tmp_path / "out", text, arms=("plain", "1x1"), learning_rates=("1x1=0.005",))
+    first = compare(asked)
+    other = dataclasses.replace(asked, resume=True, learning_rates=("1x1=0.004",))
+    with pytest.raises(UserError, match=r"learning_rate = 0.005, not 0.004"):
+        compare(other)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["arms"] == first["arms"]
+    resumed = adopt(CompareConfig(out=tmp_path / "out", resume=True), given={"out", "resume"})
+    assert compare(resumed)["arms"] == first["arms"]
+
+
+def test_a_report_keeps_the_command_it_was_made_with_and_names_the_others(done, text, monkeypatch):
+    out, report = done
+    monkeypatch.setattr("sys.argv", ["vwn", "compare", "--resume"])
+    again = compare(config(out, text, resume=True))
+    assert again["command"] == report["command"]
+    assert again["continued"][-1]["command"] == "vwn compare --resume"
+    assert "vwn compare --resume" in (out / "report.html").read_text()
+
+
+def test_a_study_does_not_become_another_one(tmp_path, text):
+    out = tmp_path / "out"
+    out.mkdir()
+    asked = config(out, text, study="widths", arms=(), learning_rates=(), resume=True)
+    stored = {"config": shared_settings(asked), "plan": {"study": "family"}}
+    (out / "compare.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="holds the study 'family', not 'widths'"):
+        compare(asked)
+
+
+def test_another_plain_arm_is_the_baseline_where_there_is_no_plain(tmp_path):
+    assert CompareConfig(out=tmp_path, arms=("4x16", "base:plain,learning_rate=0.01")).baseline == "base"
+    assert CompareConfig(out=tmp_path, arms=("base:plain", "plain")).baseline == "plain"
+    assert CompareConfig(out=tmp_path, arms=("4x16",)).baseline == "plain"
+
+
+def test_validation_smaller_than_a_batch_is_validated(tmp_path, text):
+    small = CorpusConfig(data=str(text), window=32, max_valid_tokens=96)
+    report = compare(config(tmp_path / "out", text, arms=("plain",), seeds=(0,), learning_rates=(), corpus=small))
+    assert [p["tokens"] for p in report["arms"][0]["curve"]] == [0, 256, 512, 768]
+
+
+def test_the_peak_memory_of_a_small_arm_is_not_that_of_the_large_one_before_it(tmp_path, text):
+    # a process of its own: `vwn compare` keeps freed memory, the tests do not
+    command = [
+        sys.executable, "-m", "vwn", "compare", "--out", str(tmp_path / "out"), "--data", str(text), "--window", "32",
+        "--max-valid-tokens", "256", "--backbone", "nano", "--arms", "plain", "big:plain,hidden_size=512",
+        "--steps", "3", "--batch-size", "4", "--seeds", "0", "1", "--learning-rate", "0.001",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    arms = json.loads((tmp_path / "out" / "report.json").read_text())["arms"]
+    plain, big, again, _ = (arm["peak_memory_bytes"] for arm in arms)
+    assert again < (plain + big) / 2

@@ -1,0 +1,345 @@
+"""What a comparison writes: strict JSON, CSV, a page that stands alone, and honest words."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from curves import STUDY_ARMS, arm, curve, realistic, report, study, sweep_of
+from vwn.lab.analysis.analyse import add_analysis
+from vwn.lab.analysis.wording import cautions, estimate, headline, scaled
+from vwn.lab.report.page import _json_for_script
+from vwn.lab.report.write import format_table, write_report
+
+HOSTILE = "<img src=x onerror=\"console.error('in')\"></script><!--<b>'&amp;%{x}"
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside scripts and styles."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.inside = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.inside not in ("script", "style"):
+            self.text.append(data)
+
+
+def refuse_constant(name: str) -> Any:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def two_seeds(*differences: float) -> dict[str, Any]:
+    """A report of plain and 4x16 in which 4x16 ends by `differences` off plain's 3.0."""
+    arms = [arm("plain", seed, curve([5, 4, 3])) for seed in range(len(differences))]
+    return report(*arms, *(arm("4x16", seed, curve([5, 4, 3 + gap])) for seed, gap in enumerate(differences)))
+
+
+def test_json_is_strict_and_complete(tmp_path: Path) -> None:
+    points = curve([4, math.nan, math.inf])
+    points[0]["loss"] = np.float32(4)
+    source = report(arm("plain", 0, points, params=np.int64(5)), config={"out": Path("runs/try"), "bad": -math.inf})
+    write_report(source, tmp_path / "new" / "folder")
+    written = json.loads((tmp_path / "new/folder/report.json").read_text(), parse_constant=refuse_constant)
+    assert [point["loss"] for point in written["arms"][0]["curve"]] == [4, None, None]
+    assert written["arms"][0]["params"] == 5
+    assert written["config"] == {"out": str(Path("runs/try")), "bad": None}
+    assert written["summary"][0]["loss"]["final"]["mean"] is None
+    assert written["command"] == source["command"]
+
+
+def test_csv_holds_every_point(tmp_path: Path) -> None:
+    source = report(arm("plain", 0, curve([4, math.nan])), arm('2x3,"b', 7, curve([4.5, 3.25], [5, 4])))
+    write_report(source, tmp_path)
+    with (tmp_path / "curves.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["arm", "m", "n", "r", "seed", "tokens", "seconds", "loss", "loss_2"]
+    assert rows[2] == ["plain", "1", "1", "1.0", "0", "200", "1.0", "", ""]
+    assert rows[4] == ['2x3,"b', "2", "3", "1.5", "7", "200", "1.0", "3.25", "4"]
+    assert len(rows) == 5
+
+
+@pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.replace"])
+def test_files_are_replaced_whole(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(two_seeds(-0.1), tmp_path)
+    before = contents(tmp_path)
+    assert {name for name in before if "/" not in name} == {"curves.csv", "report.html", "report.json"}
+    assert "figures/gap-over-tokens.svg" in before
+
+    def fail(*arguments: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(step, fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(two_seeds(-0.2), tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_page_loads_nothing_from_outside(tmp_path: Path) -> None:
+    write_report(realistic(), tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    page = Page(html)
+    loading = [
+        (tag, name, value)
+        for tag, attributes in page.tags
+        for name, value in attributes.items()
+        if name in ("src", "href", "srcset", "action", "data", "poster", "background", "ping") and value != "data:,"
+    ]
+    assert loading == []
+    assert "url(" not in html.split("</style>")[0]
+    assert "@import" not in html.split("</style>")[0]
+    policies = [attributes.get("content") or "" for tag, attributes in page.tags if tag == "meta"]
+    assert any(policy.startswith("default-src 'none'") and "http" not in policy for policy in policies)
+
+
+def test_page_escapes_a_hostile_name(tmp_path: Path) -> None:
+    write_report(realistic(("plain", HOSTILE)), tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    assert not {tag for tag, _ in page.tags} & {"img", "b"}
+    assert any(HOSTILE in text for text in page.text)
+    assert [attributes.get("id") for tag, attributes in page.tags if tag == "script"] == ["figures", None, None]
+
+
+def test_figures_cannot_leave_their_script_element() -> None:
+    assert "<" not in _json_for_script({"name": "</script><!--"})
+    assert json.loads(_json_for_script({"name": "</script><!--"})) == {"name": "</script><!--"}
+
+
+def test_page_has_the_content(tmp_path: Path) -> None:
+    source = realistic()
+    write_report(source, tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    text = " ".join(page.text)
+    for expected in (
+        source["command"],
+        headline(add_analysis(source)),
+        "a processor",
+        "0.9, 0.95",
+        "optim.betas",
+        "0.1.0",
+    ):
+        assert expected in text
+    ids = [attributes.get("id") for _, attributes in page.tags]
+    for figure in ("loss-over-tokens", "gap-over-tokens", "speedup-over-tokens"):
+        assert {figure, f"{figure}-2"} <= set(ids)
+    plots = [attributes for _, attributes in page.tags if attributes.get("class") == "plot"]
+    assert all("4x16" in (attributes["aria-label"] or "") for attributes in plots)
+    assert all(attributes.get("scope") in ("col", "row") for tag, attributes in page.tags if tag == "th")
+
+
+@pytest.mark.parametrize("name", STUDY_ARMS)
+def test_page_has_the_verdicts_of_each_study(name: str, tmp_path: Path) -> None:
+    source = study(name, seeds=2, noise=0.02)
+    write_report(source, tmp_path)
+    html, analysed = (tmp_path / "report.html").read_text(), add_analysis(source)
+    text = " ".join(" ".join(Page(html).text).split()).replace("−", "-").replace("\u00a0", " ")
+    assert analysed["question"] in text
+    words = re.findall(r'<h3>(.*?) <span class="word (\w+)">(.*?)</span>', html)
+    if analysed["claims"]:
+        assert [(title[:3], word) for title, _, word in words] == [
+            (f"({claim['claim']})", claim["verdict"]) for claim in analysed["claims"]
+        ]
+        parts = [part["text"] for claim in analysed["claims"] for a in claim["numbers"]["arms"] for part in a["parts"]]
+        rules = [claim["text"][-60:] for claim in analysed["claims"]]
+        assert all(part.replace("\u00a0", " ") in text for part in [*parts, *rules])
+    else:
+        arms = [(f"{found['arm']} against {found['against']}", found["text"]) for found in analysed["arm_verdicts"]]
+        controls = [(f"Does {f['control']} explain {f['arm']}?", f["text"]) for f in analysed["control_verdicts"]]
+        assert [title for title, *_ in words] == [title for title, _ in arms + controls]
+        assert all(sentence in text for _, sentence in arms + controls)
+        assert [word for *_, word in words[len(arms) :]] == [found["verdict"] for found in analysed["control_verdicts"]]
+    sides = {"held": "for", "not held": "against", "below": "for", "above": "against", "not decided": "open"}
+    assert all(side == sides.get(word, side) for _, side, word in words)
+
+
+def test_page_has_the_tables(tmp_path: Path) -> None:
+    source = study("mtp")
+    source["sweep"][1] = sweep_of("plain+mtp", 1, bracketed=False)
+    write_report(source, tmp_path)
+    analysed = json.loads((tmp_path / "report.json").read_text())
+    tables = {table[0]: table[1:] for table in tables_of((tmp_path / "report.html").read_text())}
+    costs = tables["Arms and their cost"]
+    assert costs[0] == [
+        *("Arm", "Connection", "m", "n", "r", "MTP", "Parameters", "FLOPs per token", "Tokens per second"),
+        *("Peak memory", "Learning rate"),
+    ]
+    assert costs[3][:6] == ["4x16", "GHC", "4", "16", "4", "0"]
+    rates = {row[0]: row[1:] for row in tables["Learning-rate sweep"]}
+    assert rates["plain+mtp"] == ["0.006", "no, at the edge", "0.003: 3.31000.006: 3.2100"]
+    assert rates["plain"][1] == "yes"
+    pairs = tables["Row minus column, final next-token loss"]
+    assert pairs[0] == ["Arm", "plain", "plain+mtp", "4x16", "4x16+mtp"]
+    cell = analysed["pairwise"]["loss"]["4x16"]["plain+mtp"]
+    assert pairs[3][2] == estimate(cell["difference"], signed=True).replace("-", "−") + "below"
+    equal = {row[0]: row[1:] for row in tables["At equal cost, next-token loss"]}
+    found = analysed["summary"][2]["loss"]["equal_flops"]
+    assert found["baseline_share"] == 1
+    share = f"4x16 read at {100 * found['arm_share']:.0f}\u00a0%"
+    word = {"lower": "below", "higher": "above", "undecided": "not decided"}[found["verdict"]]
+    assert equal["4x16"][1] == estimate(found["difference"], signed=True).replace("-", "−") + word + share
+    assert "plain" not in equal
+    assert "At equal cost, next-2-token loss" not in tables
+    assert any("plain+mtp: the best learning rate lies at the edge" in text for text in cautions(analysed))
+
+
+def tables_of(html: str) -> list[list[Any]]:
+    """Each table's name, then its rows of cell texts."""
+    found: list[list[Any]] = []
+    for label, body in re.findall(r'<table aria-label="(.*?)">(.*?)</table>', html):
+        rows = re.findall(r"<tr>(.*?)</tr>", body)
+        cells = [re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row) for row in rows]
+        found.append([label, *([re.sub(r"<.*?>", "", cell) for cell in row] for row in cells)])
+    return found
+
+
+def test_page_without_the_second_loss_or_any_arm(tmp_path: Path) -> None:
+    write_report(two_seeds(-0.1), tmp_path)
+    assert 'id="loss-over-tokens-2"' not in (tmp_path / "report.html").read_text()
+    write_report(report(), tmp_path)
+    assert "was not run" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ((-0.102, -0.098), ["0.100 ± 0.003 nats per token below plain", "(paired, 2 seeds)", "of the tokens"]),
+        ((0.102, 0.098), ["0.100 ± 0.003 nats per token above plain", "does not reach plain’s final loss"]),
+        ((-0.1, 0.08), ["does not decide", "-0.010 ± 0.127", "within the 95 % interval"]),
+        ((-0.1,), ["In the one seed", "0.100 nats per token below", "spread over seeds is unknown", "does not decide"]),
+        ((-0.1, math.nan), ["decides nothing", "not finite"]),
+    ],
+)
+def test_headline_says_what_the_numbers_carry(differences: tuple[float, ...], expected: list[str]) -> None:
+    text = headline(add_analysis(two_seeds(*differences))).replace("\u00a0", " ")
+    for part in expected:
+        assert part in text
+    if "decide" in " ".join(expected):
+        assert "reaches plain’s final loss after" not in text or len(differences) == 1
+
+
+def test_headline_gives_the_share_of_tokens_and_the_cost() -> None:
+    arms = [arm("plain", seed, curve([5, 4, 3, 2])) for seed in (0, 1)]
+    arms += [arm("4x16", 0, curve([5, 3, 2, 1])), arm("4x16", 1, curve([5, 3, 2, 1.1]))]
+    text = headline(add_analysis(report(*arms))).replace("\u00a0", " ")
+    assert "reaches plain’s final loss after 75 % of the tokens" in text
+    assert "16.00× the parameters, 16.00× the FLOPs per token and 0.06× the training speed" in text
+
+
+def test_headline_names_the_best_arm_and_the_others() -> None:
+    finals = {"plain": (3.0, 3.1), "1x1": (3.01, 3.09), "2x3": (2.9, 3.01), "4x16": (2.8, 2.91), "8x64": (3.5, 3.61)}
+    arms = [arm(name, seed, curve([5, ends[seed]])) for name, ends in finals.items() for seed in (0, 1)]
+    text = headline(add_analysis(report(*arms)))
+    assert text.startswith("4x16, the best of 4 arms, ends")
+    assert "2x3 below plain; 8x64 above plain; 1x1 not decided" in text
+
+
+def test_headline_without_anything_to_compare() -> None:
+    assert "plain was not run" in headline(add_analysis(report(arm("4x16", 0, curve([4])))))
+    assert "Only the baseline plain" in headline(add_analysis(report(arm("plain", 0, curve([4])))))
+    unshared = report(arm("plain", 0, curve([4])), arm("4x16", 1, curve([4])))
+    assert "shares no seed with plain" in headline(add_analysis(unshared))
+    unequal = report(arm("plain", 0, curve([4, 3])), arm("4x16", 0, curve([4])))
+    assert "different token counts" in headline(add_analysis(unequal))
+
+
+def test_cautions_name_what_weakens_the_numbers() -> None:
+    assert any("One seed gives no spread" in text for text in cautions(add_analysis(two_seeds(-0.1))))
+    assert cautions(add_analysis(two_seeds(*[-0.1, -0.2] * 3))) == []
+    diverged = cautions(add_analysis(two_seeds(-0.1, math.nan, -0.1)))
+    assert any("4x16" in text and "seed 1" in text for text in diverged)
+    rising = report(arm("plain", 0, curve([5, 2, 3])), arm("4x16", 0, curve([1, 1, 1])))
+    found = cautions(add_analysis(rising))
+    assert any("plain" in text and "not its lowest" in text for text in found)
+    assert any("4x16" in text and "upper bound" in text for text in found)
+
+
+def test_table_fits_a_terminal() -> None:
+    long = "1x1-with-a-name-that-does-not-fit"
+    table = format_table(realistic(("plain", "2x3", "4x16", long, "bell\a\nline")))
+    lines = table.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[1].split() == ["arm", "r", "params", "lr", "tokens/s", "final", "loss", "vs", "baseline", "tokens"]
+    assert long in table
+    assert "bell??line" in table
+    assert "next-2-token loss" in table
+    table.encode("latin-1")
+
+
+def test_table_gives_a_name_without_room_its_own_line() -> None:
+    long = "4x16,embedding=factorised,ngram_order=3,ngram_buckets=16384"
+    lines = format_table(realistic(("plain", "plain-params", long, "x" * 150))).splitlines()
+    assert max(map(len, lines)) == 100
+    place = lines.index(long)
+    assert lines[place + 1].startswith(" " * len("plain-params") + "  ")
+    assert lines[place + 1].rindex("%") == lines[2].rindex("%")
+    assert any(line.startswith("plain-params  ") for line in lines)
+    assert f"{'x' * 98}.." in lines
+
+
+@pytest.mark.parametrize("name", STUDY_ARMS)
+def test_table_has_the_verdicts(name: str) -> None:
+    lines = format_table(study(name)).split("\nverdicts\n")[1].splitlines()
+    starts = [line for line in lines if not line.startswith(" ")]
+    if name in ("widths", "fraction-rate"):
+        assert [line[:4] for line in starts] == ["(a) ", "(b) ", "(c) ", "(d) "]
+        assert ("The first of the widest arms, 1x4:" in " ".join(lines)) == (name == "fraction-rate")
+        assert ("The widest arm, 4x32:" in " ".join(lines)) == (name == "widths")
+        assert starts[1].startswith("(b) fewer tokens to the baseline's loss, more so for next-2-token: held.")
+    else:
+        arms = [arm for arm in STUDY_ARMS[name] if arm != "plain"]
+        assert [line.split()[0] for line in starts[: len(arms)]] == arms
+    assert max(map(len, lines)) <= 100
+    assert "95 % interval" in " ".join(lines)
+
+
+def test_table_says_what_was_reached() -> None:
+    arms = [arm("plain", seed, curve([5, 4, 3, 2])) for seed in (0, 1)]
+    arms += [arm("4x16", 0, curve([5, 3, 2, 1])), arm("4x16", 1, curve([5, 3, 2, 1.5]))]
+    arms += [arm("2x3", 0, curve([5, 3, 2, 1])), arm("2x3", 1, curve([5, 4, 3, 2.5]))]
+    arms += [arm("1x1", seed, curve([5, 4, 3, 2.5])) for seed in (0, 1)]
+    rows = {line.split()[0]: line for line in format_table(report(*arms)).splitlines()[2:6]}
+    assert rows["plain"].endswith("baseline         100 %")
+    assert rows["4x16"].split()[5:] == ["1.250", "±", "0.354", "-0.750", "±", "0.354", "75", "%"]
+    assert rows["2x3"].endswith("1 of 2 seeds")
+    assert rows["1x1"].endswith("not reached")
+
+
+@pytest.mark.parametrize(
+    ("value", "binary", "expected"),
+    [
+        *[(0, False, "0"), (7, False, "7"), (999, False, "999"), (999_999, False, "1.00M"), (12_345, False, "12.3k")],
+        *[(3.3e6, False, "3.30M"), (123e9, False, "123G"), (2.5e16, False, "25000T")],
+        *[(1000, True, "1000 B"), (1536, True, "1.50 KiB"), (2**30, True, "1.00 GiB")],
+    ],
+)
+def test_scaled(value: float, binary: bool, expected: str) -> None:
+    assert scaled(value, binary) == expected
+
+
+def test_digits_follow_the_spread() -> None:
+    assert estimate({"mean": -0.02, "std": 0.0004}, signed=True) == "-0.0200\u00a0±\u00a00.0004"
+    assert estimate({"mean": 1.0, "std": None}) == "1.000"
+    assert estimate({"mean": None, "std": None}) == "–"

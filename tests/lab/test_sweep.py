@@ -1,0 +1,195 @@
+"""Learning-rate sweeps, rates of parameter groups, and the progress over all runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from runs import config as run_config
+from test_compare import config as compare_config
+from tiny import vwn_config
+from vwn.common.errors import UserError
+from vwn.hf import VirtualWidthForCausalLM
+from vwn.lab.compare import progress
+from vwn.lab.compare.arms import parse_arm
+from vwn.lab.compare.config import CompareConfig, SweepOptions
+from vwn.lab.compare.progress import Progress, duration
+from vwn.lab.compare.run import compare
+from vwn.lab.compare.sweep import sweep, sweep_run
+from vwn.training.config import OptimConfig
+from vwn.training.groups import GROUPS, group_of_parameters, parse_factors, scale_rates
+
+
+def swept(tmp_path, losses, **options):
+    """A sweep over a table of rate -> loss, and the rates in the order in which they were tried."""
+    tried = []
+
+    def final_loss(rate):
+        tried.append(rate)
+        return {"loss": losses(rate)}
+
+    config = CompareConfig(out=tmp_path, sweep=SweepOptions(**options))
+    return sweep(config, parse_arm("4x16"), 1.0, final_loss), tried
+
+
+def test_a_best_rate_inside_needs_three_runs(tmp_path):
+    found, tried = swept(tmp_path, lambda rate: abs(rate - 1.1))
+    assert tried == [0.5, 1.0, 2.0]
+    assert (found["best"], found["bracketed"]) == (1.0, True)
+    assert [r["learning_rate"] for r in found["rates"]] == [0.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(("target", "best"), [(7.0, 8.0), (0.13, 0.125)])
+def test_a_best_rate_at_the_edge_is_followed_until_it_is_bracketed(tmp_path, target, best):
+    found, tried = swept(tmp_path, lambda rate: abs(rate - target))
+    assert (found["best"], found["bracketed"]) == (best, True)
+    assert len(tried) == len(set(tried)) == 6
+
+
+def test_a_sweep_that_ends_at_an_edge_says_so(tmp_path):
+    found, tried = swept(tmp_path, lambda rate: -rate, sweep_extensions=2)
+    assert (found["best"], found["bracketed"], len(tried)) == (8.0, False, 5)
+
+
+def test_divergence_is_worse_than_any_loss_and_followed_downwards(tmp_path):
+    found, _ = swept(tmp_path, lambda rate: None if rate > 0.3 else rate)
+    assert (found["best"], found["bracketed"]) == (0.0625, False)  # three extensions, and no worse neighbour below
+    assert found["rates"][-1] == {"learning_rate": 2.0, "loss": None}
+    with pytest.raises(UserError, match="diverged at every rate"):
+        swept(tmp_path, lambda rate: None)
+
+
+def test_a_sweep_runs_shorter_on_another_seed(tmp_path, text):
+    config = compare_config(tmp_path, text, sweep=SweepOptions(sweep_seed=77), optim=OptimConfig(steps=40))
+    measured = config.run(config.parsed[2], 0)
+    tried = sweep_run(config, measured, "4x10", 3e-3)
+    assert (tried.optim.steps, tried.seed, tried.optim.learning_rate) == (20, 77, 3e-3)
+    assert tried.out == tmp_path / "sweep" / "4x10-lr0.003"
+    assert tried.width == measured.width
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"sweep_seed": 1}, "one of the --seeds"),
+        ({"sweep_rates": (0.1, 0.2)}, "three or more"),
+        ({"sweep_rates": (0.1, 0.2, -1.0)}, "positive"),
+        ({"sweep_steps": 0}, "--sweep-steps"),
+        ({"sweep_extensions": -1}, "--sweep-extensions"),
+    ],
+)
+def test_sweeps_that_cannot_be(tmp_path, text, options, expected):
+    with pytest.raises(UserError, match=expected):
+        compare_config(tmp_path, text, sweep=SweepOptions(**options)).check()
+
+
+def test_studies_sweep_unless_a_rate_is_given(tmp_path):
+    assert CompareConfig(out=tmp_path, study="widths").sweeps
+    assert not CompareConfig(out=tmp_path).sweeps
+    assert not CompareConfig(out=tmp_path, study="widths", optim=OptimConfig(learning_rate=1e-2)).sweeps
+    assert CompareConfig(out=tmp_path, sweep=SweepOptions(lr_sweep="on")).sweeps
+
+
+@pytest.mark.slow
+def test_a_swept_comparison_measures_each_arm_at_its_best_rate(tmp_path, text):
+    sweeping = SweepOptions(lr_sweep="on", sweep_rates=(1e-5, 5e-3, 1e-2), sweep_extensions=1)
+    asked = compare_config(
+        tmp_path / "out", text, arms=("plain", "1x1"), seeds=(0,), learning_rates=("1x1=0.004",), sweep=sweeping,
+        optim=OptimConfig(steps=8, batch_size=4),
+    )  # fmt: skip
+    report = compare(asked)
+    plain, given = report["sweep"]
+    for tried in plain["rates"]:
+        assert tried["loss"] == pytest.approx(tried["next_token"] + 0.3 * tried["next_2_token"])
+    assert plain["seed"] == 1000
+    assert plain["best"] != 1e-5
+    assert (given["best"], given["rates"]) == (0.004, [])
+    assert [a["learning_rate"] for a in report["arms"]] == [plain["best"], 0.004]
+    folders = sorted((tmp_path / "out" / "sweep").iterdir())
+    assert len(folders) == len(plain["rates"])
+    for path in folders:
+        assert json.loads((path / "result.json").read_text())["seed"] == 1000
+        assert not list(path.glob("checkpoint-*"))
+
+
+def test_every_parameter_has_a_group():
+    model = VirtualWidthForCausalLM(
+        vwn_config(m=2, n=6, embedding="factorised", num_mtp_modules=1, ngram_order=2, ngram_buckets=7)
+    )
+    groups = group_of_parameters(model)
+    assert set(groups) == {name for name, _ in model.named_parameters()}
+    assert set(groups.values()) == set(GROUPS)
+    assert groups["model.embed_tokens.table.weight"] == "table"
+    assert groups["model.embed_tokens.ngram.weight"] == "table"
+    assert groups["model.embed_tokens.expand_weight"] == "expansion"
+    assert groups["model.backbone.layers.0.connections.1.dynamic_alpha"] == "routing"
+    assert groups["model.mtp.0.reduce.weight"] == "reduce"
+    assert groups["lm_head.weight"] == "head"
+    assert groups["model.norm.weight"] == "backbone"
+
+
+def test_factors_scale_the_rates_of_their_groups_alone():
+    model = VirtualWidthForCausalLM(vwn_config(m=2, n=6))
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.3}, {"params": others}], lr=1.0)
+    scale_rates(optimizer, model, {"routing": 0.25, "head": 2.0})
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, kind in group_of_parameters(model).items():
+        p = model.get_parameter(name)
+        assert rates[id(p)] == {"routing": 0.25, "head": 2.0}.get(kind, 1.0)
+        assert (decays[id(p)] == 0.3) == (p.ndim > 1)
+    assert len(rates) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("item", ["routing", "routing=0", "router=1", "routing=x", "routing=-1", "routing=inf"])
+def test_factors_that_mean_nothing(tmp_path, text, item):
+    with pytest.raises(UserError, match="GROUP=FACTOR"):
+        run_config(tmp_path, text, optim=dict(rate_factors=(item,))).check()
+
+
+def test_a_group_has_one_factor():
+    with pytest.raises(UserError, match="twice"):
+        parse_factors(("routing=1", "routing=2"))
+
+
+def test_progress_learns_each_arms_pace(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    p = Progress({"plain": 1.0, "wide": 2.0})
+    p.plan("plain", 20)
+    p.plan("wide", 10)
+    assert p.text() == "0%"
+    p.start("plain")
+    now[0] = 5.0
+    p.advance(5)
+    assert p.fraction == pytest.approx(5 / 40)
+    assert p.seconds_left == pytest.approx(15 + 10 * 2)  # a wide step by its FLOPs
+    now[0] = 10.0
+    p.advance(10)
+    p.finish(10)
+    p.start("wide")
+    now[0] = 25.0
+    p.advance(3)
+    assert p.seconds_left == pytest.approx(10 + 7 * 5)  # a wide step by what it took
+    p.finish(10)
+    assert p.fraction == pytest.approx(30 / 40)
+    assert p.text() == "75%, 10 s left"
+    p.plan("plain", 60)
+    assert p.text() == "30%, 1 min left"
+
+
+def test_a_run_that_had_ended_teaches_nothing():
+    p = Progress({"plain": 1.0})
+    p.plan("plain", 10)
+    p.start("plain")
+    p.finish(10)
+    assert (p.fraction, p.seconds_left) == (1.0, None)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(4, "4 s"), (90, "2 min"), (3599, "1 h 00 min"), (7500, "2 h 05 min")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text

@@ -1,0 +1,320 @@
+"""The relatives against other authors' code and their formulas, forward and backward, and at the seam."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hyper_connections.hyper_connections import HyperConnections
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import DeepseekV4Config
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
+
+from conftest import perturb
+from test_against_hyper_connections import columns, run_theirs, slot_rows
+from vwn import GeneralizedHyperConnection, UserError
+from vwn.nn.connection import Connection
+from vwn.nn.generalized import CARRY_SHARPNESS
+from vwn.nn.relatives import HyperConnection, ManifoldHyperConnection
+from vwn.ops.reference import rms_norm
+from vwn.ops.sinkhorn import CONVERGED
+from vwn.ops.sinkhorn import reference as sinkhorn_by_autograd
+from vwn.ops.weights import NormWeights
+
+STREAMS = {"embedding": "replicated", "reduce": "sum"}
+KINDS: dict[str, dict[str, Any]] = {
+    "hc": {"connection": "hc", "m": 1, "n": 3, **STREAMS},
+    "frac": {"connection": "hc", "m": 3, "n": 3},
+    "mhc": {"connection": "mhc", "m": 1, "n": 3, **STREAMS},
+    "ghc_ds": {"carry_constraint": "doubly_stochastic", "m": 2, "n": 5},
+}
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+
+
+def make(kind: str, width: int = 12, index: int = 1, dtype: torch.dtype = torch.float64, **options) -> Connection:
+    """Perturbed, of the sizes of :data:`KINDS`."""
+    m, n = KINDS[kind]["m"], KINDS[kind]["n"]
+    if kind == "mhc":
+        connection: Connection = ManifoldHyperConnection(width, n, index, **options)
+    elif kind == "ghc_ds":
+        connection = GeneralizedHyperConnection(width, m, n, carry_constraint="doubly_stochastic", **options)
+    else:
+        connection = HyperConnection(width, m, n, index, **options)
+    return perturb(connection, seed=m + n).to(dtype)  # pyright: ignore[reportReturnType]
+
+
+def sublayer(width: int) -> Callable[[Tensor], Tensor]:
+    weight = torch.randn(width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(7)) / width**0.5
+    return lambda x: torch.tanh(x @ weight.to(x.dtype))
+
+
+def run(module: nn.Module, forward: Callable[[Tensor], Tensor], state: Tensor) -> dict[str, Tensor]:
+    """The new state, and the gradients of a random projection of it."""
+    module.zero_grad()
+    state = state.detach().clone().requires_grad_()
+    new = forward(state)
+    generator = torch.Generator().manual_seed(3)
+    new.backward(torch.randn(new.shape, generator=generator, dtype=torch.float64).to(new.dtype))
+    found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    assert state.grad is not None
+    return {"new": new.detach(), "state": state.grad, **found}
+
+
+# Against other authors' code
+
+
+@pytest.mark.parametrize(("streams", "fractions"), [(1, 1), (3, 1), (4, 1), (1, 3), (1, 4), (3, 2)])
+def test_hyper_and_frac_connections_equal_the_package(streams, fractions):
+    """With several fractions its dynamic ``B`` is another formula than the paper's, and its static one is tied."""
+    width, n, d = 6 * fractions, streams * fractions, 6
+    theirs = HyperConnections(streams, dim=width, num_fracs=fractions, layer_index=0)
+    theirs.norm = nn.LayerNorm(d)  # pyright: ignore[reportAttributeAccessIssue]
+    theirs = perturb(theirs, seed=n, scale=0.5).double()
+    if fractions > 1:
+        theirs.dynamic_beta_fn.data.zero_()
+    ours = HyperConnection(width, fractions, n).double()
+    read, carry = columns(streams, fractions)
+    rows, order = slot_rows(streams, fractions), read + carry
+
+    def translated(name: str, t: Tensor) -> tuple[str, Tensor]:
+        """A tensor of theirs, or its gradient, in our layout and under our name."""
+        if name == "static_alpha":
+            return name, t[rows][:, order]
+        if name == "dynamic_alpha_fn":
+            return "dynamic_alpha", t[:, order]
+        if name == "dynamic_beta_fn":
+            return "dynamic_beta", t.reshape(d, fractions)
+        renamed = {"dynamic_alpha_scale": "scale_alpha", "dynamic_beta_scale": "scale_beta"}
+        return renamed.get(name, name.replace("norm.", "norm_")), t
+
+    with torch.no_grad():
+        for name, t in map(translated, *zip(*theirs.named_parameters(), strict=True)):
+            getattr(ours, name).copy_(t)  # a static B of theirs is every row of ours
+    state, layer = torch.randn(2, 3, n * d, dtype=torch.float64), sublayer(width)
+    found = run(ours, lambda s: ours(s, layer), state)
+    wanted = run(theirs, lambda s: run_theirs(theirs, s, layer), state)
+    found["static_beta"] = found["static_beta"].sum(0)
+    compared = dict(map(translated, *zip(*wanted.items(), strict=True)))
+    if fractions > 1:
+        del found["dynamic_beta"], compared["dynamic_beta"], found["scale_beta"], compared["scale_beta"]
+    assert found.keys() == compared.keys()
+    for name, t in found.items():
+        assert t.abs().max() > 1e-3, name
+        assert_close(t, compared[name], rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(("m", "n", "d"), [(1, 1, 3), (1, 4, 5), (3, 3, 1), (2, 5, 4)])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_hyper_connections_by_their_formula(m, n, d, dynamic):
+    """All of it, the dynamic ``B`` of several fractions too: column ``j`` of ``B`` depends on the slot written to."""
+    ours = perturb(HyperConnection(m * d, m, n, dynamic=dynamic, eps=1e-2), scale=0.5).double()
+    state, layer = torch.randn(2, 3, n * d, dtype=torch.float64), sublayer(m * d)
+
+    def by_formula(state: Tensor) -> Tensor:
+        h = state.reshape(2, 3, n, d)
+        alpha, beta = ours.static_alpha, ours.static_beta
+        if dynamic:
+            centred = h - h.mean(-1, keepdim=True)
+            normed = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-2).sqrt() * ours.norm_weight + ours.norm_bias
+            alpha = alpha + ours.scale_alpha * torch.einsum("btsd,dc->btsc", normed, ours.dynamic_alpha).tanh()
+            beta = beta + ours.scale_beta * torch.einsum("btsd,df->btfs", normed, ours.dynamic_beta).tanh()
+        alpha, beta = alpha.expand(2, 3, n, m + n), beta.expand(2, 3, m, n)
+        z = layer(torch.einsum("btsf,btsd->btfd", alpha[..., :m], h).reshape(2, 3, m * d)).reshape(2, 3, m, d)
+        new = torch.einsum("btfs,btfd->btsd", beta, z) + torch.einsum("btsu,btsd->btud", alpha[..., m:], h)
+        return new.reshape(2, 3, n * d)
+
+    found, wanted = run(ours, lambda s: ours(s, layer), state), run(ours, by_formula, state)
+    for name, t in found.items():
+        assert_close(t, wanted[name], rtol=1e-10, atol=1e-10)
+    assert len(found) == (10 if dynamic else 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize(("n", "width"), [(1, 5), (2, 7), (4, 6)])
+def test_mhc_equals_transformers(n, width, backend, dtype, monkeypatch):
+    if dtype == torch.float64:
+        monkeypatch.setattr(Tensor, "float", Tensor.double)  # it converts what it is given
+    config = DeepseekV4Config(hidden_size=width, hc_mult=n, hc_eps=1e-3, rms_norm_eps=1e-2)
+    theirs = DeepseekV4HyperConnection(config)
+    for p in theirs.parameters():
+        nn.init.normal_(p)
+    theirs.to(dtype)
+    ours = ManifoldHyperConnection(width, n, eps=1e-2, routing_eps=1e-3, backend=backend).to(dtype)
+    names = ("pre", "post", "res")
+
+    def translated(fn: Tensor, base: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        sizes = [n, n, n * n]
+        found = {f"{k}_weight": w.T for k, w in zip(names, fn.split(sizes), strict=True)}
+        found |= {f"{k}_bias": b for k, b in zip(names, base.split(sizes), strict=True)}
+        found["res_bias"] = found["res_bias"].view(n, n)
+        return found | {f"{k}_scale": a for k, a in zip(names, scale, strict=True)}
+
+    ours.load_state_dict(translated(theirs.fn.data, theirs.base.data, theirs.scale.data))
+    state, layer = torch.randn(2, 3, n * width, dtype=dtype), sublayer(width)
+
+    def run_theirs(state: Tensor) -> Tensor:
+        streams = state.unflatten(-1, (n, width))
+        post, comb, x = theirs(streams)
+        new = post.unsqueeze(-1) * layer(x).unsqueeze(-2) + comb.mT @ streams  # as in its decoder layer
+        return new.flatten(-2)
+
+    wanted = run(theirs, run_theirs, state)
+    wanted |= translated(*(wanted.pop(name) for name in ("fn", "base", "scale")))
+    found = run(ours, lambda s: ours(s, layer), state)
+    assert found.keys() == wanted.keys()
+    tolerance = 1e-11 if dtype == torch.float64 else 2e-4
+    for name, t in found.items():
+        assert t.abs().max() > 1e-4 or (n == 1 and name.startswith("res")), name
+        assert_close(t, wanted[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(("m", "n", "d"), [(1, 1, 3), (1, 4, 5), (3, 3, 1), (2, 5, 4), (4, 16, 3)])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_doubly_stochastic_carry_by_its_formula(m, n, d, dynamic):
+    options: dict[str, Any] = {"dynamic": dynamic, "eps": 1e-2, "carry_constraint": "doubly_stochastic"}
+    ours = perturb(GeneralizedHyperConnection(m * d, m, n, **options)).double()
+    ours.static_alpha.data[:, m:] *= 0.2  # far from the identity
+    free = perturb(GeneralizedHyperConnection(m * d, m, n, **options | {"carry_constraint": "none"})).double()
+    free.load_state_dict(ours.state_dict())  # the same names and shapes
+    state, layer = torch.randn(2, 3, n * d, dtype=torch.float64), sublayer(m * d)
+
+    def by_formula(state: Tensor) -> Tensor:
+        h = state.reshape(2, 3, n, d)
+        alpha, beta = ours.static_alpha, ours.static_beta
+        if dynamic:
+            normed = h / (h.pow(2).mean(-1, keepdim=True) + 1e-2).sqrt() * ours.norm_weight
+            alpha = alpha + ours.scale_alpha * torch.tanh(normed @ ours.dynamic_alpha / d**0.5)
+            beta = beta + ours.scale_beta * torch.tanh(normed @ ours.dynamic_beta / d**0.5).mT
+        alpha, beta = alpha.expand(2, 3, n, m + n), beta.expand(2, 3, m, n)
+        carry = sinkhorn_by_autograd(CARRY_SHARPNESS * alpha[..., m:], 20, 1e-12, True)
+        z = layer(torch.einsum("btsf,btsd->btfd", alpha[..., :m], h).reshape(2, 3, m * d)).reshape(2, 3, m, d)
+        new = torch.einsum("btfs,btfd->btsd", beta, z) + torch.einsum("btsu,btsd->btud", carry, h)
+        return new.reshape(2, 3, n * d)
+
+    found, wanted = run(ours, lambda s: ours(s, layer), state), run(ours, by_formula, state)
+    for name, t in found.items():
+        assert_close(t, wanted[name], rtol=1e-8, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+    alpha, beta = ours.routing_matrices(state)
+    assert torch.equal(beta, free.routing_matrices(state).beta)
+    assert torch.equal(alpha[..., :m], free.routing_matrices(state).alpha[..., :m])
+    # rows within CONVERGED are left as they are, far from what a carry may be off by (1e-5)
+    assert_close(alpha[..., m:].sum(-1), torch.ones(2, 3, n).double(), rtol=0, atol=CONVERGED)
+    assert_close(alpha[..., m:].sum(-2), torch.ones(2, 3, n).double())
+    if n > 1:
+        assert (alpha[..., m:] - torch.eye(n)).abs().max() > 1e-2
+
+
+# At the seam
+
+
+@EVERY_KIND
+def test_routing_matrices_are_what_reads_and_writes(kind):
+    connection = make(kind)
+    m, n = connection.geometry.m, connection.geometry.n
+    state, z = torch.randn(2, 3, 12 // m * n, dtype=torch.float64), torch.randn(2, 3, 12, dtype=torch.float64)
+    alpha, beta = connection.routing_matrices(state)
+    assert (alpha.shape, beta.shape) == ((2, 3, n, m + n), (2, 3, m, n))
+    slots = state.unflatten(-1, (n, -1))
+    assert_close(connection.read(state), (alpha[..., :m].mT @ slots).flatten(-2))
+    new = beta.mT @ z.unflatten(-1, (m, -1)) + alpha[..., m:].mT @ slots
+    assert_close(connection.write(state, z), new.flatten(-2))
+    norm = NormWeights(torch.randn(12, dtype=torch.float64), 1e-2)
+    assert_close(connection.read(state, norm), rms_norm(connection.read(state), norm))
+
+
+def over_width_36() -> list[Connection]:
+    """One of every kind, all on a state of 36 numbers around a sublayer of width 12."""
+    constrained = GeneralizedHyperConnection(12, 2, 6, carry_constraint="doubly_stochastic")
+    relatives = [HyperConnection(12, 1, 3, 1), HyperConnection(12, 2, 6), ManifoldHyperConnection(12, 3, 1)]
+    every = [*relatives, constrained, GeneralizedHyperConnection(12, 3, 9)]
+    return [perturb(c, seed).double() for seed, c in enumerate(every)]  # pyright: ignore[reportReturnType]
+
+
+def test_write_read_is_write_then_read_between_any_two_kinds():
+    state, z = torch.randn(2, 3, 36, dtype=torch.float64), torch.randn(2, 3, 12, dtype=torch.float64)
+    norm = NormWeights(torch.randn(12, dtype=torch.float64), 1e-2)
+    for one in over_width_36():
+        for other in over_width_36():
+            for n in (None, norm):
+                new, x = one.write_read(state, z, other, n)
+                assert torch.equal(new, one.write(state, z))
+                assert torch.equal(x, other.read(new, n))
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_routing_is_computed_in_float32(kind, dtype):
+    connection, right = make(kind, dtype=torch.float32), make(kind, dtype=torch.float64)
+    right.load_state_dict(connection.state_dict())
+    state, z = torch.randn(4, connection.geometry.over_width).to(dtype), torch.randn(4, 12).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        new, routing = connection.write(state, z), connection.routing_matrices(state)
+    assert new.dtype == dtype
+    assert routing.alpha.dtype == routing.beta.dtype == torch.float32
+    for found, wanted in zip(routing, right.routing_matrices(state.double()), strict=True):
+        assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+    assert_close(new.double(), right.write(state.double(), z.double()), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("index", [0, 1, 5])
+def test_initial_values(index):
+    hc = HyperConnection(8, 1, 4, index)
+    assert hc.static_alpha[:, 0].tolist() == [float(i == index % 4) for i in range(4)]
+    assert torch.equal(hc.static_alpha[:, 1:], torch.eye(4))
+    assert hc.static_beta.tolist() == [[1.0] * 4]
+    assert hc.scale_alpha.item() == hc.scale_beta.item() == pytest.approx(0.01)
+    assert not hc.dynamic_alpha.any()
+    assert not hc.dynamic_beta.any()
+    frac = HyperConnection(8, 4, 4, index)
+    assert torch.equal(frac.static_alpha, torch.cat([torch.eye(4), torch.eye(4)], dim=1))
+    assert torch.equal(frac.static_beta, torch.eye(4))
+    mhc = ManifoldHyperConnection(8, 4, index)
+    assert [mhc.pre_scale.item(), mhc.post_scale.item(), mhc.res_scale.item()] == pytest.approx([0.01] * 3)
+    alpha, beta = mhc.routing_matrices(torch.randn(3, 32))
+    assert_close(alpha[:, :, 0], torch.sigmoid(6 * torch.eye(4)[index % 4] - 3).expand(3, 4), rtol=0, atol=1e-5)
+    assert_close(beta, torch.ones(3, 1, 4))
+    assert (alpha[..., 1:] - torch.eye(4)).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(("m", "n"), [(2, 3), (4, 16), (8, 64)])
+def test_a_doubly_stochastic_carry_starts_at_the_identity_with_live_gradients(m, n):
+    connection = GeneralizedHyperConnection(32, m, n, carry_constraint="doubly_stochastic")
+    state = torch.randn(64, connection.geometry.over_width)
+    carry = connection.routing_matrices(state).alpha[..., m:]
+    assert (carry - torch.eye(n)).abs().sum(-1).max() < 2**-9  # half of bfloat16's last place of one
+    (connection(state, torch.tanh) * torch.randn_like(state)).mean().backward()
+    for weight in (connection.static_alpha, connection.dynamic_alpha):
+        assert weight.grad is not None
+        assert weight.grad[:, m:].abs().median() > 1e-8
+
+
+@EVERY_KIND
+def test_frozen_weights_are_buffers(kind):
+    connection = make(kind, frozen=True)
+    assert not list(connection.parameters())
+    assert set(connection.state_dict()) == set(make(kind).state_dict()) == set(connection.shapes)
+
+
+def test_what_they_refuse():
+    with pytest.raises(UserError, match=r"index .* 0 or more, got -1"):
+        HyperConnection(8, 1, 2, -1)
+    with pytest.raises(UserError, match="sinkhorn_rounds must be 1 or more, got 0"):
+        ManifoldHyperConnection(8, 2, sinkhorn_rounds=0)
+    with pytest.raises(ValueError, match="m = 3 does not divide"):
+        HyperConnection(8, 3, 3)
+    with pytest.raises(UserError, match=r"D' = 16 wide and floating point, got \(3, 15\) float32"):
+        HyperConnection(8, 1, 2).read(torch.randn(3, 15))
+    with pytest.raises(UserError, match=r"output must be \(3, 8\) beside the state, got \(3, 7\)"):
+        HyperConnection(8, 1, 2).write(torch.randn(3, 16), torch.randn(3, 7))
+    with pytest.raises(UserError, match=r"'compiled' does not run a HyperConnection; use 'auto' or 'reference'"):
+        HyperConnection(8, 1, 2, backend="compiled")
+    for wrong in ("triton", "cuda"):
+        with pytest.raises(UserError, match=f"'{wrong}'"):
+            ManifoldHyperConnection(8, 2, backend=wrong)
+    with pytest.raises(UserError, match="'triton' does not run a carry that is 'doubly_stochastic'"):
+        GeneralizedHyperConnection(8, 2, 4, carry_constraint="doubly_stochastic", backend="triton")

@@ -1,0 +1,425 @@
+"""Which backend runs: what is asked for by name runs or raises, what is automatic says once what it took and why."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from tiny import build, token_ids, vwn_config
+from vwn import GeneralizedHyperConnection, ops
+from vwn.common.errors import UserError
+from vwn.hf import VirtualWidthForCausalLM
+from vwn.ops import backends, compiled, library
+from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights
+
+COMPILER = shutil.which("g++") or shutil.which("c++")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+
+# Under a file there can be no folder, whoever asks.
+NO_FOLDER = Path(__file__) / "cache"
+
+READ = """
+import logging, sys, torch
+from vwn import GeneralizedHyperConnection, UserError
+logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s", stream=sys.stdout)
+torch.manual_seed(0)
+connection = GeneralizedHyperConnection(6, 2, 3)
+torch.nn.init.normal_(connection.dynamic_alpha)
+state = torch.randn(4, 9)
+for connection.backend in {backends!r}:
+    try:
+        print(connection.read(state).tolist())
+    except UserError as error:
+        print("UserError", error)
+"""
+
+
+@pytest.fixture
+def forget(monkeypatch, tmp_path) -> Iterator[Callable[[], None]]:
+    """A cache of its own and nothing chosen yet; call it to start once more."""
+
+    def clear() -> None:
+        backends._choose.cache_clear()
+        compiled._library.cache_clear()
+
+    monkeypatch.setenv("VWN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    clear()
+    yield clear
+    clear()
+
+
+@pytest.fixture
+def compiler(monkeypatch, tmp_path) -> Callable[[str], Callable[[], int]]:
+    """Make CXX a script of these lines, in front of the real compiler without optimisation; gives the count of runs."""
+
+    def set_up(lines: str = "") -> Callable[[], int]:
+        script, log = tmp_path / "cxx", tmp_path / "runs"
+        log.touch()
+        script.write_text(f'#!/bin/sh\necho >> "{log}"\n{lines}\nexec "{COMPILER}" "$@" -O0\n')
+        script.chmod(0o755)
+        monkeypatch.setenv("CXX", str(script))
+        return lambda: len(log.read_text().splitlines())
+
+    return set_up
+
+
+def read(backend: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 5), (2, 5), (3, 5), (2,))
+    weights = ReadWeights(*(torch.randn(shape, generator=generator) for shape in shapes))  # type: ignore[arg-type]
+    return ops.read(torch.randn(35, 6, generator=generator).to(dtype), weights, backend=backend)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[str]:
+    """The backends that the ops asked for."""
+    names: list[str] = []
+
+    def noted(name: str, device: torch.device, dtype: torch.dtype) -> str:
+        names.append(name)
+        return backends.choose(name, device, dtype)
+
+    monkeypatch.setattr(library, "choose", noted)
+    return names
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "vwn.ops"]
+
+
+def start(*backends: str) -> subprocess.Popen:
+    """A process that reads with each in turn, and prints what came out or what it was told."""
+    command, pipe = [sys.executable, "-c", READ.format(backends=backends)], subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+
+
+def end(process: subprocess.Popen) -> list[str]:
+    out, message = process.communicate()
+    assert process.returncode == 0, message
+    return out.splitlines()
+
+
+# By name
+
+
+def test_an_unknown_backend_is_refused():
+    for ask in (
+        lambda: read("cuda"),
+        lambda: ops.check_backend("cuda"),
+        lambda: ops.choose("cuda", torch.device("cpu"), torch.float32),
+        lambda: GeneralizedHyperConnection(6, 2, 3, backend="cuda"),
+        lambda: build(vwn_config()).set_connection_backend("cuda"),
+    ):
+        with pytest.raises(UserError, match="backend must be one of auto, reference, compiled, triton; got 'cuda'"):
+            ask()
+
+
+def test_triton_does_not_run_on_a_cpu(forget, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match=r"'triton' cannot run here: .*(GPU|not installed).*; use 'auto'"):
+        read("triton")
+
+
+def test_an_unknown_dtype_is_refused_by_name_only(forget):
+    state = torch.zeros(2, 3, dtype=torch.float8_e4m3fn)
+    with pytest.raises(UserError, match=r"'compiled' cannot run here: .*float8_e4m3fn; use 'auto'"):
+        ops.choose("compiled", state.device, state.dtype)
+    assert ops.choose("auto", state.device, state.dtype) == "reference"
+
+
+def test_other_devices(forget):
+    with pytest.raises(UserError, match=r"'compiled' cannot run here: .*not on mps; use 'auto'"):
+        ops.choose("compiled", torch.device("mps"), torch.float32)
+    assert ops.choose("auto", torch.device("mps"), torch.float32) == "reference"
+
+
+@pytest.mark.parametrize("missing", ["/nonexistent/g++", "no-such-compiler"])
+def test_a_compiler_that_is_not_there_is_named(forget, monkeypatch, missing):
+    monkeypatch.setenv("CXX", missing)
+    with pytest.raises(UserError, match=f"'compiled' cannot run here: .*{missing}.*; use 'auto'") as error:
+        read("compiled")
+    assert "cache" not in str(error.value)
+
+
+def test_no_compiler_at_all(forget, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"'compiled' cannot run here: there is no C\+\+ compiler .*CXX.*; use 'auto'"):
+        read("compiled")
+
+
+def test_a_compiler_that_fails_is_quoted(forget, compiler):
+    runs = compiler('echo "In file included from here:" >&2; echo "x.cpp:1:2: error: no such luck" >&2; exit 1')
+    with pytest.raises(
+        UserError, match=r"'compiled' cannot run here: .*boundary\.cpp: .*error: no such luck; use 'auto'"
+    ):
+        read("compiled")
+    count = runs()
+    with pytest.raises(UserError, match="no such luck"):
+        read("compiled")
+    assert runs() == count, "it is not tried again with every call"
+
+
+def test_a_process_whose_compiler_is_missing(forget, monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent")
+    error, line, first, second = end(start("compiled", "auto", "auto"))
+    assert error.startswith("UserError backend 'compiled' cannot run here: ")
+    assert "/nonexistent" in error
+    assert line.startswith("vwn.ops virtual width on cpu, torch.float32: backend 'reference' (not 'compiled': ")
+    assert "/nonexistent" in line
+    assert first == second
+
+
+# Automatically
+
+
+def test_auto_says_once_why_it_fell_back(forget, compiler, caplog):
+    compiler('echo "x.cpp:1:2: error: no such luck" >&2; exit 1')
+    with caplog.at_level(logging.INFO, "vwn.ops"):
+        first, second = read("auto"), read("auto")
+    assert torch.equal(first, read("reference"))
+    assert torch.equal(first, second)
+    (message,) = said(caplog)
+    assert "cpu, torch.float32: backend 'reference' (not 'compiled': " in message
+    assert "no such luck" in message
+
+
+@needs_compiler
+def test_auto_says_once_for_each_dtype_that_it_compiles(forget, compiler, caplog):
+    runs = compiler()
+    with caplog.at_level(logging.INFO, "vwn.ops"):
+        assert torch.equal(read("auto"), read("compiled"))
+        for _ in range(2):
+            read("auto")
+            read("auto", torch.bfloat16)
+    assert [m.split(" (")[0] for m in said(caplog)] == [
+        f"virtual width on cpu, {dtype}: backend 'compiled'" for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert runs() == 1
+
+
+# Where the library is kept
+
+
+def test_a_cache_that_cannot_be_written(forget, monkeypatch):
+    monkeypatch.setenv("VWN_CACHE", str(NO_FOLDER))
+    with pytest.raises(UserError, match=r"'compiled' cannot run here: the cache in .* cannot be written .*VWN_CACHE"):
+        read("compiled")
+    assert torch.equal(read("auto"), read("reference"))
+
+
+@needs_compiler
+def test_processes_that_start_together_build_once_and_later_ones_never(forget, compiler):
+    runs = compiler("sleep 1")
+    together = [start("compiled"), start("compiled")]
+    outputs = [end(process) for process in together]
+    assert runs() == 1
+    outputs.append(end(start("compiled")))
+    assert runs() == 1
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert outputs[0][0].startswith("[[")
+
+
+@needs_compiler
+def test_a_library_from_the_cache_needs_no_compiler_run_but_another_compiler_builds_its_own(forget, compiler, tmp_path):
+    runs = compiler()
+    wanted = read("compiled")
+    forget()
+    assert torch.equal(read("compiled"), wanted)
+    assert runs() == 1
+    (built,) = (tmp_path / "cache").rglob("boundary.so")
+    assert not list((tmp_path / "cache").rglob("*.partial"))
+    os.environ["CXX"] += " -DANOTHER"
+    forget()
+    assert torch.equal(read("compiled"), wanted)
+    assert runs() == 2
+    assert len(list((tmp_path / "cache").rglob("boundary.so"))) == 2
+    assert built.exists()
+
+
+@needs_compiler
+def test_a_damaged_library_is_replaced(forget, compiler, monkeypatch, tmp_path):
+    compiler()
+    wanted = read("compiled")
+    shutil.copytree(tmp_path / "cache", tmp_path / "copy")  # the process holds on to a library by its path
+    for built in (tmp_path / "copy").rglob("boundary.so"):
+        built.write_bytes(b"rubbish")
+    monkeypatch.setenv("VWN_CACHE", str(tmp_path / "copy"))
+    forget()
+    assert torch.equal(read("compiled"), wanted)
+
+
+@needs_compiler
+def test_a_compiler_without_openmp_will_do(forget, compiler):
+    runs = compiler('case " $* " in *" -fopenmp "*) echo "error: unsupported option -fopenmp" >&2; exit 1;; esac')
+    one = read("compiled")
+    assert runs() == 2
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(read("compiled"), one)
+    finally:
+        torch.set_num_threads(1)
+    assert_close(one, read("reference"), rtol=1e-5, atol=1e-5)
+
+
+# Connections and models
+
+
+def connections_of(model: torch.nn.Module) -> list[GeneralizedHyperConnection]:
+    return [module for module in model.modules() if isinstance(module, GeneralizedHyperConnection)]
+
+
+@needs_compiler
+@pytest.mark.parametrize("backend", ["reference", "compiled", "auto"])
+def test_a_connection_runs_everything_on_its_backend(asked, backend):
+    connection = GeneralizedHyperConnection(6, 2, 3, backend=backend)
+    state, z = torch.randn(4, 9, requires_grad=True), torch.randn(4, 6)
+    for run in (
+        lambda: connection.read(state),
+        lambda: connection.write(state, z),
+        lambda: connection.write_read(state, z, connection)[1],
+    ):
+        run().sum().backward()
+        assert asked == [backend] * 2
+        asked.clear()
+
+
+@needs_compiler
+def test_a_models_backend_can_be_set(asked):
+    model, ids = build(vwn_config("llama", 2, 3, num_mtp_modules=1)), token_ids()
+    losses = {}
+    for backend in ("auto", "reference", "compiled"):
+        model.set_connection_backend(backend)
+        assert {c.backend for c in connections_of(model)} == {backend}
+        model.zero_grad()
+        losses[backend] = model(ids, labels=ids).loss
+        losses[backend].backward()
+        assert set(asked) == {backend}
+        asked.clear()
+    assert torch.equal(losses["auto"], losses["compiled"])
+    assert_close(losses["reference"], losses["compiled"], rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_a_backend_that_cannot_run_changes_nothing(forget, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model = build(vwn_config())
+    model.set_connection_backend("reference")
+    with pytest.raises(UserError, match="'triton' cannot run here"):
+        model.set_connection_backend("triton")
+    assert {c.backend for c in connections_of(model)} == {"reference"}
+
+
+@needs_compiler
+@pytest.mark.parametrize(("one", "other"), [("reference", "compiled"), ("compiled", "reference")])
+def test_checkpoints_do_not_depend_on_the_backend(tmp_path, one, other):
+    model, ids = build(vwn_config("llama", 4, 8, num_mtp_modules=1)), token_ids()
+    names = list(model.state_dict())
+    model.set_connection_backend(one)
+    assert list(model.state_dict()) == names
+    model.save_pretrained(tmp_path)
+    assert "backend" not in (tmp_path / "config.json").read_text()
+    loaded = VirtualWidthForCausalLM.from_pretrained(tmp_path)
+    assert {c.backend for c in connections_of(loaded)} == {"auto"}
+    loaded.set_connection_backend(other)
+    assert list(loaded.state_dict()) == names
+    assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+# What does not fit
+
+
+def of_same_width(connection):
+    return GeneralizedHyperConnection(64, 2, 8, backend=connection.backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda c, o: c.read(torch.randn(2, 5, 64)), "must be D' = n d = 256 wide and floating point, got (2, 5, 64)"),
+        (lambda c, o: c.read(torch.randn(250)), "must be D' = n d = 256 wide"),
+        (lambda c, o: c.read(torch.ones(2, 256, dtype=torch.long)), "floating point, got (2, 256) int64"),
+        (lambda c, o: c.write(torch.randn(8, 3, 256), torch.randn(3, 64)), "output must be (8, 3, 64)"),
+        (lambda c, o: c.write(torch.randn(3, 256), torch.randn(3, 32)), "output must be (3, 64)"),
+        (lambda c, o: c.write_read(torch.randn(3, 256), torch.randn(3, 64), o), "must be D' = n d = 96 wide"),
+        (
+            lambda c, o: ops.write_read(torch.randn(3, 256), torch.randn(3, 64), c.weights, of_same_width(c).weights),
+            "one (m, n), got (4, 16) and (2, 8)",
+        ),
+        (lambda c, o: c.read(torch.randn(3, 256), NormWeights(torch.ones(32))), "the norm's weight must be (64,)"),
+        (lambda c, o: c.read(torch.randn(3, 256, device="meta")), "what goes with it on cpu"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(backend, call, message):
+    c = GeneralizedHyperConnection(64, 4, 16, backend=backend)
+    with pytest.raises(UserError, match=re.escape(message)):
+        call(c, GeneralizedHyperConnection(64, 2, 3, backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_forward_mode_is_refused(backend):
+    c = GeneralizedHyperConnection(8, 2, 3, backend=backend)
+    state = torch.randn(2, 12)
+    with pytest.raises(UserError, match="no forward-mode derivative"):
+        torch.func.jvp(c.read, (state,), (state,))
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])
+def test_weights_may_lie_in_memory_as_they_like(backend):
+    def strided(t):
+        return (
+            torch.stack([t, -t], dim=-1)[..., 0].mT.contiguous().mT if t.ndim == 2 else torch.stack([t, -t], -1)[..., 0]
+        )
+
+    d, m, n = 5, 2, 3
+    shapes = [(n, m + n), (m, n), (d, m + n), (d, m), (n, m + n), (m, n), (d,)]
+    plain = [torch.randn(shape) for shape in shapes]
+    state, z, norm = torch.randn(4, n * d), torch.randn(4, m * d), torch.randn(m * d)
+    results = []
+    for lay in (lambda t: t, strided):
+        leaves = [lay(t.clone()).detach().requires_grad_() for t in (*plain, norm)]
+        w = RoutingWeights(*leaves[:-1])
+        new, x = ops.write_read(state, z, w, w, NormWeights(leaves[-1]), backend)
+        results.append((new, x, *torch.autograd.grad(new.sum() + (x * torch.arange(10.0)).sum(), leaves)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+CLANG = """
+import torch
+from vwn import ops
+from vwn.ops import RoutingWeights
+
+draw = torch.Generator().manual_seed(0)
+n, m, d = 16, 4, 33
+shapes = (n, m + n), (m, n), (d, m + n), (d, m), (n, m + n), (m, n), (d,)
+leaves = [torch.randn(*shape, generator=draw, requires_grad=True) for shape in shapes]
+weights = RoutingWeights(*leaves, 1e-6)
+state, z = (torch.randn(7, k * d, generator=draw, requires_grad=True) for k in (n, m))
+found = []
+for backend in ("compiled", "reference"):
+    outputs = ops.write_read(state, z, weights, weights, backend=backend)
+    found.append([*outputs, *torch.autograd.grad(outputs, [state, z, *leaves], [o.detach() for o in outputs])])
+for compiled, reference in zip(*found, strict=True):
+    torch.testing.assert_close(compiled, reference, rtol=1e-4, atol=1e-4 * reference.abs().max().item())
+"""
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="there is no clang")
+def test_built_by_clang(tmp_path):
+    """In a process of its own: what it built once used aligned vectors where memory was not, and ended the process."""
+    environment = os.environ | {"CXX": "clang++", "VWN_CACHE": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", CLANG], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,375 @@
+"""Small decoder layers of every habit of writing a residual add, and a way to run them with virtual width.
+
+The widened layer must compute what the layer does in any basis of the slots, so that each routing weight matters.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vwn.hf.structure import find_structure
+from vwn.hf.widening import VirtualWidthLayer, widened_layer_class
+from vwn.nn.generalized import GeneralizedHyperConnection
+
+D, N = 6, 3
+
+
+class Norm(nn.LayerNorm):
+    def __init__(self) -> None:
+        super().__init__(D)
+
+
+class Core(nn.Module):
+    """Mixes tokens and channels, and hands on weights too, as attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor, mask: Any = None) -> tuple[Tensor, Tensor]:
+        z = self.outer(torch.tanh(self.inner(x)).cumsum(1))
+        return (z if mask is None else z * mask), z.mean()
+
+
+def add(x: Tensor, residual: Tensor, p: float = 0.0, training: bool = False) -> Tensor:
+    out = F.dropout(x, p, training)
+    return residual + out
+
+
+def add_where_there_is_one(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    if bias is not None:
+        x = x + bias
+    if residual is not None:
+        x = x + residual
+    return x
+
+
+class Adding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        if self.linear is None:
+            x = torch.zeros_like(residual)
+        return add(self.linear(x), residual)
+
+
+class AddingAttention(Adding):
+    def forward(self, x: Tensor, residual: Tensor, mask: Any = None) -> tuple[Tensor, Tensor]:
+        out = add(self.linear(x), residual=residual)
+        return out, x.mean()
+
+
+class Layer(nn.Module):
+    """What the toy layers are made of."""
+
+    is_cross_attention = False
+    parallel, scale = True, 0.7
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.norm3, self.norm4 = Norm(), Norm(), Norm(), Norm()
+        self.attn, self.mlp = Core(), nn.Linear(D, D)
+        self.adding, self.adding_attention = Adding(), AddingAttention()
+        self.gain = nn.Parameter(torch.ones(D))
+        self.drop = nn.Dropout(0.1)
+        self.identity = nn.Identity()
+        self.relu_in_place = nn.ReLU(inplace=True)
+
+
+class PreNorm(Layer):
+    def forward(self, hidden_states: Tensor, mask: Any = None, **kwargs: Any) -> Tensor:
+        residual = hidden_states
+        hidden_states = self.norm1(hidden_states)
+        hidden_states, _ = self.attn(hidden_states, mask)
+        hidden_states = residual + hidden_states
+        residual = hidden_states
+        hidden_states = self.norm2(hidden_states)
+        hidden_states = self.mlp(hidden_states)
+        return residual + hidden_states
+
+
+class Sandwich(Layer):
+    def forward(self, h: Tensor, mask: Any = None) -> Tensor:
+        r = h
+        h = self.norm1(h)
+        h = self.attn(h, mask=mask)[0]
+        h = self.norm2(h)
+        h = r + h
+        r = h
+        h = self.norm4(self.mlp(self.norm3(h)))
+        return h + r
+
+
+class PostNormInside(Layer):
+    def forward(self, h: Tensor) -> Tensor:
+        r = h
+        h, _ = self.attn(h)
+        h = r + self.norm1(h)
+        r = h
+        h = self.norm2(self.mlp(h))
+        return r + h
+
+
+class ParallelOneSum(Layer):
+    def forward(self, h: Tensor) -> Tensor:
+        r = h
+        h = self.norm1(h)
+        a, _ = self.attn(h)
+        f = self.mlp(h)
+        return a + f + r
+
+
+class ParallelStreamFirst(Layer):
+    def forward(self, h: Tensor) -> Tensor:
+        a, _ = self.attn(self.norm1(h))
+        f = self.mlp(self.norm2(h))
+        return (h + a) + f
+
+
+class ParallelTwoSums(Layer):
+    def forward(self, h: Tensor) -> Tensor:
+        r = h
+        a = self.attn(self.norm1(h))[0]
+        f = self.mlp(self.norm2(r))
+        h = r + a
+        return h + f
+
+
+class WithoutSaving(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))[0]
+        return self.mlp(self.norm2(x)) + x
+
+
+class NestedSum(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.mlp(self.norm2(y := self.attn(self.norm1(x))[0]) + self.norm3(x + y))
+        return x + y + z
+
+
+class InPlace(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        saved = x
+        x += self.attn(self.norm1(x))[0]
+        x += self.mlp(self.norm2(saved))
+        return saved
+
+
+class OutputInPlace(Layer):
+    def forward(self, h: Tensor) -> Tensor:
+        r = h
+        h, _ = self.attn(self.norm1(h))
+        h += r
+        r = h
+        h = self.mlp(self.norm2(h))
+        h += r
+        return h
+
+
+class ScaledResidual(Layer):
+    def forward(self, h: Tensor) -> Tensor:
+        r = h
+        h, _ = self.attn(self.norm1(h))
+        h = self.gain * r + h
+        r = h
+        h = self.mlp(self.norm2(h))
+        h = r * self.scale + h
+        h *= self.gain
+        return h
+
+
+class ScaledBetween(Layer):
+    def forward(self, h: Tensor) -> Tensor:
+        a, _ = self.attn(self.norm1(h))
+        h *= self.scale
+        b = self.mlp(self.norm1(h))
+        return h + a + b
+
+
+class ReadsUnscaled(Layer):
+    def forward(self, h: Tensor) -> Tensor:
+        r = h * self.scale + self.attn(h)[0]
+        return r + self.mlp(self.norm2(h))
+
+
+class Helpers(Layer):
+    def forward(self, h: Tensor, mask: Any = None) -> tuple[Tensor, Tensor]:
+        h, weight = self.adding_attention(self.norm1(h), h, mask=mask)
+        h = add_where_there_is_one(self.mlp(h), self.mlp.bias, residual=h)
+        h = self.adding(self.norm2(h), h)
+        return h, weight
+
+
+class HelperFromPlace(Layer):
+    def forward(self, h: Tensor) -> Tensor:
+        r = h
+        h, _ = self.attn(self.norm1(h))
+        h = add(h, r, self.scale, training=False)
+        return self._finish(self.mlp(self.norm2(h)), h)
+
+    def _finish(self, x: Tensor, residual: Tensor) -> Tensor:
+        return add(x, residual)
+
+
+class Casts(Layer):
+    def forward(self, h: Tensor) -> Tensor:
+        r = h
+        h = self.norm1(r.to(dtype=self.norm1.weight.dtype))
+        r = r.to(torch.float64)
+        h = r + self.attn(h)[0]
+        h = h.type_as(self.gain)
+        return (h + self.mlp(self.norm2(h))).to(h.dtype).contiguous()
+
+
+class Flattened(Layer):
+    def forward(self, h: Tensor) -> Tensor:
+        shape = h.shape
+        h = h + self.attn(self.norm1(h))[0]
+        h = h.reshape(-1, h.size(-1))
+        r = h
+        share = h.softmax(0)
+        h = self.mlp(self.norm2(h)) * share.sum(1, keepdim=True)
+        h = (r + h).view(shape)
+        batch = h.shape[0]
+        assert batch == shape[0]
+        return h
+
+
+class Shapes(Layer):
+    def forward(self, h: Tensor) -> Tensor:
+        r = h
+        h, _ = self.attn(self.norm1(h))
+        h = r + h.view(r.shape)
+        r = h
+        h = self.mlp(self.norm2(h).view(-1, D))
+        return r + h.reshape(r.size())
+
+
+class Branches(Layer):
+    def forward(self, h: Tensor, mask: Any = None, training: bool = False) -> Tensor:
+        if self.parallel and not self.is_cross_attention:
+            r = h
+            h = self.norm1(h)
+        else:
+            r = h = self.norm4(h)
+        if mask is not None:
+            h = self.attn(h, mask)[0]
+        else:
+            h = self.attn(self.norm2(r))[0]
+        h = r + h if self.parallel else h
+        y = [self.mlp(h) for _ in range(2)]
+        for one in y:
+            y[0] = one * h
+        h = h + (y[0] if mask is None else y[1] + y[0])
+        return h
+
+
+class CrossAttention(Layer):
+    def forward(self, h: Tensor, encoder_hidden_states: Tensor | None = None) -> Tensor:
+        h = h + self.attn(self.norm1(h))[0]
+        if encoder_hidden_states is not None:
+            h = self.attn(h, encoder_hidden_states)[0]
+        return h + self.mlp(self.norm2(h))
+
+
+class Arguments(Layer):
+    def forward(self, hidden: Tensor, mask: Any = None, *, factor: float = 0.5, flag: bool = False) -> Any:
+        """Annotations, defaults, ``del`` and a tuple; the stream's name is used for something else in between."""
+        z, w = self.attn(self.norm1(hidden), mask)
+        both: Tensor
+        both = hidden = hidden + z * factor
+        hidden: Tensor = self.norm2(hidden)  # type: ignore[no-redef]
+        hidden = both + self.mlp(hidden) if self.parallel else both
+        del z, both
+        return hidden, w, f"{hidden.shape}"
+
+
+class NoStream(Layer):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return args[0] + self.mlp(args[0])
+
+
+class Inheriting(PreNorm):
+    def forward(self, h: Tensor) -> Tensor:  # type: ignore[override]
+        return h + super().forward(h)
+
+
+WIDENED = [
+    PreNorm,
+    Sandwich,
+    PostNormInside,
+    ParallelOneSum,
+    ParallelStreamFirst,
+    ParallelTwoSums,
+    WithoutSaving,
+    InPlace,
+    OutputInPlace,
+    ScaledResidual,
+    ScaledBetween,
+    ReadsUnscaled,
+    Helpers,
+    HelperFromPlace,
+    Casts,
+    Flattened,
+    Shapes,
+    Branches,
+    CrossAttention,
+    Arguments,
+]
+
+
+def widened(layer: Any) -> Any:
+    """The same weights, read from and written to a state of ``N`` slots."""
+    structure = find_structure(layer)
+    wide = copy.deepcopy(layer)
+    wide.layout = structure
+    connections = [GeneralizedHyperConnection(D, 1, N, dynamic=False, backend="reference") for _ in structure.names]
+    wide.connections = nn.ModuleList(connections).double()
+    wide.__class__ = widened_layer_class(type(layer))
+    assert isinstance(wide, VirtualWidthLayer)
+    return wide
+
+
+@torch.no_grad()
+def change_basis(wide: Any) -> tuple[Tensor, Tensor]:
+    """Other routing weights in every sublayer, the same function: after ``k`` writes the state is ``G_k H``.
+
+    Row 0 of ``H`` is the plain stream, the others get every output as well. Returns the first ``G`` and the inverse of
+    the last.
+    """
+    generator = torch.Generator().manual_seed(7)
+
+    def basis() -> Tensor:
+        return torch.eye(N).double() + 0.4 * torch.randn(N, N, generator=generator, dtype=torch.float64)
+
+    first = before = basis()
+    for connection in wide.connections:
+        after = basis()
+        back = torch.linalg.inv(before)
+        connection.static_alpha[:, :1] = back.T[:, :1]
+        connection.static_alpha[:, 1:] = (after @ back).T
+        connection.static_beta[:] = (after @ torch.ones(N, 1).double()).T
+        before = after
+    return first, torch.linalg.inv(before)
+
+
+def run_plain(layer: Any, h: Tensor, **arguments: Any) -> tuple[Tensor, Any]:
+    out = layer(h.clone(), **arguments)
+    out, *rest = out if isinstance(out, tuple) else (out,)
+    return out, rest[0] if rest else None
+
+
+def run_wide(wide: Any, h: Tensor, **arguments: Any) -> tuple[Tensor, Any]:
+    first, last = change_basis(wide)
+    others = torch.randn(*h.shape[:-1], N - 1, D, dtype=h.dtype, generator=torch.Generator().manual_seed(8))
+    state = first @ torch.cat([h[..., None, :], others], dim=-2)
+    out = wide(state.flatten(-2), **arguments)
+    state, *rest = out if isinstance(out, tuple) else (out,)
+    return (last @ state.unflatten(-1, (N, D)))[..., 0, :], rest[0] if rest else None

@@ -1,0 +1,264 @@
+"""Checkpoints that are damaged, incomplete, pickled or of another model: one sentence, and no model."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+from tiny import build, stock, token_ids, vwn_config
+from vwn.common.errors import UserError
+from vwn.hf import VirtualWidthForCausalLM
+
+LOADERS = pytest.mark.parametrize("loader", [VirtualWidthForCausalLM, AutoModelForCausalLM], ids=["class", "auto"])
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A sound checkpoint to spoil."""
+    build(vwn_config("llama", 2, 4, num_mtp_modules=1)).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    build(vwn_config("llama", 2, 4)).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    return tmp_path
+
+
+def refused(loader, folder: Path, message: str, **options) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        loader.from_pretrained(folder, **options)
+    assert "\n" not in str(error.value)
+
+
+def edit_config(folder: Path, **fields) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_weights(folder: Path, drop: str = "", **more) -> list[str]:
+    weights = load_file(folder / "model.safetensors")
+    dropped = [name for name in weights if drop and drop in name]
+    kept = {name: value for name, value in weights.items() if name not in dropped}
+    save_file(kept | more, folder / "model.safetensors", {"format": "pt"})
+    return dropped
+
+
+# Damaged files
+
+
+@LOADERS
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_weights(saved, loader, keep):
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(loader, saved, r"model\.safetensors is damaged.*again")
+
+
+@LOADERS
+def test_weights_that_are_something_else(saved, loader):
+    (saved / "model.safetensors").write_text("not tensors, but a page that says the file was not found " * 20)
+    refused(loader, saved, r"model\.safetensors is damaged")
+
+
+@LOADERS
+def test_missing_shards(sharded, loader):
+    gone = sorted(sharded.glob("*.safetensors"))[:3]
+    for path in gone:
+        path.unlink()
+    refused(loader, sharded, rf"lacks 3 of its shards \({gone[0].name}, {gone[1].name}, \.\.\.\)")
+
+
+@LOADERS
+def test_a_truncated_shard(sharded, loader):
+    path = sorted(sharded.glob("*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(loader, sharded, rf"{path.name} is damaged")
+
+
+@LOADERS
+@pytest.mark.parametrize("index", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_a_damaged_index(sharded, loader, index):
+    (sharded / "model.safetensors.index.json").write_text(index)
+    refused(loader, sharded, r"index\.json (is damaged|names)")
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "model.bin"])
+def test_an_index_that_points_elsewhere(sharded, name):
+    index = sharded / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    refused(VirtualWidthForCausalLM, sharded, "names .* which is no safetensors file beside it")
+
+
+@LOADERS
+def test_an_index_without_all_weights(sharded, loader):
+    """The files are whole, the model is not."""
+    index = sharded / "model.safetensors.index.json"
+    shards = json.loads(index.read_text())["weight_map"]
+    gone = shards["lm_head.weight"]
+    (sharded / gone).unlink()
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {k: v for k, v in shards.items() if v != gone}}))
+    refused(loader, sharded, r"weights of this model .* are missing .*lm_head")
+
+
+@LOADERS
+def test_no_weights_at_all(saved, loader):
+    (saved / "model.safetensors").unlink()
+    refused(loader, saved, r"holds no weights \(no model\.safetensors")
+
+
+@LOADERS
+def test_a_variant_that_is_not_there(saved, loader):
+    refused(loader, saved, r"no model\.ema\.safetensors", variant="ema")
+
+
+def test_a_variant_that_is_there(tmp_path):
+    model = build(vwn_config())
+    model.save_pretrained(tmp_path, variant="ema")
+    again = VirtualWidthForCausalLM.from_pretrained(tmp_path, variant="ema")
+    assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
+
+
+# Pickles
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+@LOADERS
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_a_pickle_is_refused_unread(saved, loader, name):
+    (saved / "model.safetensors").unlink()
+    with open(saved / name, "wb") as file:
+        pickle.dump(Payload(saved / "trace"), file)
+    refused(loader, saved, r"as a pickle \(pytorch_model.*safetensors")
+    for options in ({"use_safetensors": False}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(UserError, match="pickle"):
+            loader.from_pretrained(saved, **options)
+    assert not (saved / "trace").exists()
+
+
+def test_a_pickle_beside_sound_weights_is_not_read(saved):
+    with open(saved / "pytorch_model.bin", "wb") as file:
+        pickle.dump(Payload(saved / "trace"), file)
+    VirtualWidthForCausalLM.from_pretrained(saved)
+    refused(VirtualWidthForCausalLM, saved, "use_safetensors = False", use_safetensors=False)
+    assert not (saved / "trace").exists()
+
+
+# Weights that do not fit
+
+
+@LOADERS
+@pytest.mark.parametrize(
+    "part", ["lm_head", "embed_tokens", "layers.1.connections.0.static_beta", "q_proj", "mtp.0.fuse"]
+)
+def test_missing_weights(saved, loader, part):
+    gone = edit_weights(saved, drop=part)
+    refused(
+        loader, saved, rf"{len(gone)} weights of this model \(m = 2, n = 4.* are missing .*{gone[0].split('.')[-2]}"
+    )
+
+
+@LOADERS
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"m": 4, "n": 8},
+        {"n": 6},
+        {"n": 8},
+        {"m": 1, "n": 2},
+        {"m": 4, "n": 4, "reduce": "identity", "reduce_norm": "none"},
+    ],
+)
+def test_a_config_of_another_width(saved, loader, fields):
+    edit_config(saved, **fields)
+    message = rf"\(m = {fields.get('m', 2)}, n = {fields.get('n', 4)},"
+    refused(loader, saved, message + r".* (have other shapes|are missing)|have other shapes .*" + message)
+
+
+@LOADERS
+@pytest.mark.parametrize(
+    "options",
+    [{"n": 6}, {"num_mtp_modules": 2}, {"connection": "mhc", "m": 1}, {"embedding": "factorised"}, {"ngram_order": 2,
+     "ngram_buckets": 3}],
+)  # fmt: skip
+def test_other_options_at_loading(saved, loader, options):
+    refused(loader, saved, r"have other shapes|are missing", **options)
+
+
+def test_routing_weights_are_not_dropped_silently(tmp_path):
+    """Equal shapes everywhere else: what is left would be the plain model."""
+    build(vwn_config("llama", 1, 1)).save_pretrained(tmp_path)
+    edit_config(tmp_path, connection="residual")
+    refused(VirtualWidthForCausalLM, tmp_path, r"routing weights that this model .*'residual'.* has no place for")
+    again = VirtualWidthForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    assert again.config.connection == "residual"
+
+
+def test_leaving_out_multi_token_modules_is_fine(saved):
+    whole = VirtualWidthForCausalLM.from_pretrained(saved)
+    less = VirtualWidthForCausalLM.from_pretrained(saved, num_mtp_modules=0)
+    assert torch.equal(less(token_ids()).logits, whole(token_ids()).logits)
+    assert len(less.model.mtp) == 0
+    AutoModel.from_pretrained(saved)
+
+
+@LOADERS
+def test_a_model_that_may_be_incomplete_starts_the_rest_afresh(saved, loader):
+    dropped = edit_weights(saved, drop="static_beta")
+    model, info = loader.from_pretrained(saved, ignore_mismatched_sizes=True, output_loading_info=True)
+    assert set(info["missing_keys"]) == set(dropped)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    model, info = loader.from_pretrained(saved, ignore_mismatched_sizes=True, output_loading_info=True, n=6)
+    assert info["mismatched_keys"]
+    assert torch.isfinite(model(token_ids()).logits).all()
+
+
+def test_a_state_dict_in_memory_must_be_whole_too(saved):
+    model = VirtualWidthForCausalLM.from_pretrained(saved)
+    weights = model.state_dict()
+    again = VirtualWidthForCausalLM.from_pretrained(None, config=model.config, state_dict=dict(weights))
+    assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
+    del weights["lm_head.weight"]
+    with pytest.raises(UserError, match="lm_head"):
+        VirtualWidthForCausalLM.from_pretrained(None, config=model.config, state_dict=weights)
+
+
+# Another model
+
+
+def test_a_checkpoint_of_another_model_type(tmp_path):
+    stock("qwen3").save_pretrained(tmp_path)
+    refused(VirtualWidthForCausalLM, tmp_path, r"model type 'qwen3', not 'virtual_width'.*vwn\.widen")
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)).__name__ == "Qwen3ForCausalLM"
+
+
+@LOADERS
+@pytest.mark.parametrize("fields", [{"m": 5}, {"n": 1}, {"m": "two"}, {"connection": "none"}, {"backbone": {}}])
+def test_a_config_that_cannot_be(saved, loader, fields):
+    edit_config(saved, **fields)
+    with pytest.raises((ValueError, StrictDataclassFieldValidationError)):
+        loader.from_pretrained(saved)
+
+
+@LOADERS
+def test_a_folder_that_is_not_there(tmp_path, loader):
+    with pytest.raises(OSError, match="not-there"):
+        loader.from_pretrained(tmp_path / "not-there", local_files_only=True)

@@ -1,0 +1,302 @@
+"""Runs of several gloo processes: the losses of one process, resumed after kills and on another number of processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+import vwn.hf  # noqa: F401
+from conftest import perturb
+from processes import Processes, free_port, train_run, trained
+from runs import command, config
+from vwn.cli import main
+from vwn.common.errors import UserError
+from vwn.training import run as run_module
+from vwn.training.checkpoint.sharding import MODEL
+from vwn.training.config import ReliabilityOptions, SpeedOptions
+from vwn.training.distributed import resolve
+from vwn.training.run import train
+from vwn.training.trainer import VirtualWidthTrainer
+
+STEPS = 6
+
+
+def small(out, text, **changes):
+    """MTP, gradient accumulation, and a checkpoint after four of six steps."""
+    return config(
+        out, text, optim={"steps": STEPS, "batch_size": 8, "gradient_accumulation": 2, "learning_rate": 3e-3}, **changes
+    )
+
+
+def perturbed_train(run, *, check=True):
+    """Train from perturbed weights, and see to it that the model is sharded, or that it is not."""
+    build = run_module.build_model
+    run_module.build_model = lambda *args: perturb(build(*args), scale=0.02)
+    step, kinds = VirtualWidthTrainer.training_step, set()
+
+    def watched(self, *args, **kwargs):
+        # embedding and head may stay gathered between passes
+        kinds.update(isinstance(p, DTensor) for name, p in self.model.named_parameters() if ".layers." in name)
+        return step(self, *args, **kwargs)
+
+    VirtualWidthTrainer.training_step = watched
+    try:
+        train(run)
+    finally:
+        run_module.build_model, VirtualWidthTrainer.training_step = build, step
+    if check:
+        assert kinds == {run.parallel in ("fsdp2", "hsdp")}
+
+
+def run_on(run, log, world):
+    with Processes(perturbed_train, run, world=world, log=log) as processes:
+        assert processes.wait() == [0] * world, processes.said()
+
+
+def log_of(out: Path) -> list[dict]:
+    """Everything the run logged but what depends on the clock."""
+    last = max(out.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    timed = ("seconds", "runtime", "_per_second")
+    return [{k: v for k, v in entry.items() if not k.endswith(timed)} for entry in history]
+
+
+def assert_same_run(out, reference, atol=1e-5):
+    logged, expected = log_of(out), log_of(reference)
+    assert [e.keys() for e in logged] == [e.keys() for e in expected]
+    assert len(logged) >= 4
+    for one, other in zip(logged, expected, strict=True):
+        for key, value in other.items():
+            assert one[key] == pytest.approx(value, abs=atol, rel=atol), (key, one["step"])
+    weights, wanted = load_file(out / "model.safetensors"), load_file(reference / "model.safetensors")
+    assert weights.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(weights[name], weight, atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, text):
+    """One process, the reference."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    perturbed_train(small(out, text))
+    return out
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def pair(request, tmp_path_factory, text):
+    """Two processes, from start to end."""
+    folder = tmp_path_factory.mktemp(request.param)
+    run_on(small(folder / "run", text, parallel=request.param), folder / "log", 2)
+    return request.param, folder / "run"
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_model_of_one(pair, alone):
+    assert_same_run(pair[1], alone)
+
+
+@pytest.mark.slow
+def test_whole_weights_are_left_that_plain_transformers_loads(pair, alone):
+    _, out = pair
+    ids = torch.arange(3, 40)[None]
+    one, other = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (out, alone))
+    torch.testing.assert_close(one(ids).logits, other(ids).logits, atol=1e-4, rtol=1e-4)
+    assert one.config.architectures == ["VirtualWidthForCausalLM"]
+    assert {p.name for p in out.iterdir()} == {p.name for p in alone.iterdir()}
+    elsewhere = (
+        "import torch, transformers as t\n"
+        f"m = t.AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)\n"
+        "print(type(m).__name__, m.config.n)"
+    )
+    said = subprocess.run([sys.executable, "-c", elsewhere], capture_output=True, text=True, timeout=120)
+    assert said.stdout.split() == ["VirtualWidthForCausalLM", "10"], said.stderr
+
+
+def cut(out: Path, to: Path) -> Path:
+    """A copy of a run as a kill after its first checkpoint would have left it."""
+    shutil.copytree(out, to)
+    for path in [*to.glob("checkpoint-6"), *to.glob("*.json"), *to.glob("*.safetensors")]:
+        if path.name == "checkpoint-6":
+            shutil.rmtree(path)
+        elif path.name != "run.json":
+            path.unlink()
+    return to
+
+
+@pytest.mark.slow
+def test_a_run_of_two_resumes_on_one(pair, alone, tmp_path, text):
+    out = cut(pair[1], tmp_path / "run")
+    assert (out / "checkpoint-4" / MODEL).is_dir() == (pair[0] == "fsdp2")
+    perturbed_train(small(out, text, resume=True), check=False)
+    assert_same_run(out, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_a_run_of_one_resumes_on_two(parallel, alone, tmp_path, text):
+    out = cut(alone, tmp_path / "run")
+    run_on(small(out, text, parallel=parallel, resume=True), tmp_path / "log", 2)
+    assert_same_run(out, alone)
+
+
+def wait_for(path: Path, processes, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert all(p.is_alive() for p in processes.all), processes.said()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [[0], [0, 1]], ids=["one", "all"])
+def test_killed_and_resumed_sharded_runs_go_on_as_if_nothing_had_been(killed, alone, tmp_path, text):
+    run = small(tmp_path / "run", text, parallel="fsdp2")
+    with Processes(perturbed_train, run, log=tmp_path / "first") as processes:
+        wait_for(run.out / "checkpoint-4", processes)
+        for i in killed:
+            os.kill(processes.all[i].pid, signal.SIGKILL)
+        processes.all[killed[0]].join(30)  # the launcher ends the others, here the context does
+    assert not (run.out / "result.json").exists()
+    run_on(replace(run, resume=True), tmp_path / "second", 2)
+    assert_same_run(run.out, alone)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_that_only_lacks_its_end_gets_it(pair, tmp_path, text):
+    out = cut(pair[1], tmp_path / "run")
+    shutil.copytree(pair[1] / "checkpoint-6", out / "checkpoint-6")
+    trained(small(out, text, parallel=pair[0], resume=True), tmp_path / "log")
+    one, other = load_file(out / "model.safetensors"), load_file(pair[1] / "model.safetensors")
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    ends = [json.loads((folder / "result.json").read_text())["curve"][-1] for folder in (out, pair[1])]
+    assert ends[0] == ends[1]
+
+
+def poisoned(run):
+    """The loss of step 5 is not finite in the second process alone."""
+    compute = VirtualWidthTrainer.compute_loss
+
+    def poison(self, model, *args, **kwargs):
+        loss = compute(self, model, *args, **kwargs)
+        bad = torch.distributed.get_rank() == 1 and self.state.global_step == 4 and model.training
+        return loss * float("nan") if bad else loss
+
+    VirtualWidthTrainer.compute_loss = poison
+    try:
+        train(run)
+    except UserError as stopped:
+        print("stopped:", stopped)
+        sys.exit(3)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path, text):
+    run = small(tmp_path / "run", text, reliability=ReliabilityOptions(skip_bad_steps=0))
+    with Processes(poisoned, run, log=tmp_path / "log") as processes:
+        assert processes.wait() == [3, 3], processes.said()
+        assert processes.said().count("stopped: the loss is no longer finite at step 5") == 2
+    assert not (run.out / "result.json").exists()
+
+
+@pytest.mark.slow
+def test_sharding_that_does_not_come_about_is_refused(tmp_path, text):
+    """accelerate copies on a CPU, without a word, what it was to shard."""
+    run = small(tmp_path / "run", text, parallel="fsdp2")
+    with Processes(train_run, run, log=tmp_path / "log", shim=False) as processes:
+        assert all(processes.wait()), processes.said()
+        assert "accelerate has left" in processes.said()
+    assert not list(run.out.glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_copies_over_nodes_of_what_is_sharded_within_them(alone, tmp_path, text):
+    again = SpeedOptions(gradient_checkpointing=True)  # gathers the layers' weights a second time, for the same losses
+    run = small(tmp_path / "run", text, parallel="hsdp", speed=again)
+    with Processes(perturbed_train, run, world=4, local=2, log=tmp_path / "log") as processes:
+        assert processes.wait() == [0] * 4, processes.said()
+    assert_same_run(run.out, alone)
+
+
+def launch(run, *more, cwd):
+    """torchrun, as a user would type it; without the dashes it takes --m for an option of its own."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    return subprocess.run(
+        [*torchrun, "-m", "--", *command(run)[2:], *more],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=cwd, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_torchrun_speaks_with_one_voice(tmp_path, text):
+    run = config(tmp_path / "run", text, optim={"steps": 4})
+    done = launch(run, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("validation loss") == 1
+    assert json.loads((run.out / "run.json").read_text())["config"]["optim.batch_size"] == 4
+    again = launch(run, cwd=tmp_path)
+    assert again.returncode
+    assert again.stderr.count("exists already") == 1
+    assert "exitcode  : 2" in again.stderr
+
+
+@pytest.fixture
+def processes_of(monkeypatch):
+    def launched(world, **environment):
+        for module in ("distributed", "ranks"):
+            monkeypatch.setattr(f"vwn.training.{module}.world_size", lambda: world)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+
+    return launched
+
+
+def test_what_is_asked_for_and_what_accelerate_says_decide(processes_of, text, tmp_path):
+    run = small(tmp_path, text)
+    assert resolve(run) == "none"
+    processes_of(2)
+    assert resolve(run) == "ddp"
+    assert resolve(replace(run, parallel="fsdp2")) == "fsdp2"
+    processes_of(4, ACCELERATE_USE_FSDP="true", LOCAL_WORLD_SIZE="2")
+    assert resolve(run) == "fsdp2"
+    assert resolve(replace(run, parallel="hsdp")) == "hsdp"
+
+
+@pytest.mark.parametrize(
+    ("world", "changes", "environment", "sentence"),
+    [
+        (1, {"parallel": "fsdp2"}, {}, "needs several processes and there is one"),
+        (3, {}, {}, "make it a multiple of 6"),
+        (2, {"parallel": "ddp"}, {"ACCELERATE_USE_FSDP": "true"}, "contradicts the accelerate configuration"),
+        (2, {}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: 2"),
+        (2, {"parallel": "fsdp2", "speed": SpeedOptions(compile=True)}, {}, "--compile does not go with"),
+        (2, {"parallel": "fsdp2", "speed": SpeedOptions(keep_states_every=2)}, {}, "--keep-states-every does not go"),
+        (2, {"parallel": "fsdp2", "speed": SpeedOptions(loss_backend="liger")}, {}, "unembedding's weights whole"),
+        (4, {"parallel": "hsdp"}, {"LOCAL_WORLD_SIZE": "4"}, "are on one node"),
+        (4, {"parallel": "hsdp"}, {"LOCAL_WORLD_SIZE": "1"}, "needs LOCAL_WORLD_SIZE"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(processes_of, text, tmp_path, world, changes, environment, sentence):
+    processes_of(world, **environment)
+    with pytest.raises(UserError, match=sentence):
+        resolve(small(tmp_path, text, **changes))
+
+
+@pytest.mark.parametrize("arguments", [["compare", "--out", "x"], ["cost"]])
+def test_commands_of_one_process_refuse_a_launcher(arguments, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["vwn", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert "only vwn train works in several" in capsys.readouterr().err

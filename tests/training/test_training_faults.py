@@ -1,0 +1,204 @@
+"""Resuming, and what goes wrong: kills, damaged files, full disks, other people's directories, divergence."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from runs import command, config, without_seconds
+from vwn.common.errors import UserError
+from vwn.common.files import CannotWrite, read_json
+from vwn.training.checkpoint.manifest import last_checkpoint
+from vwn.training.directory import locked
+from vwn.training.run import train
+from vwn.training.trainer import Diverged, VirtualWidthTrainer
+
+
+def test_an_existing_directory_is_refused_and_left_alone(finished, text):
+    run, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in run.out.rglob("*")}
+    with pytest.raises(UserError, match=r"exists already.*--resume"):
+        train(config(run.out, text))
+    assert {p: p.stat().st_mtime_ns for p in run.out.rglob("*")} == before
+
+
+def test_resuming_a_finished_run_returns_its_result(finished, text):
+    run, result = finished
+    assert train(config(run.out, text, resume=True)) == result
+
+
+def test_resuming_with_another_setting_is_refused(finished, text):
+    run, _ = finished
+    with pytest.raises(UserError, match=r"optim.steps = 20, not 30"):
+        train(config(run.out, text, optim={"steps": 30}, resume=True))
+
+
+def test_kill_and_resume_gives_the_same_run_bit_for_bit(tmp_path, finished, text):
+    reference, result = finished
+    run = config(tmp_path / "run", text)
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for moment in ("checkpoint-4", "checkpoint-12"):
+        more = ["--resume"] if run.out.exists() else []
+        process = subprocess.Popen(command(run, *more), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not (run.out / moment).exists():
+            assert process.poll() is None, "the run ended before it was killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    # what a kill in the middle of a save leaves
+    rest = run.out / ".incomplete" / "checkpoint-99"
+    rest.mkdir(parents=True)
+    (rest / "model.safetensors").write_bytes(b"half")
+    (run.out / ".discarded-checkpoint-4").mkdir(exist_ok=True)
+    subprocess.run([*command(run), "--resume"], env=env, check=True, capture_output=True)
+
+    resumed = json.loads((run.out / "result.json").read_text())
+    assert without_seconds(resumed["curve"]) == without_seconds(result.curve)
+    one, other = load_file(run.out / "model.safetensors"), load_file(reference.out / "model.safetensors")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    seconds = [p["seconds"] for p in resumed["curve"]]
+    assert seconds == sorted(seconds)
+    assert not (run.out / ".incomplete").exists()
+    assert not list(run.out.glob(".discarded-*"))
+
+
+def test_a_save_that_fails_leaves_no_checkpoint_behind(tmp_path, text, monkeypatch):
+    def full_disk(self, directory):
+        if "checkpoint-8" in directory:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(VirtualWidthTrainer, "_save_rng_state", full_disk)
+    with pytest.raises(CannotWrite, match=r"No space.*the last checkpoint, .*checkpoint-4, is untouched"):
+        train(config(tmp_path / "run", text))
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
+
+
+def test_only_the_last_two_checkpoints_are_kept(finished):
+    run, _ = finished
+    assert sorted(p.name for p in run.out.glob("checkpoint-*")) == ["checkpoint-16", "checkpoint-20"]
+
+
+def test_a_non_finite_loss_stops_with_a_sentence_and_keeps_the_checkpoint(tmp_path, text, monkeypatch):
+    compute = VirtualWidthTrainer.compute_loss
+    steps = []
+
+    def poisoned(self, model, inputs, return_outputs=False, **kwargs):
+        steps.append(None)
+        if len(steps) == 7:
+            with torch.no_grad():
+                model.lm_head.weight[0, 0] = float("nan")
+        return compute(self, model, inputs, return_outputs, **kwargs)
+
+    monkeypatch.setattr(VirtualWidthTrainer, "compute_loss", poisoned)
+    message = r"loss is no longer finite at step 7; the last checkpoint is .*checkpoint-4.*--learning-rate"
+    with pytest.raises(Diverged, match=message) as stopped:
+        train(config(tmp_path / "run", text))
+    weights = load_file(last_checkpoint(tmp_path / "run") / "model.safetensors")
+    assert all(w.isfinite().all() for w in weights.values())
+    curve = stopped.value.result.curve
+    assert [p["tokens"] // 128 for p in curve] == [0, 4, 7]
+    assert curve[-1]["loss"] is None
+
+
+def test_ruined_weights_are_neither_saved_nor_called_a_result(tmp_path, text):
+    for name, save_every in (("late", 4), ("early", 1)):
+        run = config(tmp_path / name, text, optim={"steps": 4, "learning_rate": 1e30}, save_every=save_every)
+        with pytest.raises(Diverged, match="no longer finite"):
+            train(run)
+        assert not (run.out / "result.json").exists()
+        assert not (run.out / "config.json").exists()
+        for checkpoint in run.out.glob("checkpoint-*"):
+            assert all(w.isfinite().all() for w in load_file(checkpoint / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("gone", [["result.json"], ["result.json", "config.json", "model.safetensors"]])
+def test_a_run_killed_after_its_last_step_only_writes_its_result(tmp_path, text, finished, gone):
+    reference, result = finished
+    out = tmp_path / "run"
+    shutil.copytree(reference.out, out)
+    for name in gone:
+        (out / name).unlink()
+    again = train(config(out, text, resume=True))
+    assert again.curve == result.curve
+    assert again.tokens_per_second == pytest.approx(result.tokens_per_second, rel=0.01)
+    one, other = load_file(out / "model.safetensors"), load_file(reference.out / "model.safetensors")
+    assert all(torch.equal(one[k], other[k]) for k in other)
+    assert last_checkpoint(out).name == "checkpoint-20"
+    assert AutoModelForCausalLM.from_pretrained(out).config.m == 4
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_word(tmp_path, finished, capsys, name):
+    reference, _ = finished
+    shutil.copytree(reference.out, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint-20" / name
+    path.write_bytes(path.read_bytes()[:-100])
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-16"
+    assert "checkpoint-20 is damaged" in capsys.readouterr().err
+
+
+def test_changed_text_is_refused(tmp_path, text):
+    copy = tmp_path / "text.txt"
+    copy.write_text(text.read_text())
+    run = config(tmp_path / "run", copy, optim={"steps": 4})
+    train(run)
+    (run.out / "result.json").unlink()
+    copy.write_text(text.read_text()[:-500])
+    with pytest.raises(UserError, match="not those that the run"):
+        train(config(tmp_path / "run", copy, optim={"steps": 4}, resume=True))
+
+
+def test_other_peoples_directories_are_left_alone(tmp_path, text):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="holds something else"):
+        train(config(tmp_path / "thesis", text, resume=True))
+    with pytest.raises(UserError, match="is a file"):
+        train(config(tmp_path / "file", text))
+    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["thesis.txt"]
+
+
+def test_two_processes_do_not_share_a_directory(tmp_path, text):
+    run = config(tmp_path / "run", text)
+    with locked(run.out), pytest.raises(UserError, match="another process"):
+        train(run)
+
+
+def test_records_that_are_no_records(tmp_path, finished, text):
+    reference, _ = finished
+    for number, (name, content) in enumerate(
+        (n, c) for n in ("run.json", "result.json") for c in ("", "[]", '{"name": 1}')
+    ):
+        out = tmp_path / str(number)
+        shutil.copytree(reference.out, out, ignore=shutil.ignore_patterns("checkpoint-*"))
+        (out / name).write_text(content)
+        with pytest.raises(UserError, match=r"run\.json|result\.json|was started with"):
+            train(config(out, text, resume=True))
+
+
+def test_logs_do_not_depend_on_where_a_run_was_interrupted(tmp_path, text):
+    """Also where the interval of saves is no multiple of that of logs."""
+    options = dict(log_every=3, save_every=4, eval_every=100, optim={"steps": 8})
+    train(config(tmp_path / "whole", text, **options))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for rest in ("result.json", "config.json", "model.safetensors"):
+        (tmp_path / "cut" / rest).unlink()
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-8")
+    train(config(tmp_path / "cut", text, **options, resume=True))
+    histories = [
+        [(h["step"], h["loss"]) for h in read_json(last_checkpoint(tmp_path / d) / "trainer_state.json")["log_history"]
+         if "loss" in h]
+        for d in ("whole", "cut")
+    ]  # fmt: skip
+    assert histories[0] == histories[1]
