@@ -254,7 +254,7 @@ def test_with_vllm_the_model_is_registered_by_name(monkeypatch):
     register()
     assert registered == {"VirtualWidthForCausalLM": "vwn.vllm.model:VirtualWidthForCausalLM"}
     assert build(vwn_config()).__class__.__name__ in registered
-    assert (Path(import_module("vwn").__file__).parent / "vllm_model.py").exists()
+    assert (Path(import_module("vwn").__file__).parent / "vllm" / "model.py").exists()
 
 
 class Recorder:

@@ -1,6 +1,6 @@
 """The Triton kernels compiled for an H100 (sm_90), without one, in a process of its own: no interpreter there.
 
-``python tests/ops/test_triton_compile.py 2 3 2048 bfloat16`` prints the registers, spills and shared memory of the kernels.
+``python tests/ops/test_triton_compile.py 2 3 2048 bfloat16`` prints their registers, spills and shared memory.
 """
 
 from __future__ import annotations
