@@ -15,6 +15,7 @@ from vwn.errors import UserError
 from vwn.training.config import (
     CorpusConfig,
     OptimConfig,
+    OutputInit,
     ReliabilityOptions,
     SpeedOptions,
     TrainConfig,
@@ -62,6 +63,8 @@ class CompareConfig:
     `MxN`, such as `4x16` or `hc:1x4,connection=hc`; without a study `plain 4x16`."""
     backbone: str = "tiny"
     """A preset, a transformers config (file or folder), or a hub id."""
+    output_init: OutputInit | None = None
+    """Start of the last matrix of every attention and FFN, as in `vwn train`."""
     seeds: tuple[int, ...] = (0,)
     """Each arm is trained once for each seed; arms of one seed share data order and backbone initialisation."""
     learning_rates: tuple[str, ...] = ()
@@ -147,6 +150,7 @@ class CompareConfig:
             n=arm.n,
             hidden_size=sizes[0],
             intermediate_size=sizes[1],
+            output_init=arm.run.get("output_init", self.output_init),
             seed=seed,
             corpus=self.corpus,
             width=arm.options(self.width),

@@ -11,6 +11,9 @@ from vwn.errors import UserError
 from vwn.training.groups import parse_factors
 
 
+OutputInit = Literal["zero", "depth", "config"]
+
+
 def require(holds: bool, option: str, what: str, value: object) -> None:
     """One sentence for an option out of its range."""
     if not holds:
@@ -226,6 +229,9 @@ class TrainConfig:
     """Width of the backbone, where it is to be another than its own; heads keep their size."""
     intermediate_size: int | None = None
     """Width of its FFNs; by default in proportion to --hidden-size."""
+    output_init: OutputInit | None = None
+    """Start of the last matrix of every attention and FFN: at zero, scaled with the depth by (2 L)^-1/2, or as the
+    backbone's config says; by default zero for a preset and config for any other backbone."""
     seed: int = 0
     """Seed of initialisation and data order."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)

@@ -116,8 +116,12 @@ def train(config: TrainConfig, corpus: Corpus | None = None, label: Label | None
         config.backbone, len(corpus.tokenizer), config.corpus.window, corpus.tokenizer.eos_token_id
     )
     backbone = resize_backbone(backbone, config.hidden_size, config.intermediate_size)
-    embedding_std = EMBEDDING_STD if config.backbone in PRESETS else None
-    model = build_model(model_config(backbone, config.m, config.n, config.width), config.seed, embedding_std)
+    is_preset = config.backbone in PRESETS
+    embedding_std = EMBEDDING_STD if is_preset else None
+    output_init = config.output_init or ("zero" if is_preset else "config")
+    model = build_model(
+        model_config(backbone, config.m, config.n, config.width), config.seed, embedding_std, output_init
+    )
     with ExitStack() as stack:
         together(lambda: _begin(stack, config, corpus.fingerprint) if rank() == 0 else None)
         return _train(config, corpus, model, learning_rate, label or config.name, parallel)
