@@ -33,7 +33,8 @@ class SweepOptions:
     sweep_rates: tuple[float, ...] = ()
     """Rates that each arm starts with, at least three; by default half, once and twice the preset's."""
     sweep_steps: int | None = None
-    """Optimiser steps of a sweep's run; by default half of --steps. Much shorter ones favour rates too high."""
+    """Optimiser steps of a sweep's run; by default half of --steps, or the smallest of the --budgets. Much shorter ones
+    favour rates too high."""
     sweep_seed: int = 1000
     """Seed of the sweep's runs, none of the --seeds."""
     sweep_extensions: int = 3
