@@ -28,7 +28,7 @@ from vwn.hf.widening import (
     widen_backbone,
 )
 from vwn.multi_token import MultiTokenPredictor
-from vwn.ops import choose
+from vwn.ops import choose, state_dtype
 from vwn.seam import Connection
 
 # what transformers goes by when it chooses an attention implementation, compiles, or exports
@@ -205,6 +205,7 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
                 kwargs[name] = getattr(self.config, name)
         stream = None
         if self.config.connection != "residual":
+            state = state.to(state_dtype(state))
             stream = kwargs["stream"] = Stream(self.layers, self._keep_every())
         out = self.backbone.run(
             inputs_embeds=state.view_as(state),  # so that its gradients add up in one order, checkpointing or not
