@@ -326,12 +326,12 @@ def test_half_precision_parameters_are_still_routed_in_float32():
 def test_autocast_leaves_the_routing_in_float32(dynamic):
     connection = make(12, 2, 3, dynamic)
     state = random_state(12, 2, 3, 4, 2)
-    plain = connection(state, torch.tanh)
+    plain = connection(state.bfloat16(), torch.tanh)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         x, routing = connection.read(state), connection.routing_matrices(state)
         mixed = connection(state, torch.tanh)
     assert routing.alpha.dtype == routing.beta.dtype == torch.float32
-    assert x.dtype == torch.float32
+    assert x.dtype == torch.bfloat16
     assert torch.equal(mixed, plain)
 
 

@@ -253,12 +253,11 @@ def test_routing_is_computed_in_float32(kind, dtype):
     state, z = torch.randn(4, connection.geometry.over_width).to(dtype), torch.randn(4, 12).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         new, routing = connection.write(state, z), connection.routing_matrices(state)
-    assert new.dtype == dtype
+    assert new.dtype == torch.bfloat16  # autocast's
     assert routing.alpha.dtype == routing.beta.dtype == torch.float32
     for found, wanted in zip(routing, right.routing_matrices(state.double()), strict=True):
         assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
-    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
-    assert_close(new.double(), right.write(state.double(), z.double()), rtol=tolerance, atol=tolerance)
+    assert_close(new.double(), right.write(state.double(), z.double()), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("index", [0, 1, 5])

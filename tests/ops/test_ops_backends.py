@@ -238,13 +238,13 @@ def test_a_library_from_the_cache_needs_no_compiler_run_but_another_compiler_bui
     forget()
     assert torch.equal(read("compiled"), wanted)
     assert runs() == 1
-    (built,) = (tmp_path / "cache").rglob("boundary.so")
+    (built,) = (tmp_path / "cache").rglob("write_read.so")
     assert not list((tmp_path / "cache").rglob("*.partial"))
     os.environ["CXX"] += " -DANOTHER"
     forget()
     assert torch.equal(read("compiled"), wanted)
     assert runs() == 2
-    assert len(list((tmp_path / "cache").rglob("boundary.so"))) == 2
+    assert len(list((tmp_path / "cache").rglob("write_read.so"))) == 2
     assert built.exists()
 
 
@@ -253,7 +253,7 @@ def test_a_damaged_library_is_replaced(forget, compiler, monkeypatch, tmp_path):
     compiler()
     wanted = read("compiled")
     shutil.copytree(tmp_path / "cache", tmp_path / "copy")  # the process holds on to a library by its path
-    for built in (tmp_path / "copy").rglob("boundary.so"):
+    for built in (tmp_path / "copy").rglob("write_read.so"):
         built.write_bytes(b"rubbish")
     monkeypatch.setenv("VWN_CACHE", str(tmp_path / "copy"))
     forget()

@@ -29,7 +29,7 @@ from vwn.hf.widening import (
 from vwn.nn.connection import Connection
 from vwn.nn.embedding import OverWidthEmbedding, OverWidthReduce, UnembeddingExpand
 from vwn.nn.multi_token import MultiTokenPredictor
-from vwn.ops import choose
+from vwn.ops import choose, state_dtype
 
 # what transformers goes by when it chooses an attention implementation, compiles, or exports
 _BACKBONES_FLAGS = (
@@ -205,6 +205,7 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
                 kwargs[name] = getattr(self.config, name)
         stream = None
         if self.config.connection != "residual":
+            state = state.to(state_dtype(state))
             stream = kwargs["stream"] = Stream(self.layers, self._keep_every())
         out = self.backbone.run(
             inputs_embeds=state.view_as(state),  # so that its gradients add up in one order, checkpointing or not

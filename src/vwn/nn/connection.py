@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vwn.common.errors import UserError
 from vwn.nn.geometry import Geometry
 from vwn.nn.initialisation import StatesItsInitialValues
-from vwn.ops import NormWeights, check_backend
+from vwn.ops import NormWeights, check_backend, state_dtype
 from vwn.ops.reference import rms_norm
 
 
@@ -125,6 +125,7 @@ class Connection(StatesItsInitialValues):
         Raises:
             UserError: a state of another width.
         """
+        state = state.to(state_dtype(state))
         with torch.autocast(state.device.type, enabled=False):
             slots = self._slots(state)
             x = (self.read_matrix(slots).mT @ slots).flatten(-2).to(state.dtype)
@@ -146,6 +147,7 @@ class Connection(StatesItsInitialValues):
         if z.shape != (*state.shape[:-1], self.geometry.hidden_size):
             wanted = (*state.shape[:-1], self.geometry.hidden_size)
             raise UserError(f"the sublayer's output must be {wanted} beside the state, got {tuple(z.shape)}")
+        state = state.to(state_dtype(state))
         with torch.autocast(state.device.type, enabled=False):
             slots = self._slots(state)
             segments = z.to(state.dtype).unflatten(-1, (self.geometry.m, -1)).to(slots.dtype)

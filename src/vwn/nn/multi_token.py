@@ -84,10 +84,8 @@ class MultiTokenPredictor(StatesItsInitialValues):
         return self.norm(self.reduce(state)), state
 
     def _fused(self, state: Tensor, embedding: Tensor) -> Tensor:
-        state = self._slot_norm(state, self.state_norm_weight)
-        embedding = self._slot_norm(embedding, self.embedding_norm_weight)
-        fused = self.fuse(torch.cat([state, embedding], dim=-1))
-        return fused.flatten(-2).to(state.dtype)  # autocast must not round the state
+        pair = self._slot_norm(state, self.state_norm_weight), self._slot_norm(embedding, self.embedding_norm_weight)
+        return self.fuse(torch.cat(pair, dim=-1)).flatten(-2).to(state.dtype)  # the stream's, also under autocast
 
     def _slot_norm(self, state: Tensor, gain: Tensor) -> Tensor:
         slots = state.unflatten(-1, (self.geometry.n, self.geometry.segment_size))

@@ -13,7 +13,7 @@ from torch import Tensor
 from vwn.common.errors import UserError
 from vwn.ops import flops, library
 from vwn.ops.backends import BACKENDS, check_backend, choose
-from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights, check_shapes
+from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights, check_shapes, state_dtype
 
 __all__ = [
     "BACKENDS",
@@ -24,6 +24,7 @@ __all__ = [
     "choose",
     "flops",
     "read",
+    "state_dtype",
     "write",
     "write_read",
 ]
@@ -41,13 +42,15 @@ def read(
         backend: ``"auto"``, ``"reference"``, ``"compiled"`` or ``"triton"``.
 
     Returns:
-        ``[..., D]`` in the state's dtype; the routing is computed in float32 (float64 for a float64 state).
+        ``[..., D]`` in the state's dtype, autocast's where that is on; the routing is computed in float32 (float64 for a
+        float64 state).
 
     Raises:
         UserError: shapes or devices that do not fit, or a backend asked for by name that cannot run.
     """
     weights = weights.to_read if isinstance(weights, RoutingWeights) else weights
     check_shapes(state, None, weights, norm=norm)
+    state = state.to(state_dtype(state))
     weight, eps = _norm(norm, state)
     return library.read(state, *_cast(weights, state), weight, eps, backend)
 
@@ -68,6 +71,7 @@ def write(state: Tensor, z: Tensor, weights: RoutingWeights, backend: str = "aut
         UserError: shapes or devices that do not fit, or a backend asked for by name that cannot run.
     """
     check_shapes(state, z, weights)
+    state = state.to(state_dtype(state))
     return library.write(state, z.to(state.dtype), *_cast(weights, state), backend)
 
 
@@ -106,6 +110,7 @@ def write_read(
             f"write_read takes two connections of one (m, n), got {(weights.m, weights.n)} and "
             f"{(following.m, following.n)}; write and read apart"
         )
+    state = state.to(state_dtype(state))
     weight, norm_eps = _norm(norm, state)
     return library.write_read(
         state, z.to(state.dtype), *_cast(weights, state), *_cast(following, state), weight, norm_eps, backend

@@ -1,4 +1,4 @@
-"""Backend ``"compiled"``: ``boundary.cpp``, built at first use by the machine's C++ compiler for its vector units.
+"""Backend ``"compiled"``: ``write_read.cpp``, built at first use by the machine's C++ compiler for its vector units.
 
 The library that is built holds ``sinkhorn.cpp`` as well.
 """
@@ -21,7 +21,8 @@ from vwn.common.cache import default_cache_dir, load_or_build
 from vwn.common.errors import UserError
 from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("sinkhorn.cpp", "boundary.cpp")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("sinkhorn.cpp", "write_read.cpp")]
+_HEADERS = [Path(__file__).with_name("write_read_kernels.h")]
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -40,7 +41,7 @@ class _Side(ctypes.Structure):
     ]
 
 
-class _Boundary(ctypes.Structure):
+class _Args(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("tokens", "n", "m", "d", "dtype", "threads")),
         ("write", _Side),
@@ -61,9 +62,9 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     built = _library()
     if isinstance(built, str):
         return built
-    empty = _Boundary(dtype=_DTYPES[dtype], threads=1)
+    empty = _Args(dtype=_DTYPES[dtype], threads=1)
     empty.n = empty.m = empty.d = 1
-    return "the compiler has no float16" if built.vwn_boundary(ctypes.byref(empty), 0, 0) else None
+    return "the compiler has no float16" if built.vwn_write_read(ctypes.byref(empty), 0, 0) else None
 
 
 def library() -> ctypes.CDLL:
@@ -97,17 +98,17 @@ def _library() -> ctypes.CDLL | str:
 
 
 def _load_or_build(command: list[str]) -> ctypes.CDLL:
-    sources = b"".join(source.read_bytes() for source in _SOURCES)
+    sources = b"".join(source.read_bytes() for source in (*_SOURCES, *_HEADERS))
     key = hashlib.sha256(sources + "\0".join([*command, _processor()]).encode()).hexdigest()[:16]
 
     def load(folder: Path) -> ctypes.CDLL | None:
         try:
-            return ctypes.CDLL(str(folder / "boundary.so"))
+            return ctypes.CDLL(str(folder / "write_read.so"))
         except OSError:  # not there, or damaged
             return None
 
     def build(folder: Path) -> None:
-        library = folder / "boundary.so"
+        library = folder / "write_read.so"
         try:
             whole = [*command, *map(str, _SOURCES), "-o", str(library)]
             subprocess.run(whole, check=True, capture_output=True, text=True)
@@ -137,10 +138,10 @@ def forward(
     norm: NormWeights | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """As :func:`vwn.ops.reference.forward`, for contiguous ``[T, D']`` and ``[T, D]``."""
-    boundary = _Call(state, z, write, read, norm)
+    call = _Call(state, z, write, read, norm)
     new = torch.empty_like(state) if write is not None else None
-    x = state.new_empty(state.shape[0], boundary.hidden_size) if read is not None else None
-    boundary.run(False, False, new_state=new, x=x)
+    x = state.new_empty(state.shape[0], call.hidden_size) if read is not None else None
+    call.run(False, False, new_state=new, x=x)
     return new, x
 
 
@@ -155,10 +156,10 @@ def backward(
     needs_weights: bool,
 ) -> list[Tensor]:
     """As :func:`vwn.ops.reference.backward`, for contiguous ``[T, D']`` and ``[T, D]``."""
-    boundary = _Call(state, z, write, read, norm)
+    call = _Call(state, z, write, read, norm)
     gradients = [torch.empty_like(state), *([] if z is None else [torch.empty_like(z)])]
-    of_norm = torch.empty_like(norm.weight, dtype=boundary.compute) if norm is not None and needs_weights else None
-    of_weights = boundary.run(
+    of_norm = torch.empty_like(norm.weight, dtype=call.compute) if norm is not None and needs_weights else None
+    of_weights = call.run(
         True,
         needs_weights,
         grad_new=grad_state,
@@ -189,7 +190,7 @@ class _Call:
         self.compute = torch.promote_types(state.dtype, torch.float32)
         self.kept: list[Tensor] = []
         self.weights: dict[str, dict[str, Tensor]] = {}
-        self.args = _Boundary(tokens=state.shape[0], n=sizes.n, m=sizes.m, d=state.shape[1] // sizes.n)
+        self.args = _Args(tokens=state.shape[0], n=sizes.n, m=sizes.m, d=state.shape[1] // sizes.n)
         self.args.dtype, self.args.threads = _DTYPES[state.dtype], torch.get_num_threads()
         self.hidden_size = sizes.m * self.args.d
         self._point(self.args, state=state, z=z, norm=norm and norm.weight)
@@ -210,7 +211,7 @@ class _Call:
             zeros = {k: torch.zeros_like(t) for k, t in weights.items()}
             self._point(getattr(self.args, name).gradients, **zeros)
             gradients += zeros.values()
-        if library().vwn_boundary(ctypes.byref(self.args), int(backward), int(needs_weights)):
+        if library().vwn_write_read(ctypes.byref(self.args), int(backward), int(needs_weights)):
             raise AssertionError("the library was built without this dtype")
         return gradients
 

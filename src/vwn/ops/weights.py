@@ -159,6 +159,14 @@ def write_gradients(g: Columns, m: int) -> list[Tensor]:
     return [t for t in (alpha[0], beta[0], alpha[1], dynamic_beta, alpha[2], beta[1], g.gain) if t is not None]
 
 
+def state_dtype(state: Tensor) -> torch.dtype:
+    """The dtype that an over-width state is kept in: autocast's where that is on, else its own; float64 stays."""
+    device = state.device.type
+    if device == "meta" or state.dtype is torch.float64 or not torch.is_autocast_enabled(device):
+        return state.dtype
+    return torch.get_autocast_dtype(device)
+
+
 def check_shapes(
     state: Tensor, z: Tensor | None, weights: ReadWeights | RoutingWeights, norm: NormWeights | None = None
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields, replace
 from math import inf
 from pathlib import Path
@@ -10,11 +11,49 @@ from typing import Literal
 from vwn.common.errors import UserError
 from vwn.training.groups import parse_factors
 
+OutputInit = Literal["zero", "depth", "config"]
+TOKENS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
 
 def require(holds: bool, option: str, what: str, value: object) -> None:
     """One sentence for an option out of its range."""
     if not holds:
         raise UserError(f"--{option.replace('_', '-')} must be {what}, got {value}")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One budget of a run whose trunk has several: a cool-down of its own.
+
+    Args:
+        name: the budget in tokens, such as ``1M``; also the branch's folder.
+        steps: optimiser steps at its end, the trunk's included.
+        leaves: step of the trunk that it starts from.
+    """
+
+    name: str
+    steps: int
+    leaves: int
+
+
+def parse_tokens(text: str) -> int:
+    """``"1M"``, ``"2.5k"`` or ``"819200"`` to a number of tokens.
+
+    Raises:
+        UserError: none of these.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKMBT]?)", text)
+    tokens = round(float(found[1]) * TOKENS[found[2].upper()]) if found else 0
+    if tokens < 1:
+        raise UserError(f"--budgets takes numbers of tokens, such as 500k, 1M or 2.5B; got {text!r}")
+    return tokens
+
+
+def format_tokens(tokens: int) -> str:
+    """The shortest way to write a number of tokens that :func:`parse_tokens` reads back, such as ``1.5M``."""
+    written = [f"{tokens / unit:.15g}{letter}" for letter, unit in TOKENS.items() if tokens >= unit]
+    exact = [text for text in written if "e" not in text and parse_tokens(text) == tokens]
+    return min(exact, key=len)
 
 
 @dataclass(frozen=True)
@@ -110,7 +149,7 @@ PLAIN_OPTIONS = ("mtp", "mtp_loss_weight", "ngram_order", "ngram_buckets", "tabl
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The budget and the optimiser: AdamW, linear warm-up, cosine decay or none."""
+    """The budget, the optimiser and the schedule of its learning rate."""
 
     steps: int = 1000
     """Optimiser steps."""
@@ -123,11 +162,17 @@ class OptimConfig:
     backbone, table, expansion, routing, reduce and head. By default routing=5/L in a model of L > 8 sublayers
     with free carries."""
     warmup_steps: int | None = None
-    """Steps of linear warm-up; by default 5 % of all."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """What follows the warm-up: decay to --final-learning-rate, or the peak rate to the end."""
+    """Steps of linear warm-up; by default 5 % of all, or of the smallest of the --budgets."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """What follows the warm-up: a cosine down to --final-learning-rate, the peak rate to the end (constant), or the
+    peak rate and at the end a linear cool-down (wsd)."""
+    cooldown: float = 0.2
+    """Share of a wsd run, or of each of its --budgets, that is the cool-down."""
+    budgets: tuple[str, ...] = ()
+    """With wsd: the losses after so many tokens each, such as `1M 2M 4M`, in place of --steps. One trunk is trained at
+    the peak rate; for each budget a branch leaves it, in OUT/branches, and cools down. --resume may add larger ones."""
     final_learning_rate: float = 0.1
-    """Learning rate at the end of a cosine, as a share of the peak."""
+    """Learning rate at the end of a cosine or a cool-down, as a share of the peak."""
     weight_decay: float = 0.1
     """Decay of everything but biases, norm gains and the static routing matrices."""
     beta1: float = 0.9
@@ -149,7 +194,12 @@ class OptimConfig:
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
         require(0 <= self.final_learning_rate <= 1, "final-learning-rate", "from 0 to 1", self.final_learning_rate)
-        if self.warmup_steps is not None:
+        require(0 < self.cooldown < 1, "cooldown", "above 0 and below 1", self.cooldown)
+        if self.schedule != "wsd" and self.cooldown != OptimConfig.cooldown:
+            raise UserError(f"--cooldown goes with --schedule wsd; with {self.schedule} leave it away")
+        if self.budgets:
+            self._check_budgets()
+        elif self.warmup_steps is not None:
             require(0 <= self.warmup_steps <= self.steps, "warmup-steps", f"from 0 to {self.steps}", self.warmup_steps)
         if self.batch_size % self.gradient_accumulation:
             raise UserError(
@@ -157,6 +207,16 @@ class OptimConfig:
             )
         if self.learning_rate is not None:
             require(0 < self.learning_rate < inf, "learning-rate", "positive", self.learning_rate)
+
+    def _check_budgets(self) -> None:
+        if self.schedule != "wsd":
+            raise UserError(f"--budgets are cool-downs of one trunk; use --schedule wsd with them, not {self.schedule}")
+        if self.steps != OptimConfig.steps:
+            raise UserError(f"--budgets says how long to train; leave --steps {self.steps} away")
+        if self.warmup_steps is not None:
+            require(self.warmup_steps >= 0, "warmup-steps", "0 or more", self.warmup_steps)
+        for text in self.budgets:
+            parse_tokens(text)
 
 
 @dataclass(frozen=True)
@@ -226,6 +286,9 @@ class TrainConfig:
     """Width of the backbone, where it is to be another than its own; heads keep their size."""
     intermediate_size: int | None = None
     """Width of its FFNs; by default in proportion to --hidden-size."""
+    output_init: OutputInit | None = None
+    """Start of the last matrix of every attention and FFN: at zero, scaled with the depth by (2 L)^-1/2, or as the
+    backbone's config says; by default zero for a preset and config for any other backbone."""
     seed: int = 0
     """Seed of initialisation and data order."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
@@ -284,6 +347,22 @@ class TrainConfig:
             value = getattr(self, name)
             require(value is None or value >= 1, name, "at least 1", value)
         require(self.health_every is None or self.health_every >= 0, "health-every", "0 or more", self.health_every)
+        self._check_branches()
+
+    def _check_branches(self) -> None:
+        if not self.optim.budgets and self.warmup > (flat := self.optim.steps - self.cooldown_steps):
+            raise UserError(f"--warmup-steps {self.warmup} reaches into the cool-down after {flat} steps; lower it")
+        seen: dict[int, Branch] = {}
+        for branch in self.branches:
+            if branch.steps in seen:
+                other, tokens = seen[branch.steps].name, self.tokens_per_step
+                raise UserError(f"--budgets {other} and {branch.name} are the same in whole steps of {tokens} tokens")
+            seen[branch.steps] = branch
+            if branch.leaves < self.warmup:
+                raise UserError(
+                    f"--budgets {branch.name} is {branch.steps} steps and leaves the trunk after {branch.leaves}, "
+                    f"within the {self.warmup} steps of warm-up; give more tokens or lower --warmup-steps"
+                )
 
     def _check_backend(self) -> None:
         free = self.width.connection == "ghc" and self.width.carry_constraint == "none"
@@ -300,7 +379,44 @@ class TrainConfig:
         return "plain" if self.m is None else f"{self.m}x{self.n}"
 
     @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimiser step, over all processes."""
+        return self.optim.batch_size * self.corpus.window
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """One for each of the ``--budgets``, the smallest first."""
+        found = []
+        for text in self.optim.budgets:
+            tokens = parse_tokens(text)
+            steps = max(2, round(tokens / self.tokens_per_step))
+            decay = min(steps - 1, max(1, round(self.optim.cooldown * steps)))
+            found.append(Branch(format_tokens(tokens), steps, steps - decay))
+        return tuple(sorted(found, key=lambda branch: branch.steps))
+
+    @property
+    def cooldown_steps(self) -> int:
+        """Steps of the cool-down at the end of a straight run; 0 without one, and for the trunk of several budgets."""
+        o = self.optim
+        if o.schedule != "wsd" or o.budgets:
+            return 0
+        return min(o.steps - 1, max(1, round(o.cooldown * o.steps)))
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up."""
+        if self.optim.warmup_steps is not None:
+            return self.optim.warmup_steps
+        return max(1, (self.branches[0].steps if self.branches else self.optim.steps) // 20)
+
+    @property
+    def planned_steps(self) -> int:
+        """Optimiser steps of the whole run, of the trunk and all its branches."""
+        branches = self.branches
+        return branches[-1].leaves + sum(b.steps - b.leaves for b in branches) if branches else self.optim.steps
+
+    @property
     def intervals(self) -> tuple[int, int, int]:
         """Steps between logs, validations and checkpoints; the defaults are multiples of each other."""
-        log = self.log_every or max(1, self.optim.steps // 100)
+        log = self.log_every or max(1, (self.branches[-1].steps if self.branches else self.optim.steps) // 100)
         return log, self.eval_every or 5 * log, self.save_every or 10 * log

@@ -16,7 +16,16 @@ from vwn.common.errors import UserError
 from vwn.common.files import read_json, write_json
 from vwn.common.provenance import provenance
 from vwn.training.checkpoint.manifest import FORMAT, clear_rests, last_checkpoint
-from vwn.training.config import CorpusConfig, OptimConfig, ReliabilityOptions, SpeedOptions, TrainConfig, WidthOptions
+from vwn.training.config import (
+    CorpusConfig,
+    OptimConfig,
+    ReliabilityOptions,
+    SpeedOptions,
+    TrainConfig,
+    WidthOptions,
+    format_tokens,
+    parse_tokens,
+)
 
 LOCK = ".lock"
 PARTIAL = re.compile(r"\..*\.partial")  # what a killed process had begun to write
@@ -65,16 +74,37 @@ def open_directory(directory: Path, record: str, resume: bool) -> dict[str, Any]
 
 
 def check_same(directory: Path, stored: dict[str, Any], asked: dict[str, Any], kind: str = "run") -> None:
-    """Refuse to continue with other settings than the work was started with; options newer than it had defaults."""
-    defaults = settings(TrainConfig(out=directory))
-    for name, value in asked.items():
-        if name in FREE or name.startswith("reliability."):
+    """Refuse to continue with other settings than the work was started with; options newer than it had defaults.
+
+    A run may become longer where that changes nothing of what was trained, see :func:`extends`.
+    """
+    defaults = _json(settings(TrainConfig(out=directory)))
+    stored = defaults | stored
+    for name, value in _json(asked).items():
+        if name in FREE or name.startswith("reliability.") or extends(name, stored, value):
             continue
-        if stored.get(name, json.loads(json.dumps(defaults.get(name)))) != json.loads(json.dumps(value)):
+        if stored.get(name) != value:
+            longer = "; only a run with a constant rate, or one with --budgets, can be made longer"
             raise UserError(
-                f"the {kind} in {directory} was started with {name} = {stored.get(name)!r}, not {value!r}; "
-                "leave the option away to continue it, or choose another --out"
+                f"the {kind} in {directory} was started with {name} = {stored.get(name)!r}, not {value!r}"
+                f"{longer if name == 'optim.steps' else ''}; leave the option away to continue it, or choose another "
+                "--out"
             )
+
+
+def extends(name: str, stored: dict[str, Any], value: Any) -> bool:
+    """Whether another value of a setting makes the run longer and leaves what was trained as it would have been.
+
+    These are more ``--steps`` at a constant rate, and more ``--budgets``.
+
+    Args:
+        name: of the setting, dotted.
+        stored: settings of the run.
+        value: asked for, as JSON has it.
+    """
+    if name == "optim.steps":
+        return stored["optim.schedule"] == "constant" and value > stored[name]
+    return name == "optim.budgets" and bool(stored[name]) and set(stored[name]) <= set(value)
 
 
 def check_same_text(directory: Path, stored: dict[str, Any], fingerprint: str) -> None:
@@ -91,6 +121,7 @@ def settings(config: TrainConfig) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in dataclasses.asdict(config).items():
         flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+    flat["optim.budgets"] = tuple(format_tokens(parse_tokens(text)) for text in config.optim.budgets)
     return {name: value for name, value in flat.items() if name not in ("out", "parallel", "resume")}
 
 
@@ -100,9 +131,10 @@ def adopt(config: TrainConfig, given: Set[str]) -> TrainConfig:
         return config
     stored = read_json(config.out / "run.json").get("config", {})
     flat = {
-        name: value if name.split(".")[-1] in given else stored.get(name, value)
+        name: value if name.split(".")[-1] in given else as_tuple(stored.get(name, value))
         for name, value in settings(config).items()
     }
+    flat["optim.budgets"] = tuple(dict.fromkeys([*stored.get("optim.budgets", ()), *flat["optim.budgets"]]))
     parts: dict[str, Any] = {name: value for name, value in flat.items() if "." not in name}
     groups: dict[str, Any] = {"corpus": CorpusConfig, "width": WidthOptions, "optim": OptimConfig}
     groups |= {"speed": SpeedOptions, "reliability": ReliabilityOptions}
@@ -111,12 +143,44 @@ def adopt(config: TrainConfig, given: Set[str]) -> TrainConfig:
     return TrainConfig(out=config.out, parallel=config.parallel, resume=config.resume, **parts)
 
 
+def as_tuple(stored: Any) -> Any:
+    """A value of a dataclass from one of JSON, which has lists only."""
+    return tuple(stored) if isinstance(stored, list) else stored
+
+
+def warmed_up(config: TrainConfig, record: dict[str, Any]) -> TrainConfig:
+    """The run with the steps of warm-up that it began with, which do not grow where the run is made longer.
+
+    Args:
+        config: as asked for.
+        record: the run's ``run.json``.
+    """
+    before = record["config"]
+    steps = before.get("optim.warmup_steps")
+    if steps is None:
+        steps = record.get("warmup", max(1, before["optim.steps"] // 20))  # earlier versions did not record it
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=steps))
+
+
 def start(config: TrainConfig, fingerprint: str) -> None:
-    """Record everything needed to repeat the run; drop what a killed one left half done."""
+    """Record everything needed to repeat the run, or that it was made longer; drop what a killed one left half done."""
     clear_rests(config.out)
-    if not (config.out / "run.json").exists():
-        record = {"config": settings(config), "text": fingerprint, "checkpoint_format": FORMAT, **provenance()}
-        write_json(config.out / "run.json", record)
+    asked, path = settings(config), config.out / "run.json"
+    if not path.exists():
+        record = {"config": asked, "text": fingerprint, "checkpoint_format": FORMAT, "warmup": config.warmup}
+        write_json(path, record | provenance())
+        return
+    record = read_json(path)
+    before = record["config"]
+    longer = {n: before[n] for n in ("optim.steps", "optim.budgets") if n in before and before[n] != _json(asked[n])}
+    if longer:
+        record["config"] = before | {name: asked[name] for name in longer}
+        record["extended"] = [*record.get("extended", []), {"before": longer, **provenance()}]
+        write_json(path, record)
+
+
+def _json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
 
 
 def locate(checkpoint: str) -> Path | str:

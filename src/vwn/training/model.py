@@ -14,7 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vwn.common.errors import UserError
 from vwn.hf import VirtualWidthConfig
-from vwn.training.config import WidthOptions
+from vwn.training.config import OutputInit, WidthOptions
+from vwn.training.output_init import start_outputs
 from vwn.training.presets import PRESETS
 
 
@@ -109,16 +110,23 @@ def model_config(backbone: PreTrainedConfig, m: int | None, n: int | None, width
     )
 
 
-def build_model(config: PreTrainedConfig, seed: int, embedding_std: float | None = None) -> PreTrainedModel:
+def build_model(
+    config: PreTrainedConfig, seed: int, embedding_std: float | None = None, output_init: OutputInit = "config"
+) -> PreTrainedModel:
     """The model, initialised so that models that share a module share its initial values.
 
     Args:
         config: of the model.
         seed: of the initialisation.
         embedding_std: standard deviation of the embedding table, where it is not to be the config's.
+        output_init: start of the output matrices, see :func:`vwn.training.output_init.start_outputs`.
+
+    Raises:
+        UserError: output matrices that cannot be told, where they are to start otherwise than by the config.
     """
     model = AutoModelForCausalLM.from_config(config)
     initialise(model, seed)
+    start_outputs(model, output_init)
     if embedding_std is not None:
         with torch.no_grad():
             model.get_input_embeddings().weight.mul_(embedding_std / config.get_text_config().initializer_range)

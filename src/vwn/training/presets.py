@@ -63,6 +63,7 @@ class Preset:
 
 
 PRESETS = {
+    "micro": Preset(depth=8, width=32, learning_rate=1.2e-2, wide_learning_rate=1.2e-2),
     "nano": Preset(depth=4, width=64, learning_rate=1e-2, wide_learning_rate=1e-2),
     "tiny": Preset(depth=4, width=128, learning_rate=1.2e-2, wide_learning_rate=1.2e-2, swept=True),
     "tiny-moe": Preset(depth=4, width=128, learning_rate=6e-3, wide_learning_rate=6e-3, experts=4),

@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import Subset
-from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments, default_data_collator
+from transformers import AutoModelForCausalLM, TrainerState, default_data_collator
 from transformers.utils import logging as hf_logging
 
 from vwn.common.errors import UserError
-from vwn.common.processes import all_present, first_ones, first_process, rank, world_size
+from vwn.common.processes import all_present, first_ones, rank
 from vwn.common.provenance import PeakMemory
-from vwn.cost.model import model_cost
 from vwn.data import Corpus, PackedWindows, prepare
 from vwn.data.streaming import prepare_stream
 from vwn.hf import VirtualWidthForCausalLM
-from vwn.hf.checkpoint.card import TrainingFacts
-from vwn.hf.loss import choose_loss
-from vwn.nn.connection import Connection
-from vwn.ops import choose
 from vwn.training import directory
+from vwn.training.arguments import apply_speed, check_device, learning_rate_of, training_arguments
+from vwn.training.branches import train_branches
 from vwn.training.checkpoint.manifest import agreed_checkpoint
 from vwn.training.checkpoint.sharding import MODEL, load_weights
-from vwn.training.config import SpeedOptions, TrainConfig
+from vwn.training.config import TrainConfig
 from vwn.training.distributed import (
     SHARDED,
     AsAskedFor,
@@ -45,6 +38,7 @@ from vwn.training.distributed import (
 from vwn.training.groups import default_factors, parse_factors
 from vwn.training.model import build_model, load_backbone, model_config, resize_backbone
 from vwn.training.presets import EMBEDDING_STD, PRESETS
+from vwn.training.result import Point, RunResult, flops_per_token, stored_result, training_facts, validation_curve
 from vwn.training.trainer import Diverged, ProgressBar, VirtualWidthTrainer
 from vwn.training.watch.preemption import Stopped, StopSignals
 
@@ -53,36 +47,13 @@ logger = logging.getLogger(__name__)
 Label = str | Callable[[int], str]
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """What a finished run measured; also its `result.json`.
-
-    ``connection`` is ``"residual"`` for a plain backbone. ``curve`` holds ``{tokens, loss, loss_2, seconds}`` of each
-    validation, losses in nats per token, ``loss_2`` None without MTP; ``peak_memory_bytes`` is the GPU's where there is
-    one, else the process's.
-    """
-
-    name: str
-    m: int
-    n: int
-    r: float
-    connection: str
-    embedding: str
-    mtp: int
-    seed: int
-    learning_rate: float
-    params: int
-    flops_per_token: float | None
-    tokens_per_second: float
-    peak_memory_bytes: int
-    curve: list[dict[str, float | None]]
-
-
 def train(config: TrainConfig, corpus: Corpus | None = None, label: Label | None = None) -> RunResult:
     """Train one model and leave in ``config.out`` its weights, tokenizer, checkpoints, logs, and ``result.json``.
 
+    With several budgets the model is that of the largest, and every budget's is in ``branches``.
+
     Args:
-        config: the run; with ``resume``, exactly the one that was started.
+        config: the run; with ``resume``, exactly the one that was started, or a longer one.
         corpus: its data, where that is prepared already.
         label: what the progress bar says, or what gives it from the steps taken in this process.
 
@@ -103,6 +74,8 @@ def train(config: TrainConfig, corpus: Corpus | None = None, label: Label | None
     stored, result = first_ones(together(lambda: _open(config, corpus) if rank() == 0 else (None, None)))
     if result is not None:
         return result
+    if stored is not None:
+        config = directory.warmed_up(config, stored)
     learning_rate = learning_rate_of(config)
     corpus = corpus or first_alone(lambda: load_corpus(config))
     if isinstance(corpus.train, PackedWindows) and len(corpus.train) < config.optim.batch_size:
@@ -112,15 +85,11 @@ def train(config: TrainConfig, corpus: Corpus | None = None, label: Label | None
         )
     if stored is not None:
         directory.check_same_text(config.out, stored, corpus.fingerprint)
-    backbone = load_backbone(
-        config.backbone, len(corpus.tokenizer), config.corpus.window, corpus.tokenizer.eos_token_id
-    )
-    backbone = resize_backbone(backbone, config.hidden_size, config.intermediate_size)
-    embedding_std = EMBEDDING_STD if config.backbone in PRESETS else None
-    model = build_model(model_config(backbone, config.m, config.n, config.width), config.seed, embedding_std)
+    run = Run(config, corpus, learning_rate, label or config.name, parallel)
+    model = run.build()  # what cannot be built leaves no directory behind
     with ExitStack() as stack:
         together(lambda: _begin(stack, config, corpus.fingerprint) if rank() == 0 else None)
-        return _train(config, corpus, model, learning_rate, label or config.name, parallel)
+        return train_branches(run) if config.branches else run.train(config, model=model)
 
 
 def _open(config: TrainConfig, corpus: Corpus | None) -> tuple[dict[str, Any] | None, RunResult | None]:
@@ -133,7 +102,8 @@ def _open(config: TrainConfig, corpus: Corpus | None) -> tuple[dict[str, Any] | 
     directory.check_same(config.out, stored.get("config", {}), directory.settings(config))
     if corpus is not None:
         directory.check_same_text(config.out, stored, corpus.fingerprint)
-    return stored, stored_result(config.out)
+    result = stored_result(config.out)
+    return stored, result if result is not None and result.is_whole(config) else None
 
 
 def _begin(stack: ExitStack, config: TrainConfig, fingerprint: str) -> None:
@@ -142,43 +112,122 @@ def _begin(stack: ExitStack, config: TrainConfig, fingerprint: str) -> None:
     directory.start(config, fingerprint)
 
 
-def _train(
-    config: TrainConfig, corpus: Corpus, model: Any, learning_rate: float, label: Label, parallel: str
-) -> RunResult:
-    checkpoint = agreed_checkpoint(config.out)
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else TrainerState()
-    trained = state.global_step >= config.optim.steps
-    if trained and checkpoint is not None:  # killed between the last checkpoint and the result
-        if (checkpoint / MODEL).is_dir():
-            load_weights(model, checkpoint)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    arguments = training_arguments(config, learning_rate, checkpoint is not None, parallel_arguments(parallel, model))
-    if parallel not in SHARDED:  # a sharded one moves layer by layer
-        model.to(arguments.device)
-    apply_speed(model, config.speed, arguments.device, whole=parallel not in SHARDED)
-    memory = PeakMemory()
-    trainer = VirtualWidthTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=corpus.train,
-        eval_dataset=spread(corpus.valid, config.corpus.max_valid_tokens // config.corpus.window),
-        processing_class=corpus.tokenizer,
-        data_collator=default_data_collator,
-        callbacks=[AsAskedFor(parallel), ProgressBar(label)],
-        window=config.corpus.window,
-        rate_factors=rate_factors(config, model),
-        health_every=config.intervals[1] if config.health_every is None else config.health_every,
-        keep_last=config.reliability.keep_last,
-        skip_bad_steps=config.reliability.skip_bad_steps,
-        spike_factor=config.reliability.spike_factor,
-    )
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
-    trainer.stopwatch.seconds = state.log_history[-1]["seconds"] if state.log_history else 0.0
+class Run:
+    """A run under way: what is the same for its trunk and its branches.
 
-    def result(curve: list[dict[str, float | None]]) -> RunResult:
-        tokens = trainer.state.global_step * trainer.tokens_per_step
+    Args:
+        config: of the run.
+        corpus: its data.
+        learning_rate: the peak.
+        label: what the progress bar says, or what gives it from the steps taken in this process.
+        parallel: as :func:`vwn.training.distributed.resolve` gives it.
+    """
+
+    def __init__(self, config: TrainConfig, corpus: Corpus, learning_rate: float, label: Label, parallel: str) -> None:
+        self.config, self.corpus, self.learning_rate, self.label = config, corpus, learning_rate, label
+        self.parallel = parallel
+
+    def build(self) -> Any:
+        """The model as it starts."""
+        c = self.config
+        tokenizer = self.corpus.tokenizer
+        backbone = load_backbone(c.backbone, len(tokenizer), c.corpus.window, tokenizer.eos_token_id)
+        backbone = resize_backbone(backbone, c.hidden_size, c.intermediate_size)
+        is_preset = c.backbone in PRESETS
+        embedding_std = EMBEDDING_STD if is_preset else None
+        output_init = c.output_init or ("zero" if is_preset else "config")
+        return build_model(model_config(backbone, c.m, c.n, c.width), c.seed, embedding_std, output_init)
+
+    def train(
+        self,
+        config: TrainConfig,
+        model: Any = None,
+        start: Path | None = None,
+        label: Label | None = None,
+        is_trunk: bool = False,
+    ) -> RunResult:
+        """Train to ``config.optim.steps``, from the last checkpoint in ``config.out`` where there is one.
+
+        Args:
+            config: of the run, or of its trunk or a branch.
+            model: as it starts; None builds it.
+            start: checkpoint that a branch starts from.
+            label: of the progress bar.
+            is_trunk: whether it goes on after these steps, and leaves neither model nor result.
+        """
+        model, memory = model or self.build(), PeakMemory()
+        checkpoint = agreed_checkpoint(config.out) or start
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else TrainerState()
+        trained = state.global_step >= config.optim.steps
+        if trained and checkpoint is not None:  # killed between the last checkpoint and the result
+            if (checkpoint / MODEL).is_dir():
+                load_weights(model, checkpoint)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        trainer = self._trainer(config, model, checkpoint, label or self.label)
+        trainer.stopwatch.seconds = state.log_history[-1]["seconds"] if state.log_history else 0.0
+
+        def result(curve: list[Point]) -> RunResult:
+            return self._result(config, trainer, memory, curve)
+
+        if trained:
+            trainer.state = state
+        else:
+            try:
+                with StopSignals() as signals, all_present():
+                    trainer.add_callback(signals)
+                    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                if signals.agreed is not None and (is_trunk or trainer.state.global_step < config.optim.steps):
+                    raise Stopped(signals.agreed, trainer.state.global_step)
+            except Diverged as diverged:
+                end = trainer.state.global_step + 1
+                lost: Point = {"tokens": end * trainer.tokens_per_step, "loss": None, "loss_2": None}
+                seen = [p for p in validation_curve(trainer.state.log_history) if p["tokens"] < lost["tokens"]]  # type: ignore[operator]
+                diverged.result = result([*seen, lost | {"seconds": round(trainer.stopwatch.seconds, 3)}])
+                raise
+        finished = result(validation_curve(trainer.state.log_history))
+        if is_trunk:
+            return finished
+        if isinstance(model, VirtualWidthForCausalLM):
+            model.training_facts = training_facts(config, finished, directory.read_json(config.out / "run.json"))
+        trainer.save_final()
+        if rank() == 0:
+            directory.write_json(config.out / "result.json", dataclasses.asdict(finished))
+        return finished
+
+    def _trainer(self, config: TrainConfig, model: Any, checkpoint: Path | None, label: Label) -> VirtualWidthTrainer:
+        is_sharded = self.parallel in SHARDED
+        parallel = parallel_arguments(self.parallel, model)
+        arguments = training_arguments(config, self.learning_rate, checkpoint is not None, parallel)
+        if not is_sharded:  # a sharded one moves layer by layer
+            model.to(arguments.device)
+        apply_speed(model, config.speed, arguments.device, whole=not is_sharded)
+        trainer = VirtualWidthTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=self.corpus.train,
+            eval_dataset=spread(self.corpus.valid, config.corpus.max_valid_tokens // config.corpus.window),
+            processing_class=self.corpus.tokenizer,
+            data_collator=default_data_collator,
+            callbacks=[AsAskedFor(self.parallel), ProgressBar(label)],
+            window=config.corpus.window,
+            rate_factors=rate_factors(config, model),
+            cooldown_steps=config.cooldown_steps,
+            final_learning_rate=config.optim.final_learning_rate,
+            health_every=config.intervals[1] if config.health_every is None else config.health_every,
+            keep_last=config.reliability.keep_last,
+            skip_bad_steps=config.reliability.skip_bad_steps,
+            spike_factor=config.reliability.spike_factor,
+        )
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        return trainer
+
+    def _result(
+        self, config: TrainConfig, trainer: VirtualWidthTrainer, memory: PeakMemory, curve: list[Point]
+    ) -> RunResult:
+        model = trainer.model
+        median, p90 = trainer.stopwatch.quantiles()
         return RunResult(
             name=config.name,
             m=config.m or 1,
@@ -188,36 +237,17 @@ def _train(
             embedding=getattr(model.config, "embedding", "direct"),
             mtp=config.width.mtp,
             seed=config.seed,
-            learning_rate=learning_rate,
+            learning_rate=self.learning_rate,
             params=sum(p.numel() for p in model.parameters()),
             flops_per_token=flops_per_token(model.config, config.corpus.window),
-            tokens_per_second=tokens / max(trainer.stopwatch.seconds, 1e-9),
+            tokens_per_second=trainer.state.global_step
+            * trainer.tokens_per_step
+            / max(trainer.stopwatch.seconds, 1e-9),
             peak_memory_bytes=memory.read(),
             curve=curve,
+            step_seconds_median=median,
+            step_seconds_p90=p90,
         )
-
-    if trained:
-        trainer.state = state
-    else:
-        try:
-            with StopSignals() as signals, all_present():
-                trainer.add_callback(signals)
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if signals.agreed is not None and trainer.state.global_step < config.optim.steps:
-                raise Stopped(signals.agreed, trainer.state.global_step)
-        except Diverged as diverged:
-            end = trainer.state.global_step + 1
-            lost = {"tokens": end * trainer.tokens_per_step, "loss": None, "loss_2": None}
-            seen = [p for p in validation_curve(trainer.state.log_history) if p["tokens"] < lost["tokens"]]
-            diverged.result = result([*seen, lost | {"seconds": round(trainer.stopwatch.seconds, 3)}])
-            raise
-    finished = result(validation_curve(trainer.state.log_history))
-    if isinstance(model, VirtualWidthForCausalLM):
-        model.training_facts = training_facts(config, finished, directory.read_json(config.out / "run.json"))
-    trainer.save_final()
-    if rank() == 0:
-        directory.write_json(config.out / "result.json", dataclasses.asdict(finished))
-    return finished
 
 
 def rate_factors(config: TrainConfig, model: Any) -> dict[str, float]:
@@ -228,30 +258,6 @@ def rate_factors(config: TrainConfig, model: Any) -> dict[str, float]:
         logger.info("the %s of this deep model learns at %.3g of the rate (--rate-factors %s=1: at all of it)",
                     group, factor, group)  # fmt: skip
     return added | given
-
-
-def training_facts(config: TrainConfig, result: RunResult, record: dict[str, Any]) -> TrainingFacts:
-    """What the model card says of a finished run, from its configuration, result and ``run.json``."""
-    last = result.curve[-1]
-    losses = {"next-token loss": last["loss"], "next-2-token loss": last["loss_2"]}
-    return TrainingFacts(
-        data=", ".join(config.corpus.stream) or config.corpus.data,
-        tokens=int(last["tokens"] or 0),
-        losses={name: value for name, value in losses.items() if value is not None},
-        command=record["command"],
-        versions={name: value for name, value in record["versions"].items() if value is not None},
-    )
-
-
-def stored_result(out: Path) -> RunResult | None:
-    """The result of a run that has ended."""
-    path = out / "result.json"
-    if not path.exists():
-        return None
-    try:
-        return RunResult(**directory.read_json(path))
-    except TypeError:
-        raise UserError(f"{path} does not hold a run's result; delete it, and --resume writes it afresh") from None
 
 
 def load_corpus(config: TrainConfig) -> Corpus:
@@ -270,124 +276,7 @@ def load_corpus(config: TrainConfig) -> Corpus:
     return prepare(c.data, valid=c.valid, tokenizer=c.tokenizer, window=c.window)
 
 
-def training_arguments(
-    config: TrainConfig, learning_rate: float, resumed: bool, parallel: dict[str, Any]
-) -> TrainingArguments:
-    """The Trainer's settings for a run; ``parallel`` is what they say of its processes."""
-    o = config.optim
-    log, evaluate, save = config.intervals
-    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
-        raise UserError("several GPUs are visible; set CUDA_VISIBLE_DEVICES to one, or use torchrun")
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.out / "logs")
-    cuda_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return TrainingArguments(
-        output_dir=str(config.out),
-        max_steps=o.steps,
-        per_device_train_batch_size=o.batch_size // (o.gradient_accumulation * world_size()),
-        gradient_accumulation_steps=o.gradient_accumulation,
-        per_device_eval_batch_size=max(1, o.batch_size // world_size()),
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine_with_min_lr" if o.schedule == "cosine" else "constant_with_warmup",
-        lr_scheduler_kwargs={"min_lr_rate": o.final_learning_rate} if o.schedule == "cosine" else {},
-        warmup_steps=o.warmup_steps if o.warmup_steps is not None else max(1, o.steps // 20),
-        weight_decay=o.weight_decay,
-        adam_beta1=o.beta1,
-        adam_beta2=o.beta2,
-        max_grad_norm=o.max_grad_norm,
-        bf16=o.precision == "bf16" or (o.precision == "auto" and cuda_bf16),
-        use_cpu=not torch.cuda.is_available(),
-        seed=config.seed,
-        data_seed=config.seed,
-        logging_strategy="steps",
-        logging_steps=log,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_steps=evaluate,
-        eval_on_start=not resumed,
-        save_strategy="steps",
-        save_steps=save,
-        torch_compile=config.speed.compile,
-        remove_unused_columns=False,
-        dataloader_drop_last=True,
-        dataloader_num_workers=config.corpus.workers,
-        ignore_data_skip=bool(config.corpus.stream),  # a stream is opened where it stands
-        label_names=["labels"],
-        disable_tqdm=True,
-        report_to=["tensorboard"],
-        ddp_timeout=round(60 * config.reliability.distributed_timeout),
-        **parallel,
-    )
-
-
-def check_device(speed: SpeedOptions) -> None:
-    """Refuse backends that cannot run where the training will."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    choose(speed.connection_backend, device, torch.float32)
-    choose_loss(speed.loss_backend, device)
-
-
-def apply_speed(model: Any, speed: SpeedOptions, device: torch.device, whole: bool = True) -> None:
-    """Set up a model for the options of a run.
-
-    Args:
-        model: wherever it is now.
-        speed: the options.
-        device: that it will run on.
-        whole: whether its weights will all be there in one process; a fused loss needs the unembedding's.
-    """
-    if isinstance(model, VirtualWidthForCausalLM):
-        choose_loss(speed.loss_backend, device)
-        model.loss_backend = speed.loss_backend if whole else "torch"
-        if model.config.connection != "residual":
-            if whole:
-                model.set_connection_backend(speed.connection_backend)
-            else:  # it is not yet on the device that decides
-                for connection in (m for m in model.modules() if isinstance(m, Connection)):
-                    connection.set_backend(speed.connection_backend)
-            model.model.keep_states_every = speed.keep_states_every
-    if not speed.gradient_checkpointing:
-        return
-    if hasattr(model, "activation_checkpointing_enable"):  # transformers renamed the switch
-        model.activation_checkpointing_enable()
-    else:
-        model.gradient_checkpointing_enable()
-
-
-def learning_rate_of(config: TrainConfig) -> float:
-    """The rate given, else the preset's, for plain and wide models separately."""
-    if config.optim.learning_rate is not None:
-        return config.optim.learning_rate
-    if config.backbone not in PRESETS:
-        raise UserError(f"--learning-rate is needed: none is known for the backbone {config.backbone!r}")
-    preset = PRESETS[config.backbone]
-    return preset.learning_rate if config.m is None else preset.wide_learning_rate
-
-
 def spread(dataset: Any, count: int) -> Any:
     """At most ``count`` items (at least one), evenly spread, always the same."""
     count = max(1, min(count, len(dataset)))
     return Subset(dataset, [i * len(dataset) // count for i in range(count)])
-
-
-def validation_curve(history: list[dict[str, Any]]) -> list[dict[str, float | None]]:
-    """``{tokens, loss, loss_2, seconds}`` of each validation in a Trainer's log."""
-    return [
-        {
-            "tokens": entry["tokens"],
-            "loss": entry["eval_loss"],
-            "loss_2": entry.get("eval_loss_2"),
-            "seconds": entry["seconds"],
-        }
-        for entry in history
-        if "eval_loss" in entry
-    ]
-
-
-def flops_per_token(config: Any, window: int) -> float | None:
-    """Forward FLOPs per token, by the formulas of :mod:`vwn.cost.model`; None for attention they do not know."""
-    try:
-        return model_cost(config, sequence_length=window).forward_flops_per_token
-    except UserError as unknown:
-        if first_process():
-            print(f"vwn: FLOPs are left out of the result: {unknown}", file=sys.stderr)
-        return None

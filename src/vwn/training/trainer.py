@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import RandomSampler
 from tqdm import tqdm
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback
@@ -65,6 +67,8 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
         *args: Any,
         window: int,
         rate_factors: Mapping[str, float] | None = None,
+        cooldown_steps: int = 0,
+        final_learning_rate: float = 0.0,
         health_every: int = 0,
         skip_bad_steps: int = 0,
         spike_factor: float = 0.0,
@@ -73,6 +77,7 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
         super().__init__(*args, compute_metrics=mean_losses, **kwargs)
         self.rate_factors = rate_factors or {}
         self.window = window
+        self.cooldown_steps, self.final_learning_rate = cooldown_steps, final_learning_rate
         a = self.args
         self.tokens_per_step = window * a.per_device_train_batch_size * a.gradient_accumulation_steps * a.world_size
         self.stopwatch = Stopwatch()
@@ -89,7 +94,7 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
         for callback in (guard, window):
             self.add_callback(callback)
         self.log_window = window
-        self.stateful |= {"guard": guard, "log": window}
+        self.stateful |= {"guard": guard, "log": window, "stopwatch": self.stopwatch}
         if isinstance(self.train_dataset, TokenStream):
             self.stream = StreamLoader(
                 self.train_dataset,
@@ -112,6 +117,18 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
         if fresh and self.rate_factors:
             scale_rates(optimizer, self.model, self.rate_factors)
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's, or with ``cooldown_steps`` a warm-up, the peak rate, and a linear cool-down at the end."""
+        scheduler: Any = self.lr_scheduler  # type: ignore[has-type]
+        if scheduler is None and self.cooldown_steps:
+            warmup, leaves = self.args.get_warmup_steps(num_training_steps), num_training_steps - self.cooldown_steps
+            factor = partial(
+                cooled_down, warmup=warmup, leaves=leaves, ends=num_training_steps, final=self.final_learning_rate
+            )
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """As the Trainer's; remembers what the guard looks at, and shows complete gradients to the health log."""
@@ -225,6 +242,13 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
             self.stop(f"the weight {name} is no longer finite")
 
 
+def cooled_down(step: int, warmup: int, leaves: int, ends: int, final: float) -> float:
+    """The share of the peak rate after ``step`` steps: the trunk's until it ``leaves``, then linear to ``final``."""
+    if step < warmup:
+        return step / warmup
+    return 1.0 - (1.0 - final) * max(0, step - leaves) / (ends - leaves)
+
+
 class LogWindow(TrainerCallback):
     """The steps since the last training log, which a checkpoint may cut in two: a resumed run logs the same."""
 
@@ -264,15 +288,39 @@ class LogWindow(TrainerCallback):
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds spent in optimiser steps, validation and checkpoints left out."""
+    """Seconds spent in optimiser steps, validation and checkpoints left out, and those of single steps."""
 
-    seconds = 0.0
+    KEPT = 1024
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.count, self.every = 0, 1
+        self.steps: list[float] = []  # of every ``every``-th step
+
+    def quantiles(self) -> tuple[float | None, float | None]:
+        """Median and 90th percentile of the seconds of a step; None before the first."""
+        if not self.steps:
+            return None, None
+        median, p90 = np.quantile(self.steps, [0.5, 0.9])
+        return float(median), float(p90)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "every": self.every, "steps": self.steps}
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        self.count, self.every, self.steps = states[0]["count"], states[0]["every"], states[0]["steps"]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds += time.perf_counter() - self.started
+        took = time.perf_counter() - self.started
+        self.seconds += took
+        self.count += 1
+        if self.count % self.every == 0:
+            self.steps.append(round(took, 6))
+        if len(self.steps) > self.KEPT:  # as many again, half as dense
+            self.steps, self.every = self.steps[1::2], 2 * self.every
 
 
 class StreamedEpoch(TrainerCallback):

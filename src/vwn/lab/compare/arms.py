@@ -14,7 +14,7 @@ from math import inf
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vwn.common.errors import UserError
-from vwn.training.config import PLAIN_OPTIONS, WidthOptions
+from vwn.training.config import PLAIN_OPTIONS, OutputInit, WidthOptions
 
 BASELINE = "plain"
 MATCHES = ("match_params", "match_flops")
@@ -22,6 +22,7 @@ MATCHES = ("match_params", "match_flops")
 RUN_OPTIONS: dict[str, Any] = {
     "learning_rate": float,
     "rate_factors": str,
+    "output_init": OutputInit,
     "hidden_size": int,
     "intermediate_size": int,
     "hidden_scale": float,
@@ -38,9 +39,9 @@ class Arm:
         m: fraction rate, or None for a plain backbone.
         n: slots.
         width: options of :class:`WidthOptions` that differ from the comparison's.
-        run: ``learning_rate``; ``rate_factors``, joined by ``+``; of a plain backbone ``hidden_size``,
-            ``intermediate_size``, ``hidden_scale`` (a factor on both), ``match_params`` or ``match_flops`` (the arm
-            whose parameters, or FLOPs per token, it is widened to).
+        run: ``learning_rate``; ``rate_factors``, joined by ``+``; ``output_init``; of a plain backbone
+            ``hidden_size``, ``intermediate_size``, ``hidden_scale`` (a factor on both), ``match_params`` or
+            ``match_flops`` (the arm whose parameters, or FLOPs per token, it is widened to).
     """
 
     name: str

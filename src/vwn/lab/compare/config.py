@@ -15,6 +15,7 @@ from vwn.lab.compare.studies import STUDIES
 from vwn.training.config import (
     CorpusConfig,
     OptimConfig,
+    OutputInit,
     ReliabilityOptions,
     SpeedOptions,
     TrainConfig,
@@ -32,7 +33,8 @@ class SweepOptions:
     sweep_rates: tuple[float, ...] = ()
     """Rates that each arm starts with, at least three; by default half, once and twice the preset's."""
     sweep_steps: int | None = None
-    """Optimiser steps of a sweep's run; by default half of --steps. Much shorter ones favour rates too high."""
+    """Optimiser steps of a sweep's run; by default half of --steps, or the smallest of the --budgets. Much shorter ones
+    favour rates too high."""
     sweep_seed: int = 1000
     """Seed of the sweep's runs, none of the --seeds."""
     sweep_extensions: int = 3
@@ -62,6 +64,8 @@ class CompareConfig:
     `MxN`, such as `4x16` or `hc:1x4,connection=hc`; without a study `plain 4x16`."""
     backbone: str = "tiny"
     """A preset, a transformers config (file or folder), or a hub id."""
+    output_init: OutputInit | None = None
+    """Start of the last matrix of every attention and FFN, as in `vwn train`."""
     seeds: tuple[int, ...] = (0,)
     """Each arm is trained once for each seed; arms of one seed share data order and backbone initialisation."""
     learning_rates: tuple[str, ...] = ()
@@ -147,6 +151,7 @@ class CompareConfig:
             n=arm.n,
             hidden_size=sizes[0],
             intermediate_size=sizes[1],
+            output_init=arm.run.get("output_init", self.output_init),
             seed=seed,
             corpus=self.corpus,
             width=arm.options(self.width),

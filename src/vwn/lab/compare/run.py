@@ -23,10 +23,12 @@ from vwn.lab.compare.studies import STUDIES
 from vwn.lab.compare.sweep import Losses, as_given, first_rates, outcome, sweep, sweep_run
 from vwn.lab.report.write import format_table, write_report
 from vwn.training import directory
+from vwn.training.arguments import check_device, learning_rate_of
 from vwn.training.config import TrainConfig
 from vwn.training.model import load_backbone
 from vwn.training.presets import PRESETS
-from vwn.training.run import RunResult, check_device, learning_rate_of, train
+from vwn.training.result import RunResult, stored_result
+from vwn.training.run import train
 from vwn.training.trainer import Diverged
 
 
@@ -59,8 +61,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     warn_of_untuned_rates(config)
     with directory.locked(config.out):
         made = provenance()
-        record = stored or {"config": shared, "text": corpus.fingerprint, **made}
-        if stored is not None:
+        record = {**(stored or {"text": corpus.fingerprint, **made}), "config": shared}
+        if stored is not None:  # perhaps with more arms, seeds or budgets than before
             record["continued"] = [*stored.get("continued", []), made]
         record["plan"] = plan(config)
         directory.write_json(config.out / "compare.json", record)
@@ -97,7 +99,8 @@ class Comparison:
             if arm.name in self.swept:
                 run = sweep_run(config, self._measured(arm, config.seeds[0]), arm.name, 1.0)
                 self.progress.plan(arm.name, run.optim.steps * len(first_rates(config, 1.0)))
-            self.progress.plan(arm.name, config.optim.steps * len(config.seeds))
+            planned = self._measured(arm, config.seeds[0]).planned_steps
+            self.progress.plan(arm.name, planned * len(config.seeds))
         sweeps = [self._rate(arm) for arm in config.parsed]
         rates = {entry["arm"]: entry["best"] for entry in sweeps}
         about = {
@@ -113,7 +116,7 @@ class Comparison:
             (arm, seed, self._measured(arm, seed, rates[arm.name])) for seed in config.seeds for arm in config.parsed
         ]
         # What had ended comes first, so that a report never holds less than the one before it.
-        ended = [item for item in runs if (item[2].out / "result.json").exists()]
+        ended = [item for item in runs if has_ended(item[2])]
         runs = ended + [item for item in runs if item not in ended]
         results: dict[tuple[int, str], dict[str, Any]] = {}
         report: dict[str, Any] = {}
@@ -166,8 +169,14 @@ class Comparison:
             print(f"vwn: {label}: {diverged}", file=sys.stderr)
             directory.write_json(run.out / "result.json", dataclasses.asdict(diverged.result))
             result = diverged.result
-        self.progress.finish(run.optim.steps)
+        self.progress.finish(run.planned_steps)
         return result
+
+
+def has_ended(run: TrainConfig) -> bool:
+    """Whether a run has been trained to the end that it has now."""
+    result = stored_result(run.out)
+    return result is not None and result.is_whole(run)
 
 
 def check_same_study(config: CompareConfig, stored: dict[str, Any]) -> None:
@@ -246,9 +255,11 @@ def warn_of_untuned_rates(config: CompareConfig) -> None:
 
 
 def describe(config: CompareConfig, corpus: Corpus) -> dict[str, Any]:
-    """What all arms have in common, for the report."""
+    """What all arms have in common, for the report; ``steps`` are those of the largest budget."""
+    trained = config.run(config.parsed[0], config.seeds[0])
     return {
         **{name.split(".")[-1]: value for name, value in shared_settings(config).items()},
+        "steps": trained.branches[-1].steps if trained.branches else trained.optim.steps,
         "arms": [arm.name for arm in config.parsed],
         "seeds": list(config.seeds),
         "train_tokens": corpus.train_tokens,
@@ -271,8 +282,10 @@ def adopt(config: CompareConfig, given: Set[str]) -> CompareConfig:
         if dataclasses.is_dataclass(value):
             kept = {k.split(".")[1]: v for k, v in stored.items() if k.startswith(f"{f.name}.")}
             kept |= planned.get(f.name, {})
-            known = {o.name: _as_tuple(kept[o.name]) for o in dataclasses.fields(value) if o.name in kept}
-            parts[f.name] = dataclasses.replace(value, **{k: v for k, v in known.items() if k not in given})  # type: ignore
+            known = {o.name: directory.as_tuple(kept[o.name]) for o in dataclasses.fields(value) if o.name in kept}
+            budgets = tuple(dict.fromkeys([*known.get("budgets", ()), *getattr(value, "budgets", ())]))
+            known = {k: v for k, v in known.items() if k not in given} | ({"budgets": budgets} if budgets else {})
+            parts[f.name] = dataclasses.replace(value, **known)  # type: ignore
         elif f.name in ("arms", "seeds", "learning_rates"):
             asked = getattr(config, f.name) if f.name in given else ()
             before = planned.get(f.name, [])
@@ -284,11 +297,6 @@ def adopt(config: CompareConfig, given: Set[str]) -> CompareConfig:
     if "learning_rate" not in given and "learning_rate" in planned:
         parts["optim"] = dataclasses.replace(parts["optim"], learning_rate=planned["learning_rate"])
     return dataclasses.replace(config, **parts)
-
-
-def _as_tuple(stored: Any) -> Any:
-    """JSON has lists only."""
-    return tuple(stored) if isinstance(stored, list) else stored
 
 
 def _flops(model: PreTrainedConfig, window: int) -> float:

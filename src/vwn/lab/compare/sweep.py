@@ -13,7 +13,7 @@ from vwn.common.errors import UserError
 from vwn.lab.compare.arms import Arm
 from vwn.lab.compare.config import CompareConfig
 from vwn.training.config import TrainConfig
-from vwn.training.run import RunResult
+from vwn.training.result import RunResult
 
 FACTOR = 2.0
 """Between neighbouring rates."""
@@ -28,19 +28,25 @@ def sweep_run(config: CompareConfig, run: TrainConfig, name: str, rate: float) -
     steps = sweep_steps(config)
     warmup = config.optim.warmup_steps
     if warmup is not None:
-        warmup = round(warmup * steps / config.optim.steps)
+        warmup = round(warmup * steps / shortest(run))
     return dataclasses.replace(
         run,
         out=config.out / "sweep" / f"{name}-lr{rate:.6g}",
         seed=config.sweep.sweep_seed,
-        optim=dataclasses.replace(run.optim, steps=steps, warmup_steps=warmup, learning_rate=rate),
+        optim=dataclasses.replace(run.optim, steps=steps, budgets=(), warmup_steps=warmup, learning_rate=rate),
         eval_every=steps,
     )
 
 
 def sweep_steps(config: CompareConfig) -> int:
-    """Optimiser steps of each of a sweep's runs."""
-    return config.sweep.sweep_steps or max(1, config.optim.steps // 2)
+    """Optimiser steps of each of a sweep's runs, which cool down as the measured ones do."""
+    run = config.run(config.parsed[0], config.seeds[0])
+    return config.sweep.sweep_steps or (shortest(run) if run.branches else max(1, config.optim.steps // 2))
+
+
+def shortest(run: TrainConfig) -> int:
+    """Optimiser steps of a run, or of the smallest of its budgets."""
+    return run.branches[0].steps if run.branches else run.optim.steps
 
 
 def first_rates(config: CompareConfig, start: float) -> tuple[float, ...]:

@@ -53,6 +53,18 @@ def agreed_checkpoint(directory: Path) -> Path | None:
     return _newest(directory, steps, damage)
 
 
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint is there and undamaged, for all processes of a run together, as in the above."""
+    if not first_ones(checkpoint.is_dir()):
+        return False
+    return not any(everyones(damage_of(checkpoint, rank(), world_size())))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimiser step in a checkpoint's name."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def _newest(directory: Path, steps: Sequence[int], damage: Callable[[Path], str | None]) -> Path | None:
     why = ""
     for step in steps:

@@ -55,7 +55,7 @@ class SavingTrainer(Trainer):
     def restore(self, checkpoint: Path) -> None:
         """Give the data and everything in ``stateful`` their state back; before training goes on from a checkpoint."""
         step = int(checkpoint.name.rpartition("-")[2])
-        self._whole = [s for s in checkpoints(checkpoint.parent) if s <= step]
+        self._whole = [s for s in checkpoints(Path(self.args.output_dir)) if s <= step]
         self.load_data_state(checkpoint)
         if (checkpoint / MANIFEST).exists() and rank() == 0:
             wrote = read_json(checkpoint / MANIFEST)["world_size"]

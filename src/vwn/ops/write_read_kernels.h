@@ -1,32 +1,9 @@
-// A boundary between two sublayers on a CPU: write, read, or both, forward and backward (see reference.py).
-//
-// One pass over the tokens, a block of a few at a time, which stays in the first two cache levels: the routing of the
-// block's slots is computed together, the mixes are each token's own. Names: n slots, m segments, d = D / m, dp = d
-// padded to whole vectors (in scratch only), k routing columns (write: n carry + m beta; read: m). C is the type
-// computed in (float or double), S the type stored.
-
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <new>
-#include <type_traits>
-#include <utility>
-#include <vector>
-
-namespace {
-
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kRows = 8;
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32, kRows = 4;
-#else
-constexpr int kVectorBytes = 16, kRows = 4;
-#endif
+// The kernels of write_read.cpp, which includes this once for each length of vector, in a namespace of its own.
+// VECTOR_BYTES is the length, TILE_ROWS the rows of a product's tile: as many as there are registers for.
 
 template <class C> struct Simd {
-  typedef C vec __attribute__((vector_size(kVectorBytes)));
-  static constexpr int L = kVectorBytes / sizeof(C);
+  typedef C vec __attribute__((vector_size(VECTOR_BYTES)));
+  static constexpr int L = VECTOR_BYTES / sizeof(C);
 };
 // A vector from memory and to it, aligned or not. By a copy: clang forgets a type's alignment in a template.
 template <class C> inline typename Simd<C>::vec at(const C* p) {
@@ -36,24 +13,6 @@ template <class C> inline typename Simd<C>::vec at(const C* p) {
 }
 template <class C> inline void put(C* p, typename Simd<C>::vec v) { std::memcpy(p, &v, sizeof v); }
 template <class C> inline int64_t padded(int64_t d) { return (d + Simd<C>::L - 1) / Simd<C>::L * Simd<C>::L; }
-
-// Storage types
-
-struct Bf16 { uint16_t bits; };
-inline float widen(float v) { return v; }
-inline double widen(double v) { return v; }
-inline float widen(Bf16 v) { uint32_t u = uint32_t(v.bits) << 16; float f; std::memcpy(&f, &u, 4); return f; }
-inline void narrow(float v, float& out) { out = v; }
-inline void narrow(double v, double& out) { out = v; }
-inline void narrow(float v, Bf16& out) {  // to nearest, ties to even; NaN stays NaN
-  uint32_t u; std::memcpy(&u, &v, 4);
-  uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  out.bits = v != v ? 0x7fc0 : uint16_t(rounded);
-}
-#ifdef __FLT16_MANT_DIG__
-inline float widen(_Float16 v) { return float(v); }
-inline void narrow(float v, _Float16& out) { out = _Float16(v); }
-#endif
 
 // Matrix products on small matrices whose rows are padded to whole vectors
 
@@ -110,8 +69,8 @@ template <class C> inline void nn(int64_t I, int64_t W, const Product<C>& p) {
   constexpr int L = Simd<C>::L;
   int64_t w = 0;
   for (; w + 4 * L <= W; w += 4 * L) rows_nn<C, 4, 4>(I, p, 0, w);
-  for (; w + 2 * L <= W; w += 2 * L) rows_nn<C, kRows, 2>(I, p, 0, w);
-  for (; w < W; w += L) rows_nn<C, kRows, 1>(I, p, 0, w);
+  for (; w + 2 * L <= W; w += 2 * L) rows_nn<C, TILE_ROWS, 2>(I, p, 0, w);
+  for (; w < W; w += L) rows_nn<C, TILE_ROWS, 1>(I, p, 0, w);
 }
 // c (+)= one term
 template <class C> inline void nn(int64_t I, int64_t W, C* c, int64_t ld, const Term<C>& term, bool add) {
@@ -140,7 +99,7 @@ template <class C> struct Shuffle {
     return __builtin_shufflevector(a, b, lane...);
 #else
     typedef std::conditional_t<sizeof(C) == 4, int32_t, int64_t> index;
-    typedef index ivec __attribute__((vector_size(kVectorBytes)));
+    typedef index ivec __attribute__((vector_size(VECTOR_BYTES)));
     return __builtin_shuffle(a, b, ivec{lane...});
 #endif
   }
@@ -254,35 +213,6 @@ inline Simd<double>::vec tanh_of(Simd<double>::vec x) {
   return x;
 }
 
-template <class C> struct Buffer {
-  explicit Buffer(int64_t size) : p(static_cast<C*>(::operator new[](size * sizeof(C), std::align_val_t(64)))) {
-    std::memset(p, 0, size * sizeof(C));
-  }
-  ~Buffer() { ::operator delete[](p, std::align_val_t(64)); }
-  Buffer(const Buffer&) = delete;
-  C* p;
-  operator C*() const { return p; }
-};
-
-// What Python passes: pointers to contiguous tensors, parameters in C. Shapes as in weights.py.
-struct Parameters {
-  void *static_alpha, *static_beta, *dynamic_alpha, *dynamic_beta, *scale_alpha, *scale_beta, *norm_weight;
-};
-struct SideArgs {
-  int64_t present, dynamic;
-  double eps;
-  Parameters weights, gradients;  // gradients: zero where this half does not look, or null
-};
-struct Args {
-  int64_t tokens, n, m, d, dtype, threads;
-  SideArgs write, read;
-  const void* norm;  // D, stored type, or null
-  double norm_eps;
-  void* grad_norm;  // D, C, or null
-  const void *state, *z, *grad_new, *grad_x;  // grad_new may be null
-  void *new_state, *x, *grad_state, *grad_z;
-};
-
 template <class C> struct Side {
   const SideArgs& a;
   int64_t n, m, d, dp;
@@ -355,12 +285,17 @@ template <class C> struct Routing {
       row_dots<C>(rows, s.dp, rs, h, s.dp, h, s.dp);
     }
     for (int64_t i = 0; i < s.rp; i++) rs[i] = i < rows ? 1 / std::sqrt(rs[i] / s.d + s.eps) : 0;
-    for (int64_t v = 0; v < s.rp; v += L)
-      for (int64_t j = 0; j < s.k; j++) {
-        const int64_t e = j * s.rp + v;
-        put(t + e, tanh_of(at(p + e) * at(rs + v)));
-        put(c + e, at(s.stat + e) + at(s.scale + e) * at(t + e));
+    // Local pointers: put() may change any member, for all that a compiler knows.
+    C *const coefficient = c, *const tanh = t;
+    const C *const projected = p, *const rstd = rs, *const stat = s.stat, *const scale = s.scale;
+    for (int64_t v = 0; v < s.rp; v += L) {
+      const vec r = at(rstd + v);
+      for (int64_t e = v; e < s.size; e += s.rp) {
+        const vec x = tanh_of(at(projected + e) * r);
+        put(tanh + e, x);
+        put(coefficient + e, at(stat + e) + at(scale + e) * x);
       }
+    }
   }
 };
 
@@ -380,8 +315,10 @@ inline void routing_backward(const Side<C>& s, Routing<C>& r, const C* h, C* dc,
   const int64_t rows = tokens * s.n;
   if (tokens < s.block)
     for (int64_t j = 0; j < s.k; j++) std::memset(dc + j * s.rp + rows, 0, (s.rp - rows) * sizeof(C));
-  if (sums)
-    for (int64_t e = 0; e < s.size; e += L) put(&sums->stat[e], at(&sums->stat[e]) + at(dc + e));
+  if (sums) {
+    C* const of_static = sums->stat.data();
+    for (int64_t e = 0; e < s.size; e += L) put(of_static + e, at(of_static + e) + at(dc + e));
+  }
   const auto of_token = [&](int64_t t) {
     return Term<C>{mixed.a + t * s.n, mixed.ai, mixed.ak, mixed.b + t * mixed.K * s.dp, mixed.ldb, mixed.K};
   };
@@ -389,18 +326,20 @@ inline void routing_backward(const Side<C>& s, Routing<C>& r, const C* h, C* dc,
     for (int64_t t = 0; t < tokens; t++) nn<C>(s.n, s.dp, out + t * s.n * s.dp, s.dp, of_token(t), false);
     return;
   }
-  if (sums)
-    for (int64_t e = 0; e < s.size; e += L) put(&sums->scale[e], at(&sums->scale[e]) + at(dc + e) * at(r.t + e));
+  C* const of_scale = sums ? sums->scale.data() : nullptr;
+  const C *const tanh = r.t, *const projection = r.p, *const rstd = r.rs, *const scale = s.scale;
+  const C per_number = C(-1) / s.d;
   for (int64_t v = 0; v < s.rp; v += L) {
-    const vec rs = at(r.rs + v);
+    const vec rs = at(rstd + v);
     vec dot = {};
-    for (int64_t j = 0; j < s.k; j++) {
-      const int64_t e = j * s.rp + v;
-      const vec g = at(dc + e) * at(s.scale + e) * (1 - at(r.t + e) * at(r.t + e));
-      dot += g * at(r.p + e);
+    for (int64_t e = v; e < s.size; e += s.rp) {
+      const vec t = at(tanh + e), of_coefficient = at(dc + e);
+      if (sums) put(of_scale + e, at(of_scale + e) + of_coefficient * t);
+      const vec g = of_coefficient * at(scale + e) * (1 - t * t);
+      dot += g * at(projection + e);
       put(dc + e, g * rs);
     }
-    put(slope + v, rs * rs * rs * dot * (C(-1) / s.d));
+    put(slope + v, rs * rs * rs * dot * per_number);
   }
   for (int64_t t = 0; t < tokens; t++) {
     const int64_t row = t * s.n;
@@ -704,18 +643,4 @@ template <class C, class S> void run(const Args& a, bool backward, bool needs_we
       for (auto& chunk : sn) total += chunk[c];
       static_cast<C*>(a.grad_norm)[c] = total;
     }
-}
-
-}  // namespace
-
-extern "C" int vwn_boundary(const Args* a, int backward, int needs_weights) {
-  switch (a->dtype) {
-    case 0: run<float, float>(*a, backward, needs_weights); return 0;
-    case 1: run<double, double>(*a, backward, needs_weights); return 0;
-    case 2: run<float, Bf16>(*a, backward, needs_weights); return 0;
-#ifdef __FLT16_MANT_DIG__
-    case 3: run<float, _Float16>(*a, backward, needs_weights); return 0;
-#endif
-  }
-  return 1;
 }

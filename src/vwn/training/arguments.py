@@ -1,0 +1,111 @@
+"""From a run's options to the Trainer's arguments, the model's backends, and the learning rate."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from vwn.common.errors import UserError
+from vwn.common.processes import world_size
+from vwn.hf import VirtualWidthForCausalLM
+from vwn.hf.loss import choose_loss
+from vwn.nn.connection import Connection
+from vwn.ops import choose
+from vwn.training.config import SpeedOptions, TrainConfig
+from vwn.training.presets import PRESETS
+
+
+def training_arguments(
+    config: TrainConfig, learning_rate: float, resumed: bool, parallel: dict[str, Any]
+) -> TrainingArguments:
+    """The Trainer's settings for a run; ``parallel`` is what they say of its processes."""
+    o = config.optim
+    log, evaluate, save = config.intervals
+    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+        raise UserError("several GPUs are visible; set CUDA_VISIBLE_DEVICES to one, or use torchrun")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.out / "logs")
+    cuda_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return TrainingArguments(
+        output_dir=str(config.out),
+        max_steps=o.steps,
+        per_device_train_batch_size=o.batch_size // (o.gradient_accumulation * world_size()),
+        gradient_accumulation_steps=o.gradient_accumulation,
+        per_device_eval_batch_size=max(1, o.batch_size // world_size()),
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine_with_min_lr" if o.schedule == "cosine" else "constant_with_warmup",
+        lr_scheduler_kwargs={"min_lr_rate": o.final_learning_rate} if o.schedule == "cosine" else {},
+        warmup_steps=config.warmup,
+        weight_decay=o.weight_decay,
+        adam_beta1=o.beta1,
+        adam_beta2=o.beta2,
+        max_grad_norm=o.max_grad_norm,
+        bf16=o.precision == "bf16" or (o.precision == "auto" and cuda_bf16),
+        use_cpu=not torch.cuda.is_available(),
+        seed=config.seed,
+        data_seed=config.seed,
+        logging_strategy="steps",
+        logging_steps=log,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=evaluate,
+        eval_on_start=not resumed,
+        save_strategy="steps",
+        save_steps=save,
+        torch_compile=config.speed.compile,
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        dataloader_num_workers=config.corpus.workers,
+        ignore_data_skip=bool(config.corpus.stream),  # a stream is opened where it stands
+        label_names=["labels"],
+        disable_tqdm=True,
+        report_to=["tensorboard"],
+        ddp_timeout=round(60 * config.reliability.distributed_timeout),
+        **parallel,
+    )
+
+
+def check_device(speed: SpeedOptions) -> None:
+    """Refuse backends that cannot run where the training will."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    choose(speed.connection_backend, device, torch.float32)
+    choose_loss(speed.loss_backend, device)
+
+
+def apply_speed(model: Any, speed: SpeedOptions, device: torch.device, whole: bool = True) -> None:
+    """Set up a model for the options of a run.
+
+    Args:
+        model: wherever it is now.
+        speed: the options.
+        device: that it will run on.
+        whole: whether its weights will all be there in one process; a fused loss needs the unembedding's.
+    """
+    if isinstance(model, VirtualWidthForCausalLM):
+        choose_loss(speed.loss_backend, device)
+        model.loss_backend = speed.loss_backend if whole else "torch"
+        if model.config.connection != "residual":
+            if whole:
+                model.set_connection_backend(speed.connection_backend)
+            else:  # it is not yet on the device that decides
+                for connection in (m for m in model.modules() if isinstance(m, Connection)):
+                    connection.set_backend(speed.connection_backend)
+            model.model.keep_states_every = speed.keep_states_every
+    if not speed.gradient_checkpointing:
+        return
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers renamed the switch
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable()
+
+
+def learning_rate_of(config: TrainConfig) -> float:
+    """The rate given, else the preset's, for plain and wide models separately."""
+    if config.optim.learning_rate is not None:
+        return config.optim.learning_rate
+    if config.backbone not in PRESETS:
+        raise UserError(f"--learning-rate is needed: none is known for the backbone {config.backbone!r}")
+    preset = PRESETS[config.backbone]
+    return preset.learning_rate if config.m is None else preset.wide_learning_rate

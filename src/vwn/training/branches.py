@@ -1,0 +1,151 @@
+"""Decayed losses at several budgets: one trunk at the peak rate, and for each budget a branch that cools down.
+
+A branch starts from the trunk's checkpoint at the step where its own straight run would begin to cool down, so it ends
+with the weights of that run, to the bit on one CPU process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vwn.common.errors import UserError
+from vwn.common.files import sync, sync_directory
+from vwn.common.processes import first_ones, rank
+from vwn.training import directory
+from vwn.training.checkpoint.manifest import (
+    STAGING,
+    agreed_checkpoint,
+    checkpoints,
+    clear_rests,
+    discard,
+    is_whole,
+    step_of,
+)
+from vwn.training.config import Branch, TrainConfig
+from vwn.training.distributed import together
+from vwn.training.result import Point, RunResult, stored_result
+from vwn.training.trainer import Diverged
+
+if TYPE_CHECKING:
+    from vwn.training.run import Run
+
+FOLDER = "branches"
+"""In the run directory, with a folder for each budget."""
+
+
+def train_branches(run: Run) -> RunResult:
+    """Train the trunk and the branches, the smallest budget first; the model of the largest becomes the run's.
+
+    The trunk waits where a branch leaves it until that branch has ended. Its newest checkpoint is then the one that an
+    unfinished branch starts from, and at the end the one that a larger budget is added to.
+
+    Raises:
+        UserError: a budget was added that is smaller than what the trunk has been trained for.
+    """
+    config, label = run.config, _StepsSoFar(run.label)
+    trunk: RunResult | None = None
+    decayed: list[Point] = []
+    for branch in config.branches:
+        out = config.out / FOLDER / branch.name
+        ended = _stored(out)
+        if ended is None:
+            try:
+                trunk = _reach(run, branch, label) or trunk
+            except Diverged as diverged:
+                diverged.result = dataclasses.replace(diverged.result, decayed=decayed)
+                raise
+            try:
+                ended = _cool_down(run, branch, label)
+            except Diverged as diverged:
+                decayed.append(diverged.result.curve[-1])
+                diverged.result = dataclasses.replace(diverged.result, decayed=decayed)
+                raise
+        if rank() == 0:
+            for path in checkpoints(out).values():  # nothing goes on from a model that has cooled down
+                discard(path)
+        decayed.append(ended.curve[-1])
+    trunk = trunk or run.train(_trunk(config, config.branches[-1]), label=label.of("trunk"), is_trunk=True)
+    result = dataclasses.replace(trunk, decayed=decayed)
+    if rank() == 0:
+        _copy_model(config.out / FOLDER / config.branches[-1].name, config.out)
+        directory.write_json(config.out / "result.json", dataclasses.asdict(result))
+    return result
+
+
+def _stored(out: Path) -> RunResult | None:
+    return first_ones(together(lambda: stored_result(out) if rank() == 0 else None))
+
+
+def _reach(run: Run, branch: Branch, label: _StepsSoFar) -> RunResult | None:
+    """Train the trunk to where a branch leaves it; None if it has its checkpoint there already."""
+    config = run.config
+    if is_whole(config.out / f"checkpoint-{branch.leaves}"):
+        return None
+    newest = agreed_checkpoint(config.out)
+    if newest is not None and step_of(newest) > branch.leaves:
+        raise UserError(
+            f"--budgets {branch.name} leaves the trunk after {branch.leaves} steps; the trunk in {config.out} is at "
+            f"step {step_of(newest)} and no longer has that checkpoint; give a larger budget, or choose another --out"
+        )
+    return run.train(_trunk(config, branch), label=label.of("trunk"), is_trunk=True)
+
+
+def _trunk(config: TrainConfig, branch: Branch) -> TrainConfig:
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=branch.leaves))
+
+
+def _cool_down(run: Run, branch: Branch, label: _StepsSoFar) -> RunResult:
+    """Train a branch: the straight run of its budget, from the trunk's checkpoint on."""
+    c = run.config
+    log, evaluate, save = c.intervals
+    straight = dataclasses.replace(
+        c,
+        out=c.out / FOLDER / branch.name,
+        optim=dataclasses.replace(c.optim, steps=branch.steps, budgets=(), warmup_steps=c.warmup),
+        log_every=log,
+        eval_every=evaluate,
+        save_every=save,
+    )
+    if rank() == 0:
+        straight.out.mkdir(parents=True, exist_ok=True)
+        directory.start(straight, directory.read_json(c.out / "run.json")["text"])
+    start = c.out / f"checkpoint-{branch.leaves}"
+    return run.train(straight, start=start, label=label.of(f"{branch.name} cool-down"))
+
+
+def _copy_model(source: Path, target: Path) -> None:
+    """Copy the trained model, as :meth:`vwn.training.checkpoint.saving.SavingTrainer.save_final` leaves it."""
+    clear_rests(target)
+    staging = target / STAGING
+    staging.mkdir()
+    ours = {"run.json", "result.json", "health.jsonl"}
+    for path in source.iterdir():
+        if path.is_file() and path.name not in ours and not path.name.startswith("."):
+            shutil.copyfile(path, staging / path.name)
+            sync(staging / path.name)
+    for path in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
+        path.replace(target / path.name)
+    staging.rmdir()
+    sync_directory(target)
+
+
+class _StepsSoFar:
+    """Labels of the progress bars of one run's parts, from the steps that all parts have taken in this process."""
+
+    def __init__(self, label: Any) -> None:
+        self.label, self.before, self.now = label, 0, 0
+
+    def of(self, part: str) -> Callable[[int], str]:
+        """The label of the next part."""
+        self.before, self.now = self.before + self.now, 0
+
+        def say(steps: int) -> str:
+            self.now = steps
+            text = self.label(self.before + steps) if callable(self.label) else self.label
+            return f"{text}, {part}"
+
+        return say

@@ -1,0 +1,106 @@
+"""What a training run measured, how it is stored, and what its model card says of it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vwn.common.errors import UserError
+from vwn.common.files import read_json
+from vwn.common.processes import first_process
+from vwn.cost.model import model_cost
+from vwn.hf.checkpoint.card import TrainingFacts
+from vwn.training.config import TrainConfig
+
+Point = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run measured; also its `result.json`.
+
+    ``connection`` is ``"residual"`` for a plain backbone. ``curve`` holds ``{tokens, loss, loss_2, seconds}`` of each
+    validation, losses in nats per token, ``loss_2`` None without MTP; of a run with several budgets it is the trunk's,
+    and ``decayed`` holds the same of the end of each budget's branch, the smallest first, its seconds with those of the
+    trunk before it. ``peak_memory_bytes`` is the GPU's where there is one, else the process's.
+    ``step_seconds_median`` and ``step_seconds_p90`` are the median and the 90th percentile of the time of an optimiser
+    step; where they differ much, something else was at work on the machine.
+    """
+
+    name: str
+    m: int
+    n: int
+    r: float
+    connection: str
+    embedding: str
+    mtp: int
+    seed: int
+    learning_rate: float
+    params: int
+    flops_per_token: float | None
+    tokens_per_second: float
+    peak_memory_bytes: int
+    curve: list[Point]
+    decayed: list[Point] = field(default_factory=list)
+    step_seconds_median: float | None = None
+    step_seconds_p90: float | None = None
+
+    def is_whole(self, config: TrainConfig) -> bool:
+        """Whether it is of all that a run was asked for, which may have become longer; one that diverged is."""
+        last = self.curve[-1]
+        if last["loss"] is None or any(point["loss"] is None for point in self.decayed):
+            return True
+        if config.branches:
+            asked = [branch.steps * config.tokens_per_step for branch in config.branches]
+            return [point["tokens"] for point in self.decayed] == asked
+        return int(last["tokens"] or 0) >= config.optim.steps * config.tokens_per_step
+
+
+def stored_result(out: Path) -> RunResult | None:
+    """The result of a run that has ended."""
+    path = out / "result.json"
+    if not path.exists():
+        return None
+    try:
+        return RunResult(**read_json(path))
+    except TypeError:
+        raise UserError(f"{path} does not hold a run's result; delete it, and --resume writes it afresh") from None
+
+
+def training_facts(config: TrainConfig, result: RunResult, record: dict[str, Any]) -> TrainingFacts:
+    """What the model card says of a finished run, from its configuration, result and ``run.json``."""
+    last = result.curve[-1]
+    losses = {"next-token loss": last["loss"], "next-2-token loss": last["loss_2"]}
+    return TrainingFacts(
+        data=", ".join(config.corpus.stream) or config.corpus.data,
+        tokens=int(last["tokens"] or 0),
+        losses={name: value for name, value in losses.items() if value is not None},
+        command=record["command"],
+        versions={name: value for name, value in record["versions"].items() if value is not None},
+    )
+
+
+def validation_curve(history: list[dict[str, Any]]) -> list[Point]:
+    """``{tokens, loss, loss_2, seconds}`` of each validation in a Trainer's log."""
+    return [
+        {
+            "tokens": entry["tokens"],
+            "loss": entry["eval_loss"],
+            "loss_2": entry.get("eval_loss_2"),
+            "seconds": entry["seconds"],
+        }
+        for entry in history
+        if "eval_loss" in entry
+    ]
+
+
+def flops_per_token(config: Any, window: int) -> float | None:
+    """Forward FLOPs per token, by the formulas of :mod:`vwn.cost.model`; None for attention they do not know."""
+    try:
+        return model_cost(config, sequence_length=window).forward_flops_per_token
+    except UserError as unknown:
+        if first_process():
+            print(f"vwn: FLOPs are left out of the result: {unknown}", file=sys.stderr)
+        return None
