@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from vwn import Geometry
-from vwn.connection_cost import connection_cost
+from vwn.cost.connection import connection_cost
 from vwn.training.machine import keep_freed_memory
 
 Key = TypeVar("Key", bound=Hashable)

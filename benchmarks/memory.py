@@ -24,7 +24,7 @@ from benchmarks import listing, measure, models
 from benchmarks.models import Training
 from benchmarks.report import NOT_MEASURED, Report, parser
 from vwn import GeneralizedHyperConnection, Geometry, ops
-from vwn.connection_cost import connection_cost
+from vwn.cost.connection import connection_cost
 from vwn.errors import UserError
 from vwn.hf.loss import choose_loss
 from vwn.hf.stream import Reader, Stream

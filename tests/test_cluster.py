@@ -23,16 +23,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from vwn.cluster.boundary import boundary
-from vwn.cluster.hardware import Cluster, Gpu, parse_cluster
-from vwn.cluster.layout import Layout, layouts, make_layout
-from vwn.cluster.memory import memory, saved_per_token
-from vwn.cluster.options import PlanOptions
-from vwn.cluster.plan import make_plan, plans
-from vwn.cluster.shape import ModelShape, model_shape
-from vwn.cluster.table import plan_rows, plan_text
-from vwn.cluster.timing import step_time
-from vwn.cluster.traffic import traffic
+from vwn.cost.cluster.boundary import boundary
+from vwn.cost.cluster.hardware import Cluster, Gpu, parse_cluster
+from vwn.cost.cluster.layout import Layout, layouts, make_layout
+from vwn.cost.cluster.memory import memory, saved_per_token
+from vwn.cost.cluster.options import PlanOptions
+from vwn.cost.cluster.plan import make_plan, plans
+from vwn.cost.cluster.shape import ModelShape, model_shape
+from vwn.cost.cluster.table import plan_rows, plan_text
+from vwn.cost.cluster.timing import step_time
+from vwn.cost.cluster.traffic import traffic
 from vwn.connection import GeneralizedHyperConnection
 from vwn.errors import UserError
 from vwn.hf import VirtualWidthConfig
@@ -88,7 +88,7 @@ def test_state_on_a_gpu_is_the_models_tensors(made: Any) -> None:
 
 @pytest.mark.parametrize("pp", [2, 3])
 def test_stages_hold_the_model_once_and_tied_tables_twice(pp: int) -> None:
-    from vwn.cluster.memory import stage_weights
+    from vwn.cost.cluster.memory import stage_weights
 
     for tied in (False, True):
         shape = model_shape(config(None, tie_word_embeddings=tied), WINDOW)

@@ -12,7 +12,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from vwn import GeneralizedHyperConnection, Geometry, ops
-from vwn.connection_cost import connection_cost
+from vwn.cost.connection import connection_cost
 from vwn.ops import backends, reference
 from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights
 

@@ -27,7 +27,7 @@ from torchtitan.models.common.rope import CosSinRoPE
 from torchtitan.models.deepseek_v3.mtp import roll_mtp_sequence
 from torchtitan.protocols.module import ModuleList
 
-from vwn.connection_cost import connection_cost
+from vwn.cost.connection import connection_cost
 from vwn.errors import UserError
 from vwn.titan.initialisation import initialise
 from vwn.titan.modules import (

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from vwn.cluster.layout import Layout
-from vwn.cluster.options import PlanOptions
-from vwn.cluster.shape import LayerShape, ModelShape, Weights
+from vwn.cost.cluster.layout import Layout
+from vwn.cost.cluster.options import PlanOptions
+from vwn.cost.cluster.shape import LayerShape, ModelShape, Weights
 
 
 @dataclass(frozen=True)

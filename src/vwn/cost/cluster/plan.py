@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from vwn.cluster.boundary import Boundary, boundary
-from vwn.cluster.hardware import Cluster
-from vwn.cluster.layout import Layout, layouts, make_layout
-from vwn.cluster.memory import Memory, memory
-from vwn.cluster.options import PlanOptions
-from vwn.cluster.shape import ModelShape, model_shape
-from vwn.cluster.timing import StepTime, step_time
-from vwn.cluster.traffic import Traffic, traffic
+from vwn.cost.cluster.boundary import Boundary, boundary
+from vwn.cost.cluster.hardware import Cluster
+from vwn.cost.cluster.layout import Layout, layouts, make_layout
+from vwn.cost.cluster.memory import Memory, memory
+from vwn.cost.cluster.options import PlanOptions
+from vwn.cost.cluster.shape import ModelShape, model_shape
+from vwn.cost.cluster.timing import StepTime, step_time
+from vwn.cost.cluster.traffic import Traffic, traffic
 from vwn.errors import UserError
 
 if TYPE_CHECKING:

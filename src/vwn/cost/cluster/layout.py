@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from vwn.cluster.hardware import Cluster
-from vwn.cluster.options import PlanOptions
-from vwn.cluster.shape import ModelShape
+from vwn.cost.cluster.hardware import Cluster
+from vwn.cost.cluster.options import PlanOptions
+from vwn.cost.cluster.shape import ModelShape
 from vwn.errors import UserError
 
 

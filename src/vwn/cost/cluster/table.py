@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from vwn.cluster.plan import Plan
+from vwn.cost.cluster.plan import Plan
 
 _NAME_WIDTH = 14
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from vwn.cluster.hardware import Cluster
-from vwn.cluster.layout import Layout
-from vwn.cluster.memory import stage_weights
-from vwn.cluster.options import PlanOptions
-from vwn.cluster.shape import ModelShape
-from vwn.cluster.traffic import Traffic
+from vwn.cost.cluster.hardware import Cluster
+from vwn.cost.cluster.layout import Layout
+from vwn.cost.cluster.memory import stage_weights
+from vwn.cost.cluster.options import PlanOptions
+from vwn.cost.cluster.shape import ModelShape
+from vwn.cost.cluster.traffic import Traffic
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vwn.cluster.layout import Layout
-from vwn.cluster.memory import stage_weights
-from vwn.cluster.options import PlanOptions
-from vwn.cluster.shape import ModelShape
+from vwn.cost.cluster.layout import Layout
+from vwn.cost.cluster.memory import stage_weights
+from vwn.cost.cluster.options import PlanOptions
+from vwn.cost.cluster.shape import ModelShape
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,208 @@
+"""Parameters and FLOPs of a whole model, counted before anything is run.
+
+The model is built on the meta device and PyTorch's FLOP counter watches one forward pass, so every causal language
+model of transformers whose forward pass does not branch on data has a cost.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from vwn.cost.connection import ConnectionCost, connection_cost
+from vwn.embedding import OverWidthEmbedding, OverWidthReduce, UnembeddingExpand
+from vwn.errors import UserError
+from vwn.multi_token import BlockLinear
+from vwn.ops import flops as _flops  # noqa: F401  # registers the formulas of our ops with the counter
+from vwn.seam import Connection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class ForwardFlops:
+    """FLOPs of one token's forward pass: matrix products and convolutions, no norms, activations or softmax.
+
+    MTP modules are included in every part.
+    """
+
+    layers: int = 0
+    """The backbone's layers: projections, attention scores, FFNs and the top-k experts. Attention counts every pair of
+    tokens, also those that a causal or sliding mask hides."""
+    unembedding: int = 0
+    """The shared head, with a table factor's expansion, once for the next token and once for each MTP module."""
+    embedding: int = 0
+    """``W_expand`` of the factorised form, or the linear behind the table of a table factor; a look-up is free."""
+    reduce: int = 0
+    """``W_reduce``, also that of the MTP modules."""
+    mtp_fuse: int = 0
+    """The block-level linear (section 3.4)."""
+    connections: int = 0
+    """:attr:`ConnectionCost.matmul_flops` of all sublayers."""
+
+    @property
+    def total(self) -> int:
+        """The sum of the parts."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Parameters and FLOPs of a causal language model.
+
+    ``flops`` is per token of a forward pass over ``sequence_length`` tokens that computes the logits of every head.
+    """
+
+    parameters: int
+    """All parameters, MTP modules included; tied weights count once."""
+    active_parameters: int
+    """Parameters that a token meets: of the experts, the top-k."""
+    sequence_length: int
+    num_mtp_modules: int
+    flops: ForwardFlops
+    connection_norm_flops: int
+    """Section 3.5's norm of all sublayers; it is elementwise, so not part of ``flops``."""
+    connection: ConnectionCost | None
+    """Cost of one connection; ``None`` for residual connections."""
+
+    @property
+    def forward_flops_per_token(self) -> int:
+        """:attr:`ForwardFlops.total`."""
+        return self.flops.total
+
+    @property
+    def training_flops_per_token(self) -> int:
+        """Three times the forward: the backward of a matrix product is two of its size. Recomputation comes on top."""
+        return 3 * self.flops.total
+
+
+def model_cost(config: PreTrainedConfig, *, sequence_length: int) -> ModelCost:
+    """Count parameters and FLOPs of the model that ``AutoModelForCausalLM.from_config(config)`` builds.
+
+    The model is built on the meta device, so any size fits.
+
+    Args:
+        config: a ``VirtualWidthConfig`` or a plain causal-LM config of transformers.
+        sequence_length: tokens a token attends to.
+
+    Raises:
+        UserError: ``sequence_length`` below 1, a config that is not a causal language model's, or a model whose forward
+            pass needs values, such as a loop over the experts that were hit.
+    """
+    if sequence_length < 1:
+        raise UserError(f"sequence_length must be 1 or more, got {sequence_length}")
+    model = build_on_meta(config)
+    counted = _count_forward(model, sequence_length)
+    costs = [
+        connection_cost(c.geometry, dynamic=c.dynamic, kind=c.kind, sinkhorn_rounds=c.sinkhorn_rounds)
+        for c in model.modules()
+        if isinstance(c, Connection)
+    ]
+    flops = {"connections": sum(c.matmul_flops for c in costs)}
+    for name, module in model.named_modules():
+        if part := _part(model, module):
+            flops[part] = flops.get(part, 0) + counted.get(name, 0)
+    parameters = sum(p.numel() for p in model.parameters())
+    return ModelCost(
+        parameters=parameters,
+        active_parameters=parameters - _idle_parameters(model, counted),
+        sequence_length=sequence_length,
+        num_mtp_modules=config.num_mtp_modules if _is_widened(config) else 0,
+        flops=ForwardFlops(layers=counted[""] - sum(flops.values()), **flops),
+        connection_norm_flops=sum(c.norm_flops for c in costs),
+        connection=costs[0] if costs else None,
+    )
+
+
+def build_on_meta(config: PreTrainedConfig) -> nn.Module:
+    """Build the causal language model of a config without values, with attention and experts as the counter knows them.
+
+    Raises:
+        UserError: transformers has no causal language model for this config.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"transformers has no causal language model for {type(config).__name__}; give the config of one, such as "
+            "LlamaConfig, or a VirtualWidthConfig"
+        )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            deepcopy(config), attn_implementation="eager", experts_implementation="batched_mm"
+        ).eval()
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Answer the questions about values that models ask before they compute: "is all of the mask set?", "is there
+    padding?"."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__bool__:
+            return True
+        if func is Tensor.__contains__:
+            return False
+        return func(*args, **(kwargs or {}))
+
+
+def _count_forward(model: nn.Module, length: int) -> dict[str, int]:
+    """Count the FLOPs per token of every module, by its name in the model; ``""`` is the whole model."""
+    options = {"output_mtp_logits": True} if _is_widened(model.config) and model.config.num_mtp_modules else {}
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.no_grad(), torch.device("meta"), counter, _WithoutValues():
+            model(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False, **options)
+    except Exception as error:
+        raise UserError(
+            f"the cost of {type(model).__name__} cannot be counted: its forward pass needs values, not only shapes "
+            f"({type(error).__name__})"
+        ) from error
+    root = type(model).__name__
+    sums = {name: sum(ops.values()) // length for name, ops in counter.flop_counts.items()}
+    return {name.removeprefix(root).removeprefix("."): flops for name, flops in sums.items() if name != "Global"}
+
+
+def _is_widened(config: Any) -> bool:
+    from vwn.hf import VirtualWidthConfig
+
+    return isinstance(config, VirtualWidthConfig)
+
+
+def _part(model: Any, module: nn.Module) -> str | None:
+    """Field of :class:`ForwardFlops` that a module outside the layers belongs to."""
+    if module is model.get_output_embeddings() or isinstance(module, UnembeddingExpand):
+        return "unembedding"
+    parts = {OverWidthEmbedding: "embedding", OverWidthReduce: "reduce", BlockLinear: "mtp_fuse"}
+    return next((part for kind, part in parts.items() if isinstance(module, kind)), None)
+
+
+def expert_share(module: nn.Module, flops: int) -> float | None:
+    """Return the share of a module's experts that a token meets, or None for a module that is no stack of experts.
+
+    Such a stack has weights ``[experts, in, out]``, of which one token is multiplied with a few.
+
+    Args:
+        module: any module.
+        flops: its own per token, as counted.
+    """
+    stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3]
+    if not stacks or not flops or len({p.shape[0] for p in stacks}) > 1 or isinstance(module, nn.Conv1d | Connection):
+        return None
+    share = flops / (2 * sum(p.numel() for p in stacks))
+    return share if share < 1 else None
+
+
+def _idle_parameters(model: nn.Module, counted: dict[str, int]) -> int:
+    idle = 0
+    for name, module in model.named_modules():
+        share = expert_share(module, counted.get(name, 0))
+        if share is not None:
+            idle += round((1 - share) * sum(p.numel() for p in module.parameters(recurse=False)))
+    return idle
