@@ -321,7 +321,7 @@ def arguments(name: str, given: list[str]) -> list[str]:
     command, found = COMMANDS[name], []
     known = {option.name for option in command.options if not option.positional}
     known |= {f"no-{option.name}" for option in command.options if option.switch} | {"no-resume"}
-    for argument, following in zip(given, [*given[1:], ""], strict=True):
+    for argument, following in zip(given, [*given[1:], ""], strict=False):
         option = argument.split("=")[0].removeprefix("--").replace("_", "-")
         if argument.startswith("--") and option not in known:
             raise UserError(unknown_option(name, command, option))

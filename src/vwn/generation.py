@@ -49,7 +49,12 @@ def load(checkpoint: str, tokenizer: str | None = None) -> tuple[Any, Any]:
     from vwn.evaluation.loading import load_model
 
     source = locate(checkpoint)
-    loaded = load_tokenizer(tokenizer or str(source))
+    try:
+        loaded = load_tokenizer(tokenizer or str(source))
+    except UserError as error:
+        if tokenizer:
+            raise
+        raise UserError(f"{source} holds no tokenizer that can be loaded; name one with --tokenizer") from error
     model = load_model(source)
     if len(loaded) > model.config.get_text_config().vocab_size:
         raise UserError(

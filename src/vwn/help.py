@@ -121,7 +121,7 @@ def unknown_command(given: str, names: Iterable[str]) -> str:
     names = list(names)
     close = get_close_matches(given, names, 1)
     hint = f"did you mean {close[0]}? " if close else ""
-    return f"there is no command {given!r}; {hint}The commands are {', '.join(names)}"
+    return f"there is no command {given!r}; {hint}the commands are {', '.join(names)}"
 
 
 def _options(config: type, group: str = "general") -> Iterator[Option]:

@@ -96,10 +96,26 @@ def model_cost(config: PreTrainedConfig, *, sequence_length: int) -> ModelCost:
         UserError: ``sequence_length`` below 1, a config that is not a causal language model's, or a model whose forward
             pass needs values, such as a loop over the experts that were hit.
     """
+    return cost_of_model(*count(config, sequence_length), sequence_length)
+
+
+def count(config: PreTrainedConfig, sequence_length: int) -> tuple[Any, dict[str, int]]:
+    """Build the model of a config on the meta device and count the forward FLOPs per token of each of its modules.
+
+    Returns:
+        the model, and module name to FLOPs; ``""`` is the whole model.
+
+    Raises:
+        UserError: as :func:`model_cost`.
+    """
     if sequence_length < 1:
         raise UserError(f"sequence_length must be 1 or more, got {sequence_length}")
     model = build_on_meta(config)
-    counted = _count_forward(model, sequence_length)
+    return model, _count_forward(model, sequence_length)
+
+
+def cost_of_model(model: Any, counted: dict[str, int], sequence_length: int) -> ModelCost:
+    """Summarise what :func:`count` found."""
     costs = [
         connection_cost(c.geometry, dynamic=c.dynamic, kind=c.kind, sinkhorn_rounds=c.sinkhorn_rounds)
         for c in model.modules()
@@ -110,11 +126,15 @@ def model_cost(config: PreTrainedConfig, *, sequence_length: int) -> ModelCost:
         if part := _part(model, module):
             flops[part] = flops.get(part, 0) + counted.get(name, 0)
     parameters = sum(p.numel() for p in model.parameters())
+    idle = sum(
+        round((1 - share) * sum(p.numel() for p in module.parameters(recurse=False)))
+        for module, share in expert_shares(model, counted).items()
+    )
     return ModelCost(
         parameters=parameters,
-        active_parameters=parameters - _idle_parameters(model, counted),
+        active_parameters=parameters - idle,
         sequence_length=sequence_length,
-        num_mtp_modules=config.num_mtp_modules if _is_widened(config) else 0,
+        num_mtp_modules=model.config.num_mtp_modules if _is_widened(model.config) else 0,
         flops=ForwardFlops(layers=counted[""] - sum(flops.values()), **flops),
         connection_norm_flops=sum(c.norm_flops for c in costs),
         connection=costs[0] if costs else None,
@@ -153,7 +173,6 @@ class _WithoutValues(TorchFunctionMode):
 
 
 def _count_forward(model: nn.Module, length: int) -> dict[str, int]:
-    """Count the FLOPs per token of every module, by its name in the model; ``""`` is the whole model."""
     options = {"output_mtp_logits": True} if _is_widened(model.config) and model.config.num_mtp_modules else {}
     counter = FlopCounterMode(display=False)
     try:
@@ -183,26 +202,18 @@ def _part(model: Any, module: nn.Module) -> str | None:
     return next((part for kind, part in parts.items() if isinstance(module, kind)), None)
 
 
-def expert_share(module: nn.Module, flops: int) -> float | None:
-    """Return the share of a module's experts that a token meets, or None for a module that is no stack of experts.
+def expert_shares(model: nn.Module, counted: dict[str, int]) -> dict[nn.Module, float]:
+    """Find the modules that hold a stack of experts, and the share of each that a token meets.
 
-    Such a stack has weights ``[experts, in, out]``, of which one token is multiplied with a few.
-
-    Args:
-        module: any module.
-        flops: its own per token, as counted.
+    Such a stack has weights ``[experts, in, out]``, of which one token is multiplied with a few, so that the counted
+    FLOPs are fewer than those of the whole.
     """
-    stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3]
-    if not stacks or not flops or len({p.shape[0] for p in stacks}) > 1 or isinstance(module, nn.Conv1d | Connection):
-        return None
-    share = flops / (2 * sum(p.numel() for p in stacks))
-    return share if share < 1 else None
-
-
-def _idle_parameters(model: nn.Module, counted: dict[str, int]) -> int:
-    idle = 0
+    found = {}
     for name, module in model.named_modules():
-        share = expert_share(module, counted.get(name, 0))
-        if share is not None:
-            idle += round((1 - share) * sum(p.numel() for p in module.parameters(recurse=False)))
-    return idle
+        stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3]
+        if len({p.shape[0] for p in stacks}) != 1 or isinstance(module, nn.Conv1d | Connection):
+            continue
+        share = counted.get(name, 0) / (2 * sum(p.numel() for p in stacks))
+        if 0 < share < 1:
+            found[module] = share
+    return found

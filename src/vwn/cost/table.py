@@ -17,14 +17,14 @@ _NAME_WIDTH = 20  # of the first column; a longer name is cut
 
 
 class CostTable(NamedTuple):
-    """What ``vwn cost`` shows: one dict per model for ``--json``, and the text."""
+    """The costs of several models: one dict per model for ``--json``, and the text."""
 
     rows: list[dict[str, Any]]
     text: str
 
 
 def cost_table(configs: Mapping[str, PreTrainedConfig], sequence_length: int) -> CostTable:
-    """Costs of several models side by side, against the first of them that has residual connections.
+    """Compare the costs of several models with the first of them that has residual connections.
 
     Args:
         configs: name to config. Give the plain model the same number of MTP modules as the others.
@@ -88,7 +88,7 @@ def _model_lines(rows: list[dict[str, Any]]) -> list[str]:
         overhead = f" (+{row['activation_overhead']:.1%})" if row["traffic_bytes"] else ""
         saved = f"{_si(row['activation_bytes_per_layer'])}B{overhead}"
         lines.append(
-            f"{_short(row['name'])}  {row['r']:5.4g}  {_count(row['params']):>7}  {_count(row['active_params']):>7}  "
+            f"{short(row['name'])}  {row['r']:5.4g}  {count(row['params']):>7}  {count(row['active_params']):>7}  "
             f"{_si(row['flops_per_token']):>11}  {ratio:>7}  {row['connection_share']:6.2%}  {row['ends_share']:6.2%}  "
             f"{saved:>19}"
         )
@@ -105,7 +105,7 @@ def _traffic_lines(rows: list[dict[str, Any]]) -> list[str]:
         cells = ["–"] * len(kinds)
         if row["traffic_bytes"]:
             cells = [f"{row['traffic_units'][k]:.4g} = {_si(row['traffic_bytes'][k])}B" for k in kinds]
-        lines.append(_short(row["name"]) + "".join(f"  {cell:>15}" for cell in cells))
+        lines.append(short(row["name"]) + "".join(f"  {cell:>15}" for cell in cells))
     return lines
 
 
@@ -121,11 +121,13 @@ def _legend(rows: list[dict[str, Any]], sequence_length: int) -> list[str]:
     ]
 
 
-def _short(name: str) -> str:
-    return f"{name if len(name) <= _NAME_WIDTH else name[: _NAME_WIDTH - 1] + '…':{_NAME_WIDTH}}"
+def short(name: str, width: int = _NAME_WIDTH) -> str:
+    """Cut or fill a name to the width of its column."""
+    return f"{name if len(name) <= width else name[: width - 1] + '…':{width}}"
 
 
-def _count(value: float) -> str:
+def count(value: float) -> str:
+    """Format a number of parameters."""
     return f"{value / 1e9:.3g}B" if value >= 0.9995e9 else f"{value / 1e6:.3g}M"
 
 
