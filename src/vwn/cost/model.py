@@ -111,6 +111,9 @@ def count(config: PreTrainedConfig, sequence_length: int) -> tuple[Any, dict[str
     if sequence_length < 1:
         raise UserError(f"sequence_length must be 1 or more, got {sequence_length}")
     model = build_on_meta(config)
+    for module in model.modules():
+        if isinstance(module, Connection):
+            module.set_backend("reference")
     return model, _count_forward(model, sequence_length)
 
 
