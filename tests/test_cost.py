@@ -268,7 +268,7 @@ def test_types_of_every_build(kind: str) -> None:
     model = build(config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.randint(3, 90, (1, length)), use_cache=False)
-    assert cost.forward_flops_per_token == counter.get_total_flops() / length
+    assert cost.forward_flops_per_token == counter.get_total_flops() // length
     assert cost.parameters == sum(p.numel() for p in model.parameters())
     assert (cost.active_parameters < cost.parameters) == (kind in ("deepseek_v3", "gpt_oss"))
 

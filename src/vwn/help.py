@@ -127,11 +127,12 @@ def unknown_command(given: str, names: Iterable[str]) -> str:
 def _options(config: type, group: str = "general") -> Iterator[Option]:
     texts, hints = _field_texts(config), get_type_hints(config, include_extras=True)
     for field in dataclasses.fields(config):
-        inner, marks = hints[field.name], ()
+        inner: Any = hints[field.name]
+        marks: list[Any] = []
         if get_origin(inner) is Annotated:
-            inner, *marks = get_args(inner)  # type: ignore[assignment]
+            inner, *marks = get_args(inner)
         if dataclasses.is_dataclass(inner):
-            yield from _options(inner, field.name)  # type: ignore[arg-type]
+            yield from _options(inner, field.name)
             continue
         metavar = next((m.metavar for m in marks if getattr(m, "metavar", None)), None)
         required = field.default is MISSING and field.default_factory is MISSING

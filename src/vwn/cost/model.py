@@ -175,7 +175,7 @@ class _WithoutValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _count_forward(model: nn.Module, length: int) -> dict[str, int]:
+def _count_forward(model: Any, length: int) -> dict[str, int]:
     options = {"output_mtp_logits": True} if _is_widened(model.config) and model.config.num_mtp_modules else {}
     counter = FlopCounterMode(display=False)
     try:

@@ -122,10 +122,13 @@ def _from_file(path: Path) -> Cluster:
         kind = content.pop("gpu", None)
         own = {f.name: content.pop(f.name) for f in fields(Gpu) if f.name in content}
         gpu = Gpu(**own) if kind is None else replace(_known(kind), **own)
-        cluster = Cluster(**{"name": kind or path.stem, "gpu": gpu} | content)
+        described: dict[str, Any] = {"name": kind or path.stem, "gpu": gpu} | content
+        cluster = Cluster(**described)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read the cluster {path}: {error}; docs/scale.md shows one") from error
-    for name, value in {**vars(gpu), "per_node": cluster.per_node, "nodes": cluster.nodes}.items():
+    for name, value in {**vars(gpu), **vars(cluster)}.items():
+        if name in ("name", "gpu"):
+            continue
         whole = name in ("per_node", "nodes")
         if not isinstance(value, int if whole else int | float) or not 0 < value < inf:
             kind = "a whole number, 1 or more" if whole else "a number above 0"
