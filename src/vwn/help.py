@@ -131,7 +131,7 @@ def _options(config: type, group: str = "general") -> Iterator[Option]:
         marks: list[Any] = []
         if get_origin(inner) is Annotated:
             inner, *marks = get_args(inner)
-        if dataclasses.is_dataclass(inner):
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
             yield from _options(inner, field.name)
             continue
         metavar = next((m.metavar for m in marks if getattr(m, "metavar", None)), None)
