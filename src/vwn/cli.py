@@ -363,7 +363,7 @@ def show_our_logs() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("vwn: %(message)s"))
     logger = logging.getLogger("vwn")
-    logger.addHandler(handler)
+    logger.handlers = [handler]
     logger.setLevel(logging.INFO if is_first_process() else logging.ERROR)
 
 
