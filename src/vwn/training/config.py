@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 from vwn.common.errors import UserError
-from vwn.training.groups import parse_factors
 
 
 def require(holds: bool, option: str, what: str, value: object) -> None:
@@ -143,6 +142,8 @@ class OptimConfig:
         """Refuse what no run can do."""
         for name in ("steps", "batch_size", "gradient_accumulation"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        from vwn.training.groups import parse_factors  # it needs torch, and --help does not
+
         parse_factors(self.rate_factors)
         for name in ("weight_decay", "max_grad_norm"):
             require(0 <= getattr(self, name) < inf, name, "finite and 0 or more", getattr(self, name))

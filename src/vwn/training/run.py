@@ -21,7 +21,7 @@ from transformers.utils import logging as hf_logging
 from vwn.common.errors import UserError
 from vwn.common.processes import all_present, first_ones, first_process, rank, world_size
 from vwn.common.provenance import PeakMemory
-from vwn.cost.model import model_cost
+from vwn.cost import model_cost
 from vwn.data import Corpus, PackedWindows, prepare
 from vwn.data.streaming import prepare_stream
 from vwn.hf import VirtualWidthForCausalLM
@@ -384,7 +384,7 @@ def validation_curve(history: list[dict[str, Any]]) -> list[dict[str, float | No
 
 
 def flops_per_token(config: Any, window: int) -> float | None:
-    """Forward FLOPs per token, by the formulas of :mod:`vwn.cost.model`; None for attention they do not know."""
+    """Forward FLOPs per token, by the formulas of :mod:`vwn.cost`; None for attention they do not know."""
     try:
         return model_cost(config, sequence_length=window).forward_flops_per_token
     except UserError as unknown:
