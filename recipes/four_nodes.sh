@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Four machines of eight GPUs: the model sharded within each, copied over them (HSDP). Run it on every machine, with
 # MASTER_ADDR (the first machine) and NODE_RANK (0 to 3) set. OUT and DATA lie on a file system that all of them share.
-# Usage: recipes/four_nodes.sh OUT [options of vwn train]
+# Usage: DATA=text recipes/four_nodes.sh OUT [options of vwn train]
 set -euo pipefail
 out=$1
 shift
@@ -10,6 +10,6 @@ shift
 exec python -m torch.distributed.run --nnodes "${NODES:-4}" --nproc-per-node "${PROCESSES:-8}" \
     --node-rank "${NODE_RANK:-0}" --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
     -m -- vwn train --out "$out" --resume auto --parallel "${PARALLEL:-hsdp}" \
-    --data "${DATA:-stdlib}" --tokenizer bpe:8192 --window 1024 \
+    --data "${DATA:?set DATA to your text: a folder, a .jsonl or .parquet file, or a hub id}" --tokenizer bpe:8192 --window 1024 \
     --backbone large --m 4 --n 16 --mtp 1 --batch-size 1024 --gradient-accumulation 2 --steps 5000 \
     "$@"

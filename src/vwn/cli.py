@@ -1,4 +1,7 @@
-"""The command line: `vwn train | compare | generate | inspect | eval | widen | cost`. The only file that knows tyro."""
+"""The command line: `vwn train | compare | generate | inspect | eval | widen | cost`. The only file that knows tyro.
+
+Imports of torch are in the functions that run a command, so that help and typing errors are answered at once.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -17,8 +21,9 @@ from vwn.commands.evaluation.config import EvalConfig
 from vwn.commands.inspection.config import InspectConfig
 from vwn.common.errors import UserError
 from vwn.common.files import NO_ROOM, CannotWrite
-from vwn.common.processes import LostProcess, first_process, launched_processes
+from vwn.common.version import __version__
 from vwn.cost.cluster.options import PlanOptions
+from vwn.help import Command, command_help, overview, unknown_command, unknown_option
 from vwn.lab.compare.arms import check_arms, parse_arm
 from vwn.lab.compare.config import CompareConfig
 from vwn.training.config import TrainConfig, WidthOptions, require
@@ -30,18 +35,20 @@ class GenerateConfig:
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A run directory, one of its checkpoints, or a hub id."""
-    prompt: str
-    """Text to continue."""
+    prompt: str | None = None
+    """Text to continue; without it, each line that you type or pipe in is continued."""
     max_new_tokens: int = 100
     """Tokens to add."""
     temperature: float | None = None
-    """Sampling temperature, by default 0.8; 0 takes the likeliest token each time, as --mtp does."""
+    """Sampling temperature, by default 0.8; 0 takes the likeliest token each time, and so does --mtp."""
     top_p: float = 0.95
     """Nucleus sampling: the smallest set of tokens with this probability."""
     seed: int = 0
     """Seed of the sampling."""
     mtp: bool = False
     """Draft tokens with the model's MTP modules, and say how many were accepted and how fast it was."""
+    tokenizer: str | None = None
+    """Tokenizer, where the checkpoint's folder has none: bytes, a folder, or a hub id."""
     json: bool = False
     """Print JSON: the text and, with --mtp, the numbers."""
 
@@ -75,25 +82,25 @@ class WidenConfig:
     n: int = 8
     """Slots of the over-width state, n >= m; the virtual width factor is n / m."""
     embedding: Literal["replicated", "direct"] = "replicated"
-    """Repeat the table's rows over the slots, or make a table as wide as the state that starts so."""
+    """replicated repeats the embedding over the slots; direct makes a table as wide as the state, with equal logits."""
     reduce_norm: Literal["none", "rms_norm"] = "none"
-    """Norm of group size D in front of the reduce; with "none" the function is kept to the bit."""
+    """Norm of group size D before the reduce; with none, the logits stay the same to the bit."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights; "auto" keeps the checkpoint's."""
+    """Data type of the weights; auto keeps the checkpoint's."""
 
 
 @dataclass(frozen=True)
 class CostConfig:
-    """Parameters, FLOPs, activation bytes and memory traffic of some arms, before anyone spends money."""
+    """Count parameters, FLOPs, activation memory and memory traffic before training."""
 
     backbone: str = "tiny"
     """A preset, a transformers config (file or folder), or a hub id."""
     arms: tuple[str, ...] = ("plain", "2x3", "4x16", "8x64")
-    """`plain`, `MxN`, and any other arm of `vwn compare`."""
+    """Models to compare: plain, MxN, or any other arm of vwn compare."""
     window: int = 2048
-    """Sequence length that the attention scores are counted for."""
+    """Tokens per sequence, for the FLOPs of attention."""
     vocab_size: int = 32_768
-    """Vocabulary of a preset; a config has its own."""
+    """Vocabulary size of a preset; a config has its own."""
     mtp: int = 0
     """Multi-token prediction modules."""
     plan: PlanOptions = field(default_factory=PlanOptions)
@@ -112,7 +119,7 @@ def run_train(config: TrainConfig) -> None:
     config = adopt(config, given_options())
     result = train(config)
     leave()
-    if not first_process():
+    if not is_first_process():
         return
     last = result.curve[-1]
     further = "" if last["loss_2"] is None else f", next-2-token {last['loss_2']:.4f}"
@@ -130,21 +137,44 @@ def run_compare(config: CompareConfig) -> None:
 
 def run_generate(config: GenerateConfig) -> None:
     """`vwn generate`."""
-    from vwn.commands.generate import generate, generate_with_mtp
+    from vwn.commands.generate import continuation, continue_with_mtp, load
 
     if config.mtp:
         if config.temperature:
             raise UserError(f"--mtp decodes greedily, at temperature 0, got --temperature {config.temperature}")
         if sampling := sorted({"top_p", "seed"} & given_options()):
-            raise UserError(f"--mtp decodes greedily, without --{sampling[0].replace('_', '-')}; leave it away")
-        drafted = generate_with_mtp(config.checkpoint, config.prompt, config.max_new_tokens)
-        print(json.dumps(asdict(drafted)) if config.json else drafted.text)
-        if not config.json:
-            print(f"vwn: {drafted.summary()}", file=sys.stderr)
-        return
+            raise UserError(f"--mtp decodes greedily, without --{sampling[0].replace('_', '-')}; drop it")
     temperature = 0.8 if config.temperature is None else config.temperature
-    text = generate(config.checkpoint, config.prompt, config.max_new_tokens, temperature, config.top_p, config.seed)
-    print(json.dumps({"text": text}) if config.json else text)
+    loaded = None
+    for prompt in _prompts(config.prompt):
+        loaded = loaded or load(config.checkpoint, config.tokenizer)
+        if config.mtp:
+            drafted = continue_with_mtp(*loaded, prompt, config.max_new_tokens)
+            result, text = asdict(drafted), drafted.text
+        else:
+            text = continuation(*loaded, prompt, config.max_new_tokens, temperature, config.top_p, config.seed)
+            result = {"text": text}
+        print(json.dumps(result) if config.json else text, flush=True)
+        if config.mtp and not config.json:
+            print(f"vwn: {drafted.summary()}", file=sys.stderr)
+
+
+def _prompts(given: str | None) -> Iterator[str]:
+    """The prompt, or the lines of standard input as they come."""
+    if given is not None:
+        yield given
+        return
+    asking = sys.stdin.isatty()
+    if asking:
+        print("vwn: type a prompt and press Enter; Ctrl-D ends", file=sys.stderr)
+    while True:
+        if asking:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
 
 
 def run_inspect(config: InspectCommand) -> None:
@@ -182,10 +212,10 @@ def run_widen(config: WidenConfig) -> None:
 
 def run_cost(config: CostConfig) -> None:
     """`vwn cost`."""
+    from vwn.cost import cost_table
     from vwn.cost.cluster.hardware import parse_cluster
     from vwn.cost.cluster.plan import plans
     from vwn.cost.cluster.table import plan_rows, plan_text
-    from vwn.cost.model import cost_table
     from vwn.lab.compare.models import arm_models
     from vwn.training.model import load_backbone
     from vwn.training.presets import PRESETS
@@ -211,25 +241,73 @@ def run_cost(config: CostConfig) -> None:
     print(json.dumps(rows, indent=1) if config.json else table)
 
 
-RUN: dict[type, Any] = {
-    TrainConfig: run_train,
-    CompareConfig: run_compare,
-    GenerateConfig: run_generate,
-    InspectCommand: run_inspect,
-    EvalCommand: run_eval,
-    WidenConfig: run_widen,
-    CostConfig: run_cost,
+COMMANDS = {
+    "train": Command(
+        TrainConfig,
+        "Train one model on text, plain or with virtual width.",
+        (
+            "train --out runs/wide --m 4 --n 8 --data mytext/ --steps 1000",
+            "train --out runs/wide --resume",
+            "train --out runs/small --backbone small --m 4 --n 16 --tokenizer bpe:8192 --window 512",
+        ),
+        ("out", "data", "backbone", "m", "n", "steps"),
+        presets=True,
+    ),
+    "compare": Command(
+        CompareConfig,
+        "Train several models that differ in one thing, and write a report.",
+        (
+            "compare --out runs/widths --arms plain 4x16 --seeds 0 1 2",
+            "compare --out runs/study --study widths --lr-sweep off",
+        ),
+        ("out", "arms", "data", "backbone", "steps", "seeds"),
+        hidden=("stream", "skip-bad-rows"),
+        presets=True,
+    ),
+    "generate": Command(
+        GenerateConfig,
+        "Continue a prompt with a trained model.",
+        ('generate runs/wide --prompt "def main"', "generate runs/wide"),
+        ("checkpoint", "prompt", "max-new-tokens", "temperature"),
+    ),
+    "inspect": Command(
+        InspectCommand,
+        "Show what the connections of a trained model do, as figures and numbers.",
+        ("inspect runs/wide --out runs/wide-inside",),
+        ("checkpoint", "out", "data"),
+    ),
+    "eval": Command(
+        EvalCommand,
+        "Measure a trained model: losses on a text, scores on tasks, or both.",
+        ("eval runs/wide --data other.txt", "eval runs/wide --tasks piqa lambada --data-dir tasks/"),
+        ("checkpoint", "data", "tasks", "data-dir", "out"),
+    ),
+    "widen": Command(
+        WidenConfig,
+        "Give a trained model virtual width; its logits stay the same.",
+        ("widen path/to/model wide --m 4 --n 8",),
+        ("model", "out", "m", "n"),
+    ),
+    "cost": Command(
+        CostConfig,
+        "Count parameters, FLOPs, memory and traffic of models before training, on one device or a cluster.",
+        (
+            "cost --backbone small --arms plain 2x3 4x16",
+            "cost --backbone path/to/config.json --cluster h100:8x16 --arms plain 4x8",
+        ),
+        ("backbone", "arms", "window", "cluster", "json"),
+        presets=True,
+    ),
 }
-
-Command = (
-    Annotated[TrainConfig, tyro.conf.subcommand("train", description="Train one model on real text.")]
-    | Annotated[CompareConfig, tyro.conf.subcommand("compare", description="Train arms side by side and report.")]
-    | Annotated[GenerateConfig, tyro.conf.subcommand("generate", description="Continue a prompt.")]
-    | Annotated[InspectCommand, tyro.conf.subcommand("inspect", description="Look inside a trained model.")]
-    | Annotated[EvalCommand, tyro.conf.subcommand("eval", description="Measure a trained model.")]
-    | Annotated[WidenConfig, tyro.conf.subcommand("widen", description="Give a trained model virtual width.")]
-    | Annotated[CostConfig, tyro.conf.subcommand("cost", description="What a width costs, on one device or a cluster.")]
-)
+RUN: dict[str, Callable[[Any], None]] = {
+    "train": run_train,
+    "compare": run_compare,
+    "generate": run_generate,
+    "inspect": run_inspect,
+    "eval": run_eval,
+    "widen": run_widen,
+    "cost": run_cost,
+}
 
 
 def given_options() -> set[str]:
@@ -238,28 +316,60 @@ def given_options() -> set[str]:
     return {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags}
 
 
-def arguments() -> list[str]:
-    """The command line, with what tyro cannot say: of `train`, a `--resume` alone and one with a word after it."""
-    given, found = sys.argv[1:], []
-    for argument, following in zip(given, [*given[1:], ""], strict=True):
-        found.append("--resume=False" if argument == "--no-resume" and given[0] == "train" else argument)
-        if argument == "--resume" and given[0] == "train" and following not in ("auto", "True", "False"):
+def arguments(name: str, given: list[str]) -> list[str]:
+    """Check the names of a command's options, and write out what tyro cannot read: `train --resume` without a word."""
+    command, found = COMMANDS[name], []
+    known = {option.name for option in command.options if not option.positional}
+    known |= {f"no-{option.name}" for option in command.options if option.switch} | {"no-resume"}
+    for argument, following in zip(given, [*given[1:], ""], strict=False):
+        option = argument.split("=")[0].removeprefix("--").replace("_", "-")
+        if argument.startswith("--") and option not in known:
+            raise UserError(unknown_option(name, command, option))
+        found.append("--resume=False" if argument == "--no-resume" and name == "train" else argument)
+        if argument == "--resume" and name == "train" and following not in ("auto", "True", "False"):
             found[-1] = "--resume=True"
     return found
 
 
+def parse(name: str, given: list[str]) -> Any:
+    """Make the configuration of a command from its options; tyro exits with 2 where they are wrong."""
+    return tyro.cli(
+        COMMANDS[name].config,
+        args=arguments(name, given),
+        prog=f"vwn {name}",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def help_text(given: list[str]) -> str | None:
+    """What is printed where the command line asks for help or the version, else None."""
+    words = [word for word in given if word not in ("-h", "--help", "help")]
+    if (given and not words) or not given:
+        return overview(COMMANDS)
+    if given[0] in ("--version", "-V", "version"):
+        return f"vwn {__version__}"
+    if len(words) < len(given) and words[0] in COMMANDS and ("-h" in given or "--help" in given or given[0] == "help"):
+        return command_help(words[0], COMMANDS[words[0]])
+    return None
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that speaks, where a launcher started several."""
+    return int(os.environ.get("RANK") or 0) == 0
+
+
 def show_our_logs() -> None:
-    """What a run took and why (backends) goes to stderr, where its progress goes too."""
+    """Print what a run chose and why (backends) to stderr, where its progress goes too."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("vwn: %(message)s"))
     logger = logging.getLogger("vwn")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO if first_process() else logging.ERROR)
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO if is_first_process() else logging.ERROR)
 
 
 def fail(sentence: str, code: int) -> NoReturn:
-    """Say it once, whatever the number of processes, and exit."""
-    if first_process() or code == LostProcess.exit_code:  # the first may be the one that is gone
+    """Print the sentence once, whatever the number of processes, and exit."""
+    if is_first_process() or code == os.EX_UNAVAILABLE:  # the first may be the one that is gone
         print(sentence, file=sys.stderr)
     else:
         time.sleep(2)  # the launcher ends all when one has ended, and the first is to have spoken
@@ -269,19 +379,22 @@ def fail(sentence: str, code: int) -> NoReturn:
 def main() -> None:
     """Entry point; exits with 2 and one line for what the user can repair (`VWN_DEBUG=1` shows the traceback)."""
     try:
-        config = tyro.cli(
-            Command,
-            args=arguments(),
-            prog="vwn",
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-        )
+        given = sys.argv[1:]
+        if (text := help_text(given)) is not None:
+            print(text)
+            return
+        name = given[0]
+        if name not in COMMANDS:
+            raise UserError(unknown_command(name, COMMANDS))
+        config = parse(name, given[1:])
         show_our_logs()
-        if launched_processes() > 1 and not isinstance(config, TrainConfig):
+        processes = int(os.environ.get("WORLD_SIZE") or 1)
+        if processes > 1 and name != "train":
             raise UserError(
-                f"{launched_processes()} processes were launched, and only vwn train works in several; start this "
-                "command without a launcher"
+                f"{processes} processes were launched, and only vwn train works in several; start this command without "
+                "a launcher"
             )
-        RUN[type(config)](config)
+        RUN[name](config)
     except BrokenPipeError:  # the reader of our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

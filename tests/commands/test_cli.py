@@ -1,13 +1,17 @@
 """The command line as a user meets it: what works, and one sentence with exit code 2 for what does not."""
 
+import io
 import json
 import lzma
+import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from vwn.cli import main
+from vwn.cli import COMMANDS, arguments, main, parse
+from vwn.common.version import __version__ as vwn_version
 
 SMALL = ["--backbone", "nano", "--window", "32", "--batch-size", "4", "--max-valid-tokens", "256", "--steps", "4"]
 
@@ -170,7 +174,7 @@ def test_a_wide_model_is_no_backbone(run, checkpoint, tmp_path, text):
 
 
 def test_an_unexpected_error_is_one_line_too(run, monkeypatch):
-    monkeypatch.setattr("vwn.cost.model.cost_table", lambda *_: 1 / 0)
+    monkeypatch.setattr("vwn.cost.cost_table", lambda *_: 1 / 0)
     code, _, err = run("cost")
     assert code == 1
     assert err.strip() == "vwn: ZeroDivisionError: division by zero (unexpected; VWN_DEBUG=1 shows where)"
@@ -179,16 +183,92 @@ def test_an_unexpected_error_is_one_line_too(run, monkeypatch):
         run("cost")
 
 
-def test_options_that_do_not_exist(run, tmp_path):
-    code, _, err = run("train", "--out", tmp_path / "run", "--widht", "3")
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "--out", "x", "--widht", "3"], "vwn train has no option --widht"),
+        (["train", "--out", "x", "--lr", "1e-3"], "did you mean --learning-rate?"),
+        (["train", "--out", "x", "--stesp=3"], "did you mean --steps?"),
+        (["compare", "--out", "x", "--stream", "y"], "vwn compare has no option --stream"),
+        (["trian"], "did you mean train?"),
+        (["fly"], "there is no command 'fly'; the commands are train, compare"),
+        (["train"], "--out"),
+        (["train", "--out", "x", "--steps", "many"], "vwn train --help"),
+        (["train", "--out", "x", "--tokenizer", "bpe"], "bpe:SIZE"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_typing_errors_name_the_way_out(run, arguments, expected):
+    code, _, err = run(*arguments)
     assert code == 2
-    assert "widht" in err
-    assert run("fly")[0] == 2
-    assert run("train")[0] == 2
+    assert expected in err
+    assert "Traceback" not in err
+
+
+def test_help_names_every_option_and_no_other(run):
+    assert run()[:2] == run("--help")[:2] == run("help")[:2]
+    assert run("--version")[1] == f"vwn {vwn_version}\n"
+    for name, command in COMMANDS.items():
+        code, text, _ = run(name, "--help")
+        assert code == 0
+        assert run("help", name)[1] == text
+        assert f"vwn {command.examples[0]}" in text
+        shown = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+        positional = {option.name for option in command.options if option.positional}
+        assert sorted(shown) == sorted(f"--{o.name}" for o in command.options if not o.positional)
+        assert all(f"--{o}" in shown[: len(command.first)] for o in command.first if o not in positional)
+        assert not set(command.hidden) & {word.removeprefix("--") for word in shown}
+        assert "None" not in text
+        assert "`" not in text
+    train = run("train", "--help")[1]
+    assert "large         12 layers, width 768" in train
+    assert "--steps INT             Optimiser steps. [1000]" in train
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_of_the_help_are_parsed(name):
+    for example in COMMANDS[name].examples:
+        parse(name, shlex.split(example)[1:])
+
+
+def test_options_that_help_shows_are_those_that_are_parsed():
+    for name, command in COMMANDS.items():
+        for option in command.options:
+            given = [f"--{option.name}"] if option.switch else [f"--{option.name}=1"]
+            assert option.positional or arguments(name, given)
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from vwn.cli import main; sys.argv = ['vwn', 'train', '--help']; main();"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_prompts_from_standard_input(run, checkpoint, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("sea \n\nwave"))
+    code, out, _ = run("generate", checkpoint, "--max-new-tokens", "4", "--temperature", "0")
+    assert code == 0
+    sea, wave = (
+        run("generate", checkpoint, "--prompt", p, "--max-new-tokens", "4", "--temperature", "0")[1]
+        for p in ("sea ", "wave")
+    )
+    assert out == sea + wave
+
+
+def test_a_tokenizer_for_a_checkpoint_without_one(run, tmp_path, checkpoint):
+    bare = tmp_path / "bare"
+    shutil.copytree(checkpoint, bare, ignore=shutil.ignore_patterns("checkpoint-*", "tokenizer*", "special_tokens*"))
+    given = ["--prompt", "sea ", "--max-new-tokens", "4", "--temperature", "0"]
+    code, _, err = run("generate", bare, *given)
+    assert code == 2
+    assert "--tokenizer" in err
+    assert run("generate", bare, *given, "--tokenizer", "bytes")[1] == run("generate", checkpoint, *given)[1]
 
 
 def test_generate_refusals(run, tmp_path, checkpoint):
-    for arguments, expected in (
+    for given, expected in (
         ([tmp_path / "nowhere", "--prompt", "a"], "no checkpoint at"),
         ([tmp_path, "--prompt", "a"], "holds no model"),
         ([checkpoint, "--prompt", ""], "empty"),
@@ -197,15 +277,13 @@ def test_generate_refusals(run, tmp_path, checkpoint):
         ([checkpoint, "--prompt", "a", "--temperature", "nan"], "--temperature must be"),
         ([checkpoint, "--prompt", "a", "--seed", "99999999999999999999"], "--seed must be"),
     ):
-        code, _, err = run("generate", *arguments)
+        code, _, err = run("generate", *given)
         assert code == 2
         assert expected in err
         assert "Traceback" not in err
 
 
 def test_generate_from_a_damaged_checkpoint(run, tmp_path, checkpoint):
-    import shutil
-
     shutil.copytree(checkpoint, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint-*"))
     weights = tmp_path / "copy" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

@@ -345,3 +345,24 @@ def test_changed_text_of_the_run_is_refused(inspected, tmp_path) -> None:
     (copy / "run.json").write_text(json.dumps(record_ | {"text": "another"}))
     with pytest.raises(UserError, match="not the one"):
         inspect_checkpoint(InspectConfig(str(copy), tmp_path / "o"))
+
+
+def test_a_widened_pretrained_model(tmp_path, text) -> None:
+    """It has no run, so text and tokenizer are given; the page says nothing of the folders they lie in."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from vwn import widen
+
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=2, vocab_size=260, max_position_embeddings=64)  # fmt: skip
+    widen(LlamaForCausalLM(config), m=2, n=4).save_pretrained(tmp_path / "wide")
+    given = dict(data=str(text), tokens=100)
+    result = inspect_checkpoint(InspectConfig(str(tmp_path / "wide"), tmp_path / "o", tokenizer="bytes", **given))
+    assert [s["name"] for s in result["sublayers"]] == ["attn 1", "mlp 1", "attn 2", "mlp 2"]
+    assert result["window"] == 64
+    page = (tmp_path / "o" / "inspect.html").read_text()
+    assert str(tmp_path) not in page
+    assert str(text.parent) not in page
+    assert text.name in page
+    with pytest.raises(UserError, match="--tokenizer"):
+        inspect_checkpoint(InspectConfig(str(tmp_path / "wide"), tmp_path / "p", **given))

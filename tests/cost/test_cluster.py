@@ -24,7 +24,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from test_cost import backbone
 from vwn.common.errors import UserError
-from vwn.cost.cluster.boundary import boundary
 from vwn.cost.cluster.hardware import Cluster, Gpu, parse_cluster
 from vwn.cost.cluster.layout import Layout, layouts, make_layout
 from vwn.cost.cluster.memory import memory, saved_per_token
@@ -256,10 +255,7 @@ def test_no_fewer_numbers_say_what_a_state_is(m: int, n: int, sublayers: int) ->
 
     jacobian = torch.autograd.functional.jacobian(state, torch.zeros(sublayers, width, dtype=torch.float64))
     rank = torch.linalg.matrix_rank(jacobian.flatten(1)).item()
-    b = boundary(n / m, sublayers, sublayers)
-    assert rank == b.least * width
-    assert b.best == ("outputs" if sublayers < n / m else "state")
-    assert b.since_last > b.state
+    assert rank == min(n / m, sublayers) * width
 
 
 def test_a_step_by_hand() -> None:
@@ -328,16 +324,17 @@ def test_the_fastest_that_fits_and_advice_where_nothing_does() -> None:
         assert all(p.fits and not p.advice for p in best)
     shape = model_shape(made["wide"], WINDOW)
     layout = make_layout(shape, EIGHT, options(), 1, 8, 1)
-    total = {c: memory(shape, layout, options(checkpointing=c)).total for c in ("none", "selective")}
-    tight = replace(EIGHT, gpu=replace(EIGHT.gpu, memory_gb=sum(total.values()) / 2 / 1e9))
-    o = options(checkpointing="none", usable_memory=1.0)
+    o = options(checkpointing="none", usable_memory=1.0, micro_batch=8)
+    total = memory(shape, layout, o).total
+    tight = replace(EIGHT, gpu=replace(EIGHT.gpu, memory_gb=0.9 * total / 1e9))
     plan = make_plan(shape, tight, o, layout)
     assert not plan.fits
-    assert "; --checkpointing selective makes it 0.0 GB" in plan.advice
+    assert "most for activations" in plan.advice
+    assert "--checkpointing full" in plan.advice
     tiny = replace(EIGHT, gpu=replace(EIGHT.gpu, memory_gb=1e-4))
     nothing = plans({"wide": made["wide"]}, tiny, o, WINDOW)["wide"]
     assert len(nothing) == 1
-    assert "no single change does" in nothing[0].advice or "direct table" in nothing[0].advice
+    assert "lower it by" in nothing[0].advice
 
 
 def test_rows_and_text() -> None:
@@ -345,51 +342,55 @@ def test_rows_and_text() -> None:
     found = plans(arms, EIGHT, options(pp=2, fsdp=4, tp=1), WINDOW)
     rows = json.loads(json.dumps(plan_rows(found)))
     assert [row["name"] for row in rows] == ["plain", "a long name of an arm"]
-    assert rows[1]["boundaries"][0] == {
-        "sublayers": 4, "state": 4.0, "outputs": 4, "since_last": 8.0, "least": 4.0, "best": "state",
-    }  # fmt: skip
     assert rows[1]["sent"]["boundary"] == 4 * rows[0]["sent"]["boundary"] == WINDOW * 4 * 128 * 2
-    assert rows[0]["time"]["step"] == pytest.approx(
-        sum(v for k, v in rows[0]["time"].items() if k not in ("step", "measured"))
-    )
+    assert rows[0]["time"]["step"] == pytest.approx(sum(v for k, v in rows[0]["time"].items() if k != "step"))
     text = plan_text(found)
     assert max(map(len, text.splitlines())) <= 110
-    assert "not measured" in text
+    assert "not a measurement" in text
 
 
 BAD = {
     "h100": "KIND:GPUSxNODES",
     "h100:0x4": "KIND:GPUSxNODES",
     "k80:8x2": "'k80' is not in the table (a100, h100",
-    "nowhere.yaml": "cannot read the cluster",
-    "{per_node: 8, nodes: 2, gpu: h100, memory: 3}": "a cluster has no 'memory'",
-    "{per_node: 8, nodes: 2.5, gpu: h100}": "nodes of the cluster",
-    "{per_node: 8, nodes: 2}": "memory_gb of the cluster",
-    "{per_node: 8, nodes: 2, gpu: h100, tflops: -1}": "tflops of the cluster",
-    "[1]": "a cluster is a list of fields",
-    "{": "is not yaml",
+    "nowhere.json": "cannot read the cluster",
+    "cluster.yaml": "or a .json file",
+    '{"per_node": 8, "nodes": 2, "gpu": "h100", "memory": 3}': "'memory'",
+    '{"per_node": 8, "nodes": 2.5, "gpu": "h100"}': "nodes of the cluster",
+    '{"per_node": 8, "nodes": 2}': "memory_gb",
+    '{"per_node": 8, "nodes": 2, "gpu": "h100", "tflops": -1}': "tflops of the cluster",
+    '{"per_node": 8, "nodes": 2, "gpu": "h100", "tflops": "9"}': "tflops of the cluster",
+    '{"per_node": 8, "nodes": 2, "gpu": "k80"}': "'k80' is not in the table",
+    "[1]": "cannot read the cluster",
+    "{": "cannot read the cluster",
 }
 
 
 @pytest.mark.parametrize(("text", "message"), BAD.items(), ids=range(len(BAD)))
 def test_clusters_that_are_none(text: str, message: str, tmp_path: Any) -> None:
     if text[0] in "{[":
-        (tmp_path / "c.yaml").write_text(text)
-        text = str(tmp_path / "c.yaml")
+        (tmp_path / "c.json").write_text(text)
+        text = str(tmp_path / "c.json")
     with pytest.raises(UserError) as refused:
         parse_cluster(text)
     assert message in str(refused.value)
-    assert "\n" not in " ".join(str(refused.value).split())
 
 
 def test_a_cluster_from_a_file(tmp_path: Any) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text("{gpu: h100, per_node: 4, nodes: 3, inter_gb_s: 25}")
+    path = tmp_path / "mine.json"
+    path.write_text('{"gpu": "h100", "per_node": 4, "nodes": 3, "inter_gb_s": 25}')
     cluster = parse_cluster(str(path))
     assert cluster == replace(parse_cluster("h100:4x3"), gpu=replace(parse_cluster("h100:4x3").gpu, inter_gb_s=25))
     own = {"per_node": 1, "nodes": 1, "memory_gb": 8, "tflops": 0.1, "hbm_gb_s": 13, "intra_gb_s": 1, "inter_gb_s": 1}
     (tmp_path / "cpu.json").write_text(json.dumps(own))
     assert parse_cluster(str(tmp_path / "cpu.json")).name == "cpu"
+
+
+def test_models_that_cannot_be_planned_are_refused() -> None:
+    from transformers import GPT2Config
+
+    with pytest.raises(UserError, match="GPT2LMHeadModel cannot be planned"):
+        model_shape(GPT2Config(n_layer=2, n_embd=64, n_head=2), WINDOW)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
-    GPT2Config,
     LlamaConfig,
     MixtralConfig,
     PreTrainedConfig,
@@ -24,10 +22,11 @@ from transformers import (
 )
 
 from vwn.common.errors import UserError
-from vwn.cost.model import connection_cost, cost_table, model_cost
+from vwn.cost import connection_cost, cost_table, model_cost
 from vwn.hf import VirtualWidthConfig
 from vwn.nn.generalized import GeneralizedHyperConnection
 from vwn.nn.geometry import Geometry
+from zoo import tiny_config
 
 BATCH, LENGTH = 2, 64
 _SIZES: dict[str, Any] = {
@@ -71,9 +70,7 @@ def counted_flops_per_token(model: nn.Module) -> float:
     with_mtp = {"output_mtp_logits": True} if getattr(model.config, "num_mtp_modules", 0) else {}
     with FlopCounterMode(display=False, depth=20) as counter, torch.no_grad():
         model(ids, use_cache=False, **with_mtp)
-    # transformers 5.17 multiplies positions and frequencies with a matmul, later ones elementwise; ours leaves it out.
-    rotary = [ops for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
-    return (counter.get_total_flops() - sum(sum(ops.values()) for ops in rotary)) / (BATCH * LENGTH)
+    return counter.get_total_flops() / (BATCH * LENGTH)
 
 
 @pytest.mark.parametrize("mtp", [0, 1])
@@ -254,14 +251,26 @@ def test_the_config_is_left_as_it_was() -> None:
     ("config", "message"),
     [
         (T5Config(), "no causal language model for T5Config"),
-        (GPT2Config(n_layer=2, n_embd=64, n_head=2), "0 of its 2 layers have an attention"),
-        (BertConfig(num_hidden_layers=1, is_decoder=True), "does not follow from its shapes"),
+        (tiny_config("dbrx"), "forward pass needs values"),
     ],
-    ids=["not causal", "other attention", "encoder"],
+    ids=["not causal", "loop over the experts hit"],
 )
 def test_what_cannot_be_costed_is_refused(config: PreTrainedConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
         model_cost(config, sequence_length=8)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bloom", "gemma3_text", "mamba", "falcon_h1", "deepseek_v3", "gpt_oss"])
+def test_types_of_every_build(kind: str) -> None:
+    """Other names, fused projections, low-rank attention, state spaces, experts with biases."""
+    config, length = tiny_config(kind), 12
+    cost = model_cost(config, sequence_length=length)
+    model = build(config)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.randint(3, 90, (1, length)), use_cache=False)
+    assert cost.forward_flops_per_token == counter.get_total_flops() // length
+    assert cost.parameters == sum(p.numel() for p in model.parameters())
+    assert (cost.active_parameters < cost.parameters) == (kind in ("deepseek_v3", "gpt_oss"))
 
 
 def test_bad_numbers_are_refused() -> None:
@@ -274,5 +283,5 @@ def test_bad_numbers_are_refused() -> None:
 
 
 def test_importing_the_formulas_needs_torch_only() -> None:
-    code = "import sys, vwn.cost.model; sys.exit('transformers' in sys.modules)"
+    code = "import sys; from vwn.cost import connection_cost; sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

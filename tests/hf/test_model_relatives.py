@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from test_relatives import EVERY_KIND, KINDS, make
 from tiny import build, copy_stock_weights, stock, token_ids, vwn_config
 from vwn import UserError, no_weight_decay
-from vwn.cost.model import connection_cost, model_cost
+from vwn.cost import connection_cost, model_cost
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.nn.connection import Connection
 from vwn.nn.relatives import HyperConnection, ManifoldHyperConnection

@@ -14,7 +14,7 @@ from test_cost import build as build_for_cost
 from test_loss_backends import both
 from tiny import VOCAB, build, stock, token_ids, vwn_config
 from vwn import Geometry, OverWidthEmbedding, no_weight_decay
-from vwn.cost.model import model_cost
+from vwn.cost import model_cost
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
 from vwn.hf import loss as loss_module
 from vwn.nn.embedding import UnembeddingExpand

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from vwn.common.errors import UserError
-from vwn.cost.model import model_cost
+from vwn.cost import model_cost
 from vwn.lab.compare.arms import Arm, check_arms, parse_arm
 from vwn.lab.compare.config import CompareConfig
 from vwn.lab.compare.models import arm_models, matched_sizes

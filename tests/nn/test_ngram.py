@@ -15,7 +15,7 @@ from test_cost import build as build_for_cost
 from tiny import build, token_ids, vwn_config
 from vwn import Geometry, OverWidthEmbedding, no_weight_decay
 from vwn.common.errors import UserError
-from vwn.cost.model import model_cost
+from vwn.cost import model_cost
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
 from vwn.nn.ngram import NO_TOKEN, NgramEmbedding, hash_ngrams, with_context
 

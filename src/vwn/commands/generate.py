@@ -24,25 +24,55 @@ def generate(
     temperature: float = 0.8,
     top_p: float = 0.95,
     seed: int = 0,
+    tokenizer: str | None = None,
 ) -> str:
-    """The prompt and its continuation.
+    """Return the prompt and its continuation.
 
     Args:
         checkpoint: a run directory, one of its checkpoints, or a hub id.
         prompt: text to continue.
         max_new_tokens: tokens to add.
-        temperature: of the sampling; 0 takes the likeliest token each time.
+        temperature: sampling temperature; 0 takes the likeliest token each time.
         top_p: nucleus sampling, the smallest set of tokens with this probability.
         seed: of the sampling.
+        tokenizer: its name, where the checkpoint's folder has none.
 
     Raises:
         UserError: no checkpoint there, an empty prompt, or a number out of range.
     """
+    return continuation(*load(checkpoint, tokenizer), prompt, max_new_tokens, temperature, top_p, seed)
+
+
+def load(checkpoint: str, tokenizer: str | None = None) -> tuple[Any, Any]:
+    """Load a model, on the GPU if there is one, and its tokenizer."""
+    from vwn.commands.evaluation.loading import load_model
+    from vwn.data import load_tokenizer
+
+    source = locate(checkpoint)
+    try:
+        loaded = load_tokenizer(tokenizer or str(source))
+    except UserError as error:
+        if tokenizer:
+            raise
+        raise UserError(f"{source} holds no tokenizer that can be loaded; name one with --tokenizer") from error
+    model = load_model(source)
+    if len(loaded) > model.config.get_text_config().vocab_size:
+        raise UserError(
+            f"the tokenizer {tokenizer or checkpoint!r} has {len(loaded)} tokens, the model knows "
+            f"{model.config.get_text_config().vocab_size}; give the tokenizer that it was trained with"
+        )
+    return model, loaded
+
+
+def continuation(
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int
+) -> str:
+    """Continue a prompt with a loaded model; the arguments are those of :func:`generate`."""
     require(max_new_tokens >= 1, "max-new-tokens", "at least 1", max_new_tokens)
     require(0 <= temperature < inf, "temperature", "finite and 0 or more", temperature)
     require(0 < top_p <= 1, "top-p", "above 0 and at most 1", top_p)
     require(0 <= seed < 2**63, "seed", "from 0 to 2⁶³ - 1", seed)
-    model, tokenizer, ids = _load(checkpoint, prompt)
+    ids = _encode(model, tokenizer, prompt)
     torch.manual_seed(seed)
     sampling = dict(do_sample=True, temperature=temperature, top_p=top_p) if temperature else dict(do_sample=False)
     out = model.generate(ids, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
@@ -91,7 +121,7 @@ class DraftedText:
 
 
 def generate_with_mtp(checkpoint: str, prompt: str, max_new_tokens: int = 100) -> DraftedText:
-    """The greedy continuation by self-speculative decoding (:mod:`vwn.hf.decoding.mtp`), held against plain decoding.
+    """Decode greedily with drafts of the MTP modules (:mod:`vwn.hf.decoding.mtp`), and compare with plain decoding.
 
     Args:
         checkpoint: a run directory, one of its checkpoints, or a hub id; a model with MTP modules.
@@ -101,10 +131,15 @@ def generate_with_mtp(checkpoint: str, prompt: str, max_new_tokens: int = 100) -
     Raises:
         UserError: no checkpoint there, a model without MTP modules, an empty prompt, or a number out of range.
     """
+    return continue_with_mtp(*load(checkpoint), prompt, max_new_tokens)
+
+
+def continue_with_mtp(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> DraftedText:
+    """Continue a prompt with a loaded model; see :func:`generate_with_mtp`."""
     require(max_new_tokens >= 1, "max-new-tokens", "at least 1", max_new_tokens)
-    model, tokenizer, ids = _load(checkpoint, prompt)
     if not getattr(model.config, "num_mtp_modules", 0):
-        raise UserError(f"{checkpoint} has no MTP modules to draft with; train with --mtp 1, or leave --mtp away")
+        raise UserError("the model has no MTP modules to draft with; train with --mtp 1, or drop --mtp")
+    ids = _encode(model, tokenizer, prompt)
     options = dict(do_sample=False, pad_token_id=tokenizer.eos_token_id)
     for use_mtp in (False, True):  # what is set up at the first call is on nobody's account
         model.generate(ids, max_new_tokens=WARM_UP_TOKENS, use_mtp=use_mtp, **options)
@@ -126,21 +161,15 @@ def generate_with_mtp(checkpoint: str, prompt: str, max_new_tokens: int = 100) -
 
 
 def timed(model: Any, ids: Tensor, **options: Any) -> tuple[Tensor, float]:
-    """What ``model.generate`` gives, and its wall-clock seconds."""
+    """Run ``model.generate``; return its tokens and the wall-clock seconds."""
     start = time.perf_counter()
     out = model.generate(ids, **options).cpu()  # which waits for the GPU
     return out, time.perf_counter() - start
 
 
-def _load(checkpoint: str, prompt: str) -> tuple[Any, Any, Tensor]:
-    """Model, tokenizer and the prompt's ids ``[1, T]``, on the GPU if there is one."""
-    from vwn.commands.evaluation.loading import load_model
-    from vwn.data import load_tokenizer
-
-    source = locate(checkpoint)
-    tokenizer = load_tokenizer(str(source))
+def _encode(model: Any, tokenizer: Any, prompt: str) -> Tensor:
+    """The prompt's ids ``[1, T]`` on the model's device."""
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
     if ids.shape[1] == 0:
         raise UserError("the --prompt is empty; give at least one character")
-    model = load_model(source)
-    return model, tokenizer, ids.to(model.device)
+    return ids.to(model.device)

@@ -43,6 +43,8 @@ def load_tokenizer(
 
 def bpe_size(spec: str) -> int | None:
     """The `N` of `bpe:N`, None for any other spec. Raises `UserError` where `N` is no usable size."""
+    if spec == BPE.removesuffix(":"):
+        raise UserError(f"the tokenizer {spec!r} needs a size, as bpe:SIZE, such as bpe:8192")
     if not spec.startswith(BPE):
         return None
     digits = spec.removeprefix(BPE)

@@ -7,6 +7,7 @@ The state is ``[..., D']``, slot-major: its ``n x d`` matrix is a plain reshape.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -26,6 +27,11 @@ class Routing(NamedTuple):
     """``A = [Å | Â]``, ``[..., n, m + n]``: the first ``m`` columns read, the other ``n`` carry."""
     beta: Tensor
     """``B``, ``[..., m, n]``: what segment ``i`` of the sublayer's output adds to slot ``j``."""
+
+
+def _without_autocast(state: Tensor) -> AbstractContextManager:
+    """The routing is float32 also under autocast, which the meta device does not know."""
+    return nullcontext() if state.is_meta else torch.autocast(state.device.type, enabled=False)
 
 
 class Connection(StatesItsInitialValues):
@@ -105,7 +111,7 @@ class Connection(StatesItsInitialValues):
         Returns:
             ``A``: ``[..., n, m+n]`` and ``B``: ``[..., m, n]``; the same for every token when static.
         """
-        with torch.autocast(state.device.type, enabled=False):
+        with _without_autocast(state):
             slots = self._slots(state)
             read, (carry, beta) = self.read_matrix(slots), self.write_matrices(slots)
         lead = state.shape[:-1]
@@ -126,7 +132,7 @@ class Connection(StatesItsInitialValues):
             UserError: a state of another width.
         """
         state = state.to(state_dtype(state))
-        with torch.autocast(state.device.type, enabled=False):
+        with _without_autocast(state):
             slots = self._slots(state)
             x = (self.read_matrix(slots).mT @ slots).flatten(-2).to(state.dtype)
             return x if norm is None else rms_norm(x, norm)
@@ -148,7 +154,7 @@ class Connection(StatesItsInitialValues):
             wanted = (*state.shape[:-1], self.geometry.hidden_size)
             raise UserError(f"the sublayer's output must be {wanted} beside the state, got {tuple(z.shape)}")
         state = state.to(state_dtype(state))
-        with torch.autocast(state.device.type, enabled=False):
+        with _without_autocast(state):
             slots = self._slots(state)
             segments = z.to(state.dtype).unflatten(-1, (self.geometry.m, -1)).to(slots.dtype)
             carry, beta = self.write_matrices(slots)

@@ -13,6 +13,7 @@ from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfi
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_module, device_type
 from torchtitan.trainer import Trainer
 
 from vwn.common.errors import UserError
@@ -40,6 +41,11 @@ class VirtualWidthTrainer(Trainer):
         virtual_width: VirtualWidth = field(default_factory=VirtualWidth)
 
     def __init__(self, config: Config) -> None:
+        if not device_module.is_available():
+            raise UserError(
+                f"torchtitan trains on GPUs and finds no {device_type} device here; on a CPU use vwn train (torchrun "
+                "starts it on several processes)"
+            )
         b, w = config.backbone, config.virtual_width
         config.model_spec = model_spec(b, w)
         config.loss = loss_config(b, w)

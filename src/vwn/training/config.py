@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 from vwn.common.errors import UserError
-from vwn.training.groups import parse_factors
 
 OutputInit = Literal["zero", "depth", "config"]
 TOKENS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -188,6 +187,8 @@ class OptimConfig:
         """Refuse what no run can do."""
         for name in ("steps", "batch_size", "gradient_accumulation"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        from vwn.training.groups import parse_factors  # it needs torch, and --help does not
+
         parse_factors(self.rate_factors)
         for name in ("weight_decay", "max_grad_norm"):
             require(0 <= getattr(self, name) < inf, name, "finite and 0 or more", getattr(self, name))

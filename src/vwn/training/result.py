@@ -10,7 +10,7 @@ from typing import Any
 from vwn.common.errors import UserError
 from vwn.common.files import read_json
 from vwn.common.processes import first_process
-from vwn.cost.model import model_cost
+from vwn.cost import model_cost
 from vwn.hf.checkpoint.card import TrainingFacts
 from vwn.training.config import TrainConfig
 

@@ -38,14 +38,17 @@ def load_model(source: Path | str) -> VirtualWidthForCausalLM:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_tokens(source: Path | str, data: str | None, tokens: int, positions: int | None) -> tuple[Tensor, str]:
-    """Windows of a text, spread evenly over it, and the text's name.
+def load_tokens(
+    source: Path | str, data: str | None, tokens: int, positions: int | None, tokenizer: str | None = None
+) -> tuple[Tensor, str]:
+    """Return windows of a text, spread evenly over it, and the text's name.
 
     Args:
         source: the checkpoint, whose run's validation text is taken where ``data`` is not given.
         data: name of a text, see :func:`vwn.data.prepare`; all of it, or its validation side if it has one.
         tokens: as many as the whole windows hold, if the text has them.
         positions: the longest window that the model knows, ``None`` for any.
+        tokenizer: its name, by default that in the folder of the checkpoint.
 
     Returns:
         token ids ``[windows, window]``, the window being the run's.
@@ -66,7 +69,9 @@ def load_tokens(source: Path | str, data: str | None, tokens: int, positions: in
         corpus = prepare_run(stored, window=2)
     else:
         name = valid = data
-        corpus = prepare(data, valid=data, window=2, tokenizer=str(source))
+        if tokenizer is None and isinstance(source, Path) and not list(source.glob("tokenizer*")):
+            raise UserError(f"{source} holds no tokenizer; name one with --tokenizer")
+        corpus = prepare(data, valid=data, window=2, tokenizer=tokenizer or str(source))
     if data is None and corpus.fingerprint != run.get("text", "").partition("+")[0]:
         raise UserError(f"the text {name} is not the one that {source} was trained on any more; give --data")
     window = stored.get("corpus.window", DEFAULT_WINDOW)

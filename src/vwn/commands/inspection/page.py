@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from pathlib import Path
 from typing import Any
 
 from vwn.lab.report.page import CONTENT_POLICY
@@ -26,14 +27,19 @@ CAPTIONS = {
         "token to token.",
     ),
 }
-FRAME = "figure img { max-width: 100%; background: #fff; border-radius: 6px; padding: 0.5rem; }"
+# On a narrow screen a figure keeps a readable size and is scrolled sideways.
+FRAME = (
+    "figure { overflow-x: auto; } figcaption { position: sticky; left: 0; } "
+    "figure img { max-width: 100%; min-width: 44rem; background: #fff; border-radius: 6px; padding: 0.5rem; }"
+)
 
 
 def render_page(result: dict[str, Any], figures: dict[str, str]) -> str:
-    """The HTML text of a result and its SVG figures by name."""
+    """Return the HTML text of a result and its SVG figures by name."""
     title = text(f"Inside a {result['m']}×{result['n']} model")
     facts = (
-        f"{result['checkpoint']} · {result['connection']} · {result['tokens']:,} tokens of {result['data']} in windows "
+        f"{_name(result['checkpoint'])} · {result['connection']} · {result['tokens']:,} tokens of "
+        f"{_name(result['data'])} in windows "
         f"of {result['window']:,}"
     )
     return "\n".join(
@@ -50,6 +56,14 @@ def render_page(result: dict[str, Any], figures: dict[str, str]) -> str:
             "The numbers are in inspect.json.</p>\n</main>\n</body>\n</html>\n",
         ]
     )
+
+
+def _name(source: str) -> str:
+    """Drop the folders of a path from the root: a page that is passed on tells nothing of the machine."""
+    path = Path(source)
+    if not path.is_absolute():
+        return source
+    return f"{path.parent.name}/{path.name}" if path.name.startswith("checkpoint-") else path.name
 
 
 def _section(name: str, svg: str) -> str:

@@ -1,4 +1,4 @@
-"""`vwn inspect`: run a trained model over some text and write down what its connections do."""
+"""`vwn inspect`: run a trained model over some text and measure what its connections do."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def inspect_checkpoint(config: InspectConfig) -> dict[str, Any]:
     source = locate(config.checkpoint)
     model = load_model(source)
     positions = getattr(model.config, "max_position_embeddings", None)
-    ids, text = load_tokens(source, config.data, config.tokens, positions)
+    ids, text = load_tokens(source, config.data, config.tokens, positions, config.tokenizer)
+    if (last := int(ids.max())) >= (known := model.config.get_text_config().vocab_size):
+        raise UserError(f"the text has token {last}, the model knows {known}; give its own tokenizer with --tokenizer")
     result = {"checkpoint": str(source), "data": text, **measure(model, ids)}
     config.out.mkdir(parents=True, exist_ok=True)
     figures = write_figures(result, config.out)

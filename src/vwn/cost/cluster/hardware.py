@@ -1,4 +1,4 @@
-"""GPUs and how they are joined: a small table from the vendors' data sheets, a word or a file for a cluster."""
+"""GPUs and the links between them: a small table from the vendors' data sheets; a word or a JSON file for a cluster."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from dataclasses import dataclass, fields, replace
 from math import ceil, inf
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from vwn.common.errors import UserError
 
@@ -64,10 +62,9 @@ class Cluster:
         return self.per_node * self.nodes
 
     def seconds(self, data: float, size: int, stride: int, share: float, messages: float) -> float:
-        """Time of collectives in which every GPU ends up with, or gives away, all of some data.
+        """Return the time of some all-gathers or reduce-scatters, each a ring.
 
-        An all-gather or a reduce-scatter as a ring: a GPU receives ``(N - 1) / N`` of the data, a node what its
-        members together lack, over the ports of those members.
+        A GPU receives ``(N - 1) / N`` of the data, a node what its members together lack, over their ports.
 
         Args:
             data: bytes, all collectives together, whole (not a GPU's share of them).
@@ -85,27 +82,27 @@ class Cluster:
         return max(inside, between) / (share * 1e9) + messages * (size - 1) * self.latency_us * 1e-6
 
     def hop_seconds(self, data: float, stride: int, share: float) -> float:
-        """Time of sending ``data`` bytes to the GPU ``stride`` ranks away."""
+        """Return the time of sending ``data`` bytes to the GPU ``stride`` ranks away."""
         near = stride < self.per_node
         return data / ((self.gpu.intra_gb_s if near else self.gpu.inter_gb_s) * share * 1e9) + self.latency_us * 1e-6
 
 
 def parse_cluster(text: str) -> Cluster:
-    """A cluster from its word, ``KIND:GPUSxNODES``, or from a YAML or JSON file.
+    """Read a cluster from its word, ``KIND:GPUSxNODES``, or from a JSON file.
 
     The file has ``per_node``, ``nodes`` and either ``gpu``, a kind of the table, or all fields of :class:`Gpu`; single
-    ones beside ``gpu`` replace the table's. ``name`` and ``latency_us`` may be left out.
+    ones beside ``gpu`` replace the table's. ``name`` and ``latency_us`` are optional.
 
     Raises:
         UserError: a kind, field or value that does not exist.
     """
-    if Path(text).suffix in (".yaml", ".yml", ".json"):
+    if text.endswith(".json"):
         return _from_file(Path(text))
     kind, _, size = text.partition(":")
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size)
     if not found:
         raise UserError(
-            f"--cluster is KIND:GPUSxNODES, such as h100:8x16 for 16 nodes of 8, or a .yaml or .json file; got {text!r}"
+            f"--cluster is KIND:GPUSxNODES, such as h100:8x16 for 16 nodes of 8, or a .json file; got {text!r}"
         )
     return Cluster(kind, _known(kind), int(found[1]), int(found[2]))
 
@@ -113,7 +110,7 @@ def parse_cluster(text: str) -> Cluster:
 def _known(kind: Any) -> Gpu:
     if kind not in GPUS:
         raise UserError(
-            f"the GPU {kind!r} is not in the table ({', '.join(GPUS)}); describe the cluster in a .yaml file "
+            f"the GPU {kind!r} is not in the table ({', '.join(GPUS)}); describe the cluster in a .json file "
             "(docs/scale.md)"
         )
     return GPUS[kind]
@@ -121,26 +118,19 @@ def _known(kind: Any) -> Gpu:
 
 def _from_file(path: Path) -> Cluster:
     try:
-        text = path.read_text()
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"cannot read the cluster {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"the cluster {path} is not {path.suffix[1:]}: {error}") from error
-    numbers = [f.name for f in fields(Gpu)]
-    known = ["name", "gpu", "per_node", "nodes", "latency_us", *numbers]
-    if not isinstance(content, dict) or (wrong := [k for k in content if k not in known]):
-        what = f"has no {wrong[0]!r}" if isinstance(content, dict) else "is a list of fields"
-        raise UserError(f"a cluster {what} (in {path}); there are {', '.join(known)}")
-    needed = ["per_node", "nodes", *([] if "gpu" in content else numbers)]
-    for name in [*needed, *(k for k in content if k not in ("name", "gpu", *needed))]:
-        value = content.get(name)
+        content = dict(json.loads(path.read_text()))
+        kind = content.pop("gpu", None)
+        own = {f.name: content.pop(f.name) for f in fields(Gpu) if f.name in content}
+        gpu = Gpu(**own) if kind is None else replace(_known(kind), **own)
+        described: dict[str, Any] = {"name": kind or path.stem, "gpu": gpu} | content
+        cluster = Cluster(**described)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read the cluster {path}: {error}; docs/scale.md shows one") from error
+    for name, value in {**vars(gpu), **vars(cluster)}.items():
+        if name in ("name", "gpu"):
+            continue
         whole = name in ("per_node", "nodes")
-        above = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        if not (above and (0 if name == "latency_us" else 1e-12) <= value < inf):  # type: ignore[operator]
+        if not isinstance(value, int if whole else int | float) or not 0 < value < inf:
             kind = "a whole number, 1 or more" if whole else "a number above 0"
             raise UserError(f"{name} of the cluster {path} must be {kind}, got {value!r}")
-    own = {k: v for k, v in content.items() if k in numbers}
-    gpu = replace(_known(content["gpu"]), **own) if "gpu" in content else Gpu(**own)
-    name = str(content.get("name", content.get("gpu", path.stem)))
-    return Cluster(name, gpu, content["per_node"], content["nodes"], content.get("latency_us", 5.0))
+    return cluster

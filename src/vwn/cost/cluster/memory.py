@@ -1,4 +1,4 @@
-"""Bytes on one GPU, and when in a step they are the most.
+"""The most bytes on one GPU during a step.
 
 Parameters, gradients and optimiser state stay; the rest is what is live at the worst of three moments: at the loss
 (all activations, the logits, the unembedding gathered), in the backward of a layer (all activations, the layer
@@ -7,7 +7,7 @@ gathered and its gradients whole), and at the table's gradient (no activations o
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from vwn.cost.cluster.layout import Layout
 from vwn.cost.cluster.options import PlanOptions
@@ -31,13 +31,18 @@ class Memory:
     stage: int
 
     @property
+    def state(self) -> float:
+        """What stays between steps: parameters, gradients and optimiser state."""
+        return self.parameters + self.gradients + self.optimizer
+
+    @property
     def total(self) -> float:
         """The sum."""
-        return sum(value for name, value in asdict(self).items() if name not in ("moment", "stage"))
+        return self.state + self.buffers + self.activations + self.logits
 
 
 def memory(shape: ModelShape, layout: Layout, options: PlanOptions) -> Memory:
-    """Of the stage that needs the most."""
+    """Return the memory of the stage that needs the most."""
     stages = (_stage(shape, layout, options, stage) for stage in range(layout.pp))
     return max(stages, key=lambda m: m.total)
 
@@ -131,7 +136,7 @@ def _gathered(layout: Layout, options: PlanOptions) -> int:
 
 
 def _buffers(shape: ModelShape, layout: Layout, options: PlanOptions, groups: list) -> float:
-    """Of the largest group: itself and, of layers, the next one, gathered; its gradients, once more to be reduced."""
+    """Bytes of the largest group: gathered (of layers, the next one too), and its gradients, twice while reduced."""
     if layout.fsdp == layout.replicas == 1 and not _gathered(layout, options):
         return 0.0
     weights = [(g.weights, 2) if isinstance(g, LayerShape) else (g, 1) for g in groups]

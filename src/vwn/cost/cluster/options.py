@@ -1,9 +1,8 @@
-"""What a plan depends on beside model and cluster, as a typed dataclass. Needs no torch: the command line reads it."""
+"""Options of a plan as a typed dataclass. Needs no torch: the command line is made from it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 from typing import Literal, NamedTuple
 
 from vwn.common.errors import UserError
@@ -29,9 +28,9 @@ class PlanOptions:
     """A training run on a cluster, for `vwn cost --cluster`."""
 
     cluster: str | None = None
-    """KIND:GPUSxNODES, such as h100:8x16, or a YAML or JSON file; plans the training on it (docs/scale.md)."""
+    """KIND:GPUSxNODES, such as h100:8x16, or a JSON file; plans the training on it (docs/scale.md)."""
     fsdp: int | None = None
-    """GPUs that share one copy of the parameters (FSDP2); by default all that are sensible are tried."""
+    """GPUs that share one copy of the parameters (FSDP2); by default all divisors are tried."""
     tp: int | None = None
     """Tensor-parallel degree, with the over-width state split along the sequence; by default all are tried."""
     pp: int | None = None
@@ -49,17 +48,15 @@ class PlanOptions:
     keep_states_every: int = 1
     """Keep one over-width state in so many sublayers, as in `vwn train`."""
     fused_loss: bool = True
-    """Whether the loss keeps no logits (Liger-Kernel)."""
+    """Compute the loss without keeping logits (Liger-Kernel)."""
     efficiency: float = 0.5
-    """Share of the GPU's peak FLOP/s that matrix products reach. An assumption, as the next three."""
+    """Share of the GPU's peak FLOP/s that matrix products reach; this and the next three are assumptions."""
     bandwidth_share: float = 0.8
     """Share of the nominal bandwidth that memory and links reach."""
     overlap: float = 0.8
     """Share of the computing time that FSDP and pipeline transfers can hide behind."""
     usable_memory: float = 0.92
     """Share of a GPU's memory for the run; the rest is for the driver, communication and fragmentation."""
-    storage_gb_s: float = 10.0
-    """Bandwidth of the storage that checkpoints go to, GB/s, over all GPUs."""
     show: int = 1
     """Layouts to show of each arm, the fastest first."""
 
@@ -79,7 +76,6 @@ class PlanOptions:
             value = getattr(self, name)
             require(0 < value <= 1, name, "above 0 and at most 1", value)
         require(0 <= self.overlap <= 1, "overlap", "between 0 and 1", self.overlap)
-        require(0 < self.storage_gb_s < inf, "storage_gb_s", "above 0 and finite", self.storage_gb_s)
         if self.keep_states_every > 1 and self.checkpointing == "full":
             raise UserError(
                 f"--keep-states-every {self.keep_states_every} and --checkpointing full both rebuild the states; "

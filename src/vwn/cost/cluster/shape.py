@@ -1,14 +1,15 @@
-"""What a plan needs to know of a model: parameters by where they live, widths of what is saved, FLOPs by part."""
+"""The model as a plan sees it: parameters by where they live, widths of what is saved, FLOPs by part."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from vwn.cost.model import build_on_meta, is_experts, model_cost, top_k
+from vwn.common.errors import UserError
+from vwn.cost.model import cost_of_model, count, expert_shares
 from vwn.nn.geometry import Geometry
 from vwn.nn.ngram import NgramEmbedding
 
@@ -92,37 +93,44 @@ class ModelShape:
 
 
 def model_shape(config: PreTrainedConfig, window: int) -> ModelShape:
-    """Look at the model of a config, built on the meta device.
+    """Describe the model of a config, built on the meta device.
 
     Args:
-        config: of a causal language model whose cost is known (:func:`vwn.cost.model.model_cost`).
+        config: of a causal language model whose attention has ``q_proj`` and ``o_proj``, such as Llama's or Mixtral's.
         window: tokens of a window.
 
     Raises:
-        UserError: as :func:`vwn.cost.model.model_cost`.
+        UserError: another kind of model, or as :func:`vwn.cost.model_cost`.
     """
-    cost = model_cost(config, sequence_length=window)
-    model: Any = build_on_meta(config)
-    base, text = model.base_model, config.get_text_config()
+    model, counted = count(config, window)
+    cost = cost_of_model(model, counted, window)
+    base, text, f = model.base_model, model.config.get_text_config(), cost.flops
+    if not all(hasattr(base, name) for name in ("layers", "embed_tokens")):
+        raise UserError(_unknown(model, "it has no layers and embed_tokens"))
+    experts = expert_shares(model, counted)
     predictors = list(getattr(base, "mtp", ()))
     depth = len(base.layers) + len(predictors)
-    table, f = _weights([base.embed_tokens]), cost.flops
     inner = {id(p) for part in (base.embed_tokens, base.layers, *predictors) for p in part.parameters()}
     tail = [module for module in model.modules() if any(id(p) not in inner for p in module.parameters(recurse=False))]
     geometry = cost.connection.geometry if cost.connection else Geometry(text.hidden_size, 1, 1)
     wide, narrow = geometry.over_width, geometry.hidden_size
+
+    def layer(module: nn.Module) -> LayerShape:
+        attention, hidden, routed = _saved_widths(model, module, experts, narrow)
+        return LayerShape(_weights([module], experts), attention, hidden, routed)
+
     return ModelShape(
         geometry=geometry,
         widened=cost.connection is not None,
-        layers=tuple(_layer(x, text, narrow) for x in base.layers),
-        mtp=tuple(_layer(x, text, narrow) for x in predictors),
-        table=table,
+        layers=tuple(map(layer, base.layers)),
+        mtp=tuple(map(layer, predictors)),
+        table=_weights([base.embed_tokens], experts),
         direct=getattr(base.embed_tokens, "form", "direct") == "direct",
-        tail=_weights(tail, inner),
+        tail=_weights(tail, experts, inner),
         tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         vocab_size=text.vocab_size,
         heads=(text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
-        layer_flops=(f.linear + f.attention_scores + f.experts) / depth,
+        layer_flops=f.layers / depth,
         connection_flops=f.connections / depth,
         connection_traffic=(5 * wide + 4 * narrow, 7 * wide + 6 * narrow) if cost.connection else (0, 0),
         first_flops=f.embedding,
@@ -132,11 +140,11 @@ def model_shape(config: PreTrainedConfig, window: int) -> ModelShape:
     )
 
 
-def _weights(modules: Iterable[nn.Module], without: Iterable[int] = ()) -> Weights:
-    """Of modules and all that is inside them, each parameter once."""
+def _weights(modules: Iterable[nn.Module], experts: Container[nn.Module], without: Iterable[int] = ()) -> Weights:
+    """Count the parameters of modules and of all that is inside them, each once."""
     seen, split, whole = set(without), 0, 0
     for module in (inner for outer in modules for inner in outer.modules()):
-        divided = isinstance(module, nn.Linear | nn.Embedding | NgramEmbedding) or is_experts(module)
+        divided = isinstance(module, nn.Linear | nn.Embedding | NgramEmbedding) or module in experts
         for p in module.parameters(recurse=False):
             if id(p) not in seen:
                 seen.add(id(p))
@@ -147,20 +155,31 @@ def _weights(modules: Iterable[nn.Module], without: Iterable[int] = ()) -> Weigh
     return Weights(split, whole)
 
 
-def _layer(layer: nn.Module, config: Any, width: int) -> LayerShape:
+def _saved_widths(
+    model: nn.Module, layer: nn.Module, experts: Mapping[nn.Module, float], width: int
+) -> tuple[int, int, int]:
+    """Return ``attention``, ``hidden`` and ``routed`` of :class:`LayerShape`."""
     attention = hidden = routed = 0
-    inside: set[int] = set()
+    inside: set[nn.Module] = set()
     for module in layer.modules():
         q, o = getattr(module, "q_proj", None), getattr(module, "o_proj", None)
         if isinstance(q, nn.Linear) and isinstance(o, nn.Linear):
-            inside |= {id(x) for x in module.modules()}
+            inside.update(module.modules())
             attention += sum(x.out_features for n in "qkv" if (x := getattr(module, f"{n}_proj", None)) is not None)
             attention += o.in_features
-        elif is_experts(module):
-            numbers = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 3)
-            active, experts = top_k(layer, config), next(module.parameters(recurse=False)).shape[0]
-            hidden += round(active * 2 * numbers / (3 * experts * width))  # gate, up, down of one size
-            routed += 2 * active * width
-        elif isinstance(module, nn.Linear) and id(module) not in inside and module.in_features == width:
+        elif module in experts:
+            stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3]
+            hidden += round(experts[module] * 2 * sum(p.numel() for p in stacks) / (3 * width))  # gate, up, down alike
+            routed += 2 * round(experts[module] * stacks[0].shape[0]) * width
+        elif isinstance(module, nn.Linear) and module not in inside and module.in_features == width:
             hidden += module.out_features
-    return LayerShape(_weights([layer]), attention, hidden, routed)
+    if not attention:
+        raise UserError(_unknown(model, "one of its layers has no attention with q_proj and o_proj"))
+    return attention, hidden, routed
+
+
+def _unknown(model: nn.Module, why: str) -> str:
+    return (
+        f"training of {type(model).__name__} cannot be planned: {why}; known are decoders such as Llama, Qwen3, "
+        "Mixtral and Qwen3-MoE. Without --cluster its cost is shown"
+    )

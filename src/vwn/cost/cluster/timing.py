@@ -1,7 +1,7 @@
-"""How long a step takes, by a roofline: an estimate with its assumptions, never a measurement.
+"""The time of a step, estimated by a roofline.
 
-A micro-batch's forward and backward on the slowest stage is computing at a share of the peak, connections at the
-slower of their arithmetic and their bytes, and what tensor parallelism sends, which nothing hides.
+On the slowest stage a micro-batch takes the matrix products at a share of the peak, the connections at the slower of
+their arithmetic and their bytes, and the tensor-parallel messages, which nothing hides.
 """
 
 from __future__ import annotations
@@ -36,15 +36,9 @@ class StepTime:
         """The sum."""
         return sum(asdict(self).values())
 
-    @property
-    def longest(self) -> str:
-        """The largest part beside computing."""
-        parts = {name: value for name, value in asdict(self).items() if name != "compute"}
-        return max(parts, key=lambda name: parts[name])
-
 
 def step_time(shape: ModelShape, layout: Layout, cluster: Cluster, options: PlanOptions, sent: Traffic) -> StepTime:
-    """The parts of a step."""
+    """Estimate the parts of a step."""
     m, share = layout.micro_batches, options.bandwidth_share
     tokens = options.micro_batch * shape.window / layout.tp * m
     compute, connections = (tokens * x for x in _per_token(shape, layout, cluster, options))

@@ -1,4 +1,4 @@
-"""Bytes that one GPU of the busiest stage sends in a step (it receives as many)."""
+"""The bytes that one GPU of the busiest stage sends in a step; it receives as many."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vwn.cost.cluster.shape import ModelShape
 
 @dataclass(frozen=True)
 class Collective:
-    """Some collectives of one kind: ``data`` bytes, whole, in ``messages`` calls in a group of ``size``."""
+    """Collectives of one kind: ``data`` bytes in all, in ``messages`` calls in a group of ``size`` GPUs."""
 
     data: float
     messages: float
@@ -20,13 +20,13 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """By each GPU."""
+        """Bytes that each GPU sends."""
         return self.data * (self.size - 1) / self.size
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a step sends."""
+    """The collectives and messages of a step."""
 
     fsdp: Collective
     """All-gathers of parameters and reduce-scatters of gradients."""
@@ -46,7 +46,7 @@ class Traffic:
 
 
 def traffic(shape: ModelShape, layout: Layout, options: PlanOptions) -> Traffic:
-    """Of the stage with the most parameters, and the most layers."""
+    """Return the traffic of the stage with the most parameters and the most layers."""
     e, tp, m = options.bytes, layout.tp, layout.micro_batches
     tokens, width = options.micro_batch * shape.window, shape.geometry.hidden_size
     stages = [stage_weights(shape, layout, stage) for stage in range(layout.pp)]

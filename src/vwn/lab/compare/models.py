@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from vwn.common.errors import UserError
-from vwn.cost.model import model_cost
+from vwn.cost import model_cost
 from vwn.lab.compare.arms import Arm
 from vwn.training.config import WidthOptions
 from vwn.training.model import model_config, resize_backbone

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from vwn.common.errors import UserError
 from vwn.common.provenance import provenance
-from vwn.cost.model import model_cost
+from vwn.cost import model_cost
 from vwn.data import Corpus, prepare
 from vwn.lab.analysis.analyse import add_analysis
 from vwn.lab.compare.arms import BASELINE, Arm

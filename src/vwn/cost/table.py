@@ -1,0 +1,138 @@
+"""The table that ``vwn cost`` prints, and its numbers for ``--json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vwn.cost.connection import BYTES_PER_ELEMENT, PLAIN_ACTIVATION_BYTES
+from vwn.cost.model import ModelCost, model_cost
+from vwn.nn.geometry import Geometry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_NAME_WIDTH = 20  # of the first column; a longer name is cut
+
+
+class CostTable(NamedTuple):
+    """The costs of several models: one dict per model for ``--json``, and the text."""
+
+    rows: list[dict[str, Any]]
+    text: str
+
+
+def cost_table(configs: Mapping[str, PreTrainedConfig], sequence_length: int) -> CostTable:
+    """Compare the costs of several models with the first of them that has residual connections.
+
+    Args:
+        configs: name to config. Give the plain model the same number of MTP modules as the others.
+        sequence_length: tokens a token attends to.
+
+    Returns:
+        rows of plain numbers, ``None`` where a number has no meaning, in FLOPs and bytes; the text has at most 110
+        columns.
+
+    Raises:
+        UserError: as :func:`model_cost`.
+    """
+    costs = {name: model_cost(config, sequence_length=sequence_length) for name, config in configs.items()}
+    baseline = next((c for c in costs.values() if c.connection is None), None)
+    widths = {name: config.get_text_config().hidden_size for name, config in configs.items()}
+    rows = [_row(name, cost, widths[name], baseline) for name, cost in costs.items()]
+    return CostTable(rows, _text(rows, sequence_length))
+
+
+def _row(name: str, cost: ModelCost, hidden_size: int, baseline: ModelCost | None) -> dict[str, Any]:
+    c, forward = cost.connection, cost.forward_flops_per_token
+    geometry = c.geometry if c else Geometry(hidden_size, 1, 1)
+    traffic = asdict(c.traffic) if c else None
+    unit = BYTES_PER_ELEMENT * hidden_size
+    return {
+        "name": name,
+        "hidden_size": hidden_size,
+        "m": geometry.m,
+        "n": geometry.n,
+        "r": geometry.ratio,
+        "num_mtp_modules": cost.num_mtp_modules,
+        "sequence_length": cost.sequence_length,
+        "params": cost.parameters,
+        "active_params": cost.active_parameters,
+        "flops_per_token": forward,
+        "training_flops_per_token": cost.training_flops_per_token,
+        "flops_ratio": forward / baseline.forward_flops_per_token if baseline else None,
+        "flops": asdict(cost.flops),
+        "connection_share": cost.flops.connections / forward,
+        "ends_share": (cost.flops.embedding + cost.flops.reduce + cost.flops.mtp_fuse) / forward,
+        "connection_norm_flops": cost.connection_norm_flops,
+        "connection_flops_per_sublayer": c.flops if c else 0,
+        "activation_bytes_per_layer": PLAIN_ACTIVATION_BYTES * hidden_size + (c.activation_bytes if c else 0),
+        "activation_overhead": c.activation_overhead if c else 0.0,
+        "traffic_bytes": traffic,
+        "traffic_units": {k: v / unit for k, v in traffic.items()} if traffic else None,
+    }
+
+
+def _text(rows: list[dict[str, Any]], sequence_length: int) -> str:
+    return "\n".join([*_model_lines(rows), "", *_traffic_lines(rows), "", *_legend(rows, sequence_length)])
+
+
+def _model_lines(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        f"{'':{_NAME_WIDTH}}  {'r':>5}  {'params':>7}  {'active':>7}  {'FLOPs/token':>11}  {'× plain':>7}  {'GHC':>6}  "
+        f"{'ends':>6}  {'activations/layer':>19}"
+    ]
+    for row in rows:
+        ratio = "–" if row["flops_ratio"] is None else f"{row['flops_ratio']:.3f}"
+        overhead = f" (+{row['activation_overhead']:.1%})" if row["traffic_bytes"] else ""
+        saved = f"{_si(row['activation_bytes_per_layer'])}B{overhead}"
+        lines.append(
+            f"{short(row['name'])}  {row['r']:5.4g}  {count(row['params']):>7}  {count(row['active_params']):>7}  "
+            f"{_si(row['flops_per_token']):>11}  {ratio:>7}  {row['connection_share']:6.2%}  {row['ends_share']:6.2%}  "
+            f"{saved:>19}"
+        )
+    return lines
+
+
+def _traffic_lines(rows: list[dict[str, Any]]) -> list[str]:
+    kinds = ("forward_fused", "forward_separate", "forward_naive", "backward_fused", "backward_separate")
+    lines = [
+        f"{'traffic/sublayer':{_NAME_WIDTH}}  {' forward ':-^49}  {' backward ':-^32}",
+        f"{'':{_NAME_WIDTH}}" + "".join(f"  {kind.split('_')[1]:>15}" for kind in kinds),
+    ]
+    for row in rows:
+        cells = ["–"] * len(kinds)
+        if row["traffic_bytes"]:
+            cells = [f"{row['traffic_units'][k]:.4g} = {_si(row['traffic_bytes'][k])}B" for k in kinds]
+        lines.append(short(row["name"]) + "".join(f"  {cell:>15}" for cell in cells))
+    return lines
+
+
+def _legend(rows: list[dict[str, Any]], sequence_length: int) -> list[str]:
+    modules = " and ".join(str(k) for k in sorted({row["num_mtp_modules"] for row in rows}))
+    return [
+        f"FLOPs: forward matrix products, attention over {sequence_length} tokens, MTP modules: {modules}; "
+        "training is 3 times that.",
+        "GHC: the connections' share of the FLOPs; ends: share of embedding expand, reduce and MTP fuse.",
+        "active: top-k of the experts, embedding tables whole. activations: bytes per token, 34·D + 4·η·r·D, η = ½.",
+        f"traffic: floor per token, in D·e = in bytes, e = {BYTES_PER_ELEMENT}; fused: write with next read. "
+        "k M G: 10^3 10^6 10^9.",
+    ]
+
+
+def short(name: str, width: int = _NAME_WIDTH) -> str:
+    """Cut or fill a name to the width of its column."""
+    return f"{name if len(name) <= width else name[: width - 1] + '…':{width}}"
+
+
+def count(value: float) -> str:
+    """Format a number of parameters."""
+    return f"{value / 1e9:.3g}B" if value >= 0.9995e9 else f"{value / 1e6:.3g}M"
+
+
+def _si(value: float) -> str:
+    for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:.4g} {prefix}"
+    return f"{value:.4g} "

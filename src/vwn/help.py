@@ -1,0 +1,215 @@
+"""The text of ``vwn --help``, made from the commands' dataclasses; it needs no torch, so it comes at once."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import shutil
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass
+from difflib import get_close_matches
+from itertools import pairwise
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from vwn.training.presets import PRESETS
+
+WHAT = (
+    "Virtual Width Networks: train, compare and examine language models whose representation is wider than their "
+    "transformer (arXiv 2511.11238)."
+)
+_INDENT = 24  # of the options' texts
+_SYNONYMS = {
+    "lr": "learning-rate",
+    "batch": "batch-size",
+    "bs": "batch-size",
+    "dataset": "data",
+    "max-steps": "steps",
+    "output-dir": "out",
+    "output": "out",
+    "context": "window",
+    "seq-len": "window",
+    "max-tokens": "max-new-tokens",
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option, or a positional argument, of a command."""
+
+    name: str
+    metavar: str
+    text: str
+    default: str
+    group: str
+    positional: bool
+    switch: bool
+
+    @property
+    def usage(self) -> str:
+        """The option as it is typed."""
+        if self.positional:
+            return self.metavar
+        return f"--{self.name} {self.metavar}".strip()
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand.
+
+    Args:
+        config: dataclass that its options are made from.
+        purpose: one sentence.
+        examples: command lines, without ``vwn``.
+        first: options that everybody needs first.
+        hidden: options of a shared part that this command has no use for.
+        presets: whether to list the backbones by name.
+    """
+
+    config: type
+    purpose: str
+    examples: tuple[str, ...]
+    first: tuple[str, ...]
+    hidden: tuple[str, ...] = ()
+    presets: bool = False
+
+    @property
+    def options(self) -> list[Option]:
+        """All options, those of nested dataclasses by their group."""
+        return [option for option in _options(self.config) if option.name not in self.hidden]
+
+
+def overview(commands: Mapping[str, Command]) -> str:
+    """Return what ``vwn`` and ``vwn --help`` print."""
+    lines = [_wrap(WHAT), "", "usage: vwn COMMAND [OPTIONS]", ""]
+    for name, command in commands.items():
+        lines += [_row(name, command.purpose, 10), f"{'':12}vwn {command.examples[0]}"]
+    return "\n".join([*lines, "", "vwn COMMAND --help shows the options of a command, vwn --version the version."])
+
+
+def command_help(name: str, command: Command) -> str:
+    """Return what ``vwn NAME --help`` prints."""
+    options = command.options
+    needed = " ".join(o.usage for o in options if o.default == "required")
+    lines = [f"usage: {' '.join(['vwn', name, needed, '[OPTIONS]'])}", "", _wrap(command.purpose), "", "examples:"]
+    lines += [f"  vwn {example}" for example in command.examples]
+    by_name = {o.name: o for o in options}
+    groups: dict[str, list[Option]] = {"first": [by_name[o] for o in command.first]}
+    for option in options:
+        if option.name not in command.first:
+            groups.setdefault(option.group, []).append(option)
+    for group, members in groups.items():
+        lines += ["", f"{group} options:", *(_row(o.usage, _with_default(o)) for o in members)]
+    if command.presets:
+        lines += ["", "presets for --backbone:", *_preset_lines()]
+    return "\n".join(lines)
+
+
+def unknown_option(name: str, command: Command, given: str) -> str:
+    """Return the sentence about an option that a command does not have, with the one that was probably meant."""
+    known = [o.name for o in command.options if not o.positional]
+    meant = _SYNONYMS.get(given)
+    close = [meant] if meant in known else get_close_matches(given, known, 1) or [k for k in known if given in k][:1]
+    hint = f"did you mean --{close[0]}? " if close else ""
+    return f"vwn {name} has no option --{given}; {hint}vwn {name} --help shows all"
+
+
+def unknown_command(given: str, names: Iterable[str]) -> str:
+    """Return the sentence about a command that does not exist."""
+    names = list(names)
+    close = get_close_matches(given, names, 1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"there is no command {given!r}; {hint}the commands are {', '.join(names)}"
+
+
+def _options(config: type, group: str = "general") -> Iterator[Option]:
+    texts, hints = _field_texts(config), get_type_hints(config, include_extras=True)
+    for field in dataclasses.fields(config):
+        inner: Any = hints[field.name]
+        marks: list[Any] = []
+        if get_origin(inner) is Annotated:
+            inner, *marks = get_args(inner)
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            yield from _options(inner, field.name)
+            continue
+        metavar = next((m.metavar for m in marks if getattr(m, "metavar", None)), None)
+        required = field.default is MISSING and field.default_factory is MISSING
+        yield Option(
+            name=field.name.replace("_", "-"),
+            metavar=_metavar(inner) if metavar is None else metavar,
+            text=texts.get(field.name, ""),
+            default="required" if required else _shown(field.default),
+            group=group,
+            positional=metavar is not None,
+            switch=inner is bool,
+        )
+
+
+def _field_texts(config: type) -> dict[str, str]:
+    """Read the strings under the fields of a dataclass and of its bases."""
+    found: dict[str, str] = {}
+    for owner in reversed(config.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
+        for line, following in pairwise(body):
+            if isinstance(line, ast.AnnAssign) and isinstance(following, ast.Expr):
+                text = getattr(following.value, "value", None)
+                if isinstance(text, str):
+                    found[line.target.id] = " ".join(text.replace("`", "").split())  # type: ignore[union-attr]
+    return found
+
+
+def _metavar(kind: Any) -> str:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        kinds = [k for k in inner if k is not type(None)]
+        words = [w for k in kinds for w in ([""] if k is bool else [_metavar(k)])]
+        return "[{}]".format(*[w for w in words if w]) if "" in words else "|".join(words)
+    if origin is Literal:
+        return "{" + ",".join(map(str, inner)) + "}" if len(inner) > 1 else str(inner[0])
+    if origin is tuple:
+        return f"{_metavar(inner[0])} ..."
+    return {bool: "", int: "INT", float: "FLOAT", str: "TEXT"}.get(kind, kind.__name__.upper())
+
+
+def _shown(default: Any) -> str:
+    if default in (MISSING, None, False, ""):
+        return ""
+    if isinstance(default, tuple):
+        return " ".join(map(str, default))
+    return "on" if default is True else str(default)
+
+
+def _with_default(option: Option) -> str:
+    said = not option.default or "default" in option.text
+    text = option.text if said else f"{option.text} [{option.default}]".strip()
+    return text + (f" (--no-{option.name} turns it off)" if option.switch and option.default == "on" else "")
+
+
+def _preset_lines() -> Iterator[str]:
+    for name, preset in PRESETS.items():
+        f = preset.fields(vocab_size=1, window=1)
+        width, experts = f["hidden_size"], max(1, preset.experts)
+        kv = f["num_key_value_heads"] / f["num_attention_heads"]
+        layer = (2 + 2 * kv) * width**2 + 3 * width * f["intermediate_size"] * experts
+        kind = f"{preset.depth} layers, width {width}" + (f", {preset.experts} experts" if preset.experts else "")
+        size = preset.depth * layer
+        shown = f"{size / 1e9:.2g} B" if size >= 1e9 else f"{size / 1e6:.3g} M"
+        yield _row(name, f"{kind}: {shown} parameters, and {2 * width / 1000:.3g} M per 1,000 tokens of vocabulary", 14)
+
+
+def _width() -> int:
+    return min(100, max(60, shutil.get_terminal_size().columns))
+
+
+def _wrap(text: str) -> str:
+    return textwrap.fill(text, _width(), break_on_hyphens=False)
+
+
+def _row(name: str, text: str, indent: int = _INDENT) -> str:
+    lines = textwrap.wrap(text, _width() - indent - 2, break_on_hyphens=False) or [""]
+    if len(name) >= indent:
+        lines.insert(0, "")
+    first = f"  {name:{indent}}{lines[0]}".rstrip()
+    return "\n".join([first, *(" " * (indent + 2) + line for line in lines[1:])])
