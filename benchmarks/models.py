@@ -40,7 +40,7 @@ class Training:
     Args:
         size: of the backbone.
         connection: ``(m, n)``, or ``None`` for plain residuals.
-        device: bfloat16 parameters on a GPU, but float32 ones in the connections; float32 on a CPU.
+        device: bfloat16 autocast on a GPU and float32 on a CPU, as ``vwn train`` has them.
         batch: windows and their length.
         backend: of the connections.
         mtp: multi-token prediction modules.
@@ -76,8 +76,6 @@ class Training:
         self.model = VirtualWidthForCausalLM(VirtualWidthConfig(backbone=backbone, num_mtp_modules=mtp, **width))
         self._perturb()
         self.model.train().to(device)
-        if device == "cuda":
-            self._half_precision()
         if connection is not None:
             self.model.set_connection_backend(backend)
             self.model.model.keep_states_every = keep_states_every
@@ -95,19 +93,16 @@ class Training:
                 for parameter in module.parameters():
                     parameter.add_(0.02 * torch.randn_like(parameter))
 
-    def _half_precision(self) -> None:
-        self.model.to(torch.bfloat16)
-        for module in self.model.modules():
-            if isinstance(module, GeneralizedHyperConnection):
-                module.float()
-
     def loss(self) -> Tensor:
         """Of both heads, with its graph."""
-        return self._run(input_ids=self._ids, labels=self._ids, use_cache=False).loss
+        device = self._ids.device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            return self._run(input_ids=self._ids, labels=self._ids, use_cache=False).loss
 
     def step(self) -> None:
         """One whole training step."""
         self.loss().backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

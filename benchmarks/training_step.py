@@ -1,7 +1,7 @@
 """A whole training step, plain residuals against virtual width: time and memory.
 
-Forward, loss with one further head (multi-token prediction), backward, fused AdamW; the same backbone, dense and with
-experts. Every variant takes turns with the plain model, and its ratios are against the plain model's turns.
+Forward, loss with one further head (multi-token prediction), backward, clipping, fused AdamW; the same backbone, dense
+and with experts. Every variant takes turns with the plain model, and its ratios are against the plain model's turns.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "checkpointing": {"checkpointing": True},
 }
 NOTES = {
-    "unit": "one step: forward, two heads' loss, backward, fused AdamW",
+    "unit": "one step: forward, two heads' loss, backward, clipping, fused AdamW",
     "time ratio": "median over that of the plain model in the same rounds (compiled with compiled, all else eager)",
     "checkpointing": "of the plain model too, in that row",
     "saved": "allocated after the forward, above what there was before: what is kept for the backward",
     "peak": "most allocated during the step; with parameters and optimiser state in the total",
-    "GPU precision": "bfloat16 parameters and states, float32 parameters of the connections",
+    "GPU precision": "float32 parameters under bfloat16 autocast, as vwn train has them",
 }
 COLUMNS = {
     "family": "6s",

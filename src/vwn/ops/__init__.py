@@ -42,8 +42,8 @@ def read(
         backend: ``"auto"``, ``"reference"``, ``"compiled"`` or ``"triton"``.
 
     Returns:
-        ``[..., D]`` in the state's dtype, autocast's where that is on; the routing is computed in float32 (float64 for a
-        float64 state).
+        ``[..., D]`` in the state's dtype, or autocast's; the routing is computed in float32 (float64 for a float64
+        state).
 
     Raises:
         UserError: shapes or devices that do not fit, or a backend asked for by name that cannot run.

@@ -11,59 +11,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from vwn.ops.backends import Backend, choose, module
 from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights, Weights
 
-# Every weight is an argument of its own, in the order of the fields of weights.py, and the three ops are differentiated
-# by `_differentiate`: lists of tensors, or `register_autograd` with many arguments, take PyTorch 0.1 ms a call.
-_LIBRARY = torch.library.Library("vwn", "FRAGMENT")
 
-
-def _define(kernel: Callable[..., Any]) -> Any:
-    """As ``torch.library.custom_op``, but without its autograd: see :func:`_differentiate`."""
-    name = kernel.__name__
-    schema = torch.library.infer_schema(kernel, mutates_args=())
-    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, torch.compiler.disable(kernel), "CompositeExplicitAutograd")
-    return getattr(torch.ops.vwn, name).default
-
-
-def _differentiate(op: Any, backward: Callable[..., list[Tensor]], data: int) -> None:
+def _differentiate(op: CustomOpDef, backward: Callable[..., list[Tensor]], data: int) -> None:
     """Save the inputs of ``op`` and hand them, as they came, to ``backward`` behind the gradients of the results.
 
     The gradients it returns are of the tensors among them, in their order: of the first ``data``, which are no weights,
     and if weights need them of all.
     """
 
-    def below(keyset: Any, *inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+        ctx.save_for_backward(*_tensors(inputs))
+        ctx.others = [value for value in inputs if not isinstance(value, Tensor)]
 
-    class Differentiable(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, keyset: Any, *inputs: Any) -> Any:
-            ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
-            ctx.save_for_backward(*_tensors(inputs))
-            ctx.others = [value for value in inputs if not isinstance(value, Tensor)]
-            return below(keyset, *inputs)
+    def run_backward(ctx: Any, *grads: Tensor) -> Any:
+        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
+        inputs = [next(tensors if is_tensor else others) for is_tensor in ctx.is_tensor]
+        needs_weights = any(ctx.needs_input_grad[data:])
+        found = iter(backward(*grads, *inputs, needs_weights))
+        wanted = [is_tensor and (i < data or needs_weights) for i, is_tensor in enumerate(ctx.is_tensor)]
+        return tuple(next(found) if wants else None for wants in wanted)
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Any:
-            tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
-            inputs = [next(tensors if is_tensor else others) for is_tensor in ctx.is_tensor]
-            needs_weights = any(ctx.needs_input_grad[1 + data :])
-            found = iter(backward(*grads, *inputs, needs_weights))
-            wanted = [is_tensor and (i < data or needs_weights) for i, is_tensor in enumerate(ctx.is_tensor)]
-            return None, *(next(found) if wants else None for wants in wanted)
-
-    def kernel(keyset: Any, *inputs: Any) -> Any:
-        if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(inputs)):
-            return Differentiable.apply(keyset, *inputs)
-        return below(keyset, *inputs)
-
-    Differentiable.__name__ = f"{op._opname}_backward"
-    _LIBRARY.impl(op._opname, kernel, "Autograd", with_keyset=True)
+    op.register_autograd(run_backward, setup_context=setup_context)
 
 
 def _runner(backend: str, state: Tensor) -> Backend:
@@ -95,7 +69,7 @@ def _hidden_size(state: Tensor, static_alpha: Tensor) -> int:
     return state.shape[-1] // n * (columns - n)
 
 
-@_define
+@torch.library.custom_op("vwn::read", mutates_args=())
 def read(
     state: Tensor,
     static_alpha: Tensor,
@@ -113,7 +87,7 @@ def read(
     return _shaped(x, [*state.shape[:-1], _hidden_size(state, static_alpha)])
 
 
-@_define
+@torch.library.custom_op("vwn::write", mutates_args=())
 def write(
     state: Tensor,
     z: Tensor,
@@ -137,7 +111,7 @@ def write(
     return _shaped(new, state.shape)
 
 
-@_define
+@torch.library.custom_op("vwn::write_read", mutates_args=())
 def write_read(
     state: Tensor,
     z: Tensor,
@@ -270,17 +244,17 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
     return [t for t in values if isinstance(t, Tensor)]
 
 
-@torch.library.register_fake("vwn::read", lib=_LIBRARY)
+@read.register_fake
 def _(state, static_alpha, *rest):
     return state.new_empty(*state.shape[:-1], _hidden_size(state, static_alpha))
 
 
-@torch.library.register_fake("vwn::write", lib=_LIBRARY)
+@write.register_fake
 def _(state, z, *rest):
     return _like(state)
 
 
-@torch.library.register_fake("vwn::write_read", lib=_LIBRARY)
+@write_read.register_fake
 def _(state, z, *rest):
     return _like(state), _like(z)
 
