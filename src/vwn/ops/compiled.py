@@ -52,7 +52,7 @@ class _Boundary(ctypes.Structure):
     ]
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+def unavailable(device: torch.device, dtype: torch.dtype, slots: int = 1) -> str | None:
     """Why it cannot run there, or ``None``; builds the library when first asked."""
     if device.type != "cpu":
         return f"it runs on a CPU, not on {device.type}"

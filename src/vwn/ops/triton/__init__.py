@@ -63,7 +63,7 @@ def forward(
     x = None if read is None else state.new_empty(tokens, constants["m"] * constants["d"])
     if tokens:
         with torch.cuda.device_of(state):
-            forward_kernel.forward[lambda meta: (-(-tokens // (meta["ROWS"] // meta["N"])),)](
+            forward_kernel.forward[lambda meta: (-(-tokens // max(1, meta["ROWS"] // meta["N"])),)](
                 state, z, new, x, tokens, write, read, norm, **constants
             )
     return new, x

@@ -136,7 +136,7 @@ def backward(
     BD: tl.constexpr,
 ):
     """Gradients of the forward's inputs; the routing and the new state are computed again."""
-    BT: tl.constexpr = ROWS // N
+    BT: tl.constexpr = ROWS // N if ROWS > N else 1
     i, k = tl.arange(0, N), tl.arange(0, M)
     my_part = tl.program_id(0).to(tl.int64) * PART
     for tile_index in range(tl.program_id(0), tl.cdiv(T, BT), tl.num_programs(0)):

@@ -11,14 +11,19 @@ import triton
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _configs(*sizes: tuple[int, int, int]) -> list[triton.Config]:
-    """One for each ``(rows, columns, warps)``; a tile has as many tokens as make up ``rows`` slots."""
-    found = [triton.Config({"ROWS": r, "BD": c}, num_warps=w, num_stages=1) for r, c, w in sizes]
-    return found[:1] if INTERPRETED else found  # the interpreter cannot measure
+FORWARD_SIZES = ((64, 32, 4), (64, 64, 8), (32, 64, 4), (32, 64, 8))
+"""``(rows, columns, warps)``: a tile has the tokens that make up ``rows`` slots, or one, and ``columns`` at a time."""
+BACKWARD_SIZES = ((32, 32, 4), (64, 32, 8), (32, 64, 8))
 
 
-FORWARD = _configs((64, 64, 4), (64, 128, 8), (64, 64, 8), (128, 64, 8))
-BACKWARD = _configs((64, 32, 8), (64, 64, 8), (64, 32, 4))
+def every(sizes: tuple[tuple[int, int, int], ...]) -> list[triton.Config]:
+    """The configurations of these sizes."""
+    return [triton.Config({"ROWS": r, "BD": c}, num_warps=w, num_stages=1) for r, c, w in sizes]
+
+
+# The interpreter cannot measure, so it gets one.
+FORWARD = every(FORWARD_SIZES[: 1 if INTERPRETED else None])
+BACKWARD = every(BACKWARD_SIZES[: 1 if INTERPRETED else None])
 KEY = ["n", "m", "d", "WRITE", "READ", "NORM", "WRITE_DYNAMIC", "READ_DYNAMIC", "FEW"]
 """What the choice depends on, beside the dtypes."""
 

@@ -36,7 +36,7 @@ def forward(
     BD: tl.constexpr,
 ):
     """``H' ← Âᵀ H' + Bᵀ Z``, then ``X = Åᵀ H'`` (eq. 10), then the norm of ``X``."""
-    BT: tl.constexpr = ROWS // N
+    BT: tl.constexpr = ROWS // N if ROWS > N else 1
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     if WRITE:
         carry, beta, _, _, _ = write_routing(state, t, T, write, WRITE_DYNAMIC, n, m, d, N, M, BT, BD)
