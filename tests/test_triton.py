@@ -233,7 +233,7 @@ def test_tiles_are_not_measured_if_bits_count():
     assert configs.first_if_deterministic(two, {}) == two
 
 
-@pytest.mark.parametrize("config", configs.every(configs.FORWARD_SIZES), ids=str)
+@pytest.mark.parametrize("config", configs.every((*configs.FORWARD_SIZES, *configs.BACKWARD_SIZES)), ids=str)
 def test_every_size_of_tile(config, monkeypatch):
     """On a GPU the autotuner may take any; here each in turn, forward and backward."""
     from vwn.ops.triton import backward_kernel

@@ -83,7 +83,7 @@ def backward(
     from vwn.ops.triton import backward_kernel
 
     constants = _constants(state, write, read, norm)
-    tokens, n = state.shape[0], constants["n"]
+    tokens = state.shape[0]
     of_state = torch.empty_like(state)
     of_z = None if z is None else torch.empty_like(z)
     x = of_z if norm is None or of_z is not None else torch.empty_like(grad_x)

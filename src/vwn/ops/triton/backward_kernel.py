@@ -98,9 +98,7 @@ def _clear_parts(arguments: dict[str, Any], reset_only: bool = False) -> None:
         arguments["parts"].zero_()
 
 
-@triton.autotune(
-    BACKWARD, KEY, prune_configs_by={"early_config_prune": first_if_deterministic}, pre_hook=_clear_parts
-)
+@triton.autotune(BACKWARD, KEY, prune_configs_by={"early_config_prune": first_if_deterministic}, pre_hook=_clear_parts)
 @triton.jit
 def backward(
     grad_new,  # of the new state, [T, n d], or None
@@ -137,7 +135,7 @@ def backward(
 ):
     """Gradients of the forward's inputs; the routing and the new state are computed again."""
     BT: tl.constexpr = ROWS // N if ROWS > N else 1
-    i, k = tl.arange(0, N), tl.arange(0, M)
+    k = tl.arange(0, M)
     my_part = tl.program_id(0).to(tl.int64) * PART
     for tile_index in range(tl.program_id(0), tl.cdiv(T, BT), tl.num_programs(0)):
         t = tile_index * BT + tl.arange(0, BT)

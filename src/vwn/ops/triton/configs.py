@@ -11,9 +11,9 @@ import triton
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-FORWARD_SIZES = ((64, 32, 4), (64, 64, 8), (32, 64, 4), (32, 64, 8))
+FORWARD_SIZES = ((64, 32, 4), (32, 64, 4), (64, 64, 8))
 """``(rows, columns, warps)``: a tile has the tokens that make up ``rows`` slots, or one, and ``columns`` at a time."""
-BACKWARD_SIZES = ((32, 32, 4), (64, 32, 8), (32, 64, 8))
+BACKWARD_SIZES = ((32, 32, 4), (64, 32, 8))
 
 
 def every(sizes: tuple[tuple[int, int, int], ...]) -> list[triton.Config]:

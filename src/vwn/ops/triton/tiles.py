@@ -73,39 +73,41 @@ def load_tile(pointer, t, c, T, count: tl.constexpr, COUNT: tl.constexpr, d: tl.
 def dot(a, b, PRECISION: tl.constexpr):
     """``a b`` on tensor cores: ``[BT, I, K], [BT, K, J] -> [BT, I, J]``."""
     if a.shape[0] == 1:  # as plain matrices the compiler spreads them over the warps better
-        product = tl.dot(
-            tl.reshape(a, (a.shape[1], a.shape[2])), tl.reshape(b, (b.shape[1], b.shape[2])), input_precision=PRECISION
-        )
-        return product[None, :, :]
+        a, b = tl.reshape(a, (a.shape[1], a.shape[2])), tl.reshape(b, (b.shape[1], b.shape[2]))
+        result = tl.dot(a, b, input_precision=PRECISION)[None, :, :]
     else:
-        return tl.dot(a, b, input_precision=PRECISION)
+        result = tl.dot(a, b, input_precision=PRECISION)
+    return result
 
 
 @triton.jit
 def mix_rows(a, x, PRECISION: tl.constexpr):
     """``aᵀ x`` for each token: ``[BT, I, J], [BT, I, BD] -> [BT, J, BD]``."""
     if a.shape[1] >= 16:
-        return dot(tl.permute(a, (0, 2, 1)), x, PRECISION)
+        result = dot(tl.permute(a, (0, 2, 1)), x, PRECISION)
     else:
-        return tl.sum(a[:, :, :, None] * x[:, :, None, :], 1)
+        result = tl.sum(a[:, :, :, None] * x[:, :, None, :], 1)
+    return result
 
 
 @triton.jit
 def mix_columns(a, x, PRECISION: tl.constexpr):
     """``a x`` for each token: ``[BT, I, J], [BT, J, BD] -> [BT, I, BD]``."""
     if a.shape[1] >= 16:
-        return dot(a, x, PRECISION)
+        result = dot(a, x, PRECISION)
     else:
-        return tl.sum(a[:, :, :, None] * x[:, None, :, :], 2)
+        result = tl.sum(a[:, :, :, None] * x[:, None, :, :], 2)
+    return result
 
 
 @triton.jit
 def products(x, y, PRECISION: tl.constexpr):
     """``x yᵀ`` for each token: ``[BT, I, BD], [BT, J, BD] -> [BT, I, J]``."""
     if x.shape[1] >= 16:
-        return dot(x, tl.permute(y, (0, 2, 1)), PRECISION)
+        result = dot(x, tl.permute(y, (0, 2, 1)), PRECISION)
     else:
-        return tl.sum(x[:, :, None, :] * y[:, None, :, :], 3)
+        result = tl.sum(x[:, :, None, :] * y[:, None, :, :], 3)
+    return result
 
 
 # Routing: Å, Â and Bᵀ are computed alike (eqs. 12-14), row i from slot i alone
@@ -123,10 +125,11 @@ def project_back(grad, w):
     """``grad Wᵀ`` for all slots of all tokens: ``[BT, N, K], [BD, K] -> [BT, N, BD]``."""
     w = tl.permute(w, (1, 0))
     if w.shape[0] < 16:
-        return tl.sum(grad[:, :, :, None] * w[None, None, :, :], 2)
+        result = tl.sum(grad[:, :, :, None] * w[None, None, :, :], 2)
     else:
         rows = tl.reshape(grad, (grad.shape[0] * grad.shape[1], grad.shape[2]))
-        return tl.reshape(tl.dot(rows, w, input_precision="tf32x3"), (grad.shape[0], grad.shape[1], w.shape[1]))
+        result = tl.reshape(tl.dot(rows, w, input_precision="tf32x3"), (grad.shape[0], grad.shape[1], w.shape[1]))
+    return result
 
 
 @triton.jit
