@@ -10,6 +10,7 @@ import torch
 from conftest import perturb
 from hyper_connections.hyper_connections import HyperConnections
 from test_against_hyper_connections import columns, run_theirs, slot_rows
+from test_sinkhorn import by_autograd as sinkhorn_by_autograd
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import DeepseekV4Config
@@ -19,7 +20,6 @@ from vwn import GeneralizedHyperConnection, UserError
 from vwn.connection import CARRY_SHARPNESS
 from vwn.ops.reference import rms_norm
 from vwn.ops.sinkhorn import CONVERGED
-from vwn.ops.sinkhorn import reference as sinkhorn_by_autograd
 from vwn.ops.weights import NormWeights
 from vwn.relatives import HyperConnection, ManifoldHyperConnection
 from vwn.seam import Connection
