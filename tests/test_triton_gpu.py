@@ -13,7 +13,6 @@ from transformers import LlamaConfig
 from tests.test_triton import Case, assert_all_close, assert_close, assert_same
 from vwn import ops
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
-from vwn.ops import triton as backend
 
 SHAPES = [(2, 3), (4, 8), (4, 16), (8, 64)]
 

@@ -84,7 +84,7 @@ class _Scaling(torch.autograd.Function):
         return rows[-1][:, None] * p * columns[-1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         p, *factors = ctx.saved_tensors
         rows, columns = factors[: ctx.rounds], factors[ctx.rounds :]
         grad_p = rows[-1][:, None] * columns[-1] * grad

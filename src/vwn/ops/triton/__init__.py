@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -86,16 +88,15 @@ def backward(
     tokens = state.shape[0]
     of_state = torch.empty_like(state)
     of_z = None if z is None else torch.empty_like(z)
-    x = of_z if norm is None or of_z is not None else torch.empty_like(grad_x)
+    x = of_z if norm is None or of_z is not None else state.new_empty(tokens, norm.weight.numel())
     weights = [w for kind in (write, read, norm) if kind is not None for w in kind if isinstance(w, Tensor)]
     sizes = [w.numel() for w in weights] if needs_weights else []
     programs = min(_PROGRAMS, tokens)
     parts = state.new_zeros(programs, sum(sizes), dtype=torch.float32) if needs_weights else None
     with torch.cuda.device_of(state):
         if tokens:
-            rows = iter(parts[0].split(sizes) if parts is not None else [None] * len(weights))
-            part_of = [kind and kind._make(next(rows) if isinstance(w, Tensor) else w for w in kind)
-                       for kind in (write, read, norm)]  # fmt: skip
+            rows = iter(parts[0].split(sizes)) if parts is not None else repeat(None)
+            part_of = [_replaced(kind, rows) for kind in (write, read, norm)]
             backward_kernel.backward[(programs,)](
                 grad_state, grad_x, state, z, of_state, of_z, x, parts, tokens, write, read, norm, *part_of,
                 PART=sum(sizes), WEIGHTS=needs_weights, **constants,
@@ -106,6 +107,13 @@ def backward(
                 parts, programs, tuple(of_weights), tuple(sizes), PART=sum(sizes), ROWS=16, COLUMNS=64
             )
     return [of_state, *([] if of_z is None else [of_z]), *of_weights]
+
+
+def _replaced(weights: Any, tensors: Iterator[Tensor | None]) -> Any:
+    """The same named tuple with other tensors in place of its own."""
+    if weights is None:
+        return None
+    return type(weights)(*(next(tensors) if isinstance(w, Tensor) else w for w in weights))
 
 
 def _constants(

@@ -5,7 +5,7 @@ Names, here and in the kernels. A program works on tiles of ``BT`` tokens, and o
 ==========  ===========================================================================================
 ``T``       tokens
 ``n, N``    slots, and the next power of two
-``m, M``    segments, and the next power of two
+``m, M``    segments, and the next power of two (16 or more from 16 slots on, for tensor cores)
 ``d, BD``   width of a slot or segment (``D / m``), and columns taken at a time
 ``BT``      tokens of a tile; ``BT * N`` is at least 16
 ``t, c``    indices of tokens ``[BT]`` and of columns ``[BD]``
@@ -14,10 +14,10 @@ Names, here and in the kernels. A program works on tiles of ``BT`` tokens, and o
 ``x``       a chunk of what is read, ``X``, ``[BT, M, BD]``, float32
 ``carry``   ``Â``, ``[BT, N, N]``: column ``j`` makes new slot ``j``
 ``beta``    ``Bᵀ``, ``[BT, N, M]``: row ``j`` makes new slot ``j``
-``read``    ``Å``, ``[BT, N, M]``: column ``k`` makes segment ``k``
+``routing`` ``Å``, ``[BT, N, M]``: column ``k`` makes segment ``k``
 ``squares`` sum of squares of each slot, ``[BT, N]``
 ``rstd``    one over the root mean square of each slot, ``[BT, N]``
-``logits``  ``h W`` with the norm's gain multiplied into ``W``; times ``rstd / τ`` it is what ``tanh`` takes
+``logits``  what ``tanh`` takes: ``h W rstd / τ``, with the norm's gain multiplied into ``W``
 ==========  ===========================================================================================
 
 What lies beyond ``T``, ``n``, ``m`` or ``d`` is loaded as zero and never stored. The weights are float32, in the layout
@@ -185,12 +185,12 @@ def read_routing(
     """Compute ``Å`` from the state.
 
     Returns:
-        read, what ``tanh`` took, and ``rstd``; the last two are zero for a static routing.
+        routing, what ``tanh`` took, and ``rstd``; the last two are zero for a static routing.
     """
     i, k = tl.arange(0, N), tl.arange(0, M)
     logits = tl.zeros((BT, N, M), tl.float32)
     squares, rstd = tl.zeros((BT, N), tl.float32), tl.zeros((BT, N), tl.float32)
-    read = logits + load_matrix(w.static_alpha, i, k, n, m, m + n, 1)[None, :, :]
+    routing = logits + load_matrix(w.static_alpha, i, k, n, m, m + n, 1)[None, :, :]
     if DYNAMIC:
         for first in range(0, d, BD):
             c = first + tl.arange(0, BD)
@@ -200,8 +200,8 @@ def read_routing(
             logits += project(h, gain * load_matrix(w.dynamic_alpha, c, k, d, m, m + n, 1))
         rstd = rsqrt_of_mean(squares, w.eps, d)
         logits *= rstd[:, :, None] * d**-0.5
-        read += load_matrix(w.scale_alpha, i, k, n, m, m + n, 1)[None, :, :] * tanh(logits)
-    return read, logits, rstd
+        routing += load_matrix(w.scale_alpha, i, k, n, m, m + n, 1)[None, :, :] * tanh(logits)
+    return routing, logits, rstd
 
 
 @triton.jit
