@@ -14,8 +14,8 @@ from vwn.training.presets import PRESETS, Preset
 
 VOCAB = {"cpu": 2048, "cuda": 32768}
 LARGE = {  # what a GPU is measured with
-    "dense": Preset(depth=8, width=2048, learning_rate=1e-4, wide_learning_rate=1e-4),
-    "moe": Preset(depth=8, width=2048, learning_rate=1e-4, wide_learning_rate=1e-4, experts=8),
+    "dense": Preset(depth=12, width=1024, learning_rate=1e-4, wide_learning_rate=1e-4),
+    "moe": Preset(depth=12, width=1024, learning_rate=1e-4, wide_learning_rate=1e-4, experts=8),
 }
 SMALL = {"dense": PRESETS["tiny"], "moe": PRESETS["tiny-moe"]}
 QUICK = {
@@ -31,7 +31,7 @@ def preset(family: str, device: str, quick: bool) -> Preset:
 
 def tokens(device: str, quick: bool) -> tuple[int, int]:
     """Windows and their length."""
-    return (2, 16) if quick else (8, 1024) if device == "cuda" else (8, 256)
+    return (2, 16) if quick else (4, 2048) if device == "cuda" else (8, 256)
 
 
 class Training:
@@ -40,7 +40,7 @@ class Training:
     Args:
         size: of the backbone.
         connection: ``(m, n)``, or ``None`` for plain residuals.
-        device: bfloat16 parameters on a GPU, but float32 ones in the connections; float32 on a CPU.
+        device: on a GPU under bfloat16 autocast, as in ``vwn train``; in float32 on a CPU.
         batch: windows and their length.
         backend: of the connections.
         mtp: multi-token prediction modules.
@@ -76,8 +76,6 @@ class Training:
         self.model = VirtualWidthForCausalLM(VirtualWidthConfig(backbone=backbone, num_mtp_modules=mtp, **width))
         self._perturb()
         self.model.train().to(device)
-        if device == "cuda":
-            self._half_precision()
         if connection is not None:
             self.model.set_connection_backend(backend)
             self.model.model.keep_states_every = keep_states_every
@@ -95,15 +93,10 @@ class Training:
                 for parameter in module.parameters():
                     parameter.add_(0.02 * torch.randn_like(parameter))
 
-    def _half_precision(self) -> None:
-        self.model.to(torch.bfloat16)
-        for module in self.model.modules():
-            if isinstance(module, GeneralizedHyperConnection):
-                module.float()
-
     def loss(self) -> Tensor:
         """Of both heads, with its graph."""
-        return self._run(input_ids=self._ids, labels=self._ids, use_cache=False).loss
+        with torch.autocast(self._ids.device.type, torch.bfloat16, enabled=self._ids.is_cuda):
+            return self._run(input_ids=self._ids, labels=self._ids, use_cache=False).loss
 
     def step(self) -> None:
         """One whole training step."""
