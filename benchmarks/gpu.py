@@ -1,9 +1,9 @@
 """All that wants a GPU, by one command and within a time limit: ``python -m benchmarks.gpu --minutes 9``.
 
-First the kernels are compiled, by as many processes as are worth it, for one after the other would take longer than all
-that follows. Then come the benchmarks and the tests of the kernels, the most wanted first, each in a process of its own
-and no longer than its share of the time: one that fails takes no other with it. Each writes its JSON row by row, so
-what the time did not suffice for is missing, and named, and nothing else; ``--steps`` runs that later.
+First the kernels are compiled, by several processes, for one after the other would take longer than all that follows.
+Then come the tests and the benchmarks, the most wanted first, each in a process of its own and no longer than its share
+of the time: one that fails takes no other with it. Each writes its JSON row by row, so what the time did not suffice
+for is missing, and named, and nothing else; ``--steps`` runs that later.
 """
 
 from __future__ import annotations
@@ -22,15 +22,12 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import accuracy, connections, launches, rivals
+from benchmarks import connections, rivals
 from benchmarks.report import FOLDER, shapes
 from benchmarks.rivals import Inputs, Rival
-from vwn.ops.triton_tuning import candidates
 
 LEAST = 20.0
 """Seconds in which nothing worth starting is done."""
-LAUNCHES = 4096
-"""The width for which launches are compared."""
 
 
 class Step(NamedTuple):
@@ -44,19 +41,23 @@ class Step(NamedTuple):
     """Of all the time, that it may take at most."""
 
 
+WIDTHS = (2048, 4096)
+"""Of the connections measured alone."""
 TESTS = ("-q", "-n", "8", "tests/ops/test_triton_gpu.py", "tests/ops/test_triton.py")
 DETERMINISTIC = (("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),)  # the tests ask PyTorch for deterministic algorithms
+TRAIN = ("train", "--backbone", "medium", "--steps", "200", "--eval-every", "200")
 STEPS = (
     Step("compile", "benchmarks.gpu", ("--compile-only",), share=0.3),
-    Step("accuracy", "benchmarks.accuracy", share=0.15),
-    Step("connections", "benchmarks.connections", share=0.3),
-    Step("launches", "benchmarks.launches", ("--widths", str(LAUNCHES)), share=0.2),
     Step("tests", "pytest", TESTS, DETERMINISTIC, share=0.25),
-    Step("training_step", "benchmarks.training_step", ("--families", "dense", "--modes", "eager")),
+    Step("connections", "benchmarks.connections", ("--widths", ",".join(map(str, WIDTHS))), share=0.3),
+    Step("training_step", "benchmarks.training_step", ("--families", "dense", "--modes", "eager"), share=0.3),
     Step("training_step_compiled", "benchmarks.training_step", ("--families", "dense", "--modes", "compiled")),
+    Step("decoding", "benchmarks.scaling", ("--series", "decoding")),
+    Step("train_plain", "vwn.cli", TRAIN),
+    Step("train_4x16", "vwn.cli", (*TRAIN, "--m", "4", "--n", "16")),
+    Step("accuracy", "benchmarks.accuracy"),
     Step("memory", "benchmarks.memory"),
-    Step("scaling", "benchmarks.scaling"),
-    Step("connections_tuned", "benchmarks.connections", (), (("VWN_TUNE", "1"),)),
+    Step("scaling", "benchmarks.scaling", ("--series", "tokens,slots,depth")),
     Step("training_step_moe", "benchmarks.training_step", ("--families", "moe")),
     Step("mtp_decoding", "benchmarks.mtp_decoding"),
 )
@@ -73,7 +74,8 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"no such step: {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in STEPS)}")
     wanted = options.steps or [step.name for step in STEPS[options.device == "cpu" :]]  # a dry run compiles nothing
-    found = list(run_all([step for step in STEPS if step.name in wanted], options, run))
+    steps = [step for step in STEPS if step.name in wanted and (options.data or step.module != "vwn.cli")]
+    found = list(run_all(steps, options, run))
     print("\n" + "\n".join(found))
     raise SystemExit(any(not line.endswith(": done") for line in found))
 
@@ -84,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=lambda text: text.split(","), help="only these, such as connections,memory")
     p.add_argument("--shapes", type=shapes, help="connections, such as 2x3,4x16, where a benchmark takes them")
     p.add_argument("--folder", type=Path, default=FOLDER / "results", help="of the JSON files")
+    p.add_argument("--data", help="text for vwn train; without it, train_plain and train_4x16 are left out")
     p.add_argument("--commit", help="to record where there is no checkout to ask")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     p.add_argument("--quick", action="store_true", help="tiny sizes; with --device cpu a dry run in the interpreter")
@@ -94,9 +97,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def compile_all(wanted: list[tuple[int, int]], processes: int) -> None:
     """Have the kernels of the benchmarks in the caches on disk, ours and those that they are held against."""
-    widths, tokens, dtype, _ = connections.SIZES["cuda"]
-    cases = [(m, n, width, tokens, dtype) for width in widths for m, n in wanted]
-    cases += [(m, n, 512, 257, dtype) for dtype in accuracy.DTYPES for m, n in wanted]
+    _, tokens, dtype, _ = connections.SIZES["cuda"]
+    cases = [(m, n, width, tokens, dtype) for width in WIDTHS for m, n in wanted]
     start = time.monotonic()
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(_compile, case): case for case in cases}
@@ -119,19 +121,11 @@ def _compile(case: tuple[int, int, int, int, torch.dtype]) -> str:
         except Exception as error:
             failed.append(f"{name} ({type(error).__name__})")
 
-    # Our kernels do not depend on the number of tokens, but from few on.
-    some, few = (Inputs(m, n, width, count, dtype, device) for count in (64, 1))
-    for rival in rivals.ours(some, "triton"):
+    some, few = (Inputs(m, n, width, count, dtype, device) for count in (tokens, 1))
+    for rival in (*rivals.ours(some, "triton"), *rivals.paper(some), *rivals.plain(some)):
         attempt(rival.name, rival.both)
     for rival in rivals.ours(few, "triton"):
         attempt(f"{rival.name}, few tokens", lambda rival=rival: _without_gradients(rival))
-    if width == LAUNCHES and tokens > 1024:
-        for name, _, call in launches.calls_of(some, None, candidates(n, width // m)):
-            attempt(name, call)
-    if tokens > 1024:  # what torch.compile makes is for so many tokens alone
-        inputs = Inputs(m, n, width, tokens, dtype, device)
-        for others in (rivals.paper, rivals.plain):
-            attempt(others.__name__, lambda others=others: [rival.both() for rival in others(inputs)])
     torch.cuda.empty_cache()
     return ", ".join(failed)
 
@@ -182,7 +176,9 @@ def _command(step: Step, options: argparse.Namespace) -> tuple[list[str], dict[s
     command = [sys.executable, "-m", step.module, *step.arguments]
     environment = os.environ | dict(step.environment)
     if options.device == "cpu":
-        environment |= {"TRITON_INTERPRET": "1", "VWN_TUNE": "0"}
+        environment["TRITON_INTERPRET"] = "1"
+    if step.module == "vwn.cli":
+        return [*command, "--data", options.data, "--out", str(options.folder / step.name)], environment
     if options.shapes and step.module != "pytest":
         command += ["--shapes", ",".join(f"{m}x{n}" for m, n in options.shapes)]
     if step.module in ("pytest", "benchmarks.gpu"):

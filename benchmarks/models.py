@@ -14,8 +14,8 @@ from vwn.training.presets import PRESETS, Preset
 
 VOCAB = {"cpu": 2048, "cuda": 32768}
 LARGE = {  # what a GPU is measured with
-    "dense": Preset(depth=8, width=2048, learning_rate=1e-4, wide_learning_rate=1e-4),
-    "moe": Preset(depth=8, width=2048, learning_rate=1e-4, wide_learning_rate=1e-4, experts=8),
+    "dense": Preset(depth=12, width=1024, learning_rate=1e-4, wide_learning_rate=1e-4),
+    "moe": Preset(depth=12, width=1024, learning_rate=1e-4, wide_learning_rate=1e-4, experts=8),
 }
 SMALL = {"dense": PRESETS["tiny"], "moe": PRESETS["tiny-moe"]}
 QUICK = {
@@ -31,7 +31,7 @@ def preset(family: str, device: str, quick: bool) -> Preset:
 
 def tokens(device: str, quick: bool) -> tuple[int, int]:
     """Windows and their length."""
-    return (2, 16) if quick else (8, 1024) if device == "cuda" else (8, 256)
+    return (2, 16) if quick else (4, 2048) if device == "cuda" else (8, 256)
 
 
 class Training:
@@ -40,7 +40,7 @@ class Training:
     Args:
         size: of the backbone.
         connection: ``(m, n)``, or ``None`` for plain residuals.
-        device: bfloat16 autocast on a GPU and float32 on a CPU, as ``vwn train`` has them.
+        device: on a GPU under bfloat16 autocast, as in ``vwn train``; in float32 on a CPU.
         batch: windows and their length.
         backend: of the connections.
         mtp: multi-token prediction modules.
@@ -95,8 +95,7 @@ class Training:
 
     def loss(self) -> Tensor:
         """Of both heads, with its graph."""
-        device = self._ids.device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(self._ids.device.type, torch.bfloat16, enabled=self._ids.is_cuda):
             return self._run(input_ids=self._ids, labels=self._ids, use_cache=False).loss
 
     def step(self) -> None:

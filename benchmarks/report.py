@@ -19,7 +19,7 @@ from vwn.common.provenance import provenance
 
 FOLDER = Path(__file__).parent
 NOT_MEASURED = "not measured"
-SHOWN_VARIABLES = ("TRITON_INTERPRET", "VWN_TUNE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF")
+SHOWN_VARIABLES = ("TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def parser(name: str, text: str | None) -> argparse.ArgumentParser:

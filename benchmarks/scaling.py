@@ -20,6 +20,7 @@ from benchmarks.report import NOT_MEASURED, Report, parser
 from benchmarks.rivals import Inputs, Rival
 
 SHAPES = [(2, 3), (4, 16)]
+SERIES = ("decoding", "tokens", "slots", "depth")
 LARGE_FROM = 256
 NOTES = {
     "decoding": "1 to 16 tokens, no gradients, wall time with launches; 'graph' is the same replayed as a CUDA graph",
@@ -43,14 +44,22 @@ COLUMNS = {
 
 def main() -> None:
     """Measure, show, write."""
-    options = parser("scaling", __doc__).parse_args()
+    p = parser("scaling", __doc__)
+    p.add_argument(
+        "--series", type=lambda text: text.split(","), default=list(SERIES), help=f"by default {','.join(SERIES)}"
+    )
+    options = p.parse_args()
     measure.settle(1 if options.device == "cpu" else torch.get_num_threads())
     report = Report(options, NOTES, COLUMNS)
     for shape in options.shapes or (SHAPES[:1] if options.quick else SHAPES):
-        report.extend(_decoding(shape, options))
-        report.extend(_tokens(shape, options))
-    report.extend(_slots(options))
-    report.extend(_depth(options))
+        if "decoding" in options.series:
+            report.extend(_decoding(shape, options))
+        if "tokens" in options.series:
+            report.extend(_tokens(shape, options))
+    if "slots" in options.series:
+        report.extend(_slots(options))
+    if "depth" in options.series:
+        report.extend(_depth(options))
     report.done()
 
 

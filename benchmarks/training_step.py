@@ -32,7 +32,7 @@ NOTES = {
     "checkpointing": "of the plain model too, in that row",
     "saved": "allocated after the forward, above what there was before: what is kept for the backward",
     "peak": "most allocated during the step; with parameters and optimiser state in the total",
-    "GPU precision": "float32 parameters under bfloat16 autocast, as vwn train has them",
+    "GPU precision": "bfloat16 autocast, as in vwn train",
 }
 COLUMNS = {
     "family": "6s",

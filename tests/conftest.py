@@ -14,11 +14,6 @@ import torch
 from torch import nn
 
 torch.set_num_threads(1)
-if os.environ.get("VWN_PTX") == "1":
-    from benchmarks import ptx
-
-    os.environ.pop("TRITON_INTERPRET", None)  # which pytest-xdist's workers get from their parent
-    ptx.install()
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, whose kernels run on a CPU only so
 

@@ -8,11 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from benchmarks import gpu, measure, models, static_cost
+from benchmarks import gpu, measure, models
 from benchmarks.models import Training
 from benchmarks.rivals import Inputs, check_listing
 
@@ -130,127 +129,6 @@ def test_exponent_of_known_powers():
     assert measure.exponent([1, 2, 4], [1.0, 4.0, 16.0]) == pytest.approx(2)
 
 
-@pytest.mark.parametrize(
-    ("trips", "persistent", "expected"), [(1, False, 6), (4, False, 12), (1, True, 5), (4, True, 11)]
-)
-def test_instructions_of_loops_count_as_often_as_they_run(trips, persistent, expected):
-    code = """
-        .L_x_0:
-            /*0000*/                   S2R R0, SR_CTAID.X ;
-        .L_x_1:
-            /*0010*/                   FADD R1, R1, R0 ;
-            /*0020*/              @P0  BRA `(.L_x_1) ;
-            /*0030*/                   STG.E [R2], R1 ;
-            /*0040*/              @!P1 BRA `(.L_x_0) ;
-        .L_x_2:
-            /*0050*/                   BRA `(.L_x_2) ;"""
-    lines = code if persistent else code.replace("@!P1 BRA `(.L_x_0)", "EXIT")
-    assert static_cost.executed(lines, trips, persistent).total() == expected
-
-
-def test_a_loop_that_the_assembler_unrolled_runs_less_often():
-    ptx = """
-        $L__BB0_1:
-            mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { }, { }, { }, { };
-            @%p1 bra $L__BB0_1;
-        $L__BB0_2:
-            wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 { };
-            mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { }, { }, { }, { };
-            @%p2 bra $L__BB0_2;
-            ret;"""
-    once = static_cost.products(ptx, persistent=False)
-    assert once == [1, 2]
-    code = """
-        .L_x_0:
-            /*0000*/                   HMMA.16816.F32.BF16 R0, R4, R8, R0 ;
-            /*0010*/                   HMMA.16816.F32.BF16 R0, R4, R8, R0 ;
-            /*0020*/              @P0  BRA `(.L_x_0) ;
-        .L_x_1:
-            /*0030*/                   HGMMA.64x32x16.F32.BF16 R0, R4, R8, R0 ;
-            /*0040*/                   HMMA.16816.F32.BF16 R0, R4, R8, R0 ;
-            /*0050*/              @P0  BRA `(.L_x_1) ;
-            /*0060*/                   EXIT ;"""
-    assert static_cost.executed(code, 4, False, once).total() == 2 * 3 + 4 * 3 + 1
-    with pytest.raises(ValueError, match=r"the loops have \[2, 2\] products"):
-        static_cost.executed(code, 4, False, [3, 3])
-
-
-def test_a_loop_unrolled_as_a_whole_is_not_taken_for_half_of_another():
-    assert static_cost.unrolled([24, 0, 36], [12, 24, 36], 4) == [1, 1, 1]
-    assert static_cost.unrolled([24, 36], [12, 0, 36], 4) == [2, 1]
-    with pytest.raises(ValueError, match="products"):
-        static_cost.unrolled([24, 36], [12, 36], 3)  # not twice what runs three times
-
-
-@pytest.mark.parametrize(
-    ("instruction", "expected"),
-    [
-        ("@!P3 LDG.E.128.STRONG.GPU R4, [R2.64]", 16),
-        ("STG.E desc[UR4][R2.64], R1", 4),
-        ("LDG.E.U16.CONSTANT R1, [R2]", 2),
-        ("LDGSTS.E.BYPASS.LTC128B.128 [R1], desc[UR4][R2.64], P0", 16),
-        ("LDS.128 R4, [R2]", 0),
-        ("FADD R1, R128, R2", 0),
-    ],
-)
-def test_bytes_of_an_instruction(instruction, expected):
-    assert static_cost._bytes(instruction) == expected
-
-
-@pytest.mark.parametrize(
-    ("instruction", "expected"),
-    [
-        ("HMMA.16816.F32.BF16 R0, R4, R8, R0", 16 * 8 * 16),
-        ("@P0 HGMMA.64x128x16.F32.BF16 R24, R132, gdesc[UR32].tnspB, RZ, !UPT, gsb0", 64 * 128 * 16 // 4),
-        ("FFMA R0, R1, R2, R3", 0),
-    ],
-)
-def test_products_of_an_instruction(instruction, expected):
-    assert static_cost._multiplied(instruction) == expected
-
-
-def compiled(name: str, shapes: str, folder: Path) -> list[dict[str, Any]]:
-    """The rows of a benchmark that compiles the Triton kernels, which it does where there is no interpreter."""
-    out = folder / f"{name}.json"
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--shapes", shapes, "--out", str(out)]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    rows = json.loads(out.read_text())["rows"]
-    if reason := rows[0].get("not measured"):
-        pytest.skip(reason)
-    return rows
-
-
-@pytest.mark.slow
-def test_static_cost(tmp_path):
-    every = compiled("static_cost", "2x3,8x64", tmp_path)
-    of = {(row["connection"][1], row["kernel"]): row for row in every}
-    rows = {kernel: row for (n, kernel), row in of.items() if n == 3}
-    assert set(rows) == {"forward", "backward"}
-    for row in rows.values():
-        assert row["bytes"] >= 1  # the floor has to be moved
-        assert row["issue_at_2"] == pytest.approx(2 * row["issue_at_4"])
-    d, columns, matrices = 1024, 3 + 3 * 2, 2 * 16 * (8 + 8 + 8)  # with the norm's; 16 rows, 8 columns or more, twice
-    assert rows["backward"]["parts"] == pytest.approx(264 * 4 * (columns * d + matrices) / 1e6)
-    assert rows["forward"]["parts"] == rows["forward"]["added"] == 0
-    assert rows["backward"]["instructions_per_token"] > rows["forward"]["instructions_per_token"]
-    # The state, and what the backward kept, for each 128 of the 256 columns, of the write's projections' gradients.
-    read, floor = 64 * 256 * 2 + 2 * 64 * (64 + 8) * 4, 3 * (64 + 8) * 256 * 2
-    assert of[64, "weights"]["bytes"] == pytest.approx(read / floor, rel=0.1)
-
-
-@pytest.mark.slow
-def test_shared_cost(tmp_path):
-    rows = compiled("shared_cost", "2x3", tmp_path)
-    assert [(row["kernel"], row["norm"]) for row in rows] == [
-        (kernel, norm) for norm in (False, True) for kernel in ("forward", "backward")
-    ]
-    floor = 4 * (3 * 1024 + 2048) * 2 / 4.3e12 * 132 * 1.75e9 / 2
-    assert rows[0]["shared"] == pytest.approx(rows[0]["rows_per_token"] / floor)
-    assert rows[1]["rows_per_token"] > rows[0]["rows_per_token"] > 0
-
-
 def test_rivals_take_turns():
     seen: list[str] = []
     calls = {name: lambda name=name: seen.append(name) for name in "ab"}
@@ -306,7 +184,9 @@ def test_listing_that_differs_is_noticed():
 
 def test_gpu_steps_within_a_time_limit(tmp_path):
     """Each is asked for what the options say; one that fails or takes too long does not keep others from running."""
-    options = gpu._parser().parse_args(["--shapes", "2x3", "--folder", str(tmp_path), "--commit", "abc"])
+    options = gpu._parser().parse_args(
+        ["--shapes", "2x3", "--folder", str(tmp_path), "--commit", "abc", "--data", "books"]
+    )
     commands, limits = {}, {}
 
     def run(command, environment, seconds):
@@ -321,12 +201,13 @@ def test_gpu_steps_within_a_time_limit(tmp_path):
     assert set(lines.values()) == {"done"}
     assert limits["connections"] == pytest.approx(0.3 * 9 * 60)
     assert limits["scaling"] == pytest.approx(9 * 60, abs=5)
-    command, environment = commands["connections_tuned"]
-    assert environment["VWN_TUNE"] == "1"
-    assert command[command.index("--out") + 1] == str(tmp_path / "connections_tuned-cuda.json")
+    command = commands["decoding"][0]
+    assert command[command.index("--series") + 1] == "decoding"
+    assert command[command.index("--out") + 1] == str(tmp_path / "decoding-cuda.json")
     assert command[command.index("--shapes") + 1] == "2x3"
     assert command[command.index("--commit") + 1] == "abc"
     assert commands["compile"][0][1:] == ["-m", "benchmarks.gpu", "--compile-only", "--shapes", "2x3"]
+    assert commands["train_4x16"][0][-4:] == ["--data", "books", "--out", str(tmp_path / "train_4x16")]
     options.minutes = 0.1
     assert list(gpu.run_all(list(gpu.STEPS[:1]), options, run)) == ["compile: no time left"]
 
@@ -343,16 +224,14 @@ def test_a_step_that_takes_too_long_is_stopped_with_its_children(tmp_path):
 def test_gpu_steps_run_dry(tmp_path):
     """In Triton's interpreter, by the same commands."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--steps", "accuracy,launches"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--steps", "accuracy,decoding"]
     command += ["--shapes", "2x3", "--folder", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "accuracy: done" in result.stdout
-    rows = json.loads((tmp_path / "launches-cpu.json").read_text())["rows"]
-    assert {row["pass"] for row in rows} == {"forward", "backward"}
-    assert len({row["programs"] for row in rows if row["pass"] == "backward"}) > 1
-    assert {row["apart"] for row in rows if row["pass"] == "backward" and row["weights"]} == {False, True}
-    assert all(row["median_ms"] > 0 for row in rows)
+    rows = json.loads((tmp_path / "decoding-cpu.json").read_text())["rows"]
+    assert {row["series"] for row in rows} == {"decoding"}
+    assert all(row["median_us"] > 0 for row in rows if "not measured" not in row)
     rows = json.loads((tmp_path / "accuracy-cpu.json").read_text())["rows"]
     assert {row["backend"] for row in rows} == {"triton"}
     assert all(row["output_ulp"] < 20 for row in rows if "not measured" not in row)

@@ -15,13 +15,13 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Hyper
 
 from conftest import perturb
 from test_against_hyper_connections import columns, run_theirs, slot_rows
+from test_sinkhorn import by_autograd as sinkhorn_by_autograd
 from vwn import GeneralizedHyperConnection, UserError
 from vwn.nn.connection import Connection
 from vwn.nn.generalized import CARRY_SHARPNESS
 from vwn.nn.relatives import HyperConnection, ManifoldHyperConnection
 from vwn.ops.reference import rms_norm
 from vwn.ops.sinkhorn import CONVERGED
-from vwn.ops.sinkhorn import reference as sinkhorn_by_autograd
 from vwn.ops.weights import NormWeights
 
 STREAMS = {"embedding": "replicated", "reduce": "sum"}

@@ -87,9 +87,9 @@ def asked(monkeypatch) -> list[str]:
     """The backends that the ops asked for."""
     names: list[str] = []
 
-    def noted(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    def noted(name: str, device: torch.device, dtype: torch.dtype, slots: int) -> str:
         names.append(name)
-        return backends.choose(name, device, dtype)
+        return backends.choose(name, device, dtype, slots)
 
     monkeypatch.setattr(library, "choose", noted)
     return names

@@ -10,10 +10,9 @@ if not torch.cuda.is_available():
 
 from transformers import LlamaConfig
 
-from test_triton import Case, assert_close, assert_half_is_exact, assert_same
+from test_triton import Case, assert_all_close, assert_close, assert_same
 from vwn import ops
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
-from vwn.ops import triton as backend
 
 SHAPES = [(2, 3), (4, 8), (4, 16), (8, 64)]
 
@@ -41,37 +40,36 @@ def test_decoding_is_captured_in_a_cuda_graph(m, n):
         assert_same(captured, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("half", ["write", "read"])
 @pytest.mark.parametrize("width", [2048, 4096])
 @pytest.mark.parametrize(("m", "n"), SHAPES)
-def test_wide_states_against_float64(m, n, width, half):
-    c = Case(m, n, width // m, torch.bfloat16, tokens=600, write=half == "write", read=half == "read", norm=False)
-    assert_half_is_exact(c)
+def test_wide_states_against_float64(m, n, width, half, dtype):
+    """A write or a read alone, so that nothing is rounded on the way; the mixes take the coefficients in TF32."""
+    c = Case(m, n, width // m, dtype, tokens=600, write=half == "write", read=half == "read", norm=False)
+    relative = 1e-4 if dtype == torch.float32 else 1e-3
+    for actual, exact in zip(c.forward(), c.exact_forward(), strict=True):
+        if exact is not None:
+            assert_close(actual, exact, relative=relative)
+    grad_state = half == "write"
+    assert_all_close(c.backward(grad_state), c.exact_backward(grad_state), relative=relative)
+    assert_same(c.backward(), c.backward())
 
 
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_the_norm_of_wide_states_against_float64(m, n):
-    c = Case(m, n, 1024 // m, tokens=40, write=False)
-    for actual, exact in zip(c.backward(), c.exact_backward(), strict=True):
-        assert_close(actual, exact, relative=1e-4)
+    c = Case(m, n, 1024 // m, tokens=40)
+    assert_all_close(c.forward(), c.exact_forward(), relative=1e-4)
+    assert_all_close(c.backward(), c.exact_backward(), relative=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("width", [2048, 4096])
 @pytest.mark.parametrize(("m", "n"), SHAPES)
-def test_wide_states_to_the_bit(m, n, width, dtype):
-    """Twice the same, and the same as a write and a read apart."""
-    c = Case(m, n, width // m, dtype, tokens=600)
-    new, x = c.forward()
-    assert_same(c.forward(), [new, x])
-    separate, none = backend.forward(c.state, c.z, c.write, None, None)
-    assert none is None
-    assert_same([new, x], [separate, backend.forward(separate, None, None, c.read, c.norm)[1]])
-    gradients = c.backward()
-    assert_same(c.backward(), gradients)
-    through, *of_read = backend.backward(None, c.grad_x, new, None, None, c.read, c.norm, True)
-    rest = backend.backward(c.grad_state + through, None, c.state, c.z, c.write, None, None, True)
-    assert_same(gradients, [*rest, *of_read])
+def test_the_tiles_that_were_measured_to_be_fastest(m, n):
+    torch.use_deterministic_algorithms(False)  # which has the first taken unmeasured
+    c = Case(m, n, 1024 // m, tokens=600)
+    assert_all_close(c.forward(), c.exact_forward(), relative=1e-4)
+    assert_all_close(c.backward(), c.exact_backward(), relative=1e-4)
+    assert_same(c.backward(), c.backward())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -154,7 +154,7 @@ class GeneralizedHyperConnection(Connection):
 
     def fuses_norm(self, dtype: torch.dtype) -> bool:
         """Whether a read gains from taking on the sublayer's norm: in Triton alone; else its own bits stay."""
-        return ops.choose(self.backend, self.static_alpha.device, dtype) == "triton"
+        return ops.choose(self.backend, self.static_alpha.device, dtype, self.geometry.n) == "triton"
 
     def _title(self) -> str:
         return f"a carry that is {self.carry_constraint!r}"

@@ -85,8 +85,8 @@ def write_read(
 ) -> tuple[Tensor, Tensor]:
     """The write of one sublayer and the read of the next, which sees the new state while it is at hand.
 
-    Equal, to the bit on one backend, to :func:`write` and then :func:`read`; it moves ``(2r + 2) D`` elements instead
-    of ``(3r + 2) D``.
+    Equal to :func:`write` and then :func:`read`, on a CPU to the bit, on a GPU within rounding; it moves
+    ``(2r + 2) D`` elements instead of ``(3r + 2) D``.
 
     Args:
         state: the state that was read, ``[..., D']``.

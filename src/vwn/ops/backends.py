@@ -26,7 +26,7 @@ _log = logging.getLogger("vwn.ops")
 class Backend(Protocol):
     """What the module ``vwn.ops.<backend>`` provides; see :mod:`vwn.ops.reference` for the meaning."""
 
-    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None: ...
+    def unavailable(self, device: torch.device, dtype: torch.dtype, slots: int = 1) -> str | None: ...
 
     def forward(
         self,
@@ -68,25 +68,25 @@ def check_backend(name: str) -> str:
 
 
 @torch.compiler.assume_constant_result
-def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that runs for tensors of this device and dtype when ``name`` was asked for.
+def choose(name: str, device: torch.device, dtype: torch.dtype, slots: int = 1) -> str:
+    """The backend that runs for states of this device, dtype and number of slots when ``name`` was asked for.
 
     Raises:
         UserError: unknown, or asked for by name and unable to run there.
     """
-    return _choose(name, device.type, dtype)
+    return _choose(name, device.type, dtype, slots)
 
 
 @cache
-def _choose(name: str, device_type: str, dtype: torch.dtype) -> str:
+def _choose(name: str, device_type: str, dtype: torch.dtype, slots: int) -> str:
     device = torch.device(device_type)
     if check_backend(name) != "auto":
-        if reason := module(name).unavailable(device, dtype):
+        if reason := module(name).unavailable(device, dtype, slots):
             raise UserError(f"backend {name!r} cannot run here: {reason}; use 'auto' to take one that can")
         return name
     passed_over: list[str] = []
     for candidate in _FASTEST_FIRST.get(device_type, ("reference",)):
-        reason = module(candidate).unavailable(device, dtype)
+        reason = module(candidate).unavailable(device, dtype, slots)
         if reason is None:
             level = logging.WARNING if passed_over else logging.INFO
             why = "; ".join(passed_over) or "the fastest there is for it"

@@ -1,7 +1,4 @@
-"""Backend ``"compiled"``: ``write_read.cpp``, built at first use by the machine's C++ compiler for its vector units.
-
-The library that is built holds ``sinkhorn.cpp`` as well.
-"""
+"""Backend ``"compiled"``: ``write_read.cpp``, built at first use by the machine's C++ compiler for its vector units."""
 
 from __future__ import annotations
 
@@ -21,8 +18,8 @@ from vwn.common.cache import default_cache_dir, load_or_build
 from vwn.common.errors import UserError
 from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("sinkhorn.cpp", "write_read.cpp")]
-_HEADERS = [Path(__file__).with_name("write_read_kernels.h")]
+_SOURCE = Path(__file__).with_name("write_read.cpp")
+_HEADER = Path(__file__).with_name("write_read_kernels.h")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -53,7 +50,7 @@ class _Args(ctypes.Structure):
     ]
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+def unavailable(device: torch.device, dtype: torch.dtype, slots: int = 1) -> str | None:
     """Why it cannot run there, or ``None``; builds the library when first asked."""
     if device.type != "cpu":
         return f"it runs on a CPU, not on {device.type}"
@@ -92,13 +89,13 @@ def _library() -> ctypes.CDLL | str:
         except _CannotBuild:  # no OpenMP, as Apple's; one thread is better than none
             return _load_or_build([*compiler.split(), *_FLAGS])
     except _CannotBuild as error:
-        return f"{compiler} could not build {' and '.join(source.name for source in _SOURCES)}: {error}"
+        return f"{compiler} could not build {_SOURCE.name}: {error}"
     except UserError as error:
         return str(error)
 
 
 def _load_or_build(command: list[str]) -> ctypes.CDLL:
-    sources = b"".join(source.read_bytes() for source in (*_SOURCES, *_HEADERS))
+    sources = _SOURCE.read_bytes() + _HEADER.read_bytes()
     key = hashlib.sha256(sources + "\0".join([*command, _processor()]).encode()).hexdigest()[:16]
 
     def load(folder: Path) -> ctypes.CDLL | None:
@@ -110,7 +107,7 @@ def _load_or_build(command: list[str]) -> ctypes.CDLL:
     def build(folder: Path) -> None:
         library = folder / "write_read.so"
         try:
-            whole = [*command, *map(str, _SOURCES), "-o", str(library)]
+            whole = [*command, str(_SOURCE), "-o", str(library)]
             subprocess.run(whole, check=True, capture_output=True, text=True)
             ctypes.CDLL(str(library))
         except subprocess.CalledProcessError as error:

@@ -40,9 +40,9 @@ def _differentiate(op: CustomOpDef, backward: Callable[..., list[Tensor]], data:
     op.register_autograd(run_backward, setup_context=setup_context)
 
 
-def _runner(backend: str, state: Tensor) -> Backend:
+def _runner(backend: str, state: Tensor, slots: int) -> Backend:
     """Chosen inside the op, where ``torch.compile`` does not look."""
-    return module(choose(backend, state.device, state.dtype))
+    return module(choose(backend, state.device, state.dtype, slots))
 
 
 def _tokens(t: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def read(
 ) -> Tensor:
     """``X = Åᵀ H'``: ``[..., D'] -> [..., D]``."""
     r = _detached(ReadWeights(static_alpha, dynamic_alpha, scale_alpha, norm_weight, eps))
-    _, x = _runner(backend, state).forward(_tokens(state), None, None, r, _norm(norm, norm_eps))
+    _, x = _runner(backend, state, r.n).forward(_tokens(state), None, None, r, _norm(norm, norm_eps))
     return _shaped(x, [*state.shape[:-1], _hidden_size(state, static_alpha)])
 
 
@@ -107,7 +107,7 @@ def write(
             static_alpha, static_beta, dynamic_alpha, dynamic_beta, scale_alpha, scale_beta, norm_weight, eps
         )
     )
-    new, _ = _runner(backend, state).forward(_tokens(state), _tokens(z), w, None, None)
+    new, _ = _runner(backend, state, w.n).forward(_tokens(state), _tokens(z), w, None, None)
     return _shaped(new, state.shape)
 
 
@@ -139,7 +139,7 @@ def write_read(
         )
     )
     r = _detached(ReadWeights(read_static_alpha, read_dynamic_alpha, read_scale_alpha, read_norm_weight, read_eps))
-    new, x = _runner(backend, state).forward(_tokens(state), _tokens(z), w, r, _norm(norm, norm_eps))
+    new, x = _runner(backend, state, w.n).forward(_tokens(state), _tokens(z), w, r, _norm(norm, norm_eps))
     return _shaped(new, state.shape), _shaped(x, z.shape)
 
 
@@ -162,7 +162,7 @@ def read_backward(
 ) -> list[Tensor]:
     """Gradients of the state, and if ``needs_weights`` of the weights and the norm's weight, those that are there."""
     r = _detached(ReadWeights(static_alpha, dynamic_alpha, scale_alpha, norm_weight, eps))
-    first, *rest = _runner(backend, state).backward(
+    first, *rest = _runner(backend, state, r.n).backward(
         None, _tokens(grad_x), _tokens(state), None, None, r, _norm(norm, norm_eps), needs_weights
     )
     return [_shaped(first, state.shape), *rest]
@@ -190,7 +190,7 @@ def write_backward(
             static_alpha, static_beta, dynamic_alpha, dynamic_beta, scale_alpha, scale_beta, norm_weight, eps
         )
     )
-    first, second, *rest = _runner(backend, state).backward(
+    first, second, *rest = _runner(backend, state, w.n).backward(
         _tokens(grad_state), None, _tokens(state), _tokens(z), w, None, None, needs_weights
     )
     return [_shaped(first, state.shape), _shaped(second, z.shape), *rest]
@@ -227,7 +227,7 @@ def write_read_backward(
         )
     )
     r = _detached(ReadWeights(read_static_alpha, read_dynamic_alpha, read_scale_alpha, read_norm_weight, read_eps))
-    first, second, *rest = _runner(backend, state).backward(
+    first, second, *rest = _runner(backend, state, w.n).backward(
         _tokens(grad_state), _tokens(grad_x), _tokens(state), _tokens(z), w, r, _norm(norm, norm_eps), needs_weights
     )
     return [_shaped(first, state.shape), _shaped(second, z.shape), *rest]

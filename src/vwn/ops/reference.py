@@ -21,7 +21,7 @@ from vwn.ops.weights import (
 )
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+def unavailable(device: torch.device, dtype: torch.dtype, slots: int = 1) -> str | None:
     """Why the backend cannot run there, or ``None``; the reference runs everywhere."""
     return None
 

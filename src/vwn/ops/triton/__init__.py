@@ -1,0 +1,144 @@
+"""Backend ``"triton"``: kernels for an NVIDIA GPU. In Triton's interpreter, for tests, they run on a CPU.
+
+:mod:`.tiles` has a legend of the names; the kernels are in :mod:`.forward_kernel` and :mod:`.backward_kernel`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights
+
+MOST_SLOTS = 64
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LEAST_CAPABILITY = (8, 0)
+"""Of the GPU: Ampere, the first with TF32 and bfloat16."""
+_LEAST_TRITON = (3, 6)
+"""The oldest version the kernels were compiled with."""
+_PROGRAMS = 264
+"""At most, of a backward: two for each processor of an H100. A constant, so that sums are the same on every GPU."""
+
+
+def unavailable(device: torch.device, dtype: torch.dtype, slots: int = 1) -> str | None:
+    """Why it cannot run there, or ``None``."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
+        return f"it runs on a GPU, not on {device.type}"
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _LEAST_TRITON:
+        return f"it needs Triton {_dotted(_LEAST_TRITON)} or newer, {triton.__version__} is installed"
+    if device.type == "cuda":
+        if torch.version.hip:
+            return "it needs an NVIDIA GPU"
+        if (found := torch.cuda.get_device_capability(device)) < _LEAST_CAPABILITY:
+            return f"it needs compute capability {_dotted(_LEAST_CAPABILITY)} or higher, the GPU has {_dotted(found)}"
+    if dtype not in _DTYPES:
+        return f"it knows float32, bfloat16 and float16; {str(dtype).removeprefix('torch.')} is not supported"
+    if slots > MOST_SLOTS:
+        return f"it has room for {MOST_SLOTS} slots, not for {slots}"
+    return None
+
+
+def forward(
+    state: Tensor,
+    z: Tensor | None,
+    write: RoutingWeights | None,
+    read: ReadWeights | None,
+    norm: NormWeights | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Like :func:`vwn.ops.reference.forward`, for contiguous ``[T, D']`` and ``[T, D]``, in one launch."""
+    from vwn.ops.triton import forward_kernel
+
+    constants = _constants(state, write, read, norm)
+    tokens = state.shape[0]
+    new = None if write is None else torch.empty_like(state)
+    x = None if read is None else state.new_empty(tokens, constants["m"] * constants["d"])
+    if tokens:
+        with torch.cuda.device_of(state):
+            forward_kernel.forward[lambda meta: (-(-tokens // max(1, meta["ROWS"] // meta["N"])),)](
+                state, z, new, x, tokens, write, read, norm, **constants
+            )
+    return new, x
+
+
+def backward(
+    grad_state: Tensor | None,
+    grad_x: Tensor | None,
+    state: Tensor,
+    z: Tensor | None,
+    write: RoutingWeights | None,
+    read: ReadWeights | None,
+    norm: NormWeights | None,
+    needs_weights: bool,
+) -> list[Tensor]:
+    """Like :func:`vwn.ops.reference.backward`, for contiguous ``[T, D']`` and ``[T, D]``, in one launch or two."""
+    from vwn.ops.triton import backward_kernel
+
+    constants = _constants(state, write, read, norm)
+    tokens = state.shape[0]
+    of_state = torch.empty_like(state)
+    of_z = None if z is None else torch.empty_like(z)
+    x = of_z if norm is None or of_z is not None else state.new_empty(tokens, norm.weight.numel())
+    weights = [w for kind in (write, read, norm) if kind is not None for w in kind if isinstance(w, Tensor)]
+    sizes = [w.numel() for w in weights] if needs_weights else []
+    programs = min(_PROGRAMS, tokens)
+    parts = state.new_zeros(programs, sum(sizes), dtype=torch.float32) if needs_weights else None
+    with torch.cuda.device_of(state):
+        if tokens:
+            rows = iter(parts[0].split(sizes)) if parts is not None else repeat(None)
+            part_of = [_replaced(kind, rows) for kind in (write, read, norm)]
+            backward_kernel.backward[(programs,)](
+                grad_state, grad_x, state, z, of_state, of_z, x, parts, tokens, write, read, norm, *part_of,
+                PART=sum(sizes), WEIGHTS=needs_weights, **constants,
+            )  # fmt: skip
+        of_weights = [torch.empty_like(w) for w in weights] if needs_weights else []
+        if needs_weights:
+            backward_kernel.add_parts[(-(-sum(sizes) // 64),)](
+                parts, programs, tuple(of_weights), tuple(sizes), PART=sum(sizes), ROWS=16, COLUMNS=64
+            )
+    return [of_state, *([] if of_z is None else [of_z]), *of_weights]
+
+
+def _replaced(weights: Any, tensors: Iterator[Tensor | None]) -> Any:
+    """The same named tuple with other tensors in place of its own."""
+    if weights is None:
+        return None
+    return type(weights)(*(next(tensors) if isinstance(w, Tensor) else w for w in weights))
+
+
+def _constants(
+    state: Tensor, write: RoutingWeights | None, read: ReadWeights | None, norm: NormWeights | None
+) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    weights = write if write is not None else read
+    assert weights is not None
+    n, m = weights.n, weights.m
+    slots, segments = (1 << (size - 1).bit_length() for size in (n, m))
+    return {
+        "n": n,
+        "m": m,
+        "d": state.shape[1] // n,
+        "N": slots,
+        "M": max(16, segments) if slots >= 16 else segments,  # tensor cores want 16
+        "WRITE": write is not None,
+        "READ": read is not None,
+        "NORM": norm is not None,
+        "WRITE_DYNAMIC": write is not None and write.dynamic,
+        "READ_DYNAMIC": read is not None and read.dynamic,
+        "FEW": state.shape[0] <= 64,  # as when decoding: other tiles are fastest
+        "PRECISION": "tf32x3" if state.dtype == torch.float32 else "tf32",  # which a 16-bit number fits in
+    }
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

@@ -1,0 +1,33 @@
+"""Sizes of tiles that :func:`triton.autotune` chooses among, once for each shape, dtype and process."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+FORWARD_SIZES = ((64, 32, 4), (32, 64, 4), (64, 64, 8))
+"""``(rows, columns, warps)``: a tile has the tokens that make up ``rows`` slots, or one, and ``columns`` at a time."""
+BACKWARD_SIZES = ((32, 32, 4), (64, 32, 8))
+
+
+def every(sizes: tuple[tuple[int, int, int], ...]) -> list[triton.Config]:
+    """The configurations of these sizes."""
+    return [triton.Config({"ROWS": r, "BD": c}, num_warps=w, num_stages=1) for r, c, w in sizes]
+
+
+# The interpreter cannot measure, so it gets one.
+FORWARD = every(FORWARD_SIZES[: 1 if INTERPRETED else None])
+BACKWARD = every(BACKWARD_SIZES[: 1 if INTERPRETED else None])
+KEY = ["n", "m", "d", "WRITE", "READ", "NORM", "WRITE_DYNAMIC", "READ_DYNAMIC", "FEW"]
+"""What the choice depends on, beside the dtypes."""
+
+
+def first_if_deterministic(configs: list[triton.Config], *_: Any, **__: Any) -> list[triton.Config]:
+    """The order of a sum, and so its bits, depends on the tile: do not let a measurement choose it then."""
+    return configs[:1] if torch.are_deterministic_algorithms_enabled() else configs
