@@ -1,5 +1,9 @@
 """Virtual width at home in transformers. Importing this registers the Auto classes."""
 
+from vwn.hf.versions import check_transformers
+
+check_transformers()  # before anything is imported that an older one lacks
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from vwn.hf.configuration import VirtualWidthConfig

@@ -16,10 +16,11 @@ from vwn.hf.families import has_head_bias, scaled_embedding, scaled_hidden, scal
 from vwn.hf.layouts import has_hooks
 from vwn.hf.loss import choose_loss, fused_cross_entropy
 from vwn.hf.mtp_decoding import MtpGenerationMixin
-from vwn.hf.outputs import VirtualWidthCausalLMOutput, VirtualWidthModelOutput
+from vwn.hf.outputs import CACHE_FIELD, VirtualWidthCausalLMOutput, VirtualWidthModelOutput
 from vwn.hf.saving import SavingMixin
 from vwn.hf.stream import Stream, keeps_its_weights
 from vwn.hf.widening import (
+    CACHE_NAMES,
     VirtualWidthLayer,
     base_model_class,
     build_backbone,
@@ -50,7 +51,7 @@ class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
     config_class = VirtualWidthConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_attention_backend = True  # of a class that knows no backbone; an instance has the backbone's flags
     _keep_in_fp32_modules_strict = ["connections"]
 
@@ -169,11 +170,12 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         preceding_ids: Tensor | None = None,
         padding_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
         cache_params: Cache | None = None,
         **kwargs: Any,
     ) -> VirtualWidthModelOutput:
@@ -185,14 +187,15 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
             preceding_ids: with n-grams and a cache, the last ``K-1`` ids before ``input_ids``, ``[B, K-1]``, -1 where
                 there is none.
             padding_mask: 0 at padding, ``[B, S]``; n-grams take it from a two-dimensional ``attention_mask`` otherwise.
-            cache_params: the cache, for backbones that call it so.
+            past_key_values, cache_params: other names for ``cache``, those of transformers before 5.24.
         """
+        cache = _the_cache(cache, past_key_values, cache_params)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         state: Any
         if input_ids is not None:
             if preceding_ids is None:
-                self._check_starts(past_key_values)
+                self._check_starts(cache)
             if padding_mask is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
                 padding_mask = attention_mask
             rows = self.embed_tokens(input_ids, preceding_ids, padding_mask)
@@ -210,7 +213,7 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
             inputs_embeds=state.view_as(state),  # so that its gradients add up in one order, checkpointing or not
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values if cache_params is None else cache_params,
+            cache=cache,
             use_cache=use_cache,
             **kwargs,
         )
@@ -222,8 +225,7 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
         return VirtualWidthModelOutput(
             # some backbones keep the state in float32
             last_hidden_state=self.norm(self.reduce(out.last_hidden_state.to(state.dtype))),
-            past_key_values=out.get("past_key_values", past_key_values),  # some change it without returning it
-            cache_params=out.get("cache_params"),
+            **{CACHE_FIELD: next((out[name] for name in CACHE_NAMES if name in out), cache)},  # some do not return it
             hidden_states=out.get("hidden_states"),
             attentions=out.get("attentions"),
             router_logits=out.get("router_logits"),
@@ -330,7 +332,7 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -341,6 +343,8 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         preceding_ids: Tensor | None = None,
         padding_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache_params: Cache | None = None,
         **kwargs: Any,
     ) -> VirtualWidthCausalLMOutput:
         """Logits ``[B, S, V]`` and, with ``labels`` ``[B, S]`` (ids, not shifted, -100 ignored), the loss.
@@ -352,6 +356,7 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
             output_over_width_state: also return ``H'_L``, which the first MTP module starts from.
             num_items_in_batch: number of targets over all accumulated batches, the loss's denominator.
             preceding_ids, padding_mask: for n-grams, see :meth:`VirtualWidthModel.forward`.
+            past_key_values, cache_params: other names for ``cache``, those of transformers before 5.24.
         """
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError(
@@ -366,7 +371,7 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=_the_cache(cache, past_key_values, cache_params),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             preceding_ids=preceding_ids,
@@ -404,8 +409,7 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
         return VirtualWidthCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
-            cache_params=out.cache_params,
+            **{CACHE_FIELD: getattr(out, CACHE_FIELD)},
             hidden_states=out.hidden_states,
             attentions=out.attentions,
             router_logits=out.router_logits,
@@ -463,3 +467,11 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
                 mean = total / num_items_in_batch * ((length - 1) / max(1, length - 1 - k))
             objective = objective + mean * (1.0 if k == 0 else self.config.mtp_loss_weight)
         return tuple(losses), objective
+
+
+def _the_cache(*named: Cache | None) -> Cache | None:
+    """The cache that is given under one of its names."""
+    given = [cache for cache in named if cache is not None]
+    if len(given) > 1:
+        raise ValueError("cache, past_key_values and cache_params are names of one argument; give one of them")
+    return given[0] if given else None
