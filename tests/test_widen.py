@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import vwn
 from tests import supported_models, zoo
@@ -59,7 +58,7 @@ def change_gauge(wide: VirtualWidthForCausalLM, spread: float = 0.3) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+@pytest.mark.parametrize("model_type", [*zoo.CAUSAL_TYPES, *zoo.NOT_DECODERS])
 def test_the_page_says_what_happens(model_type):
     """docs/supported_models.md, row by row."""
     text = supported_models.PAGE.read_text()

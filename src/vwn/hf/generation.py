@@ -60,9 +60,7 @@ class NgramGenerationMixin(GenerationMixin):
             cache, kwargs["next_sequence_length"] = None, None
         given = {CACHE_FIELD: cache, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **given, **kwargs)
-        if (
-            cache is not None and cache.is_linear and all(cache.is_linear)
-        ):  # Mamba masks the padding in a chunk
+        if cache is not None and cache.is_linear and all(cache.is_linear):  # Mamba masks the padding in a chunk
             chunk = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
             inputs["attention_mask"] = None if chunk.shape[1] == 1 else attention_mask
         order = self.config.ngram_order

@@ -14,13 +14,15 @@ class VirtualWidthModelOutput(BaseModelOutputWithPast):
     """Output of :class:`VirtualWidthModel`.
 
     ``last_hidden_state`` ``[B, S, D]`` is reduced and normed; ``over_width_state`` ``[B, S, D']`` is the state before
-    that and ``initial_state`` ``[B, S, D']`` the over-width embedding; ``hidden_states`` are over-width.
+    that and ``initial_state`` ``[B, S, D']`` the over-width embedding. ``hidden_states`` are
+    reduced to ``D``, the last is ``last_hidden_state``; ``over_width_hidden_states`` are the states themselves.
     The cache is ``cache``, and ``past_key_values`` with transformers before 5.24, whatever the backbone calls it.
     """
 
     router_logits: tuple[Tensor, ...] | None = None
     over_width_state: Tensor | None = None
     initial_state: Tensor | None = None
+    over_width_hidden_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -38,3 +40,4 @@ class VirtualWidthCausalLMOutput(CausalLMOutputWithPast):
     losses: tuple[Tensor, ...] | None = None
     mtp_logits: tuple[Tensor, ...] | None = None
     over_width_state: Tensor | None = None
+    over_width_hidden_states: tuple[Tensor, ...] | None = None
