@@ -67,7 +67,9 @@ def test_sizes_of_the_backbone_are_those_of_the_config():
         assert getattr(config, name) == getattr(config.backbone, name)
     assert config.num_local_experts == 4
     assert not hasattr(vwn_config("llama"), "num_local_experts")
-    assert "num_attention_heads" not in {*config.to_dict()} - {"backbone"}
+    assert config.to_dict()["num_attention_heads"] == 4
+    assert "num_attention_heads" not in json.loads(config.to_json_string())
+    assert VirtualWidthConfig(**config.to_dict()).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ READ_FROM_BACKBONE = (
     "num_experts_per_tok",
 )
 
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 # What else may be given: attributes of any config of transformers that are no fields of PreTrainedConfig.
@@ -151,6 +153,9 @@ class VirtualWidthConfig(PreTrainedConfig):
             self.backbone = deepcopy(self.backbone)  # several models may be made from one backbone's config
         if getattr(self.backbone, "transformers_weights", None) == NOT_PLAIN:
             del self.backbone.transformers_weights
+        for name in READ_FROM_BACKBONE:  # of to_dict()
+            if name in kwargs and kwargs[name] == getattr(self.backbone, name, None):
+                del kwargs[name]
         if self.transformers_version is None:  # a saved config may hold what other libraries put there
             self._check_names(kwargs)
         for name in DELEGATED:
@@ -248,6 +253,14 @@ class VirtualWidthConfig(PreTrainedConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
         """Nothing: a class of an installed package is imported, its source is not copied into checkpoints."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with the backbone's sizes that other libraries look for here."""
+        return super().to_dict() | {name: getattr(self, name) for name in _SIZES if hasattr(self, name)}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved: the sizes are in the backbone."""
+        return {name: value for name, value in super().to_diff_dict().items() if name not in _SIZES}
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The backbone's config: what caches, masks and generation read."""

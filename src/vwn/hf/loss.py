@@ -111,6 +111,6 @@ def denominator(k: int, counts: list[Tensor], num_items_in_batch: Tensor | int |
     """
     if num_items_in_batch is None:
         return counts[k].clamp(min=1)
-    if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.shape == (len(counts),) and len(counts) > 1:
+    if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.shape == (len(counts),):
         return num_items_in_batch[k].clamp(min=1)
     return num_items_in_batch if k == 0 else num_items_in_batch * counts[k].clamp(min=1) / counts[0].clamp(min=1)
