@@ -1,5 +1,6 @@
 """Other tasks than language modelling, through transformers' generic heads: reward models, taggers, span extraction."""
 
+from copy import deepcopy
 from typing import Any
 
 from transformers.modeling_layers import (
@@ -11,30 +12,28 @@ from transformers.modeling_layers import (
 from vwn.hf.modeling import VirtualWidthPreTrainedModel
 
 
-class _TaskModel(VirtualWidthPreTrainedModel):
-    """A base model with a task's head. MTP modules stay in it, untrained."""
+class _WithoutMtp:
+    """Mixin for a task's model: it has no MTP modules, which predict tokens."""
 
-    model: Any
-
-    def post_init(self) -> None:
-        """As in transformers; no gradients for MTP modules, which predict tokens."""
-        super().post_init()
-        self.model.mtp.requires_grad_(False)
+    def __init__(self, config: Any) -> None:
+        config = deepcopy(config)
+        config.num_mtp_modules = 0
+        super().__init__(config)  # type: ignore[call-arg]
 
 
-class VirtualWidthForSequenceClassification(GenericForSequenceClassification, _TaskModel):
+class VirtualWidthForSequenceClassification(_WithoutMtp, GenericForSequenceClassification, VirtualWidthPreTrainedModel):
     """Score a sequence by its last token that is no padding: ``[B, labels]``. With one label, a reward model."""
 
     new_weights = ("score.",)
 
 
-class VirtualWidthForTokenClassification(GenericForTokenClassification, _TaskModel):
+class VirtualWidthForTokenClassification(_WithoutMtp, GenericForTokenClassification, VirtualWidthPreTrainedModel):
     """Score every token: ``[B, S, labels]``."""
 
     new_weights = ("score.",)
 
 
-class VirtualWidthForQuestionAnswering(GenericForQuestionAnswering, _TaskModel):
+class VirtualWidthForQuestionAnswering(_WithoutMtp, GenericForQuestionAnswering, VirtualWidthPreTrainedModel):
     """Score every token as the start and as the end of an answer: ``[B, S]`` twice."""
 
     new_weights = ("qa_outputs.",)
