@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export VWN_CACHE := $(CURDIR)/.cache/vwn
 export HF_HOME := $(CURDIR)/.cache/huggingface
 
-.PHONY: help quickstart test test-faults check bench docs lint format clean
+.PHONY: help quickstart test test-faults test-versions check bench docs lint format clean
 
 # Two to five minutes on two cores; the learning rates are the presets', tuned for each arm (README, results/quickstart).
 QUICKSTART := --data stdlib --tokenizer bpe:2048 --backbone tiny --arms plain 4x16 --seeds 0 \
@@ -18,6 +18,7 @@ help:
 	@echo "make quickstart  train a small model plain and with virtual width x4, and compare them (a few minutes)"
 	@echo "make test        the whole test suite"
 	@echo "make test-faults over 200 injected faults (kills, damage, full disks), up to half an hour"
+	@echo "make test-versions the model with the oldest and the newest supported transformers"
 	@echo "make check       lint, types and the fast tests"
 	@echo "make bench       speed, memory and accuracy of the connections on this machine"
 	@echo "make docs        the documentation site, into build/site"
@@ -46,6 +47,21 @@ test: $(STAMP)
 test-faults: $(STAMP)
 	mkdir -p build
 	VWN_FAULTS_TABLE=build/faults.md $(BIN)/python -m pytest -m faults tests/training/test_faults.py
+
+# The model's fast tests with the oldest and the newest supported transformers, each in front of the one in .venv.
+TRANSFORMERS := 5.17.0 5.24.0
+MODEL_TESTS := $(addprefix tests/test_,versions.py model.py model_generation.py model_losses.py model_saving.py widen.py)
+
+build/transformers-%/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) transformers==$*
+	touch $@
+
+test-versions: $(TRANSFORMERS:%=build/transformers-%/.installed)
+	for version in $(TRANSFORMERS); do \
+		echo "transformers $$version"; \
+		PYTHONPATH=build/transformers-$$version $(BIN)/python -m pytest -n 2 -m "not slow and not faults" $(MODEL_TESTS) \
+			|| exit 1; \
+	done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

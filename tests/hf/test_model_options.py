@@ -31,17 +31,21 @@ KINDS = pytest.mark.parametrize("kind", BACKBONES)
 
 @KINDS
 @pytest.mark.parametrize("how", ["argument", "config"])
-def test_hidden_states_are_over_width_and_one_more_than_layers(kind, how):
+def test_hidden_states_are_as_wide_as_the_backbone_and_end_in_the_last(kind, how):
     model = build(
         vwn_config(kind, 2, 4, num_mtp_modules=1, **({"output_hidden_states": True} if how == "config" else {}))
     )
     ids = token_ids()
     arguments = {"output_hidden_states": True} if how == "argument" else {}
     out = model(ids, labels=ids, **arguments)
-    assert [tuple(h.shape) for h in out.hidden_states] == [(2, 9, 48)] * 3
-    assert torch.equal(out.hidden_states[0], model.model.embed_tokens(ids))
-    assert torch.equal(out.hidden_states[-1], model.model(ids).over_width_state)
-    assert_close(model.lm_head(model.model.norm(model.model.reduce(out.hidden_states[-1]))), out.logits)
+    assert [tuple(h.shape) for h in out.hidden_states] == [(2, 9, 24)] * 3
+    states = out.over_width_hidden_states
+    assert [tuple(h.shape) for h in states] == [(2, 9, 48)] * 3
+    assert torch.equal(states[0], model.model.embed_tokens(ids))
+    assert torch.equal(states[-1], model.model(ids).over_width_state)
+    assert torch.equal(out.hidden_states[1], model.model.reduce_state(states[1]))
+    assert torch.equal(out.hidden_states[-1], model.model(ids).last_hidden_state)
+    assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
     assert model(ids, output_hidden_states=False).hidden_states is None
     base = model.model(ids, **arguments)
     assert len(base.hidden_states) == 3

@@ -180,7 +180,7 @@ def test_recorded_hidden_states_are_the_states():
     assert same_bits(step(model, output_hidden_states=True), wanted)
     for context in (contextlib.nullcontext(), unfused()):
         with context:
-            recorded = model(token_ids(), output_hidden_states=True).hidden_states
+            recorded = model(token_ids(), output_hidden_states=True).over_width_hidden_states
         assert all(torch.equal(a, b) for a, b in zip(recorded, states, strict=True))
 
 

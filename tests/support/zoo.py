@@ -34,7 +34,9 @@ NOT_DECODERS: dict[str, str] = {
     "gemma3n": "multi-modal: its vision tower needs timm, which is not installed; its text model is gemma3n_text",
     **dict.fromkeys(("musicgen", "musicgen_melody"), _AUDIO),
 }
-CAUSAL_TYPES: tuple[str, ...] = tuple(t for t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if t not in NOT_DECODERS)
+CAUSAL_TYPES: tuple[str, ...] = tuple(
+    t for t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if t not in NOT_DECODERS and t != "virtual_width"
+)
 
 # What an attribute of this name is set to, in every configuration that has a value for it.
 _NAMES: tuple[tuple[Any, str], ...] = (

@@ -2,11 +2,13 @@
 
 import logging
 from copy import deepcopy
+from difflib import get_close_matches
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vwn.nn.embedding import EMBEDDING_FORMS, REDUCE_INITS, check_embedding, resolve_reduce
@@ -15,10 +17,57 @@ from vwn.nn.geometry import Geometry
 
 _log = logging.getLogger("vwn.hf")
 
+# In a saved backbone's config, where a plain class would look for the name of its weights; see vwn.hf.checkpoint.saving.
+NOT_PLAIN = "these are weights of a model with virtual width; `import vwn.hf` and load it with AutoModelForCausalLM"
+
 CONNECTIONS = ("ghc", "hc", "mhc", "residual")
 
 # What trainers, generation and evaluation harnesses read from, or set on, the outer config.
 DELEGATED = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "use_cache")
+
+# What others read from it; to change them, give another backbone.
+READ_FROM_BACKBONE = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+)
+
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+# What else may be given: attributes of any config of transformers that are no fields of PreTrainedConfig.
+_OTHERS = {
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "is_decoder",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "quantization_config",
+    "return_dict",
+    "sep_token_id",
+    "task_specific_params",
+    "tokenizer_class",
+    "torch_dtype",
+    *TOKEN_IDS,
+}
+
+# What the command line and other libraries call an option.
+_ALIASES = {
+    "mtp": "num_mtp_modules",
+    "mtp_modules": "num_mtp_modules",
+    "mtp_weight": "mtp_loss_weight",
+    "static": "dynamic=False",
+    "num_slots": "n",
+    "fraction_rate": "m",
+    "tie_embeddings": "tie_word_embeddings",
+}
 
 # What transformers chooses when a model is made; there is one choice, the backbone's.
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
@@ -52,7 +101,7 @@ class VirtualWidthConfig(PreTrainedConfig):
         tie_word_embeddings: share the ``V x D`` table with the unembedding; impossible for a ``V x D'`` table.
 
     Raises:
-        ValueError: options that do not fit the backbone or each other.
+        ValueError: unknown options, or options that do not fit the backbone or each other.
     """
 
     model_type = "virtual_width"
@@ -61,6 +110,7 @@ class VirtualWidthConfig(PreTrainedConfig):
         "past_key_values",
         "cache_params",
         "over_width_state",
+        "over_width_hidden_states",
         "router_logits",
         "mtp_logits",
         "losses",
@@ -101,6 +151,13 @@ class VirtualWidthConfig(PreTrainedConfig):
             )
         else:
             self.backbone = deepcopy(self.backbone)  # several models may be made from one backbone's config
+        if getattr(self.backbone, "transformers_weights", None) == NOT_PLAIN:
+            del self.backbone.transformers_weights
+        for name in READ_FROM_BACKBONE:  # of to_dict()
+            if name in kwargs and kwargs[name] == getattr(self.backbone, name, None):
+                del kwargs[name]
+        if self.transformers_version is None:  # a saved config may hold what other libraries put there
+            self._check_names(kwargs)
         for name in DELEGATED:
             if name in kwargs:
                 setattr(self, name, kwargs.pop(name))
@@ -111,11 +168,31 @@ class VirtualWidthConfig(PreTrainedConfig):
                 _say_untied(self.backbone.model_type)
         self._check_choices()
         self.reduce, self.reduce_norm = resolve_reduce(self.geometry, self.reduce, self.reduce_norm)
-        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        for key in TOKEN_IDS:
             kwargs.setdefault(key, getattr(self.backbone, key, None))
         for name in IMPLEMENTATIONS:  # it would be set to None here, and with it the backbone's own
             kwargs.setdefault(name, getattr(self.backbone, f"_{name}"))
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in TOKEN_IDS and value is not None and isinstance(self.__dict__.get("backbone"), PreTrainedConfig):
+            setattr(self.backbone, name, value)  # heads read them there
+
+    def _check_names(self, given: dict[str, Any]) -> None:
+        """Refuse options that there are not, and name the one that may be meant."""
+        known = {*self.__dataclass_fields__, *DELEGATED}
+        for name in given:
+            if name in known | _OTHERS or name in GenerationConfig._get_default_generation_params():
+                continue
+            near = [_ALIASES[name]] if name in _ALIASES else get_close_matches(name, known, n=1)
+            if near:
+                hint = f"; did you mean {near[0]}?"
+            elif hasattr(self.backbone, name):
+                hint = f", but its backbone has; set it in the {type(self.backbone).__name__}"
+            else:
+                hint = ""
+            raise ValueError(f"VirtualWidthConfig has no option {name!r}{hint}")
 
     def _check_choices(self) -> None:
         for name, choices in (
@@ -177,6 +254,14 @@ class VirtualWidthConfig(PreTrainedConfig):
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
         """Nothing: a class of an installed package is imported, its source is not copied into checkpoints."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with the backbone's sizes that other libraries look for here."""
+        return super().to_dict() | {name: getattr(self, name) for name in _SIZES if hasattr(self, name)}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved: the sizes are in the backbone."""
+        return {name: value for name, value in super().to_diff_dict().items() if name not in _SIZES}
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The backbone's config: what caches, masks and generation read."""
         return self.backbone
@@ -217,5 +302,7 @@ def _delegate(name: str) -> property:
     return property(lambda self: getattr(self.backbone, name), lambda self, value: setattr(self.backbone, name, value))
 
 
+for _name in READ_FROM_BACKBONE:
+    setattr(VirtualWidthConfig, _name, property(attrgetter(f"backbone.{_name}")))
 for _name in (*DELEGATED, *(f"_{name}_internal" for name in IMPLEMENTATIONS)):
     setattr(VirtualWidthConfig, _name, _delegate(_name))

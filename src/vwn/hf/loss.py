@@ -10,11 +10,14 @@ import importlib.util
 import logging
 import os
 from functools import cache
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vwn.common.errors import UserError
+from vwn.hf.documents import within_documents
 
 LOSS_BACKENDS = ("auto", "torch", "liger")
 
@@ -73,3 +76,41 @@ def fused_cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Ten
     return liger_fused_linear_cross_entropy(
         hidden.flatten(0, 1), head.weight, targets.flatten(), reduction="sum", accum_dtype=torch.float32
     )
+
+
+def targets_of_heads(
+    heads: int, labels: Tensor, shift_labels: Tensor | None = None, documents: Tensor | None = None
+) -> list[Tensor]:
+    """Shift the labels for the next token and for each MTP module, which is one token further than the one before.
+
+    Args:
+        heads: how many.
+        labels: ids ``[B, S]``, -100 where there is no target.
+        shift_labels: the next token's targets, ``[B, S]``, instead of those that follow from ``labels``.
+        documents: numbers of the documents in packed rows, ``[B, S]``. A module has no target in another one; for the
+            next token the labels decide, as in transformers.
+
+    Returns:
+        targets ``[B, S]`` for each head.
+    """
+    targets = [F.pad(labels, (0, 1), value=-100)[:, 1:] if shift_labels is None else shift_labels]
+    for k in range(1, heads):
+        further = F.pad(targets[0], (0, k), value=-100)[:, k:]
+        targets.append(within_documents(further, k + 1, documents))
+    return [t.contiguous() for t in targets]
+
+
+def denominator(k: int, counts: list[Tensor], num_items_in_batch: Tensor | int | None) -> Any:
+    """Find what head ``k``'s summed loss is divided by: its own targets, of all accumulated batches.
+
+    Args:
+        k: 0 for the next token.
+        counts: targets of each head in this batch.
+        num_items_in_batch: None without accumulation; ``[heads]``; or a scalar, the next token's targets. The heads'
+            share of these is then taken to be that of this batch.
+    """
+    if num_items_in_batch is None:
+        return counts[k].clamp(min=1)
+    if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.shape == (len(counts),):
+        return num_items_in_batch[k].clamp(min=1)
+    return num_items_in_batch if k == 0 else num_items_in_batch * counts[k].clamp(min=1) / counts[0].clamp(min=1)

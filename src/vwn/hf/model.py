@@ -1,5 +1,6 @@
 """``VirtualWidthModel`` and ``VirtualWidthForCausalLM``: over-width embedding, widened backbone, reduce, MTP, loss."""
 
+import logging
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from vwn.hf.auxiliary_loss import logit_loss, penalises_logits, router_loss, rou
 from vwn.hf.checkpoint.saving import SavingMixin
 from vwn.hf.configuration import VirtualWidthConfig
 from vwn.hf.decoding.mtp import MtpGenerationMixin
+from vwn.hf.documents import number_documents
 from vwn.hf.families import has_head_bias, scaled_embedding, scaled_hidden, scaled_logits, scales_logits
 from vwn.hf.layouts import has_hooks
-from vwn.hf.loss import choose_loss, fused_cross_entropy
-from vwn.hf.outputs import VirtualWidthCausalLMOutput, VirtualWidthModelOutput
+from vwn.hf.loss import choose_loss, denominator, fused_cross_entropy, targets_of_heads
+from vwn.hf.outputs import CACHE_FIELD, VirtualWidthCausalLMOutput, VirtualWidthModelOutput
 from vwn.hf.stream import Stream, keeps_its_weights
 from vwn.hf.widening import (
+    CACHE_NAMES,
     VirtualWidthLayer,
     base_model_class,
     build_backbone,
@@ -31,6 +34,8 @@ from vwn.nn.embedding import OverWidthEmbedding, OverWidthReduce, UnembeddingExp
 from vwn.nn.multi_token import MultiTokenPredictor
 from vwn.ops import choose, state_dtype
 
+_log = logging.getLogger("vwn.hf")
+
 # what transformers goes by when it chooses an attention implementation, compiles, or exports
 _BACKBONES_FLAGS = (
     "_supports_sdpa",
@@ -40,6 +45,8 @@ _BACKBONES_FLAGS = (
     "_supports_context_parallel",
     "_compatible_flash_implementations",
     "_can_compile_fullgraph",
+    "_can_set_attn_implementation",
+    "_can_set_experts_implementation",
 )
 
 
@@ -50,7 +57,7 @@ class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
     config_class = VirtualWidthConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_attention_backend = True  # of a class that knows no backbone; an instance has the backbone's flags
     _keep_in_fp32_modules_strict = ["connections"]
 
@@ -96,11 +103,14 @@ class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
                 "leave it away, or set it to 'eager'"
             ) from error
 
-    def _can_set_attn_implementation(self) -> bool:
-        return self._backbone_class._can_set_attn_implementation()
+    # of the class, which knows no backbone; an instance has its backbone's, as with the flags
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
 
-    def _can_set_experts_implementation(self) -> bool:
-        return self._backbone_class._can_set_experts_implementation()
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
 
     def set_connection_backend(self, backend: str) -> None:
         """Run all connections on ``"auto"``, ``"reference"``, ``"compiled"`` or ``"triton"`` (:mod:`vwn.ops`).
@@ -169,37 +179,42 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         preceding_ids: Tensor | None = None,
         padding_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
         cache_params: Cache | None = None,
         **kwargs: Any,
     ) -> VirtualWidthModelOutput:
-        """``input_ids`` ``[B, S]`` or over-width ``inputs_embeds`` ``[B, S, D']`` to hidden states ``[B, S, D]``.
+        """``input_ids`` ``[B, S]`` or ``inputs_embeds`` to hidden states ``[B, S, D]``.
 
-        Embeddings are taken as they are, without n-grams. The other arguments are the backbone's.
+        Embeddings are over-width, ``[B, S, D']``, or as wide as the rows of the table, which are expanded. They are
+        taken as they are, without n-grams. The other arguments are the backbone's.
 
         Args:
             preceding_ids: with n-grams and a cache, the last ``K-1`` ids before ``input_ids``, ``[B, K-1]``, -1 where
                 there is none.
             padding_mask: 0 at padding, ``[B, S]``; n-grams take it from a two-dimensional ``attention_mask`` otherwise.
-            cache_params: the cache, for backbones that call it so.
+            past_key_values, cache_params: other names for ``cache``, those of transformers before 5.24.
         """
+        cache = _the_cache(cache, past_key_values, cache_params)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         state: Any
         if input_ids is not None:
             if preceding_ids is None:
-                self._check_starts(past_key_values)
+                self._check_starts(cache)
             if padding_mask is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
                 padding_mask = attention_mask
-            rows = self.embed_tokens(input_ids, preceding_ids, padding_mask)
+            documents = None
+            if self.config.ngram_order > 1 and input_ids.shape[1] > 1:
+                documents = number_documents(input_ids.shape, attention_mask, position_ids, **kwargs)
+            rows = self.embed_tokens(input_ids, preceding_ids, padding_mask, documents)
             state = scaled_embedding(rows, self.config.backbone)
         else:
-            state = inputs_embeds
-        self._check_width(state)
+            state = self._over_width(inputs_embeds)
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name) is None:
                 kwargs[name] = getattr(self.config, name)
@@ -211,7 +226,7 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
             inputs_embeds=state.view_as(state),  # so that its gradients add up in one order, checkpointing or not
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values if cache_params is None else cache_params,
+            cache=cache,
             use_cache=use_cache,
             **kwargs,
         )
@@ -220,17 +235,22 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
                 f"keep_states_every = {stream.keep_every} needs a backbone that hands its layers what accompanies the "
                 f"state, which one of type {self.config.backbone.model_type} does not; set it to 1"
             )
+        last_hidden_state = self.norm(self.reduce_state(out.last_hidden_state.to(state.dtype)))
+        wide = out.get("hidden_states")
         return VirtualWidthModelOutput(
-            # some backbones keep the state in float32
-            last_hidden_state=self.norm(self.reduce(out.last_hidden_state.to(state.dtype))),
-            past_key_values=out.get("past_key_values", past_key_values),  # some change it without returning it
-            cache_params=out.get("cache_params"),
-            hidden_states=out.get("hidden_states"),
+            last_hidden_state=last_hidden_state,
+            **{CACHE_FIELD: next((out[name] for name in CACHE_NAMES if name in out), cache)},  # some do not return it
+            hidden_states=None if wide is None else (*map(self.reduce_state, wide[:-1]), last_hidden_state),
             attentions=out.get("attentions"),
             router_logits=out.get("router_logits"),
+            over_width_hidden_states=wide,
             over_width_state=out.last_hidden_state,
             initial_state=state,
         )
+
+    def reduce_state(self, state: Tensor) -> Tensor:
+        """Map an over-width state to the backbone's width, ``[..., D'] -> [..., D]``; the final norm comes after it."""
+        return self.reduce(state.to(self.dtype))  # some backbones keep the state in float32
 
     def predict_further(
         self, over_width_state: Tensor, initial_state: Tensor, **context: Any
@@ -298,12 +318,16 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
                 f"{self.config.ngram_order - 1} of them as well; give their ids as preceding_ids"
             )
 
-    def _check_width(self, state: Tensor) -> None:
-        if state.shape[-1] != self.config.geometry.over_width:
-            raise ValueError(
-                f"inputs_embeds must be over-width, D' = {self.config.geometry.over_width} numbers per token, "
-                f"got {state.shape[-1]}"
-            )
+    def _over_width(self, embeds: Any) -> Tensor:
+        over_width, row = self.config.geometry.over_width, self.embed_tokens.table.embedding_dim
+        if embeds.shape[-1] == over_width:
+            return embeds
+        if embeds.shape[-1] == row:
+            return self.embed_tokens.expand(embeds)
+        rows = "" if row == over_width else f", or rows of the table, of {row}"
+        raise ValueError(
+            f"inputs_embeds must be over-width, D' = {over_width} numbers per token{rows}; got {embeds.shape[-1]}"
+        )
 
 
 class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
@@ -315,6 +339,11 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
 
     loss_backend: str = "auto"
     """What computes the training loss: ``"liger"`` keeps no logits (and returns none), ``"torch"``, or ``"auto"``."""
+
+    output_mtp_logits: bool = False
+    """Whether outputs have the MTP modules' logits when ``forward`` is not told, for :meth:`mtp_loss`."""
+
+    _said_untrained = False
 
     def __init__(self, config: VirtualWidthConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -331,17 +360,20 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
-        output_mtp_logits: bool = False,
+        output_mtp_logits: bool | None = None,
         output_over_width_state: bool = False,
         num_items_in_batch: Tensor | int | None = None,
         preceding_ids: Tensor | None = None,
         padding_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache_params: Cache | None = None,
         **kwargs: Any,
     ) -> VirtualWidthCausalLMOutput:
         """Logits ``[B, S, V]`` and, with ``labels`` ``[B, S]`` (ids, not shifted, -100 ignored), the loss.
@@ -349,15 +381,26 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
         In training with Liger-Kernel (:attr:`loss_backend`) there are no logits.
 
         Args:
-            output_mtp_logits: also return the MTP modules' logits; they run anyway when there are labels.
+            shift_labels: with ``labels``, the next token's targets as they are, ``[B, S]``; they replace what would
+                follow from ``labels``.
+            output_mtp_logits: also return the MTP modules' logits; they run anyway when there are labels. The default
+                is the attribute of that name.
             output_over_width_state: also return ``H'_L``, which the first MTP module starts from.
-            num_items_in_batch: number of targets over all accumulated batches, the loss's denominator.
+            num_items_in_batch: number of targets over all accumulated batches, the loss's denominator: a scalar for
+                the next token, to which each MTP module's is in the proportion of this batch, or ``[1 + modules]``.
             preceding_ids, padding_mask: for n-grams, see :meth:`VirtualWidthModel.forward`.
+            past_key_values, cache_params: other names for ``cache``, those of transformers before 5.24.
         """
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError(
                 f"labels need the logits of every position; leave logits_to_keep at 0, got {logits_to_keep}"
             )
+        if output_mtp_logits is None:
+            output_mtp_logits = self.output_mtp_logits
+        if labels is None and not output_mtp_logits:
+            self._say_untrained_modules()
+        if shift_labels is not None and (self.config.num_mtp_modules or self.config.ngram_order > 1):
+            _check_whole(position_ids, attention_mask, past_key_values if cache is None else cache)
         b = self.config.backbone
         if routes_experts(b) and output_router_logits is None:
             output_router_logits = b.output_router_logits
@@ -367,7 +410,7 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=_the_cache(cache, past_key_values, cache_params),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             preceding_ids=preceding_ids,
@@ -395,7 +438,11 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
 
         loss = losses = aux_loss = None
         if labels is not None:
-            losses, loss = self._losses(heads, None if fused else [logits, *mtp_logits], labels, num_items_in_batch)
+            documents = None
+            if len(heads) > 1:
+                documents = number_documents(labels.shape, attention_mask, position_ids, **kwargs)
+            targets = targets_of_heads(len(heads), labels, shift_labels, documents)
+            losses, loss = self._losses(heads, None if fused else [logits, *mtp_logits], targets, num_items_in_batch)
             if logits is not None and penalises_logits(b):
                 loss = loss + logit_loss(logits, b)
         if kwargs.get("output_router_logits") and routes_experts(b):
@@ -405,9 +452,9 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
         return VirtualWidthCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
-            cache_params=out.cache_params,
+            **{CACHE_FIELD: getattr(out, CACHE_FIELD)},
             hidden_states=out.hidden_states,
+            over_width_hidden_states=out.over_width_hidden_states,
             attentions=out.attentions,
             router_logits=out.router_logits,
             aux_loss=aux_loss,
@@ -443,24 +490,78 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
         self,
         heads: list[Tensor],
         logits: list[Any] | None,
-        labels: Tensor,
+        targets: list[Tensor],
         num_items_in_batch: Tensor | int | None,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Each head's mean cross-entropy, and next-token + λ · (sum of the further ones) for the optimiser."""
         losses: list[Tensor] = []
         objective: Any = 0.0
-        length, vocab_size = labels.shape[1], self.config.vocab_size
+        counts = [(t != -100).sum() for t in targets]
         for k, hidden in enumerate(heads):
-            targets = F.pad(labels, (0, 1 + k), value=-100)[:, 1 + k :].contiguous()
-            count = (targets != -100).sum()
             if logits is None:
-                total = fused_cross_entropy(self.unembed_expand(hidden), self.lm_head, targets)
+                total = fused_cross_entropy(self.unembed_expand(hidden), self.lm_head, targets[k])
             else:
-                total = self.loss_function(logits[k], labels, vocab_size, shift_labels=targets, num_items_in_batch=1)
-            losses.append((total / count).detach())
-            if num_items_in_batch is None:
-                mean = total / count.clamp(min=1)
-            else:  # a window has k targets fewer for this head than for the next token, which is what was counted
-                mean = total / num_items_in_batch * ((length - 1) / max(1, length - 1 - k))
+                total = self._summed_loss(logits[k], targets[k])
+            losses.append((total / counts[k]).detach())
+            mean = total / denominator(k, counts, num_items_in_batch)
             objective = objective + mean * (1.0 if k == 0 else self.config.mtp_loss_weight)
         return tuple(losses), objective
+
+    def _summed_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return self.loss_function(logits, targets, self.config.vocab_size, shift_labels=targets, num_items_in_batch=1)
+
+    def mtp_loss(
+        self,
+        mtp_logits: tuple[Tensor, ...],
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        """Compute what MTP modules add to a loss that is computed outside the model: λ · (sum of their means).
+
+        Args:
+            mtp_logits: of the output, see :attr:`output_mtp_logits`.
+            labels, num_items_in_batch, shift_labels: as in :meth:`forward`.
+            documents: numbers of the documents in packed rows, ``[B, S]``; no target is in another document.
+        """
+        targets = targets_of_heads(1 + len(mtp_logits), labels, shift_labels, documents)
+        counts = [(t != -100).sum() for t in targets]
+        further = zip(range(1, len(targets)), mtp_logits, targets[1:], strict=True)
+        sums = [self._summed_loss(logits, t) / denominator(k, counts, num_items_in_batch) for k, logits, t in further]
+        return self.config.mtp_loss_weight * torch.stack(sums).sum()
+
+    def _say_untrained_modules(self) -> None:
+        """Warn once if gradients are wanted and no loss of the MTP modules is."""
+        if self._said_untrained or torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
+            return
+        if any(p.requires_grad for p in self.model.mtp.parameters()):
+            self._said_untrained = True
+            _log.warning(
+                "the MTP modules (num_mtp_modules = %d) are not trained: the model got no labels, and a loss computed "
+                "outside of it leaves them out; add model.mtp_loss(...) to it, or set num_mtp_modules to 0",
+                self.config.num_mtp_modules,
+            )
+
+
+def _check_whole(position_ids: Tensor | None, attention_mask: Any, cache: Cache | None) -> None:
+    """Refuse rows that hold parts of sequences, which context parallelism makes of them."""
+    if position_ids is None or cache is not None or torch.compiler.is_compiling():
+        return
+    documents = number_documents(position_ids.shape, attention_mask, position_ids)
+    if documents is None:
+        return
+    begins = F.pad(documents.diff(dim=-1), (1, 0), value=1) != 0
+    if first := int(position_ids[begins].max()):
+        raise UserError(
+            f"a row begins at position {first}, so its n-grams and targets of MTP modules would miss tokens; give "
+            "whole sequences, without context parallelism, or a model without n-grams and MTP modules"
+        )
+
+
+def _the_cache(*named: Cache | None) -> Cache | None:
+    """The cache that is given under one of its names."""
+    given = [cache for cache in named if cache is not None]
+    if len(given) > 1:
+        raise ValueError("cache, past_key_values and cache_params are names of one argument; give one of them")
+    return given[0] if given else None

@@ -3,31 +3,30 @@
 from dataclasses import dataclass
 
 from torch import Tensor
-from transformers import Cache
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls a cache in outputs: ``"cache"`` from 5.24 on."""
 
 
 @dataclass
-class VirtualWidthModelOutput(ModelOutput):
+class VirtualWidthModelOutput(BaseModelOutputWithPast):
     """Output of :class:`VirtualWidthModel`.
 
     ``last_hidden_state`` ``[B, S, D]`` is reduced and normed; ``over_width_state`` ``[B, S, D']`` is the state before
-    that and ``initial_state`` ``[B, S, D']`` the over-width embedding; ``hidden_states`` are over-width. Backbones that
-    call their cache ``cache_params`` (Mamba) find it there.
+    that and ``initial_state`` ``[B, S, D']`` the over-width embedding. ``hidden_states`` are
+    reduced to ``D``, the last is ``last_hidden_state``; ``over_width_hidden_states`` are the states themselves.
+    The cache is ``cache``, and ``past_key_values`` with transformers before 5.24, whatever the backbone calls it.
     """
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    cache_params: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
     over_width_state: Tensor | None = None
     initial_state: Tensor | None = None
+    over_width_hidden_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass
-class VirtualWidthCausalLMOutput(ModelOutput):
+class VirtualWidthCausalLMOutput(CausalLMOutputWithPast):
     """Output of :class:`VirtualWidthForCausalLM`.
 
     ``losses`` are the next-token loss and one for each MTP module, in nats per token and unweighted; ``loss`` is their
@@ -36,14 +35,9 @@ class VirtualWidthCausalLMOutput(ModelOutput):
     for, is what the first of them starts from.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    cache_params: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
     aux_loss: Tensor | None = None
     losses: tuple[Tensor, ...] | None = None
     mtp_logits: tuple[Tensor, ...] | None = None
     over_width_state: Tensor | None = None
+    over_width_hidden_states: tuple[Tensor, ...] | None = None

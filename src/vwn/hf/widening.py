@@ -28,7 +28,9 @@ from vwn.nn.geometry import Geometry
 from vwn.nn.initialisation import StatesItsInitialValues
 from vwn.nn.relatives import HyperConnection, ManifoldHyperConnection
 
-_OPTIONAL = ("position_ids", "past_key_values", "output_hidden_states", "output_attentions", "stream")
+# transformers' names for a cache: from 5.24 on, before that, and before that of Mamba's kind
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+_OPTIONAL = ("position_ids", *CACHE_NAMES, "output_hidden_states", "output_attentions", "stream")
 
 
 class VirtualWidthLayer:
@@ -106,11 +108,11 @@ class VirtualWidthBackbone:
 
     anatomy: Anatomy
     arguments: frozenset[str] | None  # that its forward takes; None if it takes any
+    cache_name: str  # what its forward calls a cache
 
-    def run(self, **arguments: Any) -> Any:
+    def run(self, cache: Any = None, **arguments: Any) -> Any:
         """Its forward, without what it has no argument for and could not use, such as positions beside ALiBi."""
-        if self.arguments is not None and "cache_params" in self.arguments:
-            arguments["cache_params"] = arguments.pop("past_key_values", None)
+        arguments[self.cache_name] = cache
         if self.arguments is not None:
             arguments = {k: v for k, v in arguments.items() if k in self.arguments or k not in _OPTIONAL}
         return self(**arguments)  # type: ignore[operator]
@@ -241,7 +243,7 @@ def widen_backbone(config: VirtualWidthConfig, model: Any) -> tuple[Any, nn.Modu
         UserError: a model that cannot be widened, with the reason.
     """
     refuse_family(model.config)
-    model.anatomy, model.arguments = find_anatomy(model), _arguments(model)
+    model.anatomy, (model.arguments, model.cache_name) = find_anatomy(model), _arguments(model)
     if not isinstance(model, VirtualWidthBackbone):
         kind: Any = type(model)
         model.__class__ = widened_backbone_class(kind)
@@ -329,10 +331,12 @@ def _widen_front(config: VirtualWidthConfig, model: Any) -> None:
             module.geometry, module.__class__ = config.geometry, make_class(kind)
 
 
-def _arguments(model: nn.Module) -> frozenset[str] | None:
+def _arguments(model: nn.Module) -> tuple[frozenset[str] | None, str]:
+    """What a backbone's ``forward`` takes (None if anything), and its name for a cache."""
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return None if takes_any and "cache_params" not in parameters else frozenset(parameters)
+    cache_name = next((name for name in CACHE_NAMES if name in parameters), "past_key_values")
+    return None if takes_any else frozenset(parameters), cache_name
 
 
 def _connection(config: VirtualWidthConfig, index: int) -> Connection:

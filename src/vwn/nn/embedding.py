@@ -67,12 +67,20 @@ class OverWidthEmbedding(StatesItsInitialValues):
         return {name: torch.randn(shape) * shape[1] ** -0.5 for name, shape in shapes.items()}
 
     def forward(
-        self, input_ids: Tensor, preceding_ids: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        preceding_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """``[...]`` ids to ``[..., D']``; the other arguments matter to n-grams only, see ``NgramEmbedding``."""
         rows = self.table(input_ids)
         if self.ngram is not None:
-            rows = rows + self.ngram(input_ids, preceding_ids, attention_mask)
+            rows = rows + self.ngram(input_ids, preceding_ids, attention_mask, documents)
+        return self.expand(rows)
+
+    def expand(self, rows: Tensor) -> Tensor:
+        """Rows of the table to the over-width state, ``[..., width of the table]`` to ``[..., D']``."""
         if self.form == "factorised":
             return F.linear(rows, self.expand_weight).to(rows.dtype)  # autocast must not round the state
         if self.table_factor > 1:

@@ -43,12 +43,16 @@ class NgramEmbedding(StatesItsInitialValues):
         return {"weight": torch.zeros(self.weight.shape)}
 
     def forward(
-        self, input_ids: Tensor, preceding_ids: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        preceding_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
-        """``[..., S]`` ids to ``[..., S, width]``; the other arguments as in :func:`with_context`."""
+        """``[..., S]`` ids to ``[..., S, width]``; see :func:`with_context` and :func:`hash_ngrams`."""
         ids = with_context(input_ids, self.order, preceding_ids, attention_mask)
         first_rows = torch.arange(self.order - 1, device=ids.device) * self.buckets
-        rows = F.embedding(hash_ngrams(ids, self.order, self.buckets) + first_rows, self.weight)
+        rows = F.embedding(hash_ngrams(ids, self.order, self.buckets, documents) + first_rows, self.weight)
         return rows.sum(-2).to(self.weight.dtype)  # autocast sums in float32
 
     def extra_repr(self) -> str:
@@ -90,7 +94,7 @@ def with_context(
     return ids.masked_fill(~mask, NO_TOKEN)
 
 
-def hash_ngrams(ids: Tensor, order: int, buckets: int) -> Tensor:
+def hash_ngrams(ids: Tensor, order: int, buckets: int, documents: Tensor | None = None) -> Tensor:
     """The bucket of the n-gram of each order ``2..K`` that ends at a position.
 
     64-bit integers throughout, so the same on every device and in every batch. A trained table depends on these
@@ -100,6 +104,8 @@ def hash_ngrams(ids: Tensor, order: int, buckets: int) -> Tensor:
         ids: ``[..., K-1+S]``, see :func:`with_context`.
         order: ``K``.
         buckets: of each order.
+        documents: numbers of the documents that the ids belong to in packed rows, ``[..., S]``: no n-gram reaches into
+            another one. The ids before them belong to the first.
 
     Returns:
         ``[..., S, K-1]``, column ``k - 2`` for order ``k``, within 0 and ``buckets - 1``.
@@ -107,10 +113,16 @@ def hash_ngrams(ids: Tensor, order: int, buckets: int) -> Tensor:
     length = ids.shape[-1] - (order - 1)
     ids = ids.long()
     state = _mix(ids[..., order - 1 :])
+    if documents is not None:
+        documents = torch.cat([documents[..., :1].expand(*documents.shape[:-1], order - 1), documents], dim=-1)
     columns = []
     for back in range(1, order):
         start = order - 1 - back
-        state = _mix(state ^ ids[..., start : start + length])
+        earlier = ids[..., start : start + length]
+        if documents is not None:
+            elsewhere = documents[..., start : start + length] != documents[..., order - 1 :]
+            earlier = earlier.masked_fill(elsewhere, NO_TOKEN)
+        state = _mix(state ^ earlier)
         columns.append((state & (2**63 - 1)) % buckets)
     return torch.stack(columns, dim=-1)
 

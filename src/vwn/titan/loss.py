@@ -13,7 +13,8 @@ from torchtitan.models.deepseek_v3.mtp import roll_mtp_sequence
 class MultiTokenLoss(BaseLoss):
     """Cross-entropy of the next token plus λ times the sum of the further tokens', over the number of targets.
 
-    A window has ``k`` targets fewer for the token ``k`` further, so that its sum is scaled by ``S / (S - k)``.
+    Each head's sum is divided by its own targets: for the further tokens, the number over all ranks and accumulated
+    batches times this batch's share of them.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -32,10 +33,11 @@ class MultiTokenLoss(BaseLoss):
         self, pred: Any, labels: Tensor, global_valid_tokens: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits ``[B, S, V]`` of the next token and of each further one; ``labels`` ``[B, S]``, shifted by one."""
-        length = labels.shape[1]
+        counted = (labels != IGNORE_INDEX).sum().clamp(min=1)
         loss = self.fn(pred[0], labels, global_vocab_size=self.vocab_size)
         for ahead, logits in enumerate(pred[1:], 1):
             targets = roll_mtp_sequence(labels, shift=ahead, fill_value=IGNORE_INDEX, positions=kwargs.get("positions"))
             further = self.fn(logits, targets, global_vocab_size=self.vocab_size)
-            loss = loss + self.weight * length / max(1, length - ahead) * further
+            count = (targets != IGNORE_INDEX).sum().clamp(min=1)
+            loss = loss + self.weight * counted / count * further
         return loss if global_valid_tokens is None else loss / global_valid_tokens, {}

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from vwn.common.errors import UserError
 from vwn.hf.checkpoint.card import TrainingFacts, model_card
+from vwn.hf.configuration import NOT_PLAIN
 from vwn.nn.connection import Connection
 
 SHIM = Path(__file__).with_name("shim.py")
@@ -22,10 +24,12 @@ AUTO_MAP = {
     "AutoConfig": f"{SHIM_MODULE}.VirtualWidthConfig",
     "AutoModel": f"{SHIM_MODULE}.VirtualWidthModel",
     "AutoModelForCausalLM": f"{SHIM_MODULE}.VirtualWidthForCausalLM",
+    "AutoModelForQuestionAnswering": f"{SHIM_MODULE}.VirtualWidthForQuestionAnswering",
+    "AutoModelForSequenceClassification": f"{SHIM_MODULE}.VirtualWidthForSequenceClassification",
+    "AutoModelForTokenClassification": f"{SHIM_MODULE}.VirtualWidthForTokenClassification",
 }
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model.pt", "model.pt", "model.bin")
 CARD = "README.md"
-NOT_PLAIN = "these are weights of a model with virtual width; `import vwn.hf` and load it with AutoModelForCausalLM"
 _TEMPLATE = "This model card has been automatically generated."  # of what transformers uploads for want of a card
 
 
@@ -33,6 +37,8 @@ class SavingMixin:
     """``save_pretrained`` with a shim module and a model card, ``from_pretrained`` that is whole or raises."""
 
     config: Any
+    new_weights: tuple[str, ...] = ()
+    """Prefixes of weights that start afresh where a checkpoint lacks them: those of another task's head."""
     training_facts: TrainingFacts | None = None
     """What the model card says of the training; a training run sets it."""
 
@@ -52,14 +58,19 @@ class SavingMixin:
         if folder.is_file():
             raise UserError(f"{folder} is a file; give save_pretrained a directory")
         adapters_only = getattr(self, "_hf_peft_config_loaded", False)
-        if not adapters_only:
-            self.config.auto_map = dict(AUTO_MAP)
-            # A plain class would find its config in ours and start all its weights afresh: it is to fail at this name.
-            self.config.backbone.transformers_weights = NOT_PLAIN
         if not adapters_only and is_main_process and _first_rank():
             folder.mkdir(parents=True, exist_ok=True)
             self._write_companions(folder)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+        config = self.config
+        if not adapters_only:
+            self.config = deepcopy(config)
+            self.config.auto_map = dict(AUTO_MAP)
+            # A plain class would find its config in ours and start all its weights afresh: it is to fail at this name.
+            self.config.backbone.transformers_weights = NOT_PLAIN
+        try:
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+        finally:
+            self.config = config
 
     def _write_companions(self, folder: Path) -> None:
         shutil.copyfile(SHIM, folder / f"{SHIM_MODULE}.py")
@@ -215,10 +226,11 @@ def _check_complete(model: Any, info: dict[str, Any], source: Any) -> None:
             f"{name}: {tuple(stored)} in the checkpoint, {tuple(wanted)} in the model; use the checkpoint's own "
             f"config, {afresh}"
         )
-    if info["missing_keys"]:
+    missing = [name for name in info["missing_keys"] if not name.startswith(model.new_weights)]
+    if missing:
         raise UserError(
-            f"{len(info['missing_keys'])} weights of {model_is} are missing from {source} "
-            f"({_some(info['missing_keys'])}); use a whole checkpoint and its own config, {afresh}"
+            f"{len(missing)} weights of {model_is} are missing from {source} ({_some(missing)}); use a whole "
+            f"checkpoint and its own config, {afresh}"
         )
     routing = [name for name in info["unexpected_keys"] if ".connections." in name and ".mtp." not in f".{name}"]
     if routing:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, Cache, GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 
 from vwn.common.errors import UserError
+from vwn.hf.outputs import CACHE_FIELD
 from vwn.nn.ngram import NO_TOKEN, with_context
 
 
@@ -18,20 +19,6 @@ class NgramGenerationMixin(GenerationMixin):
 
     config: Any
     base_model: Any
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> bool:
-        """As in transformers, which goes by the class's name to find out what the model calls its cache."""
-        prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if self._says_cache_params and "past_key_values" in model_kwargs:
-            model_kwargs["cache_params"] = model_kwargs.pop("past_key_values")
-        return prepared
-
-    @property
-    def _says_cache_params(self) -> bool:
-        names = self.base_model.backbone.arguments
-        return names is not None and "cache_params" in names
 
     @property
     def create_masks_for_generate(self) -> Any:
@@ -54,7 +41,6 @@ class NgramGenerationMixin(GenerationMixin):
         self,
         input_ids: Tensor,
         *args: Any,
-        past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         preceding_ids: Tensor | None = None,
@@ -69,21 +55,22 @@ class NgramGenerationMixin(GenerationMixin):
         Raises:
             UserError: a cache of tokens whose ids are not given.
         """
-        if self._switches_rope(input_ids.shape[1], past_key_values):
-            past_key_values, kwargs["next_sequence_length"] = None, None
-        given = {"past_key_values": past_key_values, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        cache = kwargs.pop(CACHE_FIELD, None)
+        if self._switches_rope(input_ids.shape[1], cache):
+            cache, kwargs["next_sequence_length"] = None, None
+        given = {CACHE_FIELD: cache, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **given, **kwargs)
-        chunk = inputs.get("input_ids")
-        if kwargs.get("cache_params") is not None and chunk is not None and chunk.shape[1] == 1:
-            inputs["attention_mask"] = None  # of all tokens, where one of the new token is wanted
+        if cache is not None and cache.is_linear and all(cache.is_linear):  # Mamba masks the padding in a chunk
+            chunk = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+            inputs["attention_mask"] = None if chunk.shape[1] == 1 else attention_mask
         order = self.config.ngram_order
         if order == 1 or inputs.get("input_ids") is None:
             return inputs
         known = input_ids if preceding_ids is None else torch.cat([preceding_ids, input_ids], dim=1)
         length = inputs["input_ids"].shape[1]
         before = known.shape[1] - length
-        if before < order - 1 and inputs_embeds is None and past_key_values is not None:
-            cached = int(past_key_values.get_seq_length())
+        if before < order - 1 and inputs_embeds is None and cache is not None:
+            cached = int(cache.get_seq_length())
             if cached > before:
                 raise UserError(
                     f"the cache holds {cached} tokens whose ids n-gram embeddings need; give generate() all ids from "

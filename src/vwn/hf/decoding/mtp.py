@@ -67,6 +67,7 @@ class MtpDrafts(CandidateGenerator):
         self.model, self.modules = model, model.model.mtp
         self.max_length, self.do_sample = generation_config.max_length, generation_config.do_sample
         self.logits_processor = logits_processor
+        self.end_tokens: Tensor | None = getattr(generation_config, "_eos_token_tensor", None)
         self.counts = DraftCounts([0] * len(self.modules), [0] * len(self.modules))
         self._caches = [DynamicCache(config=module.layer.config) for module in self.modules]
         for cache in self._caches:
@@ -86,15 +87,16 @@ class MtpDrafts(CandidateGenerator):
     ) -> tuple[Tensor, Tensor | None]:
         """The ids ``[1, L]`` with the drafts behind them, and the drafts' logits ``[1, drafts, V]``.
 
-        Nothing is drafted before the first pass of the main model, nor beyond the length that was asked for.
+        Nothing is drafted before the first pass of the main model, beyond the length that was asked for, or after an
+        end token.
         """
         drafts = min(len(self.modules), self.max_length - input_ids.shape[1] - 1)
         if is_first_iteration or drafts < 1:
             return input_ids, None
         states = self._states_to_take(model_outputs.over_width_state, int(n_last_matches), input_ids.shape[1])
         tokens, logits = self._draft(drafts, states, input_ids, model_kwargs or {})
-        self._drafted = drafts
-        for k in range(drafts):
+        self._drafted = logits.shape[1]
+        for k in range(self._drafted):
             self.counts.drafted[k] += 1
         return tokens, logits
 
@@ -135,7 +137,7 @@ class MtpDrafts(CandidateGenerator):
             cache = self._caches[k]
 
             def run(layer: Any, state: Tensor, cache: DynamicCache = cache) -> Tensor:
-                return layer.run(inputs_embeds=state, past_key_values=cache, use_cache=True, **shared).last_hidden_state
+                return layer.run(inputs_embeds=state, cache=cache, use_cache=True, **shared).last_hidden_state
 
             hidden, states = self.modules[k](states, ahead.to(states.device), run)
             logits = self.model._unembed(hidden[:, -1:])[:, -1].to(ids.device, torch.float32)
@@ -144,6 +146,8 @@ class MtpDrafts(CandidateGenerator):
             all_logits.append(logits)
             chosen = torch.multinomial(logits.softmax(-1), 1) if self.do_sample else logits.argmax(-1, keepdim=True)
             ids = torch.cat([ids, chosen], dim=1)
+            if self.end_tokens is not None and torch.isin(chosen, self.end_tokens.to(chosen.device)).any():
+                break
         return ids, torch.stack(all_logits, dim=1)
 
     def _embed(self, ids: Tensor, count: int, context: dict[str, Any]) -> Tensor:
@@ -179,6 +183,8 @@ class MtpGenerationMixin(NgramGenerationMixin):
                 "use_mtp needs MTP modules and this model has none (num_mtp_modules = 0); train one with them, or "
                 "leave use_mtp away"
             )
+        if config.use_mtp and config.use_cache is False:
+            raise UserError("use_mtp needs the cache; leave use_cache = False away")
         if config.use_mtp and (config.num_beams or 1) > 1:
             raise UserError(f"use_mtp goes with greedy decoding and sampling, not with num_beams = {config.num_beams}")
         kind = self.config.backbone._attn_implementation

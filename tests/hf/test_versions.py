@@ -1,0 +1,96 @@
+"""The supported versions of transformers, and the README's own way to install."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicCache
+
+from tiny import build, token_ids, vwn_config
+from vwn import UserError
+from vwn.hf.versions import FIRST_UNTESTED, OLDEST, check_transformers
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("version", ["5.17.0", "5.23.0", "5.24.3"])
+def test_a_tested_version_passes_in_silence(version):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_transformers(version)
+
+
+def test_an_older_version_is_refused_and_a_newer_one_warned_of():
+    with pytest.raises(UserError, match=r"transformers >=5.17,<5.25, and 5.16.1 is installed.*pip install"):
+        check_transformers("5.16.1")
+    for version in ("5.25.0.dev0", "5.25.0", "6.0.0"):
+        with pytest.warns(UserWarning, match=f"{version} is installed"):
+            check_transformers(version)
+
+
+def test_the_bounds_are_those_of_the_package():
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert f"transformers>={OLDEST},<{FIRST_UNTESTED}" in dependencies
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
+def test_a_cache_goes_by_all_names_that_transformers_had_for_it(name):
+    model, ids = build(vwn_config(num_mtp_modules=1)), token_ids()
+    wanted = model(ids).logits
+    for part in (model, model.model):
+        cache = DynamicCache(config=model.config.backbone)
+        first = part(ids[:, :5], **{name: cache}, use_cache=True)
+        assert first.past_key_values is cache
+        assert cache.get_seq_length() == 5
+        second = part(ids[:, 5:], **{name: cache}, use_cache=True)
+    torch.testing.assert_close(model.lm_head(second.last_hidden_state), wanted[:, 5:])
+    with pytest.raises(ValueError, match="names of one argument"):
+        model(ids[:, 5:], past_key_values=cache, cache_params=cache)
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_deprecated_is_used(capfd):
+    """transformers 5.24 calls every cache `cache`, and warns wherever it gets another name."""
+    model = build(vwn_config(num_mtp_modules=1, ngram_order=2, ngram_buckets=7))
+    model(token_ids(), labels=token_ids())
+    model.generate(token_ids(1), max_new_tokens=3, do_sample=False)
+    model.generate(token_ids(1), max_new_tokens=3, do_sample=False, use_mtp=True)
+    assert "deprecated" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_install_lines_of_the_readme_in_a_fresh_environment(tmp_path):
+    """Its `pip install` lines give a package that imports, runs a model and has a command."""
+    lines = re.findall(r"^pip install [^#\n]+", (ROOT / "README.md").read_text(), re.M)
+    assert "pip install ." in [line.strip() for line in lines]
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    python = tmp_path / "env/bin/python"
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    for line in lines:
+        done = subprocess.run([python, "-m", *line.split()], cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode and re.search("No matching distribution|Connection|Temporary failure", done.stderr):
+            pytest.skip(f"pip cannot reach a package index: {done.stderr.strip().splitlines()[-1]}")
+        assert not done.returncode, done.stderr
+    program = """
+import torch, vwn
+from transformers import LlamaConfig
+backbone = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+model = vwn.VirtualWidthForCausalLM(vwn.VirtualWidthConfig(backbone=backbone, m=2, n=3, num_mtp_modules=1))
+ids = torch.arange(8)[None]
+model(ids, labels=ids).loss.backward()
+print(tuple(model.generate(ids, max_new_tokens=2, do_sample=False).shape))
+"""
+    run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run([python, "-W", "error::UserWarning:vwn", "-c", program], **run)
+    assert done.stdout.strip() == "(1, 10)", done.stderr
+    done = subprocess.run([tmp_path / "env/bin/vwn", "--help"], **run)
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout
