@@ -20,7 +20,7 @@ from transformers.utils import logging as hf_logging
 
 from vwn.cost import model_cost
 from vwn.data import Corpus, PackedWindows, prepare
-from vwn.data.streaming import prepare_stream
+from vwn.data.stream import prepare_stream
 from vwn.errors import UserError
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.hf.card import TrainingFacts
@@ -266,8 +266,9 @@ def load_corpus(config: TrainConfig) -> Corpus:
             batch_size=config.optim.batch_size,
             seed=config.seed,
             skip_bad_rows=c.skip_bad_rows,
+            control_tokens=c.control_tokens,
         )
-    return prepare(c.data, valid=c.valid, tokenizer=c.tokenizer, window=c.window)
+    return prepare(c.data, valid=c.valid, tokenizer=c.tokenizer, window=c.window, control_tokens=c.control_tokens)
 
 
 def training_arguments(

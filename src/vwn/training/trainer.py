@@ -15,7 +15,7 @@ from torch.utils.data import RandomSampler
 from tqdm import tqdm
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback
 
-from vwn.data.streaming import StreamLoader, TokenStream
+from vwn.data.stream import StreamLoader, TokenStream
 from vwn.errors import UserError
 from vwn.training.checkpoints import checkpoints
 from vwn.training.groups import scale_rates
