@@ -22,9 +22,9 @@ from vwn.data import load_tokenizer, prepare
 from vwn.data.reading import SEPARATOR
 from vwn.errors import UserError
 from vwn.evaluation.config import EvalConfig
-from vwn.evaluation.loading import load_model
 from vwn.evaluation.run import evaluate_checkpoint
 from vwn.evaluation.text import Text, byte_lengths, load_text, measure_text
+from vwn.hf.loading import load_model
 
 BYTES = load_tokenizer("bytes")
 

@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 
 from vwn.errors import UserError
 from vwn.evaluation import TASKS
-from vwn.evaluation.loading import check_positions
+from vwn.evaluation.text import check_positions
 
 BOOTSTRAP = 1000
 """Resamples behind the standard error of a perplexity; those of accuracies have a formula."""

@@ -51,6 +51,7 @@ class VirtualWidthTrainer(Trainer):
                 f"the tokenizer in {config.hf_assets_path} has {tokens} tokens, backbone.vocab_size is {b.vocab_size}; "
                 "make it as large"
             )
+        self.tokenizer.tokenizer.encode_special_tokens = True  # control tokens that are written in a text stay text
 
 
 def model_spec(backbone: Backbone, width: VirtualWidth) -> ModelSpec:
