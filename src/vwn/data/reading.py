@@ -254,7 +254,7 @@ def parse_row(line: str, where: str) -> dict[str, Any]:
         except json.JSONDecodeError:
             raise
         except ValueError:  # a whole number with more digits than `int` takes
-            row = json.loads(line, parse_int=float)
+            row = json.loads(line, parse_int=lambda digits: int(digits) if len(digits) < 1000 else float(digits))
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON ({error}); give one object per line") from error
     if not isinstance(row, dict):
