@@ -237,7 +237,7 @@ def test_a_checkpoint_without_a_tokenizer_is_measured_with_another(tmp_path) -> 
     larger = load_tokenizer("bytes")
     larger.add_tokens([f"word{i}" for i in range(100)])
     larger.save_pretrained(tmp_path / "larger")
-    with pytest.raises(UserError, match="has ids up to 356, the model in .* knows 300 tokens"):
+    with pytest.raises(UserError, match=r"has ids up to 356, the model in .* knows 300 tokens"):
         evaluate_checkpoint(EvalConfig(str(folder), data=str(file), tokenizer=str(tmp_path / "larger")))
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -261,31 +261,14 @@ def _load_from_hub(spec: str) -> dict[str, Dataset]:
 
 
 @contextmanager
-def quiet(*, bars: bool = True) -> Iterator[None]:
-    """Silence the log lines of the Hugging Face libraries, and with `bars=False` the progress bars of `datasets`.
-
-    Errors still arrive as exceptions.
-    """
+def quiet() -> Iterator[None]:
+    """Silence the log lines of the Hugging Face libraries. Errors still arrive as exceptions."""
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub", "transformers")]
     levels = [logger.level for logger in loggers]
-    with ExitStack() as stack:
-        for logger, level in zip(loggers, levels, strict=True):
-            stack.callback(logger.setLevel, level)
-            logger.setLevel(logging.CRITICAL)
-        if not bars:
-            stack.enter_context(_no_bars())
-        yield
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    import datasets
-
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
     try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
         yield
     finally:
-        datasets.enable_progress_bars()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

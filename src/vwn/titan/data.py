@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Features, IterableDataset, Value
+from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
@@ -20,6 +21,12 @@ from vwn.data.reading import kind, read_file
 from vwn.errors import UserError
 
 FORMATS = ("jsonl", "parquet")
+
+
+def keep_control_tokens_text(tokenizer: BaseTokenizer) -> None:
+    """Let control tokens that are written in a text (``<|im_start|>``) be encoded as text, as ``vwn train`` does."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        tokenizer.tokenizer.encode_special_tokens = True
 
 
 def _stream(name: str, path: str) -> IterableDataset:

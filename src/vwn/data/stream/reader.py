@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from vwn.data.reading import OnBadRow
+from vwn.data.reading import Chunk, FileRange, OnBadRow
 from vwn.data.stream.source import StreamedSource
 from vwn.errors import UserError
 
@@ -77,18 +77,21 @@ class Reader:
         while True:
             part = self._source.range_at(self._index + count * self._readers, self._seed)
             for chunk in self._source.read(part, offset, self._on_bad_row):
-                if (chunk.offset, chunk.number) >= (offset, first):
-                    try:
-                        ids = self._encode(chunk.text)
-                    except UserError as error:
-                        where = f"{part.path}, from {'row' if part.block == 1 else 'byte'} {chunk.offset} on"
-                        refusal = UserError(f"{where}: {error}")
-                        if self._on_bad_row is None:
-                            raise refusal from error
-                        self._on_bad_row(refusal)
-                        ids = []
-                    yield (
-                        (count, chunk.offset, chunk.number),
-                        np.asarray([*ids, self._end] if chunk.ends else ids, dtype=np.int64),
-                    )
+                if (chunk.offset, chunk.number) >= (offset, first) and (ids := self._encoded(chunk, part)):
+                    yield (count, chunk.offset, chunk.number), np.asarray(ids, dtype=np.int64)
             count, offset, first = count + 1, 0, 0
+
+    def _encoded(self, chunk: Chunk, part: FileRange) -> list[int]:
+        """The chunk's tokens, with the end of text if it ends a document; none if it is left out."""
+        try:
+            ids = self._encode(chunk.text)
+        except UserError as error:
+            where = f"{part.path}, {'row' if part.block == 1 else 'byte'} {chunk.offset}"
+            refusal = UserError(f"{where}: {error}")
+            if self._on_bad_row is None:
+                raise refusal from error
+            self._on_bad_row(refusal)
+            if not chunk.number:  # nothing of the document was given before
+                return []
+            ids = []
+        return [*ids, self._end] if chunk.ends else ids
