@@ -31,8 +31,8 @@ def documents(count: int, seed: int = 0, longest: int = 400) -> list[str]:
     return [f"{seed}:{i} " + " ".join(draw.choices(words, k=draw.randint(1, longest))) for i in range(count)]
 
 
-def encode(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+def encode(text: str) -> list[int]:
+    return list(text.encode())
 
 
 @pytest.fixture(autouse=True)
