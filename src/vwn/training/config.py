@@ -49,7 +49,7 @@ class CorpusConfig:
         require(self.workers >= 0, "workers", "0 or more", self.workers)
         require(self.skip_bad_rows >= 0, "skip-bad-rows", "0 or more", self.skip_bad_rows)
         if self.skip_bad_rows and not self.stream:
-            raise UserError("--skip-bad-rows goes with --stream; leave it away, or repair the rows of --data")
+            raise UserError("--skip-bad-rows goes with --stream; drop it, or repair the rows of --data")
         if self.stream and self.data != CorpusConfig.data:
             raise UserError(f"--stream takes the place of --data; give one of them, not --data {self.data} too")
 
