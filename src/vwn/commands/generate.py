@@ -134,13 +134,13 @@ def timed(model: Any, ids: Tensor, **options: Any) -> tuple[Tensor, float]:
 
 def _load(checkpoint: str, prompt: str) -> tuple[Any, Any, Tensor]:
     """Model, tokenizer and the prompt's ids ``[1, T]``, on the GPU if there is one."""
-    from vwn.commands.evaluation.loading import load_model
-    from vwn.data import load_tokenizer
+    from vwn.data.tokenizer import load_checkpoint_tokenizer
+    from vwn.hf.loading import load_model
 
     source = locate(checkpoint)
-    tokenizer = load_tokenizer(str(source))
+    tokenizer = load_checkpoint_tokenizer(source)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
     if ids.shape[1] == 0:
         raise UserError("the --prompt is empty; give at least one character")
-    model = load_model(source)
+    model = load_model(source, tokenizer)
     return model, tokenizer, ids.to(model.device)

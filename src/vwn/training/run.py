@@ -23,7 +23,7 @@ from vwn.common.processes import all_present, first_ones, first_process, rank, w
 from vwn.common.provenance import PeakMemory
 from vwn.cost.model import model_cost
 from vwn.data import Corpus, PackedWindows, prepare
-from vwn.data.streaming import prepare_stream
+from vwn.data.stream import prepare_stream
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.hf.checkpoint.card import TrainingFacts
 from vwn.hf.loss import choose_loss
@@ -266,8 +266,9 @@ def load_corpus(config: TrainConfig) -> Corpus:
             batch_size=config.optim.batch_size,
             seed=config.seed,
             skip_bad_rows=c.skip_bad_rows,
+            control_tokens=c.control_tokens,
         )
-    return prepare(c.data, valid=c.valid, tokenizer=c.tokenizer, window=c.window)
+    return prepare(c.data, valid=c.valid, tokenizer=c.tokenizer, window=c.window, control_tokens=c.control_tokens)
 
 
 def training_arguments(
