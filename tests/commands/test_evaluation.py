@@ -19,12 +19,12 @@ from texts import DOCUMENTS
 from tiny import build, stock, vwn_config
 from vwn.cli import main
 from vwn.commands.evaluation.config import EvalConfig
-from vwn.commands.evaluation.loading import load_model
 from vwn.commands.evaluation.run import evaluate_checkpoint
 from vwn.commands.evaluation.text import Text, byte_lengths, load_text, measure_text
 from vwn.common.errors import UserError
 from vwn.data import load_tokenizer, prepare
 from vwn.data.reading import SEPARATOR
+from vwn.hf.loading import load_model
 
 BYTES = load_tokenizer("bytes")
 
@@ -226,6 +226,21 @@ def test_a_rotary_model_reads_beyond_its_positions_when_told_to() -> None:
     assert measure_text(model, text, 100)["window"] == 100
 
 
+def test_a_checkpoint_without_a_tokenizer_is_measured_with_another(tmp_path) -> None:
+    folder, file = tmp_path / "model", tmp_path / "text.txt"
+    stock(vocab_size=300).save_pretrained(folder)
+    file.write_text(DOCUMENTS[0])
+    with pytest.raises(UserError, match=r"holds no tokenizer; .* --tokenizer FOLDER_OR_ID"):
+        evaluate_checkpoint(EvalConfig(str(folder), data=str(file)))
+    found = evaluate_checkpoint(EvalConfig(str(folder), data=str(file), tokenizer="bytes", window=16))["text"]
+    assert found["windows"] == (len(DOCUMENTS[0].encode()) + 1) // 16
+    larger = load_tokenizer("bytes")
+    larger.add_tokens([f"word{i}" for i in range(100)])
+    larger.save_pretrained(tmp_path / "larger")
+    with pytest.raises(UserError, match=r"has ids up to 356, the model in .* knows 300 tokens"):
+        evaluate_checkpoint(EvalConfig(str(folder), data=str(file), tokenizer=str(tmp_path / "larger")))
+
+
 def test_missing_or_damaged_weights_are_refused(tmp_path) -> None:
     model = saved_stock(tmp_path)
     assert torch.equal(load_model(tmp_path).lm_head.weight, model.lm_head.weight)
@@ -249,6 +264,7 @@ BAD = {
     "stride": (["run", "--window", "8", "--stride", "9"], "--stride must be at most the window of 8, got 9"),
     "limit without tasks": (["run", "--limit", "3"], "--limit is for --tasks"),
     "tasks without a folder": (["run", "--tasks", "piqa"], "--data-dir"),
+    "tokenizer without a text": (["run", "--tokenizer", "bytes"], "--tokenizer is for --data or --tasks"),
     "stride without a text": (["run", "--tasks", "piqa", "--data-dir", ".", "--stride", "3"], "--stride is for a text"),
     "out exists": (["run", "--out", __file__], "exists already"),
     "out in no folder": (["run", "--out", "nowhere/eval.json"], "there is no folder nowhere"),

@@ -285,7 +285,7 @@ def test_unusable_files(tmp_path) -> None:
     packed(file, [row])
     assert load_rows("piqa", fields, str(tmp_path), version=1.0)["test"].to_list() == [row]
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"piqa\.jsonl\.xz is damaged"):
+    with pytest.raises(UserError, match=r"piqa\.jsonl\.xz is not a complete \.xz file"):
         load_rows("piqa", fields, tmp_path)
     for bad, sentence in [
         ([row, row | {"gold": 2}], r"line 2 of .* has gold = 2"),
@@ -296,7 +296,7 @@ def test_unusable_files(tmp_path) -> None:
         with pytest.raises(UserError, match=sentence):
             load_rows("piqa", fields, tmp_path)
     (tmp_path / "blimp.tar.xz").write_bytes(b"no archive")
-    with pytest.raises(UserError, match=r"blimp\.tar\.xz is damaged"):
+    with pytest.raises(UserError, match=r"blimp\.tar\.xz is not a complete \.xz file"):
         load_rows("blimp/wh_island", ["sentence_good"], tmp_path)
     with tarfile.open(tmp_path / "blimp.tar.xz", "w:xz"):
         pass
@@ -313,7 +313,7 @@ def test_unusable_files(tmp_path) -> None:
 )
 def test_tasks_are_checked_before_the_model_is_loaded(tasks, sentence, tmp_path, monkeypatch) -> None:
     packed(tmp_path / "piqa.jsonl.xz", PIQA)
-    monkeypatch.setattr("vwn.commands.evaluation.loading.load_model", lambda source: pytest.fail("it was loaded"))
+    monkeypatch.setattr("vwn.hf.loading.load_model", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(UserError, match=sentence):
         evaluate_checkpoint(EvalConfig("nowhere", tasks=tasks, data_dir=tmp_path))
 

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 
 import vwn.data
 from texts import DOCUMENTS, WRITERS, packed, write_jsonl, write_txt
-from vwn.data import Corpus, PackedWindows, corpus, load_tokenizer, packing, prepare, sources, stream
-from vwn.data.reading import SEPARATOR
+from vwn.data import Corpus, PackedWindows, corpus, load_tokenizer, packing, prepare, sources, spool
+from vwn.data.reading import SEPARATOR, Chunk
 
 TRICKY = [
     "",
@@ -162,17 +162,26 @@ def test_separators_make_no_empty_documents(source: Path, cache: Path):
 
 @pytest.mark.parametrize("piece", [1, 7, 1000])
 def test_chunks_do_not_depend_on_the_pieces(piece: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stream, "CHUNK_CHARACTERS", 50)
-    text = "".join(f"{'x' * (37 * i % 90)}{SEPARATOR}{'word ' * (i % 4)}\n" * (i % 3) for i in range(60)) + "y" * 400
-    chunks = list(stream.chunked(text[i : i + piece] for i in range(0, len(text), piece)))
-    assert chunks == list(stream.chunked([text]))
-    assert "".join(chunks) == text
-    assert sum(chunk.count(SEPARATOR) for chunk in chunks) == text.count(SEPARATOR)
-    assert max(map(len, chunks)) <= 100
+    monkeypatch.setattr(spool, "CHUNK_CHARACTERS", 50)
+    text = "".join(f"{'x' * (37 * i % 90)}#{'word ' * (i % 4)}\n" * (i % 3) for i in range(60)) + "y" * 400
+    documents = [f"{document}." for document in text.split("#")]
+
+    def chunks(size: int) -> list[tuple[str, str, bool]]:
+        parts = [
+            Chunk(0, 0, document[i : i + size], i + size >= len(document))
+            for document in documents
+            for i in range(0, len(document), size)
+        ]
+        return list(spool.in_chunks(("file", part) for part in parts))
+
+    found = chunks(piece)
+    assert found == chunks(1 << 20)
+    assert "".join(text + "#" * ends for _, text, ends in found) == "".join(f"{document}#" for document in documents)
+    assert max(len(text) for _, text, _ in found) <= 100
 
 
 def test_long_documents_keep_every_character(source: Path, cache: Path):
-    text = "".join(chr(0x4E00 + i % 5000) for i in range(3 * stream.CHUNK_CHARACTERS))
+    text = "".join(chr(0x4E00 + i % 5000) for i in range(3 * spool.CHUNK_CHARACTERS))
     result = prepare(str(write_txt(source, [text, text])), window=64, cache_dir=cache)
     assert tokens_of(result) == encoded([text, text])
 
@@ -289,7 +298,7 @@ def test_second_call_does_not_read_or_tokenise(
     def refuse(*_, **__):
         raise Tokenised
 
-    monkeypatch.setattr(stream, "spool", refuse)
+    monkeypatch.setattr(corpus, "spool", refuse)
     monkeypatch.setattr(corpus, "write_tokens", refuse)
     moved = data.rename(tmp_path / "moved.txt")
     second = prepare(str(moved), tokenizer=spec, window=32, cache_dir=cache)

@@ -54,7 +54,7 @@ def test_empty_jsonl(source: Path, cache: Path):
 
 def test_empty_folder(source: Path, cache: Path):
     (source / "notes.md").write_text("not supported")
-    assert "holds no .txt, .txt.xz" in refusal(source, cache)
+    assert "holds no .txt, .jsonl (also .xz, .gz or .zst) or .parquet file" in refusal(source, cache)
 
 
 def test_unsupported_kind(source: Path, cache: Path):

@@ -14,13 +14,13 @@ import torch
 
 from texts import WRITERS, packed, write_jsonl, write_parquet, write_txt
 from vwn.common.errors import UserError
-from vwn.data import load_tokenizer, pieces, shards
-from vwn.data.lanes import START, Lane, lane_count, lane_of
-from vwn.data.mixture import parse_sources, sources_of_step
-from vwn.data.pieces import Unit, read_pieces
-from vwn.data.reading import SEPARATOR
-from vwn.data.shards import Shards, open_shards
-from vwn.data.streaming import StreamLoader, TokenStream, prepare_stream
+from vwn.data import load_tokenizer, reading
+from vwn.data.reading import FileRange, read_range
+from vwn.data.stream import StreamLoader, TokenStream, prepare_stream
+from vwn.data.stream import source as streamed_source
+from vwn.data.stream.mixture import parse_sources, sources_of_step
+from vwn.data.stream.reader import START, Reader, reader_count, reader_of
+from vwn.data.stream.source import StreamedSource, open_source
 
 EOS = 256
 
@@ -31,22 +31,22 @@ def documents(count: int, seed: int = 0, longest: int = 400) -> list[str]:
     return [f"{seed}:{i} " + " ".join(draw.choices(words, k=draw.randint(1, longest))) for i in range(count)]
 
 
-def encode(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+def encode(text: str) -> list[int]:
+    return list(text.encode())
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(pieces, "PIECE", 300)  # so that documents are cut, also in small files
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(reading, "CHUNK", 300)  # so that documents are cut, also in small files
 
 
-def stream_of(*sources: Shards, weights=None, window=16, batch=4, seed=3) -> TokenStream:
+def stream_of(*sources: StreamedSource, weights=None, window=16, batch=4, seed=3) -> TokenStream:
     shares = weights or [1 / len(sources)] * len(sources)
     return TokenStream(sources, tuple(shares), load_tokenizer("bytes"), window, batch, seed)
 
 
 @pytest.fixture
-def sources(tmp_path: Path) -> tuple[Shards, ...]:
+def sources(tmp_path: Path) -> tuple[StreamedSource, ...]:
     """Three sources: files of three kinds, one packed file, two row groups; all end and begin again in the tests."""
     (tmp_path / "a").mkdir()
     made = documents(60)
@@ -57,44 +57,45 @@ def sources(tmp_path: Path) -> tuple[Shards, ...]:
     packed(write_jsonl(tmp_path / "b", documents(25, seed=1)))
     (tmp_path / "c").mkdir()
     write_parquet(tmp_path / "c", documents(30, seed=2))
-    return tuple(open_shards(str(tmp_path / name), 16) for name in "abc")
+    return tuple(open_source(str(tmp_path / name), 16) for name in "abc")
 
 
 # Units
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-@pytest.mark.parametrize("lanes", [1, 3, 64])
-def test_the_units_of_a_source_hold_all_of_it_once(tmp_path, kind, lanes):
-    made = [f"{text}#" for text in documents(30, seed=lanes)]  # a part that is cut off has no mark at its end
-    source = open_shards(str(WRITERS[kind](tmp_path, made)), lanes)
-    assert len(source.units) >= lanes
-    whole: dict[Path, list[tuple[int, str]]] = {}
-    for unit in source.units:
-        for piece in read_pieces(unit):
-            shift = 1_000_000 * unit.start if unit.path.suffix == ".parquet" else 0  # rows count from the row group
-            whole.setdefault(unit.path, []).append((shift + piece.offset, piece.text))
-    parts = [text for path in sorted(whole) for _, text in sorted(whole[path])]
+@pytest.mark.parametrize("readers", [1, 3, 64])
+def test_the_ranges_of_a_source_hold_all_of_it_once(tmp_path, kind, readers):
+    made = [f"{text}#" for text in documents(30, seed=readers)]  # a part that is cut off has no mark at its end
+    source = open_source(str(WRITERS[kind](tmp_path, made)), readers)
+    assert len(source.ranges) >= readers
+    whole: dict[Path, list[tuple[int, int, str]]] = {}
+    for part in source.ranges:
+        for chunk in read_range(part):
+            shift = 1_000_000 * part.start if part.path.suffix == ".parquet" else 0  # rows count from the row group
+            whole.setdefault(part.path, []).append((shift + chunk.offset, chunk.number, chunk.text))
+    parts = [text for path in sorted(whole) for *_, text in sorted(whole[path])]
     assert "".join(sorted("".join(parts))) == "".join(sorted("".join(made)))
     assert sorted("".join(parts).split("#")) == sorted("".join(made).split("#"))
 
 
 @pytest.mark.parametrize("kind", ["txt", "txt.xz", "jsonl", "jsonl.xz", "parquet"])
-@pytest.mark.parametrize("lanes", [1, 40])
-def test_reading_goes_on_from_any_piece(tmp_path, kind, lanes):
-    source = open_shards(str(WRITERS[kind](tmp_path, documents(20))), lanes)
-    for unit in source.units[:10]:
-        found = list(read_pieces(unit))
-        for number, piece in enumerate(found):
-            assert list(read_pieces(unit, piece.offset)) == found[number:]
+@pytest.mark.parametrize("readers", [1, 40])
+def test_reading_goes_on_from_any_chunk(tmp_path, kind, readers):
+    source = open_source(str(WRITERS[kind](tmp_path, documents(20))), readers)
+    for part in source.ranges[:10]:
+        found = list(read_range(part))
+        for number, chunk in enumerate(found):
+            again = read_range(part, chunk.offset)  # from the beginning of a row on
+            assert [each for each in again if each[:2] >= chunk[:2]] == found[number:]
 
 
 def test_a_text_without_lines_is_cut_between_characters(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("數🎈é" * 2000)
-    source = open_shards(str(path), 50)
-    assert len({unit.start for unit in source.units}) >= 50
-    assert "".join(piece.text for unit in source.units for piece in read_pieces(unit)) == "數🎈é" * 2000
+    source = open_source(str(path), 50)
+    assert len({part.start for part in source.ranges}) >= 50
+    assert "".join(chunk.text for part in source.ranges for chunk in read_range(part)) == "數🎈é" * 2000
 
 
 def test_a_parquet_file_is_cut_between_its_row_groups(tmp_path):
@@ -103,58 +104,59 @@ def test_a_parquet_file_is_cut_between_its_row_groups(tmp_path):
 
     made = documents(40)
     pyarrow.parquet.write_table(pyarrow.table({"text": made}), tmp_path / "a.parquet", row_group_size=3)
-    source = open_shards(str(tmp_path / "a.parquet"), 5)
-    assert {unit.parts for unit in source.units} == {1}
-    assert [piece.text for unit in source.units for piece in read_pieces(unit)] == made
+    source = open_source(str(tmp_path / "a.parquet"), 5)
+    assert {part.shares for part in source.ranges} == {1}
+    chunks = [chunk for part in source.ranges for chunk in read_range(part)]
+    assert "".join(chunk.text + "#" * chunk.ends for chunk in chunks) == "".join(f"{text}#" for text in made)
 
 
-def test_each_pass_has_every_unit_once_in_another_order(sources):
+def test_each_pass_has_every_range_once_in_another_order(sources):
     source = sources[0]
-    size = len(source.units)
-    passes = [[source.unit(number * size + i, 7) for i in range(size)] for number in range(12)]
-    assert all(sorted(map(repr, units)) == sorted(map(repr, source.units)) for units in passes)
+    size = len(source.ranges)
+    passes = [[source.range_at(number * size + i, 7) for i in range(size)] for number in range(12)]
+    assert all(sorted(map(repr, ranges)) == sorted(map(repr, source.ranges)) for ranges in passes)
     assert passes[0] != passes[1]
-    assert passes[0] == [source.unit(i, 7) for i in range(size)]
-    assert passes[0] != [source.unit(i, 8) for i in range(size)]
+    assert passes[0] == [source.range_at(i, 7) for i in range(size)]
+    assert passes[0] != [source.range_at(i, 8) for i in range(size)]
 
 
 # Lanes
 
 
-def test_a_lane_reads_its_units_document_by_document(tmp_path):
-    source = open_shards(str(write_jsonl(tmp_path, ["first", "", f"second{SEPARATOR}third", "x" * 700])), 1)
-    lane = Lane(source, 0, 1, encode, EOS, 0, START)
-    order = [source.unit(i, 0) for i in range(len(source.units))]
-    texts = [part for unit in order for piece in read_pieces(unit) for part in piece.text.split(SEPARATOR)]
-    expected = [token for text in texts for token in [*text.encode(), EOS]]
-    assert sorted(texts) == sorted(["first", "second", "third", "x" * 700])
-    assert lane.take(len(expected)).tolist() == expected
+def test_a_reader_reads_its_ranges_document_by_document(tmp_path):
+    source = open_source(str(write_jsonl(tmp_path, ["first", "", "second", "x" * 700])), 1)
+    reader = Reader(source, 0, 1, encode, EOS, 0, START)
+    order = [source.range_at(i, 0) for i in range(len(source.ranges))]
+    chunks = [chunk for part in order for chunk in read_range(part)]
+    expected = [token for chunk in chunks for token in [*chunk.text.encode(), *[EOS] * chunk.ends]]
+    assert sorted(bytes(b if b < EOS else 10 for b in expected).decode().split()) == ["first", "second", "x" * 700]
+    assert reader.take(len(expected)).tolist() == expected
 
 
-def test_a_lane_goes_on_from_any_position(sources):
+def test_a_reader_goes_on_from_any_position(sources):
     draw = random.Random(0)
     for source in sources:
-        lane = Lane(source, 1, 16, encode, EOS, 5, START)
+        reader = Reader(source, 1, 16, encode, EOS, 5, START)
         passed, tokens = [START], []
         for _ in range(150):
-            tokens.append(lane.take(draw.randint(1, 90)))
-            passed.append(lane.position)
-        assert passed[-1][0] >= 2  # several units
+            tokens.append(reader.take(draw.randint(1, 90)))
+            passed.append(reader.position)
+        assert passed[-1][0] >= 2  # several ranges
         for number in draw.sample(range(150), 25):
-            again = Lane(source, 1, 16, encode, EOS, 5, passed[number])
+            again = Reader(source, 1, 16, encode, EOS, 5, passed[number])
             for before, place in zip(tokens[number : number + 8], passed[number + 1 :], strict=False):
                 assert np.array_equal(again.take(len(before)), before)
                 assert again.position == place
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4, 16, 40])
-def test_the_lanes_take_turns_and_keep_their_slots(batch):
-    turns = lane_count(batch) // batch
-    assert lane_count(batch) >= 16
-    assert {lane_of(step, slot, batch) for step in range(turns) for slot in range(batch)} == set(
-        range(lane_count(batch))
+def test_the_readers_take_turns_and_keep_their_slots(batch):
+    turns = reader_count(batch) // batch
+    assert reader_count(batch) >= 16
+    assert {reader_of(step, slot, batch) for step in range(turns) for slot in range(batch)} == set(
+        range(reader_count(batch))
     )
-    assert all(lane_of(step, slot, batch) % batch == slot for step in range(40) for slot in range(batch))
+    assert all(reader_of(step, slot, batch) % batch == slot for step in range(40) for slot in range(batch))
 
 
 # The mixture
@@ -204,45 +206,45 @@ def together(loaders: list[StreamLoader]) -> dict[str, Any]:
     whole.step = loaders[0].step
     assert all(loader.step == whole.step for loader in loaders)
     for loader in loaders:
-        assert not whole.positions.keys() & loader.positions.keys(), "two processes read one lane"
+        assert not whole.positions.keys() & loader.positions.keys(), "two processes read one reader"
         whole.positions |= loader.positions
     return whole.state_dict()
 
 
-def test_batches_hold_what_their_lanes_read(sources):
-    """Against a reading of the lanes that knows nothing of steps, processes or workers."""
+def test_batches_hold_what_their_readers_read(sources):
+    """Against a reading of the readers that knows nothing of steps, processes or workers."""
     weights = (0.5, 0.3, 0.2)
     stream = stream_of(*sources, weights=weights)
-    lanes = {
-        (k, i): Lane(source, k, 16, encode, EOS, stream.seed + i, START)
+    readers = {
+        (k, i): Reader(source, k, 16, encode, EOS, stream.seed + i, START)
         for k in range(16)
         for i, source in enumerate(sources)
     }
     for step, (batch, _) in enumerate(global_batches(stream, 40)):
         chosen = sources_of_step(weights, 4, step, stream.seed)
         for slot in range(4):
-            assert batch[slot].tolist() == lanes[step % 4 * 4 + slot, int(chosen[slot])].take(16).tolist()
+            assert batch[slot].tolist() == readers[step % 4 * 4 + slot, int(chosen[slot])].take(16).tolist()
 
 
 def test_nothing_of_a_pass_is_lost_or_read_twice(tmp_path):
     made = [f"<{i}>" for i in range(4000)]
-    source = open_shards(str(write_jsonl(tmp_path, made)), 16)
+    source = open_source(str(write_jsonl(tmp_path, made)), 16)
     stream = stream_of(source, window=64)
     seen: dict[str, int] = {}
     ids = [[] for _ in range(16)]
     for step, (batch, state) in enumerate(global_batches(stream, 250)):
         for slot in range(4):
-            ids[lane_of(step, slot, 4)].extend(batch[slot].tolist())
-        units = [int(place.split()[0]) for place in state["sources"][0]["positions"]]
-        if min(k + 16 * unit for k, unit in enumerate(units)) >= len(source.units):
+            ids[reader_of(step, slot, 4)].extend(batch[slot].tolist())
+        ranges = [int(place.split()[0]) for place in state["sources"][0]["positions"]]
+        if min(k + 16 * part for k, part in enumerate(ranges)) >= len(source.ranges):
             break
     else:
         pytest.fail("a pass did not end")
-    for lane in ids:
-        for text in bytes(b if b < 256 else 10 for b in lane).decode().split("\n")[:-1]:
+    for reader in ids:
+        for text in bytes(b if b < 256 else 10 for b in reader).decode().split("\n")[:-1]:
             seen[text] = seen.get(text, 0) + 1
     assert seen.keys() == set(made)
-    assert max(seen.values()) <= 2  # the second pass has begun in some lanes
+    assert max(seen.values()) <= 2  # the second pass has begun in some readers
 
 
 GEOMETRIES = [(1, 2, 0), (2, 1, 0), (4, 1, 0), (2, 2, 0), (1, 1, 1), (1, 1, 3), (1, 4, 2), (2, 1, 5)]
@@ -284,7 +286,7 @@ def test_random_geometries(tmp_path):
     for trial in range(6):
         folder = tmp_path / str(trial)
         folder.mkdir()
-        source = open_shards(str(WRITERS[draw.choice(list(WRITERS))](folder, documents(30, seed=trial))), 48)
+        source = open_source(str(WRITERS[draw.choice(list(WRITERS))](folder, documents(30, seed=trial))), 48)
         batch = draw.choice([2, 6, 12, 48])
         world = draw.choice([w for w in (1, 2, 3, 6) if batch % w == 0])
         accumulation = draw.choice([a for a in (1, 2, 4) if batch // world % a == 0])
@@ -298,14 +300,14 @@ def test_random_geometries(tmp_path):
 
 
 def test_a_restart_does_not_read_what_was_used_up(tmp_path, monkeypatch):
-    source = open_shards(str(write_jsonl(tmp_path, documents(300))), 16)
+    source = open_source(str(write_jsonl(tmp_path, documents(300))), 16)
     stream = stream_of(source, batch=1, window=200)
     *_, (_, state) = global_batches(stream, 160)
-    read: list[tuple[Unit, int]] = []
+    read: list[tuple[FileRange, int]] = []
     monkeypatch.setattr(
-        shards,
-        "read_pieces",
-        lambda unit, offset, skipped=None: read.append((unit, offset)) or read_pieces(unit, offset),
+        streamed_source,
+        "read_range",
+        lambda part, offset, on_bad_row=None: read.append((part, offset)) or read_range(part, offset),
     )
     next(global_batches(stream, 1, state=state))
     assert len(read) == 1
@@ -318,9 +320,9 @@ def test_a_restart_does_not_read_what_was_used_up(tmp_path, monkeypatch):
 def test_a_state_of_other_data_is_refused(tmp_path, sources):
     stream = stream_of(*sources)
     *_, (_, state) = global_batches(stream, 2)
-    with pytest.raises(UserError, match="lanes"):
+    with pytest.raises(UserError, match="readers"):
         StreamLoader(stream_of(*sources[:2])).load_state_dict(state)
-    with pytest.raises(UserError, match="lanes"):
+    with pytest.raises(UserError, match="readers"):
         StreamLoader(stream_of(*sources, batch=20)).load_state_dict(state)
     with pytest.raises(UserError, match="cannot be read"):
         StreamLoader(stream).load_state_dict(state | {"sources": [{}]})
@@ -329,19 +331,19 @@ def test_a_state_of_other_data_is_refused(tmp_path, sources):
     path = tmp_path / "a" / "text.txt"
     path.write_bytes(path.read_bytes() + b".")
     with pytest.raises(UserError, match=r"files of .*a are not those"):
-        StreamLoader(stream_of(open_shards(str(tmp_path / "a"), 16), *sources[1:])).load_state_dict(state)
+        StreamLoader(stream_of(open_source(str(tmp_path / "a"), 16), *sources[1:])).load_state_dict(state)
 
 
 def test_a_moved_copy_of_the_same_age_or_not_is_the_same_data(tmp_path, sources):
     (tmp_path / "a").rename(tmp_path / "moved")
     (tmp_path / "moved" / "text.txt").touch()
-    assert open_shards(str(tmp_path / "moved"), 16).fingerprint == sources[0].fingerprint
+    assert open_source(str(tmp_path / "moved"), 16).fingerprint == sources[0].fingerprint
 
 
 def test_a_pattern_and_a_batch_that_cannot_be_divided(tmp_path, sources):
-    assert open_shards(f"{tmp_path}/a/*.jsonl", 1).units[0].path.name == "text.jsonl"
+    assert open_source(f"{tmp_path}/a/*.jsonl", 1).ranges[0].path.name == "text.jsonl"
     with pytest.raises(UserError, match="matches no"):
-        open_shards(f"{tmp_path}/a/*.xz", 1)
+        open_source(f"{tmp_path}/a/*.xz", 1)
     with pytest.raises(UserError, match="multiple of 3"):
         StreamLoader(stream_of(*sources), world=3)
 
@@ -349,7 +351,7 @@ def test_a_pattern_and_a_batch_that_cannot_be_divided(tmp_path, sources):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_damage_is_one_sentence_also_from_a_worker(tmp_path, workers):
     path = write_jsonl(tmp_path, documents(40))
-    source = open_shards(str(path), 1)
+    source = open_source(str(path), 1)
     path.write_bytes(path.read_bytes()[:-40] + b"\n{broken\n")
     with pytest.raises(UserError, match=r"^the line at byte \d+ of .*text.jsonl is not valid JSON[^\n]*$"):
         list(global_batches(stream_of(source, window=512), 200, workers=workers))
@@ -364,7 +366,7 @@ def test_a_run_stopped_by_a_broken_row_goes_on_without_it(tmp_path, caplog, work
     def loader(name: str, line: str, allowed: int) -> StreamLoader:
         path = tmp_path / f"{name}.jsonl"
         path.write_text("\n".join([*lines[:150], line, *lines[151:]]))
-        stream = dataclasses.replace(stream_of(open_shards(str(path), 16)), skip_bad_rows=allowed)
+        stream = dataclasses.replace(stream_of(open_source(str(path), 16)), skip_bad_rows=allowed)
         return StreamLoader(stream, workers=workers)
 
     strict = loader("a", broken, 0)
@@ -396,7 +398,7 @@ def test_more_broken_rows_than_allowed_stop_it(tmp_path, kind):
     else:
         path = tmp_path / "a.txt"
         path.write_bytes(b"first\n" + b"\xff" * 20_000)
-    stream = dataclasses.replace(stream_of(open_shards(str(path), 16)), skip_bad_rows=3)
+    stream = dataclasses.replace(stream_of(open_source(str(path), 16)), skip_bad_rows=3)
     with pytest.raises(UserError, match="more than 3 rows cannot be read"):
         list(StreamLoader(stream))
 
@@ -407,7 +409,7 @@ def test_empty_sources_and_missing_options_are_refused(tmp_path):
     (tmp_path / "v.txt").write_text("some words\n" * 50)
     for name in ("a.txt", "b.jsonl"):
         with pytest.raises(UserError, match="is empty"):
-            open_shards(str(tmp_path / name), 4)
+            open_source(str(tmp_path / name), 4)
     given = dict(window=8, batch_size=2)
     with pytest.raises(UserError, match="needs --valid"):
         prepare_stream([str(tmp_path / "v.txt")], valid=None, tokenizer="bytes", **given)
@@ -417,7 +419,7 @@ def test_empty_sources_and_missing_options_are_refused(tmp_path):
 
 def test_the_end_of_a_source_is_said(tmp_path, caplog):
     caplog.set_level("INFO", "vwn")
-    stream = stream_of(open_shards(str(write_txt(tmp_path, documents(5))), 16))
+    stream = stream_of(open_source(str(write_txt(tmp_path, documents(5))), 16))
     list(global_batches(stream, 100))
     assert "pass 2 of it begins" in caplog.text
 
@@ -433,11 +435,12 @@ def test_rows_of_a_hub_data_set_are_streamed(tmp_path, monkeypatch):
         write_parquet(tmp_path, made[10 * i : 10 * i + 10]).rename(tmp_path / f"{i}.parquet")
     local = datasets.load_dataset_builder("parquet", data_files={"train": sorted(map(str, tmp_path.glob("*.parquet")))})
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, configuration: local)
-    source = open_shards("owner/name", 7)
-    found = [piece for unit in source.units for piece in source.pieces(unit, 0)]
-    assert sorted(piece.text for piece in found) == sorted(made)
-    assert len(source.units) >= 7
-    lane = Lane(source, 2, 7, encode, EOS, 0, START)
-    first, place = lane.take(300), lane.position
-    assert np.array_equal(Lane(source, 2, 7, encode, EOS, 0, place).take(500), lane.take(500))
+    source = open_source("owner/name", 7)
+    found = [chunk for part in source.ranges for chunk in source.read(part, 0)]
+    assert "".join(chunk.text + "#" * chunk.ends for chunk in found).count("#") == len(made)
+    assert sorted("".join(chunk.text + "#" * chunk.ends for chunk in found)) == sorted("".join(f"{t}#" for t in made))
+    assert len(source.ranges) >= 7
+    reader = Reader(source, 2, 7, encode, EOS, 0, START)
+    first, place = reader.take(300), reader.position
+    assert np.array_equal(Reader(source, 2, 7, encode, EOS, 0, place).take(500), reader.take(500))
     assert len(first) == 300

@@ -45,23 +45,12 @@ def generate(
 
 def load(checkpoint: str, tokenizer: str | None = None) -> tuple[Any, Any]:
     """Load a model, on the GPU if there is one, and its tokenizer."""
-    from vwn.commands.evaluation.loading import load_model
-    from vwn.data import load_tokenizer
+    from vwn.data import load_checkpoint_tokenizer
+    from vwn.hf.loading import load_model
 
     source = locate(checkpoint)
-    try:
-        loaded = load_tokenizer(tokenizer or str(source))
-    except UserError as error:
-        if tokenizer:
-            raise
-        raise UserError(f"{source} holds no tokenizer that can be loaded; name one with --tokenizer") from error
-    model = load_model(source)
-    if len(loaded) > model.config.get_text_config().vocab_size:
-        raise UserError(
-            f"the tokenizer {tokenizer or checkpoint!r} has {len(loaded)} tokens, the model knows "
-            f"{model.config.get_text_config().vocab_size}; give the tokenizer that it was trained with"
-        )
-    return model, loaded
+    loaded = load_checkpoint_tokenizer(source, tokenizer)
+    return load_model(source, loaded), loaded
 
 
 def continuation(

@@ -16,8 +16,14 @@ T = TypeVar("T")
 
 
 def default_cache_dir() -> Path:
-    """`$VWN_CACHE`, else `~/.cache/vwn`."""
-    return Path(os.environ.get("VWN_CACHE") or Path("~", ".cache", "vwn")).expanduser()
+    """`$VWN_CACHE`, else `~/.cache/vwn`. Raises `UserError` where there is no home directory."""
+    folder = os.path.expanduser(os.environ.get("VWN_CACHE") or "~/.cache/vwn")
+    if folder.startswith("~"):
+        raise UserError(
+            f"the cache folder {folder} is in a home directory that cannot be found; name another folder in the "
+            "environment variable VWN_CACHE"
+        )
+    return Path(folder)
 
 
 def load_or_build(folder: Path, load: Callable[[Path], T | None], build: Callable[[Path], None]) -> T:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +18,16 @@ from vwn.common.cache import default_cache_dir, load_or_build
 from vwn.common.errors import UserError
 from vwn.data.packing import PackedWindows, Written, smallest_dtype, write_tokens
 from vwn.data.sources import Source, resolve, resolve_valid
-from vwn.data.tokenizer import bpe_size, load_tokenizer, wrap
+from vwn.data.spool import TextChunk, TextRange, split_off_end, spool
+from vwn.data.tokenizer import TextEncoder, bpe_size, load_tokenizer, wrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from vwn.data.stream import TextStream
-    from vwn.data.streaming import TokenStream
+    from vwn.data.stream import TokenStream
 
-_FORMAT = 1  # of the token stream and of the cache's files; a change of either makes old entries unused
-_TRAIN, _VALID, _META, _TOKENIZER = "train.bin", "valid.bin", "meta.json", "tokenizer.json"
+_FORMAT = 2  # of the token stream and of the cache's files; a change of either makes old entries unused
+_META, _TOKENIZER = "meta.json", "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -58,36 +58,70 @@ def prepare(
     window: int,
     cache_dir: Path | None = None,
     valid_fraction: float = 0.1,
+    control_tokens: bool = False,
 ) -> Corpus:
     """Read, split, tokenise and pack a text; a second call takes the token ids from the cache.
 
-    `data`, `valid`: a file (`.txt`, `.jsonl`, either also `.xz`, `.parquet`), a folder of such files (all of them, in
-    the order of their paths), `stdlib` (the Python files of the running interpreter's standard library), or a data set
-    of the Hugging Face hub (`owner/name`, or `owner/name:configuration`). JSON lines, Parquet and hub rows are one
-    document each, from the column `text` or else the only one of strings; a text file is one document, or several
-    where it holds `<|endoftext|>`. Every document ends in the tokeniser's end-of-text id.
+    `data`, `valid`: a file (`.txt`, `.jsonl`, either also packed as `.xz`, `.gz` or `.zst`, or `.parquet`), a folder of
+    such files (all of them, in the order of their paths), `stdlib` (the Python files of the running interpreter's
+    standard library), or a data set of the Hugging Face hub (`owner/name`, or `owner/name:configuration`). JSON lines,
+    Parquet and hub rows are one document each, from the column `text` or else the only one of strings. A `.txt` is one
+    document, or several separated by `<|endoftext|>`. Every document ends in the tokeniser's end-of-text id.
 
     Without `valid`, `stdlib` is split by file (by a hash of its path), a hub data set gives its validation split, and
     any other text loses its last `valid_fraction` to validation: whole documents, or where these are too long, the end
     of the last one from the start of a line on. A `bpe:N` tokeniser is trained on the training part only.
 
-    `window`: tokens per window. `cache_dir`: default `$VWN_CACHE`, else `~/.cache/vwn`. Raises `UserError` for text
-    that is missing, unreadable, empty, or on either side shorter than a window.
+    `window`: tokens per window. `cache_dir`: default `$VWN_CACHE`, else `~/.cache/vwn`. `control_tokens`: give control
+    tokens that are written in the text (`<|im_start|>`) their ids; otherwise they are text like any other. Raises
+    `UserError` for text that is missing, unreadable, empty, or on either side shorter than a window.
     """
     if window < 2:
         raise UserError(f"a window of {window} tokens predicts nothing; give a window of at least 2")
     if not 0 < valid_fraction < 1:
         raise UserError(f"a validation fraction of {valid_fraction} is not between 0 and 1; give for example 0.1")
-    return _prepared(lambda: resolve(data, valid, valid_fraction), data, tokenizer, window, cache_dir, valid_fraction)
+    ready = None if bpe_size(tokenizer) else load_tokenizer(tokenizer, max_length=window)
+    train_source, valid_source = resolve(data, valid, valid_fraction)  # after the tokeniser, as it may ask the hub
+    job = _Job(train_source, valid_source, tokenizer, ready, window, valid_fraction, control_tokens)
+    entry = load_or_build((cache_dir or default_cache_dir()) / job.key(), _load_entry, job.build)
+    valid_name = valid_source.name if valid_source else f"(the last {100 * valid_fraction:g}% of {data})"
+    return Corpus(
+        train=_windows(entry, "train", window, f"the training text {data}"),
+        valid=_windows(entry, "valid", window, f"the validation text {valid_name}"),
+        tokenizer=ready or wrap(tokenizers.Tokenizer.from_file(str(entry.folder / _TOKENIZER)), window),
+        train_tokens=entry.sides["train"].tokens,
+        valid_tokens=entry.sides["valid"].tokens,
+        valid_bytes_per_token=entry.sides["valid"].bytes / entry.sides["valid"].tokens,
+        fingerprint=entry.fingerprint,
+    )
 
 
-def prepare_valid(valid: str, *, tokenizer: str, window: int, cache_dir: Path | None = None) -> Corpus:
-    """All of a validation text (its validation side, where it has one), with a tokeniser that exists.
+def prepare_valid(
+    valid: str,
+    *,
+    tokenizer: str | PreTrainedTokenizerFast,
+    window: int,
+    cache_dir: Path | None = None,
+    control_tokens: bool = False,
+) -> Corpus:
+    """Prepare all of a validation text (its validation side, where it has one) with a tokeniser that exists.
 
-    For training on streamed data, and for reading such a run's validation text again: both sides of the corpus are
-    this text. Otherwise as `prepare`.
+    For training on streamed data, and for measuring a model: both sides of the corpus are this text, which is read and
+    tokenised once. Otherwise as `prepare`.
     """
-    return _prepared(lambda: (resolve_valid(valid),) * 2, valid, tokenizer, window, cache_dir, 0.1)
+    ready = load_tokenizer(tokenizer, max_length=window) if isinstance(tokenizer, str) else tokenizer
+    job = _Job(None, resolve_valid(valid), "", ready, window, 0.0, control_tokens)
+    entry = load_or_build((cache_dir or default_cache_dir()) / job.key(), _load_entry, job.build)
+    windows, written = _windows(entry, "valid", window, f"the validation text {valid}"), entry.sides["valid"]
+    return Corpus(
+        train=windows,
+        valid=windows,
+        tokenizer=ready,
+        train_tokens=written.tokens,
+        valid_tokens=written.tokens,
+        valid_bytes_per_token=written.bytes / written.tokens,
+        fingerprint=entry.fingerprint,
+    )
 
 
 def prepare_run(settings: Mapping[str, Any], *, window: int) -> Corpus:
@@ -95,119 +129,109 @@ def prepare_run(settings: Mapping[str, Any], *, window: int) -> Corpus:
 
     The corpus's fingerprint is the `text` of `run.json`, or the part of it in front of a `+`.
     """
-    tokenizer, valid = settings["corpus.tokenizer"], settings["corpus.valid"]
+    given: dict[str, Any] = {
+        "tokenizer": settings["corpus.tokenizer"],
+        "window": window,
+        "control_tokens": bool(settings.get("corpus.control_tokens")),
+    }
     if settings.get("corpus.stream"):
-        return prepare_valid(valid, tokenizer=tokenizer, window=window)
-    return prepare(settings["corpus.data"], valid=valid, tokenizer=tokenizer, window=window)
-
-
-def _prepared(
-    find_sources: Callable[[], tuple[Source, Source | None]],
-    data: str,
-    tokenizer: str,
-    window: int,
-    cache_dir: Path | None,
-    valid_fraction: float,
-) -> Corpus:
-    ready = None if bpe_size(tokenizer) else load_tokenizer(tokenizer, max_length=window)
-    sources = find_sources()  # only now: it may ask the hub, and a bad tokeniser is known at once
-    job = _Job(*sources, tokenizer, ready, window, valid_fraction)
-    entry = load_or_build((cache_dir or default_cache_dir()) / job.key(), _load_entry, job.build)
-    valid_name = sources[1].name if sources[1] else f"(the last {100 * valid_fraction:g}% of {data})"
-    return Corpus(
-        train=_windows(entry, _TRAIN, window, f"the training text {data}"),
-        valid=_windows(entry, _VALID, window, f"the validation text {valid_name}"),
-        tokenizer=ready or wrap(tokenizers.Tokenizer.from_file(str(entry.folder / _TOKENIZER)), window),
-        train_tokens=entry.train.tokens,
-        valid_tokens=entry.valid.tokens,
-        valid_bytes_per_token=entry.valid.bytes / entry.valid.tokens,
-        fingerprint=entry.fingerprint,
-    )
+        return prepare_valid(settings["corpus.valid"], **given)
+    return prepare(settings["corpus.data"], valid=settings["corpus.valid"], **given)
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One folder of the cache, complete."""
+    """One folder of the cache, complete. `sides` are "train" and "valid", or "valid" alone."""
 
     folder: Path
     dtype: str
-    train: Written
-    valid: Written
+    sides: dict[str, Written]
     fingerprint: str
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What determines the token streams, and how they are made. `tokenizer` is None where it is to be trained."""
+    """What determines the token streams, and how they are made.
 
-    data: Source
+    Without `data` there is only a validation side, without `valid` it is split off. `tokenizer` is None where it is to
+    be trained as `spec` says.
+    """
+
+    data: Source | None
     valid: Source | None
     spec: str
     tokenizer: PreTrainedTokenizerFast | None
     window: int
     valid_fraction: float
+    control_tokens: bool
 
     def key(self) -> str:
         if self.tokenizer is None:
             ids = f"bpe:{bpe_size(self.spec)} tokenizers {tokenizers.__version__}"
         else:
             ids = f"{self.tokenizer.eos_token_id} {self.tokenizer.backend_tokenizer.to_str()}"
+        data = None if self.data is None else self.data.key()
         split = self.valid_fraction if self.valid is None else self.valid.key()
-        return hashlib.blake2b(json.dumps([_FORMAT, self.data.key(), split, ids]).encode(), digest_size=16).hexdigest()
+        parts = [_FORMAT, data, split, ids, self.control_tokens]
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
     def build(self, folder: Path) -> None:
         text = folder / "text"
-        train, valid = self._streams(text)
+        text.mkdir()
+        sides = self._sides(text)
         tokenizer = self.tokenizer
         if tokenizer is None:
-            texts = _with_bar(train.segments(), train, f"training {self.spec}")
+            chunks = _with_bar(sides["train"], f"training {self.spec}")
+            texts = (chunk.text for chunk in chunks if chunk.text)
             tokenizer = load_tokenizer(self.spec, texts, max_length=self.window)
             tokenizer.backend_tokenizer.save(str(folder / _TOKENIZER))
+        encoder = TextEncoder(tokenizer, self.control_tokens)
         dtype, digest = smallest_dtype(tokenizer), hashlib.blake2b(digest_size=16)
-        written: dict[str, Written] = {}
-        for side, stream in (("train", train), ("valid", valid)):
-            chunks = _with_bar(stream.chunks(), stream, f"tokenising {side}")
-            written[side] = write_tokens(chunks, tokenizer, folder / f"{side}.bin", dtype, digest)
+        written = {
+            side: write_tokens(_with_bar(of, f"tokenising {side}"), encoder, folder / f"{side}.bin", dtype, digest)
+            for side, of in sides.items()
+        }
         shutil.rmtree(text)
-        meta = {"dtype": dtype, "fingerprint": digest.hexdigest()} | {side: asdict(it) for side, it in written.items()}
+        sizes = {side: asdict(of) for side, of in written.items()}
+        meta = {"dtype": dtype, "fingerprint": digest.hexdigest(), "sides": sizes}
         with open(folder / _META, "w") as file:
             json.dump(meta, file)
             file.flush()
             os.fsync(file.fileno())
 
-    def _streams(self, folder: Path) -> tuple[TextStream, TextStream]:
-        from vwn.data.stream import split_off_end, spool  # brings `datasets`, which a cached text does not need
+    def _sides(self, folder: Path) -> dict[str, TextRange]:
+        sides: dict[str, TextRange] = {}
+        if self.data is not None:
+            sides["train"] = spool(self.data, folder / "train")
+            if self.valid is None:
+                sides["train"], sides["valid"] = split_off_end(sides["train"], self.valid_fraction)
+        if self.valid is not None:
+            sides["valid"] = spool(self.valid, folder / "valid")
+        return sides
 
-        whole = spool(self.data, folder / "train")
-        if self.valid is None:
-            return split_off_end(whole, self.valid_fraction)
-        return whole, spool(self.valid, folder / "valid")
 
-
-def _with_bar(texts: Iterator[str], stream: TextStream, title: str) -> Iterator[str]:
-    with tqdm(total=stream.stop - stream.start, unit="char", unit_scale=True, desc=title) as bar:
-        for text in texts:
-            yield text
-            bar.update(len(text))
+def _with_bar(text: TextRange, title: str) -> Iterator[TextChunk]:
+    with tqdm(total=text.stop - text.start, unit="char", unit_scale=True, desc=title) as bar:
+        for chunk in text.chunks():
+            yield chunk
+            bar.update(len(chunk.text))
 
 
 def _load_entry(folder: Path) -> _Entry | None:
     """The entry, or None where a file is missing or not as long as it was written."""
     try:
         meta: dict[str, Any] = json.loads((folder / _META).read_text())
-        train, valid = Written(**meta["train"]), Written(**meta["valid"])
+        sides = {side: Written(**of) for side, of in meta["sides"].items()}
         width = int(meta["dtype"].removeprefix("uint")) // 8
-        sizes = [(folder / name).stat().st_size for name in (_TRAIN, _VALID)]
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = all((folder / f"{side}.bin").stat().st_size == of.tokens * width for side, of in sides.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if sizes != [train.tokens * width, valid.tokens * width]:
-        return None
-    return _Entry(folder, meta["dtype"], train, valid, meta["fingerprint"])
+    return _Entry(folder, meta["dtype"], sides, meta["fingerprint"]) if whole else None
 
 
-def _windows(entry: _Entry, name: str, window: int, what: str) -> PackedWindows:
-    tokens = (entry.train if name == _TRAIN else entry.valid).tokens
+def _windows(entry: _Entry, side: str, window: int, what: str) -> PackedWindows:
+    tokens = entry.sides[side].tokens
     if tokens < window:
         smaller = f"or a window of at most {tokens}" if tokens > 1 else "no window is small enough"
         raise UserError(f"{what} holds {tokens} tokens, fewer than a window of {window}; give more text, {smaller}")
-    return PackedWindows(entry.folder / name, entry.dtype, window)
+    return PackedWindows(entry.folder / f"{side}.bin", entry.dtype, window)

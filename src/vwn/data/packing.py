@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,12 +12,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from vwn.data.reading import SEPARATOR
+from vwn.common.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_CHUNKS_PER_BATCH = 16
+    from vwn.data.spool import TextChunk
+    from vwn.data.tokenizer import TextEncoder
+
+_BATCH_CHARACTERS = 1 << 20
 
 
 class PackedWindows(Dataset[dict[str, torch.Tensor]]):
@@ -66,40 +68,51 @@ def smallest_dtype(tokenizer: PreTrainedTokenizerFast) -> str:
     return np.min_scalar_type(max(tokenizer.get_vocab().values())).name
 
 
-def write_tokens(
-    chunks: Iterable[str], tokenizer: PreTrainedTokenizerFast, path: Path, dtype: str, digest: Digest
-) -> Written:
-    """Tokenise text whose documents end in `SEPARATOR`; each that is not empty ends in the end-of-text id."""
+def write_tokens(chunks: Iterable[TextChunk], encoder: TextEncoder, path: Path, dtype: str, digest: Digest) -> Written:
+    """Tokenise documents; each that is not empty ends in the end-of-text id.
+
+    Raises `UserError`, which names the file, for text that the tokeniser cannot encode.
+    """
     tokens = size = 0
+    is_open = False
     with open(path, "wb") as file:
-        for ids, read in _encode(chunks, tokenizer):
-            data = np.asarray(ids, dtype=dtype).tobytes()
-            file.write(data)
-            digest.update(data)
-            tokens += len(ids)
-            size += read
+        for batch in _batches(chunks):
+            for chunk, ids in zip(batch, _encode(batch, encoder), strict=True):
+                is_open = is_open or bool(chunk.text)
+                if chunk.ends and is_open:
+                    ids = [*ids, encoder.end]
+                    is_open = False
+                data = np.asarray(ids, dtype=dtype).tobytes()
+                file.write(data)
+                digest.update(data)
+                tokens += len(ids)
+                size += len(chunk.text.encode())
         file.flush()
         os.fsync(file.fileno())
     return Written(tokens, size)
 
 
-def _encode(chunks: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[list[int], int]]:
-    """Batches of ids, each with the bytes of UTF-8 it stands for."""
-    remaining = iter(chunks)
-    end: Any = tokenizer.eos_token_id
-    is_open = False
-    while batch := list(islice(remaining, _CHUNKS_PER_BATCH)):
-        parts = [chunk.split(SEPARATOR) for chunk in batch]
-        texts = [text for part in parts for text in part if text]
-        # The fast form keeps no character offsets, which would be most of the memory.
-        encoded = iter(tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        ids: list[int] = []
-        for part in parts:
-            for number, text in enumerate(part):
-                if number and is_open:
-                    ids.append(end)
-                    is_open = False
-                if text:
-                    ids.extend(next(encoded).ids)
-                    is_open = True
-        yield ids, sum(len(text.encode()) for text in texts)
+def _batches(chunks: Iterable[TextChunk]) -> Iterator[list[TextChunk]]:
+    """Chunks that are tokenised in one call, which runs on all cores."""
+    batch: list[TextChunk] = []
+    size = 0
+    for chunk in chunks:
+        batch.append(chunk)
+        size += len(chunk.text) + 1
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(batch: list[TextChunk], encoder: TextEncoder) -> list[list[int]]:
+    try:
+        return encoder([chunk.text for chunk in batch])
+    except UserError:
+        for chunk in batch:
+            try:
+                encoder([chunk.text])
+            except UserError as error:
+                raise UserError(f"{chunk.file}: {error}") from error
+        raise

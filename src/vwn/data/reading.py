@@ -1,23 +1,68 @@
-"""Readers: one file of text, JSON lines or Parquet becomes strings in which `SEPARATOR` ends every document."""
+"""Reading documents from a file of text, JSON lines or Parquet: all of it, or a range of it from any place on.
+
+A file is a sequence of documents: the rows of JSON lines and Parquet, and what `SEPARATOR` separates in a `.txt`. Any
+other text, and text inside a row, is never split. Long documents come in chunks, in which they are tokenised.
+"""
 
 from __future__ import annotations
 
-import codecs
 import io
 import json
-import lzma
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from vwn.common.errors import UserError
+from vwn.data.unpacking import PACKINGS, Advance, move_to, open_unpacked, packing, refuse_unreadable
 
 SEPARATOR = "<|endoftext|>"
-SUFFIXES = (".txt", ".txt.xz", ".jsonl", ".jsonl.xz", ".parquet")
-_BLOCK_BYTES = 1 << 20
+SUFFIXES = (*(kind + pack for kind in (".txt", ".jsonl") for pack in ("", *PACKINGS)), ".parquet")
+KINDS = ".txt, .jsonl (also .xz, .gz or .zst) or .parquet"
+"""`SUFFIXES` for messages."""
+CHUNK = 1 << 15
+"""Bytes of a text file, or characters of a row, in one chunk at most, if there are line ends to cut at."""
+_BATCH_BYTES = 1 << 20
+_BUFFER = 1 << 18  # of packed bytes; without it a whole column of a row group is held
 
-Advance = Callable[[int], object]
+
+@dataclass(frozen=True)
+class FileRange:
+    """A part of a file: what one reader of a stream reads before it goes on to another.
+
+    `start` to `stop` are bytes of text and JSON lines, and row groups of Parquet. Packed files have neither: `stop` 0
+    reads all. Of a range that `shares` readers share, each takes every `shares`-th block of `block` bytes or rows.
+    """
+
+    path: Path
+    start: int = 0
+    stop: int = 0
+    share: int = 0
+    shares: int = 1
+    block: int = CHUNK
+
+    def owns(self, offset: int) -> bool:
+        """Whether what begins there, a byte or (with `block` 1) a row, belongs to this share."""
+        return offset // self.block % self.shares == self.share
+
+
+class Chunk(NamedTuple):
+    """A document, or a part of a long one; the last part `ends` it.
+
+    `offset`, a byte or a row of the range, and `number`, counted from that offset, are where it can be read again.
+    """
+
+    offset: int
+    number: int
+    text: str
+    ends: bool
+
+
+OnBadRow = Callable[[UserError], None]
+"""Is told of a row that cannot be read, and leaves it out by returning."""
 
 
 def kind(path: Path) -> str:
@@ -30,19 +75,268 @@ def is_supported(path: Path) -> bool:
     return bool(kind(path))
 
 
-def read_file(path: Path, advance: Advance) -> Iterator[str]:
-    """The file's text in pieces of any length, `SEPARATOR` after every document.
+def read_file(path: Path, advance: Advance | None = None) -> Iterator[Chunk]:
+    """Read a whole file; one of none of the `SUFFIXES` is read as one document of text.
 
-    A file of none of the `SUFFIXES` is read as text. `advance(k)` is told whenever `k` more bytes of the file (packed
-    bytes for `.xz`) have been read. Raises `UserError` for a file that cannot be opened, is damaged or is not UTF-8.
+    `advance(k)` is told whenever `k` more bytes of the file have been read. Raises `UserError` for a file that cannot
+    be opened, is damaged or is not UTF-8.
     """
-    reader = _READERS[kind(path)]
+    return read_range(FileRange(path), advance=advance)
+
+
+def read_range(
+    part: FileRange, offset: int = 0, on_bad_row: OnBadRow | None = None, advance: Advance | None = None
+) -> Iterator[Chunk]:
+    """Read the documents of a range in order, from `offset` (of a chunk that it gave, or 0) on.
+
+    Every byte between documents belongs to exactly one of the ranges that a file is cut into. A text document that two
+    of them share is cut at a line end and read as two. Raises `UserError` for a file that cannot be read, and for a row
+    (of text: a chunk) that cannot be read, unless `on_bad_row` returns.
+    """
+    suffix = kind(part.path)
+    read = _read_parquet if suffix == ".parquet" else _read_json_lines if ".jsonl" in suffix else _read_text
+    with refuse_unreadable(part.path):
+        yield from read(part, offset, on_bad_row, advance)
+
+
+def row_chunks(offset: int, find: Callable[[], str | None], on_bad_row: OnBadRow | None) -> Iterator[Chunk]:
+    """The chunks of the row whose text `find` returns; none if it is empty, or left out because it cannot be read."""
     try:
-        yield from reader(path, advance)
-    except (lzma.LZMAError, EOFError) as error:
-        raise UserError(f"{path} is not a complete .xz file ({error}); pack it again with xz") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        text = find() or ""
+    except UserError as error:
+        if on_bad_row is None:
+            raise
+        on_bad_row(error)
+        return
+    start = number = 0
+    while len(text) - start > CHUNK:
+        stop = line_end(text, start, start + CHUNK)
+        yield Chunk(offset, number, text[start:stop], ends=False)
+        start, number = stop, number + 1
+    if text:
+        yield Chunk(offset, number, text[start:], ends=True)
+
+
+def line_end(text: str, start: int, limit: int) -> int:
+    """The last line end in `(start, limit]`, else `limit`."""
+    found = text.rfind("\n", start, limit) + 1
+    return found if found > start else limit
+
+
+# Text
+
+
+def _read_text(part: FileRange, offset: int, on_bad_row: OnBadRow | None, advance: Advance | None) -> Iterator[Chunk]:
+    mark = SEPARATOR.encode() if kind(part.path) else b""
+    with open_unpacked(part.path, advance) as file:
+        start, stop = (_text_boundary(file, x, mark) if part.stop else 0 for x in (part.start, part.stop))
+        if part.stop and start >= stop:
+            return
+        ahead = _Lookahead(file, max(start, offset), stop)
+        while block := ahead.peek(CHUNK + max(len(mark), 1)):  # one byte more shows that the text goes on
+            size, following, ends = _first_chunk(block, mark)
+            begin = ahead.offset
+            ahead.skip(following)
+            if size and part.owns(begin):
+                find = partial(_decode, block[:size], begin, part.path)
+                for chunk in row_chunks(begin, find, on_bad_row):
+                    yield chunk._replace(ends=ends or not part.owns(ahead.offset))
+
+
+class _Lookahead:
+    """A file read forwards, with a look ahead from `offset` on, not beyond `stop` if that is not 0."""
+
+    def __init__(self, file: IO[bytes], offset: int, stop: int):
+        self._file, self.offset, self._stop = file, offset, stop
+        self._held, self._first = b"", 0
+        move_to(file, offset)
+
+    def peek(self, count: int) -> bytes:
+        if len(self._held) - self._first < count:
+            have = len(self._held) - self._first
+            wanted = max(count, 4 * CHUNK) - have
+            if self._stop:
+                wanted = min(wanted, self._stop - self.offset - have)
+            self._held, self._first = self._held[self._first :] + self._file.read(max(wanted, 0)), 0
+        return self._held[self._first : self._first + count]
+
+    def skip(self, count: int) -> None:
+        self._first += count
+        self.offset += count
+
+
+def _first_chunk(block: bytes, mark: bytes) -> tuple[int, int, bool]:
+    """Bytes of the first chunk, bytes to the next, and whether the document ends between them."""
+    found = block.find(mark) if mark else -1
+    if found >= 0:
+        return found, found + len(mark), True
+    if len(block) <= CHUNK:
+        return len(block), len(block), True
+    size = block.rfind(b"\n", 0, CHUNK) + 1 or _character_start(block, CHUNK)
+    return size, size, False
+
+
+def _character_start(block: bytes, limit: int) -> int:
+    """The last place up to `limit` where a character of UTF-8 begins; `limit` where none does."""
+    return next((i for i in range(limit, max(limit - 4, 0), -1) if block[i] & 0xC0 != 0x80), limit)
+
+
+def _text_boundary(file: IO[bytes], offset: int, mark: bytes) -> int:
+    """The first place from `offset` on where a range may begin: after a document, else a line, else a character."""
+    size = file.seek(0, io.SEEK_END)
+    if not 0 < offset < size:
+        return min(max(offset, 0), size)
+    first = max(offset - len(mark), 0)
+    file.seek(first)
+    block = file.read(CHUNK + len(mark))
+    for end in filter(None, (mark, b"\n")):
+        found = block.find(end, max(offset - len(end) - first, 0))
+        if found >= 0:
+            return first + found + len(end)
+    return next((first + i for i in range(offset - first, len(block)) if block[i] & 0xC0 != 0x80), size)
+
+
+# JSON lines
+
+
+def _read_json_lines(
+    part: FileRange, offset: int, on_bad_row: OnBadRow | None, advance: Advance | None
+) -> Iterator[Chunk]:
+    column = _json_column(part.path, part.path.stat().st_mtime_ns)
+    with open_unpacked(part.path, advance) as file:
+        start, stop = (_line_boundary(file, x) if part.stop else 0 for x in (part.start, part.stop))
+        begin = max(start, offset)
+        move_to(file, begin)
+        for number, line in enumerate(file, 1):
+            if part.stop and begin >= stop:
+                return
+            if part.owns(begin) and line.strip():
+                place = f"the line at byte {begin}" if part.stop or offset else f"line {number}"
+                find = partial(_line_text, line, begin, part.path, place, column)
+                yield from row_chunks(begin, find, on_bad_row)
+            begin += len(line)
+
+
+def _line_text(line: bytes, begin: int, path: Path, place: str, column: str) -> str | None:
+    where = f"{place} of {path}"
+    row = parse_row(_decode(line, begin, path), where)
+    if column not in row:
+        raise UserError(f"{where} has no column {column!r}; give every line the columns of the first")
+    return document(row[column], where)
+
+
+def _line_boundary(file: IO[bytes], offset: int) -> int:
+    if offset <= 0:
+        return 0
+    file.seek(offset - 1)
+    return offset - 1 + len(file.readline())
+
+
+@lru_cache(maxsize=1 << 14)
+def _json_column(path: Path, _modified: int) -> str:
+    """The column of a file, as the first line that can be read has it."""
+    with open_unpacked(path) as file:
+        for number, line in enumerate(islice(file, 1000), 1):
+            where = f"line {number} of {path}"
+            with suppress(UserError):  # which is raised, or the line left out, when it is read
+                row = parse_row(_decode(line, 0, path), where)
+                break
+        else:
+            return "text"
+    return text_column({key: isinstance(value, str) for key, value in row.items()}, where)
+
+
+def parse_row(line: str, where: str) -> dict[str, Any]:
+    """Parse a line that holds one JSON object."""
+    try:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # a whole number with more digits than `int` takes
+            row = json.loads(line, parse_int=lambda digits: int(digits) if len(digits) < 1000 else float(digits))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON ({error}); give one object per line") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is {row!r:.40}, not a JSON object; give one object per line")
+    return row
+
+
+# Parquet
+
+
+def _read_parquet(
+    part: FileRange, offset: int, on_bad_row: OnBadRow | None, advance: Advance | None
+) -> Iterator[Chunk]:
+    with open_parquet(part.path) as file:
+        column = parquet_column(file, part.path)
+        groups = range(part.start, part.stop or file.num_row_groups)
+        row = done = 0
+        from_where = f" from row group {part.start}" if part.start else ""
+        for group in groups:
+            rows = file.metadata.row_group(group).num_rows
+            if row + rows <= offset:
+                row += rows
+                continue
+            for value in _values(file, group, column):
+                if row >= offset and part.owns(row):
+                    where = f"row {row + 1}{from_where} of {part.path}"
+                    yield from row_chunks(row, partial(document, value, where), on_bad_row)
+                row += 1
+                if advance and (row % 1000 == 0 or row == file.metadata.num_rows):
+                    reached = part.path.stat().st_size * row // file.metadata.num_rows
+                    advance(reached - done)
+                    done = reached
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[Any]:
+    """Open a Parquet file. Raises `UserError` in place of pyarrow's exceptions while it is open."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+            yield file
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} is not a readable Parquet file ({first_line(error)}); write it again") from error
+
+
+def parquet_column(file: Any, path: Path) -> str:
+    """The column of text of an open Parquet file. Types of other columns do not matter."""
+    import pyarrow.types
+
+    def is_text(of: Any) -> bool:
+        if pyarrow.types.is_dictionary(of):
+            of = of.value_type
+        return any(test(of) for test in (pyarrow.types.is_string, pyarrow.types.is_large_string, _is_string_view))
+
+    return text_column({field.name: is_text(field.type) for field in file.schema_arrow}, str(path))
+
+
+def _is_string_view(of: Any) -> bool:
+    return str(of) == "string_view"
+
+
+def _values(file: Any, group: int, column: str) -> Iterator[Any]:
+    """The column's values in one row group, about a megabyte of them in memory at a time."""
+    meta = file.metadata.row_group(group)
+    at_once = min(max(_BATCH_BYTES * meta.num_rows // max(meta.total_byte_size, 1), 1), 1024)
+    for batch in file.iter_batches(batch_size=at_once, row_groups=[group], columns=[column], use_threads=False):
+        try:
+            yield from batch.column(0).to_pylist()
+        except UnicodeDecodeError:  # somewhere among them; what is not text is seen to row by row
+            yield from map(_text_or_bytes, batch.column(0).cast("binary").to_pylist())
+
+
+def _text_or_bytes(value: bytes | None) -> str | bytes | None:
+    try:
+        return value if value is None else value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value
+
+
+# Rows
 
 
 def text_column(columns: Mapping[str, bool], where: str) -> str:
@@ -64,143 +358,31 @@ def string_columns(features: Mapping[str, Any]) -> dict[str, bool]:
     return {name: getattr(feature, "dtype", None) in ("string", "large_string") for name, feature in features.items()}
 
 
-def document(value: object, where: str) -> Iterator[str]:
-    """One row as a document; null and empty text is passed over, anything but a string of valid text is refused."""
+def document(value: object, where: str) -> str | None:
+    """A row's value as a document, None if it is null or empty. Raises `UserError` for anything but valid text."""
     if value is not None and not isinstance(value, str):
         raise UserError(f"{where} holds {value!r:.40}, not a string; give text in every row")
-    if not value:
-        return
-    if not value.isascii():
+    if value and not value.isascii():
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
             raise UserError(f"{where} holds half a surrogate pair at character {error.start}; repair it") from error
-    yield value
-    yield SEPARATOR
+    return value or None
 
 
-def _read_text(path: Path, advance: Advance) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
-    for block in _blocks(path, advance):
-        yield _decode(decoder, block, offset, path)
-        offset += len(block)
-    yield _decode(decoder, b"", offset, path)
-    yield SEPARATOR
-
-
-def _decode(decoder: codecs.IncrementalDecoder, block: bytes, offset: int, path: Path) -> str:
-    """Decode `block`, which starts at byte `offset`; an empty block ends the text."""
-    held = len(decoder.getstate()[0])
+def _decode(block: bytes, begin: int, path: Path) -> str:
+    """Decode what stands at byte `begin`; a byte-order mark at the beginning of the file is dropped."""
     try:
-        return decoder.decode(block, final=not block)
+        text = block.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, offset - held + error.start) from error
-
-
-def _read_jsonl(path: Path, advance: Advance) -> Iterator[str]:
-    column = None
-    for number, line in _lines(path, advance):
-        where = f"line {number} of {path}"
-        row = _parse_row(line, where)
-        if column is None:
-            column = text_column({key: isinstance(value, str) for key, value in row.items()}, where)
-        if column not in row:
-            raise UserError(f"{where} has no column {column!r}; give every line the columns of the first")
-        yield from document(row[column], where)
-
-
-def _parse_row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({error}); give one object per line") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is {row!r:.40}, not a JSON object; give one object per line")
-    return row
-
-
-def _lines(path: Path, advance: Advance) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, each with its number in the file."""
-    offset = 0
-    with _unpacked(path, advance) as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise _not_utf8(path, offset + error.start) from error
-            offset += len(line)
-            if number == 1:
-                text = text.removeprefix("\ufeff")
-            if text.strip():
-                yield number, text
-
-
-def _read_parquet(path: Path, advance: Advance) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-    from datasets import Features
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            column = text_column(string_columns(Features.from_arrow_schema(file.schema_arrow)), str(path))
-            number, done = 0, 0
-            for batch in file.iter_batches(batch_size=1000, columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    number += 1
-                    yield from document(value, f"row {number} of {path}")
-                reached = path.stat().st_size * number // file.metadata.num_rows
-                advance(reached - done)
-                done = reached
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} is not a readable Parquet file ({first_line(error)}); write it again") from error
-
-
-def _blocks(path: Path, advance: Advance) -> Iterator[bytes]:
-    with _unpacked(path, advance) as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            yield block
-
-
-@contextmanager
-def _unpacked(path: Path, advance: Advance) -> Iterator[IO[bytes]]:
-    """The file's bytes, unpacked where it ends in `.xz`; tells `advance` of the packed ones."""
-    with open(path, "rb", buffering=0) as file:
-        raw = io.BufferedReader(_Counted(file, advance), _BLOCK_BYTES)
-        with lzma.open(raw) if kind(path).endswith(".xz") else raw as stream:
-            yield stream
-
-
-class _Counted(io.RawIOBase):
-    """A raw file that tells how many bytes each read took."""
-
-    def __init__(self, file: io.RawIOBase, advance: Advance):
-        self._file, self._advance = file, advance
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any, /) -> int | None:
-        taken = self._file.readinto(buffer)
-        self._advance(taken or 0)
-        return taken
-
-
-def _not_utf8(path: Path, offset: int) -> UserError:
-    unpacked = " of the unpacked text" if kind(path).endswith(".xz") else ""
-    return UserError(f"{path} is not UTF-8 text: byte {offset}{unpacked} cannot be decoded; convert the file to UTF-8")
+        unpacked = " of the unpacked text" if packing(path) else ""
+        raise UserError(
+            f"{path} is not UTF-8 text: byte {begin + error.start}{unpacked} cannot be decoded; convert the file to "
+            "UTF-8"
+        ) from error
+    return text if begin else text.removeprefix("\ufeff")
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, for a `UserError` of one sentence."""
     return str(error).strip().partition("\n")[0].rstrip(" .:")
-
-
-_READERS = {
-    "": _read_text,
-    ".txt": _read_text,
-    ".txt.xz": _read_text,
-    ".jsonl": _read_jsonl,
-    ".jsonl.xz": _read_jsonl,
-    ".parquet": _read_parquet,
-}

@@ -8,23 +8,26 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from vwn.common.errors import UserError
 from vwn.data.reading import (
-    SUFFIXES,
-    Advance,
+    KINDS,
+    Chunk,
     document,
     first_line,
     is_supported,
     kind,
     read_file,
+    row_chunks,
     string_columns,
     text_column,
 )
+from vwn.data.unpacking import Advance
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,6 +38,7 @@ STDLIB = "stdlib"
 # Tests repeat themselves; `encodings` and `pydoc_data` are generated, near-copies of one table would be on both sides.
 _NOT_TEXT = frozenset({"test", "tests", "idlelib", "turtledemo", "encodings", "pydoc_data", "site-packages"})
 _VALID_SPLITS = ("validation", "valid", "dev")
+_logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -47,7 +51,7 @@ class Source(Protocol):
 
     @property
     def unit(self) -> str:
-        """What `size` and `texts(advance)` count: "B" or "rows"."""
+        """What `size` and `chunks(advance)` count: "B" or "rows"."""
         ...
 
     @property
@@ -57,8 +61,8 @@ class Source(Protocol):
         """A hash that changes whenever the text does."""
         ...
 
-    def texts(self, advance: Advance) -> Iterator[str]:
-        """The text in pieces of any length, `SEPARATOR` after every document."""
+    def chunks(self, advance: Advance) -> Iterator[tuple[str, Chunk]]:
+        """The documents in chunks, each with the name of the file that it is from."""
         ...
 
 
@@ -85,9 +89,11 @@ class FileSource:
             digest.update(kind(path).encode() + b"\0")
         return digest.hexdigest()
 
-    def texts(self, advance: Advance) -> Iterator[str]:
+    def chunks(self, advance: Advance) -> Iterator[tuple[str, Chunk]]:
         for path in self.paths:
-            yield from read_file(path, advance)
+            file = str(path)
+            for chunk in read_file(path, advance):
+                yield file, chunk
 
 
 @dataclass(frozen=True)
@@ -107,10 +113,12 @@ class HubSource:
         # `datasets` derives it from the repository's revision, the configuration and the split.
         return f"hub-{self.rows._fingerprint}-{self.column}"
 
-    def texts(self, advance: Advance) -> Iterator[str]:
+    def chunks(self, advance: Advance) -> Iterator[tuple[str, Chunk]]:
         rows = cast("Iterable[dict[str, Any]]", self.rows.select_columns([self.column]))
-        for number, row in enumerate(rows, 1):
-            yield from document(row[self.column], f"row {number} of {self.name}")
+        for number, row in enumerate(rows):
+            find = partial(document, row[self.column], f"row {number + 1} of {self.name}")
+            for chunk in row_chunks(number, find, on_bad_row=None):
+                yield self.name, chunk
             advance(1)
 
 
@@ -144,31 +152,46 @@ def open_local(spec: str) -> FileSource | None:
     """A file, a folder or the training side of `stdlib`; None for what can only be a hub id."""
     if spec == STDLIB:
         return _stdlib_sides(0.1)["train"]
-    path = Path(spec).expanduser()
+    refuse_undecodable(spec)
+    path = Path(os.path.expanduser(spec))
     exists = bool(spec) and os.path.exists(path)
     looks_local = is_supported(path) or spec.startswith((".", "/", "~")) or spec.count("/") > 1 or "\\" in spec
     if not exists and (looks_local or not spec):
-        kinds = ", ".join(SUFFIXES)
-        raise UserError(f"{spec!r} does not exist; give a file ({kinds}), a folder, {STDLIB!r} or a hub id")
+        raise UserError(f"{spec!r} does not exist; give a file ({KINDS}), a folder, {STDLIB!r} or a hub id")
     if not exists:
         return None
     if path.is_dir():
         return _folder(spec, path)
     if not is_supported(path):
-        raise UserError(f"{spec} is none of the supported kinds of data: {', '.join(SUFFIXES)} or a folder of them")
+        raise UserError(f"{spec} is none of the supported kinds of data: {KINDS}, or a folder of them")
     return FileSource(spec, (path,))
 
 
+def refuse_undecodable(spec: str) -> None:
+    """Refuse a name whose bytes are not UTF-8: it could not be written to the run's records and model card."""
+    try:
+        spec.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the name {spec!a} is not UTF-8; rename the file or folder") from error
+
+
 def _folder(spec: str, folder: Path) -> FileSource:
-    found = [
-        Path(directory, name)
-        for directory, _, names in os.walk(folder)
-        for name in names
-        if is_supported(Path(name)) and not _is_hidden(Path(directory, name).relative_to(folder))
-    ]
+    files = (Path(directory, name) for directory, _, names in os.walk(folder) for name in names)
+    visible = {file.relative_to(folder).as_posix(): file for file in files if not _is_hidden(file.relative_to(folder))}
+    found = [visible[name] for name in sorted(visible) if is_supported(visible[name])]
     if not found:
-        raise UserError(f"the folder {spec} holds no {', '.join(SUFFIXES)} file; give a folder with text in it")
-    return FileSource(spec, tuple(sorted(found, key=lambda path: path.relative_to(folder).as_posix())))
+        raise UserError(f"the folder {spec} holds no {KINDS} file; give a folder with text in it")
+    warn_of_left_out(spec, [name for name in sorted(visible) if not is_supported(visible[name])], len(visible))
+    return FileSource(spec, tuple(found))
+
+
+def warn_of_left_out(spec: str, left_out: list[str], of: int) -> None:
+    """Log which files of a folder or pattern are not read, if any."""
+    if left_out:
+        shown = ", ".join(name if name.isprintable() else ascii(name) for name in left_out[:5])
+        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        what = f"{len(left_out)} of {of} files in {spec} are not {KINDS}"
+        _logger.warning("%s and are left out: %s%s", what, shown, more)
 
 
 def _is_hidden(relative: Path) -> bool:
@@ -238,31 +261,14 @@ def _load_from_hub(spec: str) -> dict[str, Dataset]:
 
 
 @contextmanager
-def quiet(*, bars: bool = True) -> Iterator[None]:
-    """Silence the log lines of the Hugging Face libraries, and with `bars=False` the progress bars of `datasets`.
-
-    Errors still arrive as exceptions.
-    """
+def quiet() -> Iterator[None]:
+    """Silence the log lines of the Hugging Face libraries. Errors still arrive as exceptions."""
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub", "transformers")]
     levels = [logger.level for logger in loggers]
-    with ExitStack() as stack:
-        for logger, level in zip(loggers, levels, strict=True):
-            stack.callback(logger.setLevel, level)
-            logger.setLevel(logging.CRITICAL)
-        if not bars:
-            stack.enter_context(_no_bars())
-        yield
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    import datasets
-
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
     try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
         yield
     finally:
-        datasets.enable_progress_bars()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

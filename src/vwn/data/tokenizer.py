@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vwn.common.errors import UserError
 from vwn.data.reading import SEPARATOR, first_line
-from vwn.data.sources import quiet
+from vwn.data.sources import quiet, refuse_undecodable
 
 BYTES = "bytes"
 BPE = "bpe:"
 DEFAULT_MAX_LENGTH = 1 << 20
 _SMALLEST_BPE = 257  # 256 bytes and the end of text
 _LARGEST_BPE = 1_000_000
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 Texts = Iterable[str] | Callable[[], Iterable[str]]
 
@@ -39,6 +44,91 @@ def load_tokenizer(
             raise UserError(f"the tokenizer {spec!r} is trained on text; give the text, or a saved tokenizer")
         return wrap(_train_bpe(size, texts() if callable(texts) else texts), max_length)
     return _load(spec, max_length)
+
+
+def load_checkpoint_tokenizer(checkpoint: Path | str, spec: str | None = None) -> PreTrainedTokenizerFast:
+    """The tokeniser that a checkpoint was saved with, or the one that `--tokenizer` names.
+
+    Raises `UserError` where there is none, or it is yet to be trained.
+    """
+    if spec is not None:
+        if bpe_size(spec):
+            raise UserError(f"--tokenizer {spec} would be trained anew; give bytes, or a folder or hub id with one")
+        return load_tokenizer(spec)
+    folder = Path(checkpoint)
+    if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        raise UserError(f"{checkpoint} holds no tokenizer; name the one it was trained with: --tokenizer FOLDER_OR_ID")
+    try:
+        return load_tokenizer(str(checkpoint))
+    except UserError as error:
+        raise UserError(
+            f"{checkpoint} holds no tokenizer that can be used ({error.__cause__ or error}); name the one it was "
+            "trained with: --tokenizer FOLDER_OR_ID"
+        ) from error
+
+
+class TextEncoder:
+    """Encodes text to ids, without special tokens around it.
+
+    Control tokens that are written in the text (`<s>`, `<|im_start|>`, all that the tokeniser marks as special) are
+    text like any other, unless `control_tokens` asks for their ids.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, control_tokens: bool = False):
+        self._arguments = tokenizer, control_tokens
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy: prompts keep their tokens
+        self._backend.encode_special_tokens = not control_tokens
+        self.end: Any = tokenizer.eos_token_id
+        self._is_control = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=bool)
+        if not control_tokens:
+            special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+            self._is_control[[*special, *tokenizer.all_special_ids]] = True
+            if tokenizer.unk_token_id not in (None, self.end):
+                self._is_control[tokenizer.unk_token_id] = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TextEncoder, self._arguments
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """Encode each text. Raises `UserError` for what the tokeniser does not know."""
+        try:
+            # The fast form keeps no character offsets, which would be most of the memory.
+            encoded = [each.ids for each in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:  # `tokenizers` raises nothing more special
+            raise self._refusal(texts, error) from error
+        return [
+            self._encode_cut(text) if self._is_control[ids].any() else ids
+            for text, ids in zip(texts, encoded, strict=True)
+        ]
+
+    def _encode_cut(self, text: str) -> list[int]:
+        """Encode a text whose control tokens the tokeniser's model has as words of its own: cut each of them in two."""
+        encoded = self._backend.encode(text, add_special_tokens=False)
+        spans = [span for i, span in zip(encoded.ids, encoded.offsets, strict=True) if self._is_control[i]]
+        if any(stop - start < 2 for start, stop in spans):
+            start, stop = next(span for span in spans if span[1] - span[0] < 2)
+            raise UserError(
+                f"the tokenizer encodes {text[start:stop]!r} as a control token; replace it in the text, or allow it "
+                "(--control-tokens)"
+            )
+        cuts = [0, *(start + 1 for start, _ in spans), len(text)]
+        parts = [text[start:stop] for start, stop in pairwise(cuts)]
+        return [i for ids in self(parts) for i in ids]
+
+    def _refusal(self, texts: list[str], error: Exception) -> UserError:
+        unknown = next((c for text in texts for c in sorted(set(text)) if not self._knows(c)), None)
+        what = "the text" if unknown is None else repr(unknown)
+        return UserError(
+            f"the tokenizer cannot encode {what} ({first_line(error)}); give one that has an unknown token, or that "
+            "knows every byte"
+        )
+
+    def _knows(self, text: str) -> bool:
+        try:
+            self._backend.encode(text, add_special_tokens=False)
+        except Exception:
+            return False
+        return True
 
 
 def bpe_size(spec: str) -> int | None:
@@ -96,7 +186,8 @@ def _train_bpe(size: int, texts: Iterable[str]) -> Tokenizer:
 
 
 def _load(spec: str, max_length: int) -> PreTrainedTokenizerFast:
-    folder = Path(spec).expanduser()
+    refuse_undecodable(spec)
+    folder = Path(os.path.expanduser(spec))
     looks_local = spec.startswith((".", "/", "~")) or os.path.exists(folder)
     if not spec or (looks_local and not os.path.isdir(folder)):
         raise UserError(f"the tokenizer {spec!r} is not a folder; give {BYTES!r}, 'bpe:8192', a folder or a hub id")

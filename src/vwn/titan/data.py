@@ -1,33 +1,52 @@
 """Text of one's own for torchtitan's loader: ``--dataloader.dataset jsonl --dataloader.dataset_path FILE``.
 
-Files are streamed; each row's ``text`` is a document. A pattern such as ``shards/*.parquet`` names several.
+Files are streamed, also packed ones (``.jsonl.xz``); each row is a document. A pattern such as ``shards/*.parquet``
+names several.
 """
 
 from __future__ import annotations
 
 import glob
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
+from datasets import Features, IterableDataset, Value
+from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
 from vwn.common.errors import UserError
+from vwn.data.reading import kind, read_file
 
-FORMATS = {"jsonl": "json", "parquet": "parquet"}
+FORMATS = ("jsonl", "parquet")
 
 
-def _stream(name: str, path: str) -> Any:
-    files = sorted(glob.glob(path))
+def keep_control_tokens_text(tokenizer: BaseTokenizer) -> None:
+    """Let control tokens that are written in a text (``<|im_start|>``) be encoded as text, as ``vwn train`` does."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        tokenizer.tokenizer.encode_special_tokens = True
+
+
+def _stream(name: str, path: str) -> IterableDataset:
+    files = [file for file in sorted(glob.glob(path)) if f".{name}" in kind(Path(file))]
     if not files:
-        raise UserError(f"no file matches --dataloader.dataset_path {path!r}; give a {name} file or a pattern of them")
-    return load_dataset(FORMATS[name], data_files=files, split="train", streaming=True)
+        raise UserError(f"no {name} file matches --dataloader.dataset_path {path!r}; give a file or a pattern of them")
+    return IterableDataset.from_generator(_rows, Features({"text": Value("string")}), gen_kwargs={"files": files})
+
+
+def _rows(files: list[str]) -> Iterator[dict[str, str]]:
+    for file in files:
+        held = []
+        for chunk in read_file(Path(file)):
+            held.append(chunk.text)
+            if chunk.ends:
+                yield {"text": "".join(held)}
+                held = []
 
 
 def _text(row: dict[str, Any]) -> str:
-    if not isinstance(row.get("text"), str):
-        raise UserError(f"a row has no text under the name 'text'; its columns are {', '.join(map(repr, row))}")
     return row["text"]
 
 

@@ -17,6 +17,7 @@ from torchtitan.tools.utils import device_module, device_type
 from torchtitan.trainer import Trainer
 
 from vwn.common.errors import UserError
+from vwn.titan.data import keep_control_tokens_text
 from vwn.titan.loss import MultiTokenLoss
 from vwn.titan.model import check_parallelism, model_config
 from vwn.titan.parallelize import parallelize
@@ -57,6 +58,7 @@ class VirtualWidthTrainer(Trainer):
                 f"the tokenizer in {config.hf_assets_path} has {tokens} tokens, backbone.vocab_size is {b.vocab_size}; "
                 "make it as large"
             )
+        keep_control_tokens_text(self.tokenizer)
 
 
 def model_spec(backbone: Backbone, width: VirtualWidth) -> ModelSpec:

@@ -60,8 +60,8 @@ class CorpusConfig:
     """Where the text comes from and how it becomes tokens."""
 
     data: str = "stdlib"
-    """Training text: `stdlib` (the Python standard library's sources), a .txt, .txt.xz, .jsonl or .parquet file, a
-    folder of them, or a hub id."""
+    """Training text: `stdlib` (the Python standard library's sources), a .txt, .jsonl (also .xz, .gz or .zst) or
+    .parquet file, a folder of them, or a hub id."""
     valid: str | None = None
     """Validation text; without it a part of the training text is held out."""
     stream: tuple[str, ...] = ()
@@ -69,6 +69,8 @@ class CorpusConfig:
     patterns (`shards/*.parquet`) or hub ids, each with `=WEIGHT` for its share of the tokens. Needs --valid."""
     tokenizer: str = "bytes"
     """`bytes`, `bpe:SIZE` (trained on the corpus), a path, or a hub id."""
+    control_tokens: bool = False
+    """Give control tokens that are written in the text (`<|im_start|>`, `</s>`) their ids; otherwise they are text."""
     window: int = 256
     """Tokens per training example."""
     max_valid_tokens: int = 131_072
@@ -85,7 +87,7 @@ class CorpusConfig:
         require(self.workers >= 0, "workers", "0 or more", self.workers)
         require(self.skip_bad_rows >= 0, "skip-bad-rows", "0 or more", self.skip_bad_rows)
         if self.skip_bad_rows and not self.stream:
-            raise UserError("--skip-bad-rows goes with --stream; leave it away, or repair the rows of --data")
+            raise UserError("--skip-bad-rows goes with --stream; drop it, or repair the rows of --data")
         if self.stream and self.data != CorpusConfig.data:
             raise UserError(f"--stream takes the place of --data; give one of them, not --data {self.data} too")
 

@@ -18,7 +18,7 @@ from vwn.common.errors import UserError
 from vwn.common.processes import all_present, first_ones, rank
 from vwn.common.provenance import PeakMemory
 from vwn.data import Corpus, PackedWindows, prepare
-from vwn.data.streaming import prepare_stream
+from vwn.data.stream import prepare_stream
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.training import directory
 from vwn.training.arguments import apply_speed, check_device, learning_rate_of, training_arguments
@@ -272,8 +272,9 @@ def load_corpus(config: TrainConfig) -> Corpus:
             batch_size=config.optim.batch_size,
             seed=config.seed,
             skip_bad_rows=c.skip_bad_rows,
+            control_tokens=c.control_tokens,
         )
-    return prepare(c.data, valid=c.valid, tokenizer=c.tokenizer, window=c.window)
+    return prepare(c.data, valid=c.valid, tokenizer=c.tokenizer, window=c.window, control_tokens=c.control_tokens)
 
 
 def spread(dataset: Any, count: int) -> Any:

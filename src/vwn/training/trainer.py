@@ -19,7 +19,7 @@ from transformers import EvalPrediction, PrinterCallback, TrainerCallback
 
 from vwn.common.errors import UserError
 from vwn.common.processes import world_size
-from vwn.data.streaming import StreamLoader, TokenStream
+from vwn.data.stream import StreamLoader, TokenStream
 from vwn.nn.weight_decay import no_weight_decay
 from vwn.training.checkpoint.manifest import checkpoints
 from vwn.training.checkpoint.saving import SavingTrainer, not_finite

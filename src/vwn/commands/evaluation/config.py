@@ -17,6 +17,8 @@ class EvalConfig:
     """A run directory, one of its checkpoints, a folder with any causal language model, or a hub id."""
     data: str | None = None
     """Text to measure the losses on, as in `vwn train`; without it and --tasks the validation text of the run."""
+    tokenizer: str | None = None
+    """`bytes`, a folder, or a hub id, for --data and --tasks; by default the checkpoint's own."""
     max_tokens: int | None = None
     """Tokens of text used, evenly spread over it; by default all, or as many as the run's own validation used."""
     window: int | None = None
@@ -46,6 +48,8 @@ class EvalConfig:
             require(self.stride <= self.window, "stride", f"at most the window of {self.window}", self.stride)
         if self.tasks and self.data_dir is None:
             raise UserError(f"--tasks {' '.join(self.tasks)} read local files; name their folder with --data-dir")
+        if self.tokenizer is not None and not (self.tasks or self.data):
+            raise UserError("--tokenizer is for --data or --tasks; give one of them, or drop --tokenizer")
         for name in ("data_dir", "limit"):
             if not self.tasks and getattr(self, name) is not None:
                 raise UserError(f"--{name.replace('_', '-')} is for --tasks; name some")

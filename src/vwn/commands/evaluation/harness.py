@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from vwn.commands.evaluation import TASKS
-from vwn.commands.evaluation.loading import check_positions
+from vwn.commands.evaluation.text import check_positions
 from vwn.common.errors import UserError
 
 BOOTSTRAP = 1000

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import lzma
+import io
+import os
 import tarfile
 from collections.abc import Sequence
 from functools import lru_cache
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vwn.common.errors import UserError
+from vwn.data.reading import parse_row
+from vwn.data.unpacking import open_unpacked, refuse_unreadable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,7 +36,7 @@ def load_rows(name: str, fields: Sequence[str], data_dir: str | Path | None = No
             f"the task file of {name} reads local data: name the folder with "
             """--metadata '{"data_dir": "FOLDER"}' (lm_eval) or --data-dir (vwn eval)"""
         )
-    where, lines = _read(Path(data_dir).expanduser(), name)
+    where, lines = _read(Path(os.path.expanduser(data_dir)), name)
     rows = [_row(line, fields, f"line {i} of {where}") for i, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise UserError(f"{where} is empty; restore it")
@@ -56,27 +58,32 @@ def _read(folder: Path, name: str) -> tuple[Path, list[str]]:
         if path is None:
             expected = [*paths, archive] if "/" in name else paths
             raise UserError(f"there is no {' nor '.join(map(str, expected))}; put one there, or name another folder")
-        packed = path.read_bytes()
-        return path, _lines(lzma.decompress(packed) if path.suffix == ".xz" else packed)
-    except (lzma.LZMAError, EOFError, tarfile.TarError, UnicodeDecodeError) as error:
+        return path, _lines(_unpacked(path))
+    except (tarfile.TarError, UnicodeDecodeError) as error:
         raise UserError(f"{path or archive} is damaged ({error}); restore it") from error
 
 
 @lru_cache(maxsize=1)
 def _members(archive: Path, _modified: int) -> dict[str, bytes]:
     """The files of an archive, by name without folders: unpacked once, not once for every subset."""
-    with tarfile.open(archive, "r:xz") as tar:
+    with tarfile.open(fileobj=io.BytesIO(_unpacked(archive))) as tar:
         files = {m.name: tar.extractfile(m) for m in tar if m.isfile()}
         return {name.split("/")[-1]: file.read() for name, file in files.items() if file is not None}
 
 
+def _unpacked(path: Path) -> bytes:
+    with refuse_unreadable(path), open_unpacked(path) as file:
+        return file.read()
+
+
 def _lines(data: bytes) -> list[str]:
-    return data.decode().split("\n")  # not splitlines, which cuts at characters that JSON strings may hold
+    # not splitlines, which cuts at characters that JSON strings may hold
+    return data.decode().removeprefix("\ufeff").split("\n")
 
 
 def _row(line: str, fields: Sequence[str], where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = parse_row(line, where)
         kept = {field: row[field] for field in fields}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where} is not a JSON object with {', '.join(fields)}; restore it") from error

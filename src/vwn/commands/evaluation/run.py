@@ -20,10 +20,10 @@ def evaluate_checkpoint(config: EvalConfig) -> dict[str, Any]:
     Raises:
         UserError: no checkpoint, no text, an unknown task, a missing file, or lm-eval is not installed.
     """
-    from vwn.commands.evaluation.loading import load_model, positions_of
-    from vwn.commands.evaluation.text import load_text, measure_text
+    from vwn.commands.evaluation.text import load_text, measure_text, positions_of
     from vwn.common.provenance import provenance
-    from vwn.data import load_tokenizer
+    from vwn.data.tokenizer import load_checkpoint_tokenizer
+    from vwn.hf.loading import load_model
     from vwn.training.directory import locate, run_record, write_json
 
     config.check()
@@ -37,9 +37,10 @@ def evaluate_checkpoint(config: EvalConfig) -> dict[str, Any]:
         tasks = load_tasks(config.tasks, config.data_dir)
     source = locate(config.checkpoint)
     record = run_record(source)
-    text = load_text(source, config.data, record) if config.measures_text else None
-    tokenizer = load_tokenizer(str(source)) if tasks is not None else None
-    model = load_model(source)
+    needs_tokenizer = tasks is not None or config.data is not None
+    tokenizer = load_checkpoint_tokenizer(source, config.tokenizer) if needs_tokenizer else None
+    text = load_text(source, config.data, record, tokenizer) if config.measures_text else None
+    model = load_model(source, tokenizer)
     result: dict[str, Any] = {
         "checkpoint": str(source),
         "params": sum(p.numel() for p in model.parameters()),

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vwn.commands.evaluation.loading import check_positions, positions_of
 from vwn.common.errors import UserError
 from vwn.hf import VirtualWidthForCausalLM
 
@@ -36,23 +35,25 @@ class Text:
     max_tokens: int | None
 
 
-def load_text(source: Path | str, data: str | None, record: dict[str, Any]) -> Text:
-    """``data``, or the text that a run was validated on, in the tokens of the checkpoint ``source``.
+def load_text(source: Path | str, data: str | None, record: dict[str, Any], tokenizer: Any = None) -> Text:
+    """Tokenise ``data``, or take the text that a run was validated on.
 
     Args:
         source: the checkpoint.
         data: name of a text, see :func:`vwn.data.prepare`; all of it, or its validation side if it has one.
         record: the run's ``run.json``, where there is one.
+        tokenizer: for ``data``; by default the checkpoint's own.
 
     Raises:
         UserError: no text, or not the one the run was validated on any more.
     """
-    from vwn.data import prepare
-    from vwn.data.corpus import prepare_run
+    from vwn.data.corpus import prepare_run, prepare_valid
+    from vwn.data.tokenizer import load_checkpoint_tokenizer
 
     run = record.get("config", {})
     if data is not None:
-        corpus, name, limit = prepare(data, valid=data, tokenizer=str(source), window=2), data, None
+        tokenizer = tokenizer or load_checkpoint_tokenizer(source)
+        corpus, name, limit = prepare_valid(data, tokenizer=tokenizer, window=2), data, None
     elif "corpus.data" not in run:
         raise UserError(f"{source} does not say what text it was trained on (it has no run.json); give --data")
     else:
@@ -66,6 +67,20 @@ def load_text(source: Path | str, data: str | None, record: dict[str, Any]) -> T
         name, limit = valid or f"{train} (held-out part)", run["corpus.max_valid_tokens"]
     tokens = np.memmap(corpus.valid.path, dtype=corpus.valid.dtype, mode="r")
     return Text(name, tokens, round(corpus.valid_bytes_per_token * len(tokens)), corpus.tokenizer, limit)
+
+
+def positions_of(model: Any) -> tuple[int | None, bool]:
+    """How many positions a model was made for, None for any; and whether it can compute more (rotary ones)."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit, limit is None or bool(getattr(config, "rope_parameters", None))
+
+
+def check_positions(model: Any, window: int) -> None:
+    """Refuse a window that the model cannot read."""
+    limit, can_exceed = positions_of(model)
+    if limit is not None and window > limit and not can_exceed:
+        raise UserError(f"the model has {limit} positions, --window is {window}; lower --window")
 
 
 def byte_lengths(tokenizer: Any) -> np.ndarray:

@@ -8,9 +8,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vwn.commands.inspection.config import InspectConfig
-from vwn.commands.inspection.loading import load_model, load_tokens
+from vwn.commands.inspection.loading import load_tokens, refuse_plain
 from vwn.common.errors import UserError
 from vwn.hf import VirtualWidthForCausalLM
+from vwn.hf.loading import load_model
 from vwn.hf.measures import DepthMap, SublayerStatistics, Unrolled, split, static_routing, tanh_scales
 from vwn.hf.recording import record, sublayer_names
 from vwn.nn.connection import Connection
@@ -31,6 +32,7 @@ def inspect_checkpoint(config: InspectConfig) -> dict[str, Any]:
 
     config.check()
     source = locate(config.checkpoint)
+    refuse_plain(source)
     model = load_model(source)
     positions = getattr(model.config, "max_position_embeddings", None)
     ids, text = load_tokens(source, config.data, config.tokens, positions, config.tokenizer)

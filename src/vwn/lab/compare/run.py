@@ -52,7 +52,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         directory.check_same(config.out, stored.get("config", {}), shared, "comparison")
         check_same_study(config, stored)
     c = config.corpus
-    corpus = prepare(c.data, valid=c.valid, tokenizer=c.tokenizer, window=c.window)
+    corpus = prepare(c.data, valid=c.valid, tokenizer=c.tokenizer, window=c.window, control_tokens=c.control_tokens)
     if stored is not None:
         directory.check_same_text(config.out, stored, corpus.fingerprint)
     backbone = load_backbone(config.backbone, len(corpus.tokenizer), c.window)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from math import inf
-from pathlib import Path
 
 import numpy as np
 
@@ -21,7 +21,7 @@ def parse_sources(specs: Sequence[str]) -> dict[str, float]:
     weights: dict[str, float] = {}
     for spec in specs:
         source, given, number = spec.rpartition("=")
-        if not given or Path(spec).expanduser().exists() or any(c in number for c in "/*?["):
+        if not given or os.path.exists(os.path.expanduser(spec)) or any(c in number for c in "/*?["):
             source, number = spec, "1"
         try:
             weight = float(number)
@@ -43,7 +43,7 @@ def sources_of_step(weights: Sequence[float], batch: int, step: int, seed: int) 
 
     Every batch holds of each source its share of windows, rounded up or down; over many steps the shares are exact.
     It depends on the arguments alone, so that any rank and worker knows it. Which slot has which source is shuffled
-    anew in every step, so that each lane reads from all of them.
+    anew in every step, so that each reader reads from all of them.
     """
     if len(weights) == 1:
         return np.zeros(batch, dtype=np.int64)

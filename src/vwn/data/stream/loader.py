@@ -1,4 +1,4 @@
-"""Streamed training data: text tokenised and packed while the model trains, whose place is saved with a checkpoint."""
+"""`TokenStream`: the windows of several sources. `StreamLoader`: a process's batches of them, and where they stand."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import os
 import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from vwn.common.errors import UserError
 from vwn.data.corpus import Corpus, prepare_valid
-from vwn.data.lanes import START, Lane, Position, lane_count, lane_of
-from vwn.data.mixture import parse_sources, sources_of_step
-from vwn.data.pieces import Skipped
-from vwn.data.shards import Shards, open_shards
-from vwn.data.tokenizer import bpe_size
+from vwn.data.reading import OnBadRow
+from vwn.data.stream.mixture import parse_sources, sources_of_step
+from vwn.data.stream.reader import START, Position, Reader, reader_count, reader_of
+from vwn.data.stream.source import StreamedSource, open_source
+from vwn.data.tokenizer import TextEncoder, bpe_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_FORMAT = 1  # of the state
+_FORMAT = 2  # of the state
 _logger = logging.getLogger(__name__)
 
 Positions = dict[int, list[Position]]
@@ -41,43 +41,45 @@ class TokenStream(IterableDataset[dict[str, torch.Tensor]]):
     be read are left out by each process, and logged.
     """
 
-    sources: tuple[Shards, ...]
+    sources: tuple[StreamedSource, ...]
     weights: tuple[float, ...]
     tokenizer: PreTrainedTokenizerFast
     window: int
     batch_size: int
     seed: int
     skip_bad_rows: int = 0
+    control_tokens: bool = False
 
     @property
-    def lanes(self) -> int:
-        """Readers that the sources are divided among."""
-        return lane_count(self.batch_size)
+    def readers(self) -> int:
+        """Number of readers that share the sources."""
+        return reader_count(self.batch_size)
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the sources' files, as `Shards` has it, and of the tokeniser."""
+        """A hash of the sources' files, as `StreamedSource` has it, and of how they are tokenised."""
         digest = hashlib.blake2b(self.tokenizer.backend_tokenizer.to_str().encode(), digest_size=16)
+        digest.update(bytes([self.control_tokens]))
         for source in self.sources:
             digest.update(source.fingerprint.encode())
         return digest.hexdigest()
 
-    def open(self, lane: int, source: int, position: Position, skipped: Skipped | None = None) -> Lane:
-        """A lane of one source."""
-        return Lane(
+    @cached_property
+    def _encoder(self) -> TextEncoder:
+        return TextEncoder(self.tokenizer, self.control_tokens)
+
+    def open(self, reader: int, source: int, position: Position, on_bad_row: OnBadRow | None = None) -> Reader:
+        """A reader of one source."""
+        return Reader(
             self.sources[source],
-            lane,
-            self.lanes,
-            self._encode,
-            int(self.tokenizer.eos_token_id),
+            reader,
+            self.readers,
+            lambda text: self._encoder([text])[0],
+            self._encoder.end,
             self.seed + source & 0xFFFFFFFF,
             position,
-            skipped,
+            on_bad_row,
         )
-
-    def _encode(self, text: str) -> np.ndarray:
-        encoded = self.tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        return np.asarray(encoded[0].ids, dtype=np.int64)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return ({"input_ids": x, "labels": x.clone()} for b in StreamLoader(self) for x in b["input_ids"])
@@ -92,6 +94,7 @@ def prepare_stream(
     batch_size: int,
     seed: int = 0,
     skip_bad_rows: int = 0,
+    control_tokens: bool = False,
 ) -> Corpus:
     """A corpus whose training side is streamed: nothing of it is written anywhere, and it is never all in memory.
 
@@ -102,8 +105,9 @@ def prepare_stream(
         tokenizer: `bytes`, a folder or a hub id.
         window: tokens per window.
         batch_size: windows per optimiser step, of all processes together.
-        seed: of the order of the units and of the mixture.
+        seed: of the order of the file ranges and of the mixture.
         skip_bad_rows: how many rows that cannot be read each process leaves out and logs; at the next one it stops.
+        control_tokens: give control tokens that are written in the text their ids, as `prepare` does.
 
     Raises:
         UserError: a source that is missing, unreadable or empty; no `valid`; a tokeniser that is yet to be trained.
@@ -116,9 +120,17 @@ def prepare_stream(
             f"--stream needs a tokenizer that exists, not {tokenizer}: train one on a sample with vwn train "
             f"--data SAMPLE --tokenizer {tokenizer} --steps 1 --out runs/sample, and give --tokenizer runs/sample"
         )
-    held_out = prepare_valid(valid, tokenizer=tokenizer, window=window)
-    shards = tuple(open_shards(source, lane_count(batch_size)) for source in weights)
-    train = TokenStream(shards, tuple(weights.values()), held_out.tokenizer, window, batch_size, seed, skip_bad_rows)
+    held_out = prepare_valid(valid, tokenizer=tokenizer, window=window, control_tokens=control_tokens)
+    train = TokenStream(
+        tuple(open_source(source, reader_count(batch_size)) for source in weights),
+        tuple(weights.values()),
+        held_out.tokenizer,
+        window,
+        batch_size,
+        seed,
+        skip_bad_rows,
+        control_tokens,
+    )
     return Corpus(
         train=train,
         valid=held_out.valid,
@@ -135,8 +147,8 @@ class StreamLoader:
 
     Process `rank` of `world` fills slots `rank * B / world` on of every global batch B, in `accumulation` batches
     `{"input_ids": LongTensor [B / world / accumulation, window], "labels": the same}`. Each of `workers` processes
-    reads some of its lanes, ahead of the training; 0 reads in this one. None of these four changes what a global batch
-    holds, so a state may be loaded with others than it was saved with.
+    runs some of its readers, ahead of the training; 0 runs them in this one. None of these four changes what a global
+    batch holds, so a state may be loaded with others than it was saved with.
     """
 
     def __init__(self, stream: TokenStream, rank: int = 0, world: int = 1, accumulation: int = 1, workers: int = 0):
@@ -147,13 +159,13 @@ class StreamLoader:
             )
         self.stream = stream
         self.rank, self.world, self.accumulation = rank, world, accumulation
-        own_lanes = stream.lanes // world
-        self.workers = min(workers, own_lanes)
+        own_readers = stream.readers // world
+        self.workers = min(workers, own_readers)
         self.step = 0
         self.positions: Positions = {}
         self._passes = [0] * len(stream.sources)
         self._skipped = 0
-        _allow_files(own_lanes * len(stream.sources))
+        _allow_files(own_readers * len(stream.sources))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the data stand after the last batch taken, in all processes (each must call it), as JSON."""
@@ -161,15 +173,15 @@ class StreamLoader:
         if self.world > 1:
             gathered: list[Positions | None] = [None] * self.world
             torch.distributed.all_gather_object(gathered, positions)
-            positions = {lane: place for part in gathered for lane, place in (part or {}).items()}
+            positions = {reader: place for part in gathered for reader, place in (part or {}).items()}
         start = [START] * len(self.stream.sources)
-        lanes = [positions.get(lane, start) for lane in range(self.stream.lanes)]
+        readers = [positions.get(reader, start) for reader in range(self.stream.readers)]
         return {
             "format": _FORMAT,
             "step": self.step,
-            "lanes": self.stream.lanes,
+            "readers": self.stream.readers,
             "sources": [
-                {"name": source.name, "fingerprint": source.fingerprint, "positions": [_write(p[i]) for p in lanes]}
+                {"name": source.name, "fingerprint": source.fingerprint, "positions": [_write(p[i]) for p in readers]}
                 for i, source in enumerate(self.stream.sources)
             ],
         }
@@ -178,16 +190,16 @@ class StreamLoader:
         """Go on from there, whatever the number of processes and workers now. Raises `UserError` for other data."""
         try:
             known = [(s["name"], s["fingerprint"], [_read(p) for p in s["positions"]]) for s in state["sources"]]
-            step, lanes = int(state["step"]), int(state["lanes"])
-            readable = state["format"] == _FORMAT and all(len(places) == lanes for _, _, places in known)
+            step, readers = int(state["step"]), int(state["readers"])
+            readable = state["format"] == _FORMAT and all(len(places) == readers for _, _, places in known)
         except (KeyError, TypeError, ValueError):
             readable = False
         if not readable:
             raise UserError("the checkpoint's place in the streamed data cannot be read; use the checkpoint before it")
-        if lanes != self.stream.lanes or len(known) != len(self.stream.sources):
+        if readers != self.stream.readers or len(known) != len(self.stream.sources):
             raise UserError(
-                f"the checkpoint has {len(known)} sources in {lanes} lanes, the run {len(self.stream.sources)} in "
-                f"{self.stream.lanes}; continue with the --stream and --batch-size it was started with"
+                f"the checkpoint has {len(known)} sources in {readers} readers, the run {len(self.stream.sources)} in "
+                f"{self.stream.readers}; continue with the --stream and --batch-size it was started with"
             )
         for (name, fingerprint, _), source in zip(known, self.stream.sources, strict=True):
             if fingerprint != source.fingerprint:
@@ -198,12 +210,12 @@ class StreamLoader:
         self.step = step
         own = self.stream.batch_size // self.world
         self.positions = {
-            lane: [places[lane] for _, _, places in known]
-            for lane in range(lanes)
-            if lane % self.stream.batch_size // own == self.rank
+            reader: [places[reader] for _, _, places in known]
+            for reader in range(readers)
+            if reader % self.stream.batch_size // own == self.rank
         }
         self._passes = [
-            max(self._pass(i, lane, place[0]) for lane, place in enumerate(places))
+            max(self._pass(i, reader, place[0]) for reader, place in enumerate(places))
             for i, (_, _, places) in enumerate(known)
         ]
 
@@ -223,8 +235,8 @@ class StreamLoader:
                 windows, places, skipped = made
                 self._report(skipped)
                 ids[[row for row, _ in rows]] = windows
-                for (_, lane), (source, place) in zip(rows, places, strict=True):
-                    self._note(lane, source, place)
+                for (_, reader), (source, place) in zip(rows, places, strict=True):
+                    self._note(reader, source, place)
             if part + 1 == self.accumulation:
                 self.step = step + 1
             yield {"input_ids": ids, "labels": ids.clone()}
@@ -237,9 +249,9 @@ class StreamLoader:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         return DataLoader(share, batch_size=None, num_workers=1, prefetch_factor=4)
 
-    def _note(self, lane: int, source: int, place: Position) -> None:
-        self.positions.setdefault(lane, [START] * len(self.stream.sources))[source] = place
-        number = self._pass(source, lane, place[0])
+    def _note(self, reader: int, source: int, place: Position) -> None:
+        self.positions.setdefault(reader, [START] * len(self.stream.sources))[source] = place
+        number = self._pass(source, reader, place[0])
         if number > self._passes[source]:
             self._passes[source] = number
             if self.rank == 0:
@@ -253,12 +265,12 @@ class StreamLoader:
         if self._skipped > self.stream.skip_bad_rows:
             raise UserError(_too_many(self.stream.skip_bad_rows, skipped[-1]))
 
-    def _pass(self, source: int, lane: int, units: int) -> int:
-        return (lane + units * self.stream.lanes) // len(self.stream.sources[source].units)
+    def _pass(self, source: int, reader: int, ranges: int) -> int:
+        return (reader + ranges * self.stream.readers) // len(self.stream.sources[source].ranges)
 
 
 class _Share(IterableDataset[Any]):
-    """What one worker makes of each batch: windows `[rows, window]`, where their lanes stand after them, and which
+    """What one worker makes of each batch: windows `[rows, window]`, where their readers stand after them, and which
     rows were left out on the way.
 
     A `UserError` travels as its sentence: a worker's exceptions arrive with a traceback in their text.
@@ -275,42 +287,42 @@ class _Share(IterableDataset[Any]):
 
     def _windows(self) -> Iterator[tuple[torch.Tensor, list[tuple[int, Position]], list[str]]]:
         loader, stream = self._loader, self._loader.stream
-        start, open_lanes = [START] * len(stream.sources), dict[tuple[int, int], Lane]()
+        start, open_readers = [START] * len(stream.sources), dict[tuple[int, int], Reader]()
         positions, left_out = dict(loader.positions), list[str]()
 
-        def skip(sentence: str) -> None:
-            left_out.append(sentence)
+        def on_bad_row(error: UserError) -> None:
+            if not stream.skip_bad_rows:
+                raise UserError(f"{error}, or leave such rows out (--skip-bad-rows 100)") from error
+            left_out.append(str(error))
             if len(left_out) > stream.skip_bad_rows:  # a file of nothing else would never fill a window
-                raise UserError(_too_many(stream.skip_bad_rows, sentence))
+                raise UserError(_too_many(stream.skip_bad_rows, str(error)))
 
         for step in count(loader.step):
             sources = sources_of_step(stream.weights, stream.batch_size, step, stream.seed)
             for part in range(loader.accumulation):
                 windows, places = [], []
-                for _, lane in _rows(loader, step, part, self._worker):
-                    source = int(sources[lane % stream.batch_size])
-                    key = lane, source
-                    if key not in open_lanes:
-                        open_lanes[key] = stream.open(
-                            lane, source, positions.get(lane, start)[source], skip if stream.skip_bad_rows else None
-                        )
-                    windows.append(torch.from_numpy(open_lanes[key].take(stream.window)))
-                    places.append((source, open_lanes[key].position))
+                for _, reader in _rows(loader, step, part, self._worker):
+                    source = int(sources[reader % stream.batch_size])
+                    key = reader, source
+                    if key not in open_readers:
+                        position = positions.get(reader, start)[source]
+                        open_readers[key] = stream.open(reader, source, position, on_bad_row)
+                    windows.append(torch.from_numpy(open_readers[key].take(stream.window)))
+                    places.append((source, open_readers[key].position))
                 if windows:
                     yield torch.stack(windows), places, left_out.copy()
                     left_out.clear()
 
 
 def _rows(loader: StreamLoader, step: int, part: int, worker: int) -> list[tuple[int, int]]:
-    """The rows of a batch that a worker fills, each with its lane. A lane is always of the same worker."""
+    """The rows of a batch that a worker fills, each with its reader. A reader is always of the same worker."""
     stream, workers = loader.stream, max(loader.workers, 1)
     own = stream.batch_size // loader.world
     size = own // loader.accumulation
-    first = step % (stream.lanes // stream.batch_size) * own + part * size  # number among the process's lanes
+    first = step % (stream.readers // stream.batch_size) * own + part * size  # number among the process's readers
     slot = loader.rank * own + part * size
-    return [
-        (row, lane_of(step, slot + row, stream.batch_size)) for row in range(size) if (first + row) % workers == worker
-    ]
+    rows = [row for row in range(size) if (first + row) % workers == worker]
+    return [(row, reader_of(step, slot + row, stream.batch_size)) for row in rows]
 
 
 def _too_many(allowed: int, sentence: str) -> str:
@@ -322,18 +334,18 @@ def _write(position: Position) -> str:
 
 
 def _read(text: str) -> Position:
-    unit, offset, part, taken = map(int, text.split())
-    return unit, offset, part, taken
+    begun, offset, chunk, taken = map(int, text.split())
+    return begun, offset, chunk, taken
 
 
-def _allow_files(lanes: int) -> None:
-    """Each lane of each source keeps a file open: raise this process's limit where it is too low."""
-    wanted = lanes + 256
+def _allow_files(readers: int) -> None:
+    """Each reader of each source keeps a file open: raise this process's limit where it is too low."""
+    wanted = readers + 256
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         if hard != resource.RLIM_INFINITY and hard < wanted:
             raise UserError(
-                f"{lanes} files are read at once, but this machine lets a process open {hard}; "
+                f"{readers} files are read at once, but this machine lets a process open {hard}; "
                 "take fewer sources or a smaller --batch-size per process, or raise the limit (ulimit -Hn)"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
