@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from vwn.analysis import wording
+from vwn.analysis import story, wording
 from vwn.analysis.curves import Curve, gap_curve, mean_curve
 from vwn.analysis.runs import baseline_by_seed, has_loss, read_curve, runs_by_arm
 from vwn.analysis.wording import LOSS_NAMES, PLUS_MINUS
-from vwn.report.figures import Axis, Figure, LineStyle, Note, Series, arm_styles, padded_range
+from vwn.report.figures import Arrow, Axis, Figure, LineStyle, Series, arm_styles, padded_range
 
-# The steep start would flatten everything of interest; a double click in the plot shows it.
+# The share of the tokens whose steep start is left out of the range: it would flatten everything of interest.
 FOCUS_FROM = 0.25
 TOKENS = Axis("training tokens")
 BAND = "Band: 95\u00a0% interval over seeds (Student’s t). "
-# The least share of a figure's height that is kept free below a note's point, for its text.
-NOTE_ROOM = 0.2
+# The least share of a figure's height that is kept free below the arrow, for its text.
+ARROW_ROOM = 0.2
 
 
 def training_figures(report: dict[str, Any], key: str) -> list[Figure]:
@@ -27,18 +27,31 @@ def training_figures(report: dict[str, Any], key: str) -> list[Figure]:
     return [loss_figure(report, key), gap_figure(report, key), speedup_figure(report, key)]
 
 
-def loss_figure(report: dict[str, Any], key: str) -> Figure:
-    """Validation loss (`"loss"` or `"loss_2"`, nats per token) over training tokens; a dotted line at the target."""
+def fewer_tokens_figure(report: dict[str, Any]) -> Figure | None:
+    """The best arm against the baseline alone, for the first lines; None where `loss_figure` is that already."""
+    lead = story.lead_arm(report)
+    if lead is None or len(report["summary"]) < 3:
+        return None
+    return replace(loss_figure(report, "loss", (str(report.get("baseline")), lead["name"])), name="fewer-tokens")
+
+
+def loss_figure(report: dict[str, Any], key: str, only: tuple[str, ...] | None = None) -> Figure:
+    """Validation loss (`"loss"` or `"loss_2"`, nats per token) over training tokens; a dotted line at the target.
+
+    Of two arms, an arrow shows how many tokens the better one saves.
+    """
     styles, baseline = arm_styles(report), str(report.get("baseline"))
     arms = {
-        name: [read_curve(run, key) for run in runs if has_loss(run, key)] for name, runs in runs_by_arm(report).items()
+        name: [read_curve(run, key) for run in runs if has_loss(run, key)]
+        for name, runs in runs_by_arm(report).items()
+        if only is None or name in only
     }
     target = mean_curve(arms.get(baseline, []))[0].final_loss
     series: list[Series] = []
     for name, curves in arms.items():
         series += _arm_series(name, [curve for curve in curves if not curve.is_empty], styles[name])
     several = any(one.role == "seed" for one in series)
-    notes = () if target is None else tuple(_reached(report, key, target))
+    arrow = None if target is None or len(arms) != 2 else _saved(report, key, target)
     dotted = "" if target is None else f"Dotted: {baseline}’s final loss. "
     return Figure(
         name="loss-over-tokens",
@@ -46,11 +59,11 @@ def loss_figure(report: dict[str, Any], key: str) -> Figure:
         title=f"Validation {LOSS_NAMES[key]}",
         caption=f"{'Thick: mean over seeds; faint: each seed. ' if several else ''}{dotted}".strip(),
         x=TOKENS,
-        y=Axis("validation loss, nats per token", range=_with_room(_focus(series, [target]), notes)),
+        y=Axis("validation loss, nats per token", range=_with_room(_focus(series, [target]), arrow)),
         series=tuple(series),
         level=target,
         level_name=f"{baseline}’s final loss",
-        notes=notes,
+        arrow=arrow,
     ).explained()
 
 
@@ -198,23 +211,24 @@ def _mostly_outside(series: Series, y_range: tuple[float, float] | None) -> bool
     return sum(low < y_range[0] or high > y_range[1] for low, high in bounds) > len(bounds) / 2
 
 
-def _with_room(y_range: tuple[float, float] | None, notes: Sequence[Note]) -> tuple[float, float] | None:
-    if y_range is None or not notes:
+def _with_room(y_range: tuple[float, float] | None, arrow: Arrow | None) -> tuple[float, float] | None:
+    if y_range is None or arrow is None:
         return y_range
-    level = min(note.y for note in notes)
-    return min(y_range[0], level - NOTE_ROOM / (1 - NOTE_ROOM) * (y_range[1] - level)), y_range[1]
+    return min(y_range[0], arrow.y - ARROW_ROOM / (1 - ARROW_ROOM) * (y_range[1] - arrow.y)), y_range[1]
 
 
-def _reached(report: dict[str, Any], key: str, target: float) -> list[Note]:
-    """Where the widest arm reaches the target in every seed: figure 1's annotation."""
-    widest = wording.widest_arm(report)
-    loss = None if widest is None else widest[key]
-    if widest is None or loss is None or loss["tokens_fraction"]["mean"] is None or not loss["tokens_pairs"]:
-        return []
-    pairs = [run["paired"][key] for run in report["arms"] if run["name"] == widest["name"]]
-    tokens = [pair["tokens"] for pair in pairs if pair is not None and pair["tokens_defined"]]
-    text = (f"{widest['name']}: {wording.tokens_needed(loss)}", f"of {report.get('baseline')}’s tokens")
-    return [Note(float(np.mean(tokens)), target, text)]
+def _saved(report: dict[str, Any], key: str, target: float) -> Arrow | None:
+    """From where the baseline reaches its final loss to where the best arm does, if that is earlier in every seed."""
+    lead = story.lead_arm(report)
+    share = None if lead is None or lead[key] is None else lead[key]["tokens_fraction"]["mean"]
+    if lead is None or share is None or share >= 1:
+        return None
+    pairs = [run["paired"][key] for run in report["arms"] if run["name"] == lead["name"]]
+    reached = [(pair["tokens"], pair["tokens_fraction"]) for pair in pairs if pair and pair["tokens_fraction"]]
+    tokens = float(np.mean([tokens for tokens, _ in reached]))
+    needed = float(np.mean([tokens / fraction for tokens, fraction in reached]))
+    bound = "at least " if lead[key]["tokens_at_most"] else ""
+    return Arrow(needed, tokens, target, f"{lead['name']}: {bound}{100 * (1 - share):.0f}\u00a0% fewer tokens")
 
 
 def _values(curve: Curve) -> list[float | None]:
