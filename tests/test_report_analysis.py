@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from curves import arm, curve, realistic, report
 
-from vwn.analysis.analyse import Curve, Estimate, Reached, add_analysis, gap_curve, mean_curve, tokens_to_loss, verdict
-from vwn.analysis.curves import loss_at
+from vwn.analysis.analyse import add_analysis
+from vwn.analysis.curves import Curve, Reached, gap_curve, loss_at, mean_curve, tokens_to_loss
+from vwn.analysis.estimates import Estimate, verdict
 
 NAN = math.nan
 

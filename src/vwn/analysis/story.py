@@ -160,13 +160,13 @@ def _clause(loss: Summary, baseline: str, key: str) -> str:
     distance = wording.estimate({**difference, "mean": abs(difference["mean"])})
     side = "below" if difference["mean"] < 0 else "above"
     nats, against = (" nats per token", f" {baseline}") if key == "loss" else ("", "")
-    notes = [_fewer_tokens(loss, baseline)]
+    notes = [_fewer_tokens(loss, baseline, " for the same loss" if key == "loss" else "")]
     notes += ["not significant"] if loss["verdict"] == "undecided" and difference["n"] > 1 else []
     noted = "; ".join(note for note in notes if note)
     return f"{distance}{nats} {side}{against} in {LOSS_NAMES[key]}{f' ({noted})' if noted else ''}"
 
 
-def _fewer_tokens(loss: Summary, baseline: str) -> str:
+def _fewer_tokens(loss: Summary, baseline: str, ending: str) -> str:
     share = loss["tokens_fraction"]
     if loss["tokens_pairs"] == 0:
         return ""
@@ -175,10 +175,10 @@ def _fewer_tokens(loss: Summary, baseline: str) -> str:
         return f"{baseline}’s final loss not reached{seeds}"
     saved = 100 * (1 - share["mean"])
     if round(saved) == 0:
-        return "as many tokens for the same loss"
+        return f"as many tokens{ending}"
     bound = "at least " if loss["tokens_at_most"] else ""
     spread = f"{PLUS_MINUS}{100 * share['std']:.0f}" if share["std"] and round(100 * share["std"]) else ""
-    return f"{bound}{abs(saved):.0f}{spread}{PERCENT} {'fewer' if saved > 0 else 'more'} tokens for the same loss"
+    return f"{bound}{abs(saved):.0f}{spread}{PERCENT} {'fewer' if saved > 0 else 'more'} tokens{ending}"
 
 
 def _speedup(point: BudgetPoint) -> str:

@@ -28,7 +28,7 @@ from vwn.report.page import first_lines, is_measured, render_page
 
 CSV_COLUMNS = ("arm", "m", "n", "r", "seed", "tokens", "seconds", "loss", "loss_2")
 TERMINAL_WIDTH = 100
-BAR = 50
+BAR, LABEL = 50, 20
 # Outside Latin-1, which is all that some terminals print.
 TERMINAL_CHARACTERS = str.maketrans(
     {"–": "-", "−": "-", "≤": "<=", "≥": ">=", "×": "x", "’": "'", "\u00a0": " ", "β": "beta"}
@@ -134,13 +134,14 @@ def _bars(report: dict[str, Any]) -> str:
     if lead is None or report["budgets"] or not any(shares.values()):
         return ""
     baseline = _printable(str(report.get("baseline")))
-    rows = [(baseline, 1.0), *((f"{_printable(lead['name'])}, {name}", share) for name, share in shares.items())]
+    rows = [(baseline[:LABEL], 1.0), *shares.items()]
     width = max(len(name) for name, _ in rows)
     lines = []
     for name, share in rows:
         filled = "" if share is None else "#" * min(BAR, round(BAR * share))
         lines.append(f"{name.ljust(width)}  {filled} {'not reached' if share is None else f'{100 * share:.0f} %'}")
-    return "\n".join([f"tokens needed for {baseline}'s final loss", *lines])
+    title = f"tokens that {_printable(lead['name'])} needs for {baseline}'s final loss"
+    return "\n".join([_wrapped(title), *lines])
 
 
 def _wrapped(text: str) -> str:
