@@ -170,6 +170,23 @@ def test_the_widths_are_fitted_at_each_budget() -> None:
     assert all(fit["slope"]["mean"] == pytest.approx(-0.01, rel=1e-3) for fit in fits)
 
 
+def test_runs_with_decayed_losses_are_judged_by_them_at_the_budgets_all_share() -> None:
+    plain, wide = (
+        runs("plain"),
+        runs("4x16", gap=-0.05, noise=0.01) + runs("4x8", 1.1, seeds=(0,), budgets=BUDGETS[1:4]),
+    )
+    found = add_analysis(report(*plain, *wide))
+    assert {tuple(point["tokens"] for point in run["judged"]) for run in found["arms"]} == {tuple(BUDGETS[1:4])}
+    row = found["summary"][1]["loss"]
+    assert row["difference"]["mean"] == pytest.approx(-0.05)
+    assert row["final"]["mean"] == pytest.approx(law(BUDGETS[3]) + 0.1 - 0.05)
+    assert [point["tokens"] for point in row["gap_curve"]] == BUDGETS[1:4]
+    assert found["arms"][0]["curve"] == curve([5, 4])
+    without = add_analysis(report(*plain, *wide, arm("4x32", 0, curve([5, 4.5]))))
+    assert not any("judged" in run for run in without["arms"])
+    assert without["summary"][1]["loss"]["difference"]["mean"] == 0
+
+
 def test_a_rising_or_flat_baseline_has_no_law() -> None:
     tokens = np.array(BUDGETS, dtype=float)
     assert fit_law([Curve(tokens, np.linspace(3, 4, 5))]) is None

@@ -13,7 +13,7 @@ from vwn.analysis.budgets import budget_studies
 from vwn.analysis.estimates import as_json
 from vwn.analysis.paired import analysed_run, summarise
 from vwn.analysis.pairwise import pairwise_differences
-from vwn.analysis.runs import baseline_by_seed, runs_by_arm
+from vwn.analysis.runs import baseline_by_seed, runs_by_arm, with_judged_points
 from vwn.analysis.scaling import fit_scaling
 from vwn.analysis.verdicts import verdicts
 
@@ -24,7 +24,11 @@ def add_analysis(report: dict[str, Any]) -> dict[str, Any]:
     Below, an estimate is {"mean", "std", "n"} over seeds, and with "interval" ([low, high], 95 % of Student's t, None
     below two seeds) where that is said.
 
+    Where all runs have decayed losses (see `budgets`), they are judged by these at the budgets that all share, and by
+    their validation curves else.
+
     Every object of `report["arms"]` gains
+      `judged`: the decayed losses it is judged by, if so;
       `tokens_to_baseline`, `tokens_to_baseline_2`: training tokens after which the validation loss (`loss`, `loss_2`)
         stays at or below the final loss of the baseline's run of the same seed; None if that is not reached;
       `paired`: {"loss": ..., "loss_2": ... or None if not measured}, each
@@ -75,6 +79,7 @@ def add_analysis(report: dict[str, Any]) -> dict[str, Any]:
     `report["budgets"]`: {"loss": ..., "loss_2": ...}, see `budgets.BudgetStudy`; {} without decayed losses.
     `report["verdicts"]`: a list of `verdicts.Verdict`.
     """
+    report = {**report, "arms": with_judged_points(report["arms"])}
     references = baseline_by_seed(report)
     runs_by_arm(report)
     arms = [analysed_run(run, references.get(run["seed"])) for run in report["arms"]]

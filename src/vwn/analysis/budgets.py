@@ -183,7 +183,7 @@ def _study(report: dict[str, Any], baseline: list[Run], key: str) -> BudgetStudy
 def at_budget(run: Run, tokens: int) -> Run | None:
     """`run` as one that ends with its cool-down at `tokens`, or None if it has none there."""
     point = next((point for point in run.get("decayed") or [] if point["tokens"] == tokens), None)
-    return None if point is None else {**run, "curve": [point]}
+    return None if point is None else {**run, "judged": [point]}
 
 
 def _point(runs: list[Run], references: dict[int, tuple[Run, Decayed]], tokens: int, key: str) -> BudgetPoint | None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from vwn.analysis.curves import Curve, loss_at
 from vwn.analysis.estimates import Estimate, verdict
-from vwn.analysis.runs import Run, pair_status, read_curve
+from vwn.analysis.runs import Run, judged_points, pair_status, read_curve
 
 # A run is uneven if a tenth of its steps took this many times the median, or its slowest quarter its fastest.
 UNEVEN = 1.5
@@ -127,7 +127,7 @@ def _nothing(status: str) -> dict[str, Any]:
 
 def _seconds(run: Run) -> np.ndarray | None:
     """Training time at each validation point; None if one is missing or the clock does not run forward."""
-    seconds = [point.get("seconds") for point in run["curve"]]
+    seconds = [point.get("seconds") for point in judged_points(run)]
     if any(value is None or not np.isfinite(value) for value in seconds):
         return None
     found = np.array(seconds, dtype=np.float64)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vwn.analysis.estimates import ROUNDING, Estimate
-from vwn.analysis.runs import LOSS_KEYS, Run, has_loss, is_generalized, read_curve, runs_by_arm
+from vwn.analysis.runs import LOSS_KEYS, Run, has_loss, is_generalized, judged_points, read_curve, runs_by_arm
 
 # The paper's fit, next-token loss of MoE-A0.8B at m = 8 after 500 B tokens.
 PAPER = {"slope": -0.0069, "intercept": 1.6212, "r2": 0.9986}
@@ -110,11 +110,11 @@ def _no_fit(arms: Arms, widths: np.ndarray, finals: np.ndarray, key: str) -> str
     if finals.size == 0:
         return "the arms share no seed"
     shared = [_run(runs, seed) for runs in arms.values() for seed in _shared_seeds(arms)]
-    if not all(run["curve"] and has_loss(run, key) for run in shared):
+    if not all(judged_points(run) and has_loss(run, key) for run in shared):
         return "an arm has no data"
     if not np.isfinite(finals).all():
         return "a run diverged"
-    if len({run["curve"][-1]["tokens"] for run in shared}) > 1:
+    if len({judged_points(run)[-1]["tokens"] for run in shared}) > 1:
         return "different budgets"
     return None
 

@@ -8,7 +8,7 @@ from vwn.analysis import wording
 from vwn.analysis.budgets import BudgetPoint, BudgetStudy
 from vwn.analysis.compute import is_uneven, speed_ratio
 from vwn.analysis.estimates import Estimate
-from vwn.analysis.runs import LOSS_KEYS, baseline_by_seed, has_loss, pair_status, read_curve, runs_by_arm
+from vwn.analysis.runs import LOSS_KEYS, baseline_by_seed, has_loss, judged_points, pair_status, read_curve, runs_by_arm
 from vwn.analysis.wording import LOSS_NAMES, PERCENT, PLUS_MINUS
 
 Summary = dict[str, Any]
@@ -197,7 +197,7 @@ def _differences(runs: list[Summary], references: dict[int, Summary], key: str) 
 
 
 def _budget(report: dict[str, Any]) -> int | None:
-    return max((run["curve"][-1]["tokens"] for run in report["arms"] if run["curve"]), default=None)
+    return max((judged_points(run)[-1]["tokens"] for run in report["arms"] if judged_points(run)), default=None)
 
 
 def _reason(arm: Summary, report: dict[str, Any]) -> str:

@@ -158,8 +158,9 @@ GROWTH_HEADS = (
     *("Speed-up at half", "Speed-up at the end", "Its change"),
 )
 GROWTH = (
-    "Half and end of the budget within one run and its decaying learning rate. Supported if the 95 % interval of the "
-    "change, paired by seed, lies above 0 for both and the arm ends below the baseline."
+    "From half of the tokens to the end; without decayed losses within one run, whose learning rate falls meanwhile. "
+    "Supported if the 95 % interval of the change, paired by seed, lies above 0 for both and the arm ends significantly "
+    "below the baseline."
 )
 
 

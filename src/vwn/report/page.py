@@ -108,7 +108,9 @@ def prose(sentence: str) -> str:
 
 def _facts(report: dict[str, Any]) -> str:
     config = report.get("config", {})
-    budget = max((run["curve"][-1]["tokens"] for run in report["arms"] if run["curve"]), default=None)
+    budget = max(
+        (point["tokens"] for run in report["arms"] for point in (run.get("decayed") or run["curve"])), default=None
+    )
     facts = [f"study {report['study']}"] if report.get("study") else []
     facts += [config[field] for field in ("backbone", "data") if isinstance(config.get(field), str)]
     facts.append(wording.seeds_text(len({run["seed"] for run in report["arms"]})))
@@ -173,7 +175,7 @@ def _result_note(report: dict[str, Any]) -> str:
         f"Validation loss in nats per token, mean ± standard deviation over seeds. The difference to {baseline} is "
         "paired by seed; it is significant if its 95 % interval (Student’s t) excludes zero. Tokens needed: the share "
         f"of {baseline}’s tokens after which the loss stays at or below {baseline}’s final loss."
-    )
+    ) + (" The losses are the decayed ones at the budgets that every run has." if report["budgets"] else "")
 
 
 def _budget_section(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> Section | None:

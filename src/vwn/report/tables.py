@@ -7,6 +7,7 @@ from typing import Any
 
 from vwn.analysis import wording
 from vwn.analysis.budgets import COSTS, BudgetPoint, BudgetStudy
+from vwn.analysis.runs import judged_points
 from vwn.analysis.story import baseline_summary
 from vwn.analysis.wording import LOSS_NAMES, NOTHING, PERCENT, PLUS_MINUS, VERDICT_WORDS, interval
 from vwn.report.figures import arm_styles
@@ -230,7 +231,8 @@ def _against(loss: dict[str, Any]) -> list[Cell]:
 
 def _run_cells(run: dict[str, Any], pair: dict[str, Any], baseline: str | None) -> list[str]:
     share, bound = pair["tokens_fraction"], "≤ " if pair["tokens_at_most"] else ""
-    seconds = run["curve"][-1].get("seconds") if run["curve"] else None
+    points = judged_points(run)
+    seconds = points[-1].get("seconds") if points else None
     missing = "not reached" if pair["tokens_defined"] else NOTHING
     difference = wording.fixed(pair["difference"], "+.4f") if pair["status"] == "compared" else pair["status"]
     return [
