@@ -18,11 +18,12 @@ from curves import STUDY_ARMS, arm, curve, realistic, report, study, sweep_of
 from vwn.analysis.analyse import add_analysis
 from vwn.analysis.story import cautions, details, headline, recorded_runs, recorded_sentence
 from vwn.analysis.wording import estimate, scaled
-from vwn.report.write import format_table, renew, write_report
+from vwn.report.write import format_table, readme_tables, renew, write_report
 
 HOSTILE = "<img src=x onerror=\"console.error('in')\"></style><!--<b>'&amp;%{x}"
 
 
+RESULTS = Path(__file__).parents[1] / "results"
 RECORDED = "3 recorded runs have -0.100 ± 0.010 in next-token loss (significant)"
 
 
@@ -209,6 +210,13 @@ def test_page_without_the_second_loss_or_any_arm(tmp_path: Path) -> None:
     assert 'id="loss-over-tokens-2"' not in (tmp_path / "report.html").read_text()
     write_report(report(), tmp_path)
     assert "was not run" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("folder", [path.parent for path in RESULTS.glob("*/report.json")], ids=lambda path: path.name)
+def test_the_committed_tables_are_those_of_the_json(folder: Path) -> None:
+    made = readme_tables(add_analysis(json.loads((folder / "report.json").read_text())))
+    assert f"<!-- made by vwn report -->\n{made}\n<!-- end -->" in (folder / "README.md").read_text()
+    assert (folder / "report.html").stat().st_size < 500_000
 
 
 @pytest.mark.parametrize(

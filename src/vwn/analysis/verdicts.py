@@ -159,8 +159,8 @@ GROWTH_HEADS = (
 )
 GROWTH = (
     "From half of the tokens to the end; without decayed losses within one run, whose learning rate falls meanwhile. "
-    "Supported if the 95 % interval of the change, paired by seed, lies above 0 for both and the arm ends significantly "
-    "below the baseline."
+    "Supported if the 95 % interval of the change, paired by seed, lies above 0 for both and the arm ends "
+    "significantly below the baseline."
 )
 
 

@@ -72,7 +72,10 @@ def readme_tables(report: dict[str, Any]) -> str:
     """The results of an analysed report as Markdown tables."""
     shown = [tables.result_table(report, key) for key in wording.LOSS_NAMES if is_measured(report, key)]
     studies = budget_studies(report)
-    shown += [tables.budget_table(report, studies, key) for key in studies]
+    if studies:
+        shown += [tables.budget_table(report, studies, key) for key in studies]
+    else:
+        shown += [tables.equal_cost_table(report, key) for key in wording.LOSS_NAMES if is_measured(report, key)]
     shown.append(tables.cost_table(report))
     return "\n\n".join(f"{table.name}:\n\n{tables.markdown(table)}" for table in shown)
 
