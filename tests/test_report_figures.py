@@ -95,30 +95,20 @@ def test_the_speedup_over_budgets_is_drawn_beside_the_papers() -> None:
         assert "//" in draw(figure)
 
 
-def test_gap_and_speedup_have_the_interval_over_seeds_as_their_band() -> None:
-    source = add_analysis(study("widths"))
-    shown = figures(study("widths"))
-    row = next(found for found in source["summary"] if found["name"] == "4x32")["loss"]
+@pytest.mark.parametrize("arms", [("plain", "4x32"), ("plain", "4x6", "4x16", "4x32")])
+def test_gap_and_speedup_of_few_arms_have_the_interval_over_seeds_as_their_band(arms: tuple[str, ...]) -> None:
+    whole = study("widths")
+    source = add_analysis({**whole, "arms": [run for run in whole["arms"] if run["name"] in arms]})
+    shown = figures(source)
+    row = source["summary"][-1]["loss"]
     for name, points in (("gap-over-tokens", row["gap_curve"]), ("speedup-over-tokens", row["speedup_curve"])):
         series = of(shown[name], "4x32")
         assert list(series.y) == [point["mean"] for point in points]
-        assert list(zip(series.low, series.high, strict=True)) == [tuple(p["interval"]) for p in points]
+        assert "95 %:" in series.hover[-1]
+        bounds = [tuple(point["interval"]) for point in points] if len(arms) == 2 else []
+        assert list(zip(series.low, series.high, strict=True)) == bounds
+        assert ("Band: 95\u00a0% interval" in shown[name].caption) == (len(arms) == 2)
         assert not any(one.role == "seed" for one in shown[name].series)
-        assert "Band: 95\u00a0% interval" in shown[name].caption
-
-
-def test_a_band_wider_than_the_figure_gives_way_to_the_seeds() -> None:
-    shown = figures(study("widths", seeds=2, noise=0.05))
-    for name in ("gap-over-tokens", "speedup-over-tokens"):
-        seeds = [one for one in shown[name].series if one.role == "seed" and one.name == "4x32"]
-        mean = of(shown[name], "4x32")
-        assert len(seeds) == 2
-        assert not mean.low
-        assert "95 %:" in mean.hover[-1]
-        assert "4x32 each seed is drawn faint" in shown[name].caption
-        place = mean.x.index(1_000_000)
-        values = [one.y[one.x.index(1_000_000)] for one in seeds]
-        assert mean.y[place] == pytest.approx(np.mean(np.array(values, dtype=float)))
 
 
 def test_a_diverged_arm_shows_its_seeds_and_no_mean() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from vwn.analysis import story, wording
+from vwn.analysis import story
 from vwn.analysis.curves import Curve, gap_curve, mean_curve
 from vwn.analysis.runs import baseline_by_seed, has_loss, read_curve, runs_by_arm
 from vwn.analysis.wording import LOSS_NAMES, PLUS_MINUS
@@ -17,6 +17,7 @@ from vwn.report.figures import Arrow, Axis, Figure, LineStyle, Series, arm_style
 # The share of the tokens whose steep start is left out of the range: it would flatten everything of interest.
 FOCUS_FROM = 0.25
 TOKENS = Axis("training tokens")
+MOST_BANDS = 2
 BAND = "Band: 95\u00a0% interval over seeds (Student’s t). "
 # The least share of a figure's height that is kept free below the arrow, for its text.
 ARROW_ROOM = 0.2
@@ -80,7 +81,7 @@ def gap_figure(report: dict[str, Any], key: str) -> Figure:
         else:  # a seed diverged: no mean, but what there is
             series += _seed_gaps(report, arm["name"], key, styles[arm["name"]])
     faint = "Faint: the seeds of an arm of which one diverged. " if any(one.role == "seed" for one in series) else ""
-    series, bands = _readable_bands(series, 0.0, lambda one: _seed_gaps(report, one.name, key, one.style))
+    series, bands = _bands(series)
     return Figure(
         name="gap-over-tokens",
         key=key,
@@ -104,7 +105,7 @@ def speedup_figure(report: dict[str, Any], key: str) -> Figure:
     ]
     series = [one for one in series if any(value is not None for value in one.y)]
     gaps = any(value is None for one in series for value in one.y)
-    series, bands = _readable_bands(series, 1.0, lambda one: _seed_speedups(report, one.name, key, one.style))
+    series, bands = _bands(series)
     caption = (
         f"Tokens that {baseline} needs to its loss at that point, over those that the arm needs. "
         f"{'No line where some seed does not reach that loss. ' if gaps else ''}"
@@ -170,45 +171,11 @@ def _seed_gaps(report: dict[str, Any], name: str, key: str, style: LineStyle) ->
     return [_seed_series(name, gap, style) for gap in gaps if not gap.is_empty]
 
 
-def _seed_speedups(report: dict[str, Any], name: str, key: str, style: LineStyle) -> list[Series]:
-    curves = [run["paired"][key]["speedup_curve"] for run in runs_by_arm(report)[name] if run["paired"][key]]
-    return [
-        Series(name, "seed", style, [point["tokens"] for point in curve], [point["speedup"] for point in curve])
-        for curve in curves
-    ]
-
-
-def _readable_bands(
-    series: list[Series], level: float, seeds_of: Callable[[Series], list[Series]]
-) -> tuple[list[Series], str]:
-    """The series and what the caption says of their bands.
-
-    A band that mostly lies outside the figure would cover it whole: its arm shows its seeds instead, and says its
-    interval on hovering.
-    """
-    y_range, found, wide = _focus(series, [level]), [], []
-    for one in series:
-        if _mostly_outside(one, y_range):
-            wide.append(one.name)
-            found += [*seeds_of(one), replace(one, low=(), high=())]
-        else:
-            found.append(one)
-    caption = BAND if any(value is not None for one in found for value in one.low) else ""
-    if wide:
-        caption += (
-            f"For {wording.listed(wide)} each seed is drawn faint instead of the 95\u00a0% interval over seeds, which "
-            "is wider than the figure. "
-        )
-    return found, caption
-
-
-def _mostly_outside(series: Series, y_range: tuple[float, float] | None) -> bool:
-    bounds = [
-        (low, high) for low, high in zip(series.low, series.high, strict=True) if low is not None and high is not None
-    ]
-    if y_range is None or not bounds:
-        return False
-    return sum(low < y_range[0] or high > y_range[1] for low, high in bounds) > len(bounds) / 2
+def _bands(series: list[Series]) -> tuple[list[Series], str]:
+    """The series and what the caption says of their bands: of many arms they would hide each other."""
+    if len(series) > MOST_BANDS:
+        return [replace(one, low=(), high=()) for one in series], ""
+    return series, BAND if any(value is not None for one in series for value in one.low) else ""
 
 
 def _with_room(y_range: tuple[float, float] | None, arrow: Arrow | None) -> tuple[float, float] | None:
