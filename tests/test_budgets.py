@@ -205,7 +205,14 @@ def test_the_sentences_name_the_first_and_the_last_budget() -> None:
     studies = budget_studies(source)
     assert budget_sentence(source, studies) == (
         "At 16.0M tokens plain needs 1.50× (extrapolated) the tokens for 4x16’s next-token loss and 2.25× "
-        "(extrapolated) the tokens for 4x16’s next-2-token loss (at 1.00M: 1.53× and 2.27×), 3 seeds."
+        "(extrapolated) the tokens for 4x16’s next-2-token loss (at 1.00M: 1.53× and 2.27×), over 3 seeds."
     )
     assert "falls by 0.414 nats per e-fold of tokens (16.0M)" in budget_explanation(source, studies["loss"])
     assert budget_sentence(source, {}) == ""
+    wide = runs("4x16", 1.5)
+    for run in wide:  # next-token loss below the fit's floor at first, next-2-token loss afterwards
+        for place, point in enumerate(run["decayed"]):
+            point["loss" if place < 2 else "loss_2"] -= 3
+    source = add_analysis(report(*runs("plain"), *wide))
+    sentence = budget_sentence(source, budget_studies(source))
+    assert sentence.endswith("the tokens for 4x16’s next-token loss (at 4.00M: 1.53×), over 3 seeds.")

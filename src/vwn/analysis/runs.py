@@ -66,7 +66,7 @@ def baseline_by_seed(report: dict[str, Any]) -> dict[int, Run]:
 
 
 def pair_status(run: Run, other: Run | None, key: str) -> str:
-    """Whether the final losses of two runs of one seed can be held against each other; `"compared"` if so.
+    """Whether the final losses of two runs of one seed can be compared; `"compared"` if so.
 
     Else `"no baseline"` (there is no other run), `"no data"` (an empty curve, or a loss not measured), `"diverged"`
     (a final loss is not finite) or `"different budgets"` (the runs end at different token counts).

@@ -106,7 +106,7 @@ def growth(pairs: list[tuple[Run, Run]], key: str) -> dict[str, Any]:
       `half`, `end`  the lead there, {"mean", "std", "n", "interval"} over seeds
       `change`       `end` minus `half`, paired by seed
       `verdict`      "grows" or "shrinks" if the 95 % interval of `change` leaves zero out, else "not significant"
-      `reason`       why it is not decided, else None
+      `reason`       why it is not significant, else None
     """
     statuses = [pair_status(run, baseline, key) for run, baseline in pairs]
     judged = [pair for pair, status in zip(pairs, statuses, strict=True) if status == "compared"]

@@ -109,20 +109,23 @@ def budget_sentence(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> 
     if not names:
         return ""
     name, baseline = max(names, key=lambda arm: width[arm]), report.get("baseline")
-    told = {
+    found = {
         LOSS_NAMES[key]: {point.tokens: point for point in study.arms.get(name, []) if point.speedup.mean is not None}
         for key, study in studies.items()
     }
-    told = {loss: points for loss, points in told.items() if points}
-    if not told:
+    points = {loss: known for loss, known in found.items() if known}
+    if not points:
         return f"{name} has no speed-up over {baseline} at any budget."
-    budgets = [tokens for tokens in next(iter(told.values())) if all(tokens in points for points in told.values())]
+    budgets = sorted(set.intersection(*map(set, points.values())))
+    if not budgets:
+        loss, known = next(iter(points.items()))
+        points, budgets = {loss: known}, sorted(known)
     first, last = budgets[0], budgets[-1]
-    factors = [f"{_speedup(points[last])} the tokens for {name}’s {loss}" for loss, points in told.items()]
-    start = wording.listed(_speedup(points[first]) for points in told.values())
+    factors = [f"{_speedup(known[last])} the tokens for {name}’s {loss}" for loss, known in points.items()]
+    start = wording.listed(_speedup(known[first]) for known in points.values())
     before = f" (at {wording.scaled(first)}: {start})" if first != last else ""
-    seeds = wording.seeds_text(next(iter(told.values()))[last].speedup.n)
-    return f"At {wording.scaled(last)} tokens {baseline} needs {wording.listed(factors)}{before}, {seeds}."
+    seeds = wording.seeds_text(next(iter(points.values()))[last].speedup.n)
+    return f"At {wording.scaled(last)} tokens {baseline} needs {wording.listed(factors)}{before}, over {seeds}."
 
 
 def budget_explanation(report: dict[str, Any], study: BudgetStudy) -> str:

@@ -10,7 +10,7 @@ from vwn.analysis.budgets import BudgetPoint, BudgetStudy
 from vwn.analysis.estimates import Estimate
 from vwn.analysis.wording import LOSS_NAMES, interval, scaled
 from vwn.report.draw import tokens_label
-from vwn.report.figures import INK_STYLE, PAPER_STYLE, Axis, Figure, Series, arm_styles, padded_range
+from vwn.report.figures import INK_STYLE, PAPER_STYLE, Axis, Figure, LineStyle, Series, arm_styles, padded_range
 
 # The paper's speed-ups, at its last budget.
 PAPER_SPEEDUP = {"loss": 2.5, "loss_2": 3.5}
@@ -26,17 +26,23 @@ def budget_figure(report: dict[str, Any], studies: dict[str, BudgetStudy], key: 
     if study is None:
         return None
     for name, points in study.arms.items():
-        told = [point for point in points if point.speedup.mean is not None]
-        if told:
-            bounds = [point.speedup.interval or (None, None) for point in told]
-            series.append(
-                Series(
-                    *(name, "points", styles[name], [log2(point.tokens) for point in told]),
-                    *([point.speedup.mean for point in told], [low for low, _ in bounds], [high for _, high in bounds]),
-                    hover=[_budget_hover(name, point) for point in told],
-                    hollow=[point.equal["tokens"].speedup_extrapolated for point in told],
-                )
+        known = [point for point in points if point.speedup.mean is not None]
+        if not known:
+            continue
+        bounds = [point.speedup.interval or (None, None) for point in known]
+        series.append(
+            Series(
+                name,
+                "points",
+                styles[name],
+                x=[log2(point.tokens) for point in known],
+                y=[point.speedup.mean for point in known],
+                low=[low for low, _ in bounds],
+                high=[high for _, high in bounds],
+                hover=[_budget_hover(name, point) for point in known],
+                hollow=[point.equal["tokens"].speedup_extrapolated for point in known],
             )
+        )
     if not series:
         return None
     budgets = [row.tokens for row in study.baseline]
@@ -69,31 +75,20 @@ def seeds_figure(report: dict[str, Any]) -> Figure | None:
     lead = story.lead_arm(report)
     if lead is None or not story.recorded(report, lead["name"], "loss"):
         return None
-    own, known, labels = [], [], {}
+    series: list[Series] = []
+    labels: dict[float, str] = {}
     style = arm_styles(report)[lead["name"]]
     for place, (key, name) in enumerate(LOSS_NAMES.items()):
         values = story.recorded(report, lead["name"], key)
         if not values or lead[key] is None or lead[key]["difference"]["mean"] is None:
             continue
         labels[float(place)] = name
-        low, high = Estimate.over(values).interval or (None, None)
-        mean = Estimate.over(values)
-        bar = Series("recorded mean", "points", INK_STYLE, [place], [mean.mean], [low], [high])
-        spread = [place + 0.06 * (index - (len(values) - 1) / 2) for index in range(len(values))]
-        dots = Series(
-            "recorded seeds", "ring", PAPER_STYLE, spread, values, hover=[f"recorded: {v:+.4f}" for v in values]
-        )
-        known += [
-            dots,
-            Series(
-                bar.name, bar.role, bar.style, bar.x, bar.y, bar.low, bar.high, [interval(mean.described(), "+.4f")]
-            ),
-        ]
-        found = lead[key]["difference"]["mean"]
-        own.append(
-            Series(f"{lead['name']}, this result", "points", style, [place - 0.3], [found], hover=[f"{found:+.4f}"])
-        )
-    series = (*known, *own)
+        apart = [place + 0.06 * (index - (len(values) - 1) / 2) for index in range(len(values))]
+        texts = [f"recorded: {value:+.4f}" for value in values]
+        series.append(Series("recorded seeds", "ring", PAPER_STYLE, apart, values, hover=texts))
+        series.append(_bar("recorded mean", INK_STYLE, place, Estimate.over(values).described()))
+        own = report["pairwise"][key][lead["name"]][report["baseline"]]["difference"]
+        series.append(_bar(f"{lead['name']}, this result", style, place - 0.3, own))
     return Figure(
         name="gain-over-seeds",
         key="loss",
@@ -104,10 +99,16 @@ def seeds_figure(report: dict[str, Any]) -> Figure | None:
             "difference, nats per token",
             range=padded_range([v for one in series for v in (*one.y, *one.low, *one.high, 0.0)]),
         ),
-        series=series,
+        series=tuple(series),
         level=0.0,
         level_name=str(report.get("baseline")),
     )
+
+
+def _bar(name: str, style: LineStyle, place: float, found: dict[str, Any]) -> Series:
+    """A mean with its 95 % interval."""
+    low, high = found["interval"] or (None, None)
+    return Series(name, "points", style, [place], [found["mean"]], [low], [high], [interval(found, "+.4f")])
 
 
 def _budget_hover(name: str, point: BudgetPoint) -> str:

@@ -84,8 +84,9 @@ def render_page(report: dict[str, Any], drawn: Drawn) -> str:
 
 def first_lines(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> list[str]:
     """The sentences that the report begins with and the terminal ends with."""
-    found = [story.budget_sentence(report, studies) or story.headline(report), story.recorded_sentence(report)]
-    found += [story.budget_explanation(report, study) for study in list(studies.values())[:1]]
+    gained = story.budget_sentence(report, studies)
+    found = [gained or story.headline(report), story.recorded_sentence(report)]
+    found += [story.budget_explanation(report, study) for study in list(studies.values())[:1] if gained]
     return [sentence for sentence in found if sentence]
 
 
