@@ -11,17 +11,9 @@ import numpy as np
 import pytest
 
 from curves import arm, curve, realistic, report
-from vwn.lab.analysis.analyse import (
-    Curve,
-    Estimate,
-    Reached,
-    add_analysis,
-    gap_curve,
-    mean_curve,
-    tokens_to_loss,
-    verdict,
-)
-from vwn.lab.analysis.curves import loss_at
+from vwn.lab.analysis.analyse import add_analysis
+from vwn.lab.analysis.curves import Curve, Reached, gap_curve, loss_at, mean_curve, tokens_to_loss
+from vwn.lab.analysis.estimates import Estimate, verdict
 
 NAN = math.nan
 

@@ -1,9 +1,9 @@
-"""The report's figures: what they show, of which data, the same on the page and in the files."""
+"""The report's figures: what they show, of which data, and their SVG."""
 
 from __future__ import annotations
 
 import math
-import struct
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from curves import STUDY_ARMS, arm, arms_of, curve, power_law, realistic, report, study, sweep_of
+from test_budgets import runs
 from vwn.lab.analysis.analyse import add_analysis
-from vwn.lab.report.draw_files import draw_files, tokens_label
-from vwn.lab.report.draw_plotly import plotly_figure
+from vwn.lab.analysis.budgets import budget_studies
+from vwn.lab.report.colours import DARK, LIGHT
+from vwn.lab.report.draw import draw, inline, tokens_label
 from vwn.lab.report.figures import NAMES, Figure, Series, finite_runs
-from vwn.lab.report.page_assets import DARK, LIGHT
 from vwn.lab.report.write import report_figures, write_report
 
 TRAINING = {"loss-over-tokens", "gap-over-tokens", "speedup-over-tokens"}
@@ -36,7 +37,7 @@ def of(figure: Figure, name: str, role: str = "mean") -> Series:
 def test_each_study_has_the_figures_that_its_data_has(name: str) -> None:
     found = figures(study(name))
     own = {"widths": "loss-over-width", "fraction-rate": "loss-over-fraction-rate", "mtp": "loss-over-mtp"}
-    expected = TRAINING | {"sweep"} | ({own[name]} if name in own else set())
+    expected = TRAINING | {"sweep", "fewer-tokens"} | ({own[name]} if name in own else set())
     assert {figure.name for figure in found.values()} == expected
     assert "loss-over-tokens-2" in found
     # The baseline of the study of MTP has no next-2-token loss to be held against.
@@ -49,54 +50,65 @@ def test_nothing_is_drawn_of_nothing() -> None:
     assert figures(report()) == {}
     assert figures(report(arm("plain", 0, []))) == {}
     assert list(figures(report(arm("plain", 0, curve([4, 3]))))) == ["loss-over-tokens"]
-    assert draw_files([]) == {}
 
 
-def test_the_loss_is_drawn_with_its_target_and_where_the_widest_arm_reaches_it() -> None:
-    source = add_analysis(
-        report(*arms_of("plain", power_law()), *arms_of("4x16", power_law(speed=1.5)), study="widths")
-    )
-    (figure,) = [found for found in report_figures(source) if found.identifier == "loss-over-tokens"]
+def test_an_arrow_shows_what_the_better_of_two_arms_saves() -> None:
+    arms = [*arms_of("plain", power_law()), *arms_of("4x16", power_law(speed=1.5))]
+    source = add_analysis(report(*arms, study="widths"))
+    figure = figures(source)["loss-over-tokens"]
     finals = [run["curve"][-1]["loss"] for run in source["arms"] if run["name"] == "plain"]
     assert figure.level == pytest.approx(np.mean(finals), rel=1e-12)
-    (note,) = figure.notes
-    assert note.x == pytest.approx(1_000_000 / 1.5, rel=2e-3)
-    assert (note.lines[0][:10], note.lines[1]) == ("4x16: 66.7", "of plain’s tokens")
+    assert figure.arrow is not None
+    assert (figure.arrow.start, figure.arrow.end) == pytest.approx((1_000_000, 1_000_000 / 1.5), rel=2e-3)
+    assert figure.arrow.text == "4x16: 33\u00a0% fewer tokens"
     assert of(figure, "4x16").y[3] == pytest.approx(np.mean([p[3]["loss"] for p in power_law(speed=1.5)]), rel=1e-12)
     assert figure.y.range is not None
     assert figure.y.range[0] < figure.level - 0.15 * (figure.y.range[1] - figure.level)
+    shown = figures(report(*arms, *arms_of("4x32", power_law(speed=2.0))))
+    assert shown["loss-over-tokens"].arrow is None
+    assert {series.name for series in shown["fewer-tokens"].series} == {"plain", "4x32"}
+    assert shown["fewer-tokens"].arrow.end == pytest.approx(500_000, rel=2e-3)
 
 
-def test_no_place_is_marked_that_some_seed_does_not_reach() -> None:
+def test_no_arrow_is_drawn_where_some_seed_does_not_get_there() -> None:
     arms = [arm("plain", seed, curve([5, 4, 3, 2])) for seed in (0, 1)]
     arms += [arm("4x16", 0, curve([5, 3, 2, 1])), arm("4x16", 1, curve([5, 4, 3, 2.5]))]
-    assert figures(report(*arms))["loss-over-tokens"].notes == ()
+    assert figures(report(*arms))["loss-over-tokens"].arrow is None
 
 
-def test_gap_and_speedup_have_the_interval_over_seeds_as_their_band() -> None:
-    source = add_analysis(study("widths"))
-    shown = figures(study("widths"))
-    row = next(found for found in source["summary"] if found["name"] == "4x32")["loss"]
+def test_the_speedup_over_budgets_is_drawn_beside_the_papers() -> None:
+    arms = [*runs("plain"), *runs("4x8", 1.1), *runs("4x16", 1.5, noise=0.01)]
+    shown, studies = figures(report(*arms)), budget_studies(report(*arms))
+    for identifier, key, paper in (("speedup-over-budget", "loss", 2.5), ("speedup-over-budget-2", "loss_2", 3.5)):
+        figure, points = shown[identifier], studies[key].arms["4x16"]
+        series = of(figure, "4x16", "points")
+        assert list(series.x) == [math.log2(point.tokens) for point in points]
+        assert list(series.y) == [point.speedup.mean for point in points]
+        assert list(zip(series.low, series.high, strict=True)) == [tuple(point.speedup.interval) for point in points]
+        assert list(series.hollow) == [point.equal["tokens"].speedup_extrapolated for point in points]
+        assert any(series.hollow)
+        mark = of(figure, "the paper", "mark")
+        assert list(mark.y) == [paper]
+        assert figure.axis_break is not None
+        assert max(series.x) < figure.axis_break < mark.x[0]
+        assert [label for _, label in figure.x.ticks] == ["1M", "2M", "4M", "8M", "16M", "3T"]
+        assert "//" in draw(figure)
+
+
+@pytest.mark.parametrize("arms", [("plain", "4x32"), ("plain", "4x6", "4x16", "4x32")])
+def test_gap_and_speedup_of_few_arms_have_the_interval_over_seeds_as_their_band(arms: tuple[str, ...]) -> None:
+    whole = study("widths")
+    source = add_analysis({**whole, "arms": [run for run in whole["arms"] if run["name"] in arms]})
+    shown = figures(source)
+    row = source["summary"][-1]["loss"]
     for name, points in (("gap-over-tokens", row["gap_curve"]), ("speedup-over-tokens", row["speedup_curve"])):
         series = of(shown[name], "4x32")
         assert list(series.y) == [point["mean"] for point in points]
-        assert list(zip(series.low, series.high, strict=True)) == [tuple(p["interval"]) for p in points]
+        assert "95 %:" in series.hover[-1]
+        bounds = [tuple(point["interval"]) for point in points] if len(arms) == 2 else []
+        assert list(zip(series.low, series.high, strict=True)) == bounds
+        assert ("Band: 95\u00a0% interval" in shown[name].caption) == (len(arms) == 2)
         assert not any(one.role == "seed" for one in shown[name].series)
-        assert "Band: 95\u00a0% interval" in shown[name].caption
-
-
-def test_a_band_wider_than_the_figure_gives_way_to_the_seeds() -> None:
-    shown = figures(study("widths", seeds=2, noise=0.05))
-    for name in ("gap-over-tokens", "speedup-over-tokens"):
-        seeds = [one for one in shown[name].series if one.role == "seed" and one.name == "4x32"]
-        mean = of(shown[name], "4x32")
-        assert len(seeds) == 2
-        assert not mean.low
-        assert "95 %:" in mean.hover[-1]
-        assert "4x32 each seed is drawn faint" in shown[name].caption
-        place = mean.x.index(1_000_000)
-        values = [one.y[one.x.index(1_000_000)] for one in seeds]
-        assert mean.y[place] == pytest.approx(np.mean(np.array(values, dtype=float)))
 
 
 def test_a_diverged_arm_shows_its_seeds_and_no_mean() -> None:
@@ -111,7 +123,7 @@ def test_a_diverged_arm_shows_its_seeds_and_no_mean() -> None:
 
 def test_the_width_law_is_drawn_as_it_was_fitted_beside_the_paper() -> None:
     source = add_analysis(study("widths"))
-    fit = source["scaling"]["loss"]["without_baseline"]
+    fit = source["scaling"]["loss"]
     figure = figures(study("widths"))["loss-over-width"]
     line, paper = of(figure, "least-squares fit"), of(figure, "the paper’s slope, −0.0069")
     intercept, slope = fit["intercept"]["mean"], fit["slope"]["mean"]
@@ -172,77 +184,90 @@ def test_the_sweep_rings_the_rate_taken_and_leaves_out_what_diverged() -> None:
     assert (2 ** ring.x[0], ring.y[0]) == pytest.approx((0.006, 3.18))
     assert figure.y.range is not None
     assert figure.y.range[1] < 5
-    assert "double click" in figure.caption
+    assert "Some points lie outside" in figure.caption
     given = [{"arm": "plain", "seed": None, "steps": None, "rates": [], "best": 0.01, "bracketed": False}]
     assert "sweep" not in figures(realistic() | {"sweep": given})
 
 
-def test_plotly_draws_the_series() -> None:
-    for figure in figures(study("widths")).values():
-        specification = plotly_figure(figure)
-        lines = [trace for trace in specification["data"] if "fill" not in trace]
-        assert [(trace["x"], trace["y"]) for trace in lines] == [(list(s.x), list(s.y)) for s in figure.series]
-        for series in figure.series:
-            if series.role == "mean" and series.low:
-                (band,) = [t for t in specification["data"] if "fill" in t and t["meta"] == series.style.index]
-                edges = [v for v in band["y"] if v is not None]
-                assert sorted(edges) == sorted(v for v in (*series.low, *series.high) if v is not None)
-                assert band["y"][0] == next(v for v in series.high if v is not None)
-
-
-def test_both_kinds_of_drawing_have_the_same_points() -> None:
-    from vwn.lab.report import draw_files as files
-
+def test_every_point_is_drawn_where_it_belongs_and_says_its_value() -> None:
     for figure in figures(study("mtp")).values():
-        (axes, *_) = files._draw([figure]).axes
-        drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines[: len(figure.series)]]
-        for (x, y), series in zip(drawn, figure.series, strict=True):
-            assert x == pytest.approx(list(series.x))
-            assert np.array(y) == pytest.approx(np.array(series.y, dtype=float), nan_ok=True)
-        edges = [y for bounds in axes.collections for path in bounds.get_paths() for y in path.vertices[:, 1]]
-        given = {v for series in figure.series for v in (*series.low, *series.high) if v is not None}
-        assert {round(y, 9) for y in edges} == {round(y, 9) for y in given}
+        svg = draw(figure)
+        root = ElementTree.fromstring(svg)
+        circles = root.findall(".//{*}g[@class='hover']/{*}circle")
+        shown = [
+            (x, y, text)
+            for series in figure.series
+            for x, y, text in zip(series.x, series.y, series.hover, strict=False)
+            if y is not None and text and (figure.y.range is None or figure.y.range[0] <= y <= figure.y.range[1])
+        ]
+        assert len(circles) == len(shown) > 0
+        places = np.array([[float(circle.get("cx")), float(circle.get("cy"))] for circle in circles])
+        for axis in (0, 1):
+            values = np.array([point[axis] for point in shown])
+            slope, start = np.polyfit(values, places[:, axis], 1)
+            assert places[:, axis] == pytest.approx(slope * values + start, abs=0.1)
+            assert np.sign(slope) == (1, -1)[axis]
+        for circle, (*_, text) in zip(circles, shown, strict=True):
+            assert text.replace("-", "−") in circle.find("{*}title").text
+        # The last mean line that is drawn passes through its own circles.
+        drawn = {(round(float(x)), round(float(y))) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", svg)}
+        assert sum((round(x), round(y)) in drawn for x, y in places) >= len(places) // 2
 
 
-def test_files_have_a_papers_width_and_stand_alone(tmp_path: Path) -> None:
+def test_files_have_a_columns_width_stand_alone_and_are_small(tmp_path: Path) -> None:
     write_report(study("mtp"), tmp_path)
     folder = tmp_path / "figures"
-    names = TRAINING | {"loss-over-mtp", "sweep"}
-    assert {path.name for path in folder.iterdir()} == {f"{name}.{form}" for name in names for form in ("png", "svg")}
+    names = {f"{name}.svg" for name in figures(study("mtp"))}
+    assert {path.name for path in folder.iterdir()} == names
     for name in names:
-        width = 6.8 if name == "loss-over-tokens" else 3.3
-        png = (folder / f"{name}.png").read_bytes()
-        assert png.startswith(b"\x89PNG")
-        assert struct.unpack(">I", png[16:20])[0] == pytest.approx(300 * width, abs=1)
-        svg = ElementTree.fromstring((folder / f"{name}.svg").read_bytes())
-        assert svg.get("width") == f"{72 * width:g}pt"
+        text = (folder / name).read_text()
+        svg = ElementTree.fromstring(text)
+        assert svg.get("width") == "237.6pt"
         links = [value for node in svg.iter() for key, value in node.attrib.items() if key.endswith("href")]
         assert all(link.startswith("#") for link in links)
+        assert len(text) < 50_000
+        assert "RDF" not in text
+
+
+def test_a_figure_of_the_page_has_its_own_ids_and_the_pages_colours() -> None:
+    figure = figures(study("widths"))["loss-over-tokens"]
+    shown = inline(draw(figure), "first", 'a "label" <')
+    assert shown.startswith('<svg id="first" role="img" aria-label="a &quot;label&quot; &lt;"')
+    root = ElementTree.fromstring(shown)
+    ids = {node.get("id") for node in root.iter() if node.get("id")}
+    assert all(one.startswith("first") for one in ids)
+    used = set(re.findall(r'(?:url\(#|href="#)([\w-]+)', shown))
+    assert used
+    assert used <= ids
+    assert (root.get("width"), root.get("height")) == (None, None)
+    assert "stroke: var(--arm-0)" in shown
+    assert not re.search(r": #(?!000000|ffffff)[0-9a-f]{6}", shown)
 
 
 def test_files_are_the_same_for_the_same_report() -> None:
-    drawn = [draw_files(report_figures(add_analysis(realistic()))) for _ in range(2)]
+    drawn = [draw(figures(realistic())["gap-over-tokens"]) for _ in range(2)]
     assert drawn[0] == drawn[1]
 
 
 def test_a_figure_that_is_gone_leaves_no_file_and_other_files_stay(tmp_path: Path) -> None:
     write_report(study("widths"), tmp_path)
-    (tmp_path / "figures" / "mine.png").write_bytes(b"mine")
+    (tmp_path / "figures" / "mine.svg").write_bytes(b"mine")
     write_report(study("family"), tmp_path)
     left = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert "mine.png" in left
+    assert "mine.svg" in left
     assert "sweep.svg" in left
-    assert "loss-over-width.png" not in left
+    assert not {"loss-over-width.svg", "loss-over-width-2.svg"} & left
 
 
 def test_any_name_can_be_drawn() -> None:
     names = ("plain", HOSTILE, "名前\nline", "x" * 200)
-    drawn = draw_files(report_figures(add_analysis(realistic(names))))
-    for name, content in drawn.items():
-        if name.endswith("svg"):
-            ElementTree.fromstring(content)
-    traces = plotly_figure(figures(realistic(names))["loss-over-tokens"])["data"]
-    assert "&lt;b&gt;$\\frac$ &amp; x&lt;/b&gt;" in {trace["name"] for trace in traces}
+    for figure in figures(realistic(names)).values():
+        svg = draw(figure)
+        ElementTree.fromstring(inline(svg, figure.identifier, figure.title))
+        if figure.name == "loss-over-tokens":
+            assert "&lt;b&gt;$\\frac$ &amp; x&lt;/b&gt;</text>" in svg
+    many = realistic(("plain", *(f"4x{n}" for n in range(5, 25))), seeds=1)
+    assert draw(figures(many)["loss-over-tokens"])
 
 
 def test_colours_exist_in_both_modes() -> None:

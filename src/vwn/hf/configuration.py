@@ -17,7 +17,7 @@ from vwn.nn.geometry import Geometry
 
 _log = logging.getLogger("vwn.hf")
 
-# In a saved backbone's config, where a plain class would look for the name of its weights; see vwn.hf.checkpoint.saving.
+# In a saved backbone's config, where a plain class would look for the name of its weights; see vwn.hf.checkpoint.saving
 NOT_PLAIN = "these are weights of a model with virtual width; `import vwn.hf` and load it with AutoModelForCausalLM"
 
 CONNECTIONS = ("ghc", "hc", "mhc", "residual")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from base64 import b64encode
 from pathlib import Path
+from html import escape as text
 from typing import Any
 
-from vwn.lab.report.page import CONTENT_POLICY
-from vwn.lab.report.page_assets import STYLE
-from vwn.lab.report.tables import text
+from vwn.lab.report.page import CONTENT_POLICY, style_sheet
 
 CAPTIONS = {
     "depth": (
@@ -48,7 +47,7 @@ def render_page(result: dict[str, Any], figures: dict[str, str]) -> str:
             f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<link rel="icon" href="data:,">',
-            f"<title>{title}</title>\n<style>{STYLE}{FRAME}</style>\n</head>\n<body>\n<main>",
+            f"<title>{title}</title>\n<style>{style_sheet()}{FRAME}</style>\n</head>\n<body>\n<main>",
             f'<header><h1>{title}</h1>\n<p class="facts">{text(facts)}</p></header>',
             *[_section(name, svg) for name, svg in figures.items()],
             f'<p class="note">{_saturation(result)}</p>',

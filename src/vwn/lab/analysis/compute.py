@@ -13,10 +13,10 @@ import numpy as np
 
 from vwn.lab.analysis.curves import Curve, loss_at
 from vwn.lab.analysis.estimates import Estimate, verdict
-from vwn.lab.analysis.runs import Run, pair_status, read_curve
+from vwn.lab.analysis.runs import Run, judged_points, pair_status, read_curve
 
-# A training step is a forward pass and a backward pass of twice its FLOPs.
-FLOPS_OF_TRAINING = 3
+# A run is uneven if a tenth of its steps took this many times the median, or its slowest quarter its fastest.
+UNEVEN = 1.5
 
 
 def at_equal_flops(run: Run, baseline: Run | None, key: str) -> dict[str, Any]:
@@ -35,21 +35,55 @@ def at_equal_flops(run: Run, baseline: Run | None, key: str) -> dict[str, Any]:
     reference_tokens = (
         reference_end if cost == reference_flops * reference_end else min(cost / reference_flops, reference_end)
     )
-    return _read_at(curve, reference, tokens, reference_tokens, FLOPS_OF_TRAINING * cost)
+    return _read_at(curve, reference, tokens, reference_tokens)
 
 
 def at_equal_seconds(run: Run, baseline: Run | None, key: str) -> dict[str, Any]:
-    """The difference of two runs at the longest training time, in seconds, that both have reached; see `_read_at`."""
+    """The difference of two runs at the longest training time, in seconds, that both have reached; see `_read_at`.
+
+    Where both runs have a median step time, a run's clock is that time its share of all steps: what else ran on the
+    machine does not count.
+    """
     status = _comparable(run, baseline, key)
     if status != "compared" or baseline is None:
         return _nothing(status)
+    curve, reference = read_curve(run, key), read_curve(baseline, key)
     clock, reference_clock = _seconds(run), _seconds(baseline)
+    ratio = step_ratio(run, baseline)
+    if ratio is not None:
+        clock, reference_clock = ratio * curve.tokens, reference.tokens
     if clock is None or reference_clock is None:
         return _nothing("no clock")
-    curve, reference = read_curve(run, key), read_curve(baseline, key)
     cost = min(float(clock[-1]), float(reference_clock[-1]))
     tokens = float(np.interp(cost, clock, curve.tokens))
-    return _read_at(curve, reference, tokens, float(np.interp(cost, reference_clock, reference.tokens)), cost)
+    return _read_at(curve, reference, tokens, float(np.interp(cost, reference_clock, reference.tokens)))
+
+
+def step_ratio(run: Run, baseline: Run) -> float | None:
+    """The median step time of `run` over the baseline's (both take equally many tokens a step); None if unknown."""
+    step, reference = run.get("step_seconds_median"), baseline.get("step_seconds_median")
+    return step / reference if step and reference else None
+
+
+def speed_ratio(run: Run, baseline: Run) -> float | None:
+    """Training speed of `run` over the baseline's: by the median step, in older results by tokens per second."""
+    ratio = step_ratio(run, baseline)
+    if ratio is not None:
+        return 1 / ratio
+    speed, reference = run.get("tokens_per_second"), baseline.get("tokens_per_second")
+    return speed / reference if speed and reference else None
+
+
+def is_uneven(run: Run) -> bool:
+    """Whether the run's speed varied so much that it says little: by `UNEVEN` between its quarters or its steps."""
+    median, slow = run.get("step_seconds_median"), run.get("step_seconds_p90")
+    if median and slow:
+        return slow / median > UNEVEN
+    clock, tokens = _seconds(run), read_curve(run, "loss").tokens
+    if clock is None or tokens.size < 4:
+        return False
+    parts = np.interp(np.linspace(tokens[0], tokens[-1], 5), tokens, clock)
+    return bool(np.diff(parts).max() / np.diff(parts).min() > UNEVEN)
 
 
 def over_seeds(pairs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -74,27 +108,26 @@ def _comparable(run: Run, baseline: Run | None, key: str) -> str:
     return "compared" if status == "different budgets" else status
 
 
-def _read_at(curve: Curve, reference: Curve, tokens: float, reference_tokens: float, cost: float) -> dict[str, Any]:
-    """`difference` in nats per token at `cost` (FLOPs or seconds), and the share of its tokens each run had then."""
+def _read_at(curve: Curve, reference: Curve, tokens: float, reference_tokens: float) -> dict[str, Any]:
+    """`difference` in nats per token after these tokens, and the share of its tokens that each run had then."""
     loss, reference_loss = loss_at(curve, tokens), loss_at(reference, reference_tokens)
     if loss is None or reference_loss is None:
         return _nothing("no data")
     return {
         "status": "compared",
         "difference": loss - reference_loss,
-        "cost": cost,
         "arm_share": tokens / float(curve.tokens[-1]),
         "baseline_share": reference_tokens / float(reference.tokens[-1]),
     }
 
 
 def _nothing(status: str) -> dict[str, Any]:
-    return {"status": status, **dict.fromkeys(("difference", "cost", "arm_share", "baseline_share"))}
+    return {"status": status, **dict.fromkeys(("difference", "arm_share", "baseline_share"))}
 
 
 def _seconds(run: Run) -> np.ndarray | None:
     """Training time at each validation point; None if one is missing or the clock does not run forward."""
-    seconds = [point.get("seconds") for point in run["curve"]]
+    seconds = [point.get("seconds") for point in judged_points(run)]
     if any(value is None or not np.isfinite(value) for value in seconds):
         return None
     found = np.array(seconds, dtype=np.float64)

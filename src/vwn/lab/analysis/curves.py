@@ -71,12 +71,6 @@ def tokens_to_loss(curve: Curve, target: float | None) -> Reached | None:
     return Reached(before * (after / before) ** share, at_most=False)
 
 
-def crossings(curve: Curve, target: float) -> int:
-    """How often `curve` goes from above `target` to at or below it, between one point and the next."""
-    above = curve.losses > target
-    return int(np.count_nonzero(above[:-1] & ~above[1:]))
-
-
 def loss_at(curve: Curve, tokens: float) -> float | None:
     """The loss of `curve` after `tokens`, in nats per token, interpolated as in `tokens_to_loss`.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -72,3 +72,14 @@ def t_95(seeds: int) -> float:
     if freedom <= len(T_95):
         return T_95[freedom - 1]
     return 1.95996 + 2.3723 / freedom + 2.8225 / freedom**2  # Cornish-Fisher, to 1e-4
+
+
+def as_json(value: Any) -> Any:
+    """Dataclasses as dicts of JSON types, estimates with their interval."""
+    if isinstance(value, Estimate):
+        return value.described()
+    if is_dataclass(value):
+        return {f.name: as_json(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {key: as_json(item) for key, item in value.items()}
+    return [as_json(item) for item in value] if isinstance(value, list | tuple) else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from vwn.lab.analysis.compute import at_equal_flops, at_equal_seconds, over_seeds
+from vwn.lab.analysis.compute import at_equal_flops, at_equal_seconds, is_uneven, over_seeds
 from vwn.lab.analysis.curves import Curve, tokens_to_loss
 from vwn.lab.analysis.estimates import Estimate, verdict
 from vwn.lab.analysis.runs import LOSS_KEYS, Run, has_loss, pair_status, read_curve
@@ -59,7 +59,10 @@ def compare_run(run: Run, baseline: Run | None, key: str) -> dict[str, Any]:
 def summarise(runs: list[Run], references: dict[int, Run], baseline: str | None) -> dict[str, Any]:
     """One arm over its seeds, from its analysed runs; the fields are under `add_analysis`."""
     first = runs[0]
-    speeds = [run["tokens_per_second"] for run in runs if run.get("tokens_per_second") is not None]
+    paces = {
+        field: Estimate.over([run[field] for run in runs if run.get(field) is not None]).mean
+        for field in ("tokens_per_second", "step_seconds_median")
+    }
     memory = [run["peak_memory_bytes"] for run in runs if run.get("peak_memory_bytes") is not None]
     is_baseline = first["name"] == baseline
     return {
@@ -68,7 +71,8 @@ def summarise(runs: list[Run], references: dict[int, Run], baseline: str | None)
         "seeds": [run["seed"] for run in runs],
         "is_baseline": is_baseline,
         **{field: _common(runs, field) for field in ("params", "flops_per_token", "learning_rate")},
-        "tokens_per_second": Estimate.over(speeds).mean,
+        **paces,
+        "uneven": any(is_uneven(run) for run in runs),
         "peak_memory_bytes": max(memory, default=None),
         **{key: _summarise_loss(runs, references, key, is_baseline) for key in LOSS_KEYS},
     }

@@ -13,14 +13,29 @@ LOSS_KEYS = ("loss", "loss_2")
 Run = dict[str, Any]
 
 
+def judged_points(run: Run) -> list[dict[str, Any]]:
+    """The points that `run` is judged by: its decayed losses at the shared budgets, else its validation curve."""
+    return run.get("judged") or run["curve"]
+
+
+def with_judged_points(runs: list[Run]) -> list[Run]:
+    """`runs`, where all have decayed losses at budgets that they share, with these as `judged`."""
+    budgets = [{point["tokens"] for point in run.get("decayed") or []} for run in runs]
+    shared = set.intersection(*budgets) if budgets else set()
+    clean = [{field: value for field, value in run.items() if field != "judged"} for run in runs]
+    if not shared:
+        return clean
+    return [{**run, "judged": [point for point in run["decayed"] if point["tokens"] in shared]} for run in clean]
+
+
 def read_curve(run: Run | None, key: str) -> Curve:
-    """The curve of `run` in one loss (`"loss"` or `"loss_2"`); null and infinite losses become NaN; empty for no run.
+    """The judged points in one loss (`"loss"` or `"loss_2"`); null and infinite losses become NaN; empty for no run.
 
     Raises ValueError if the token counts do not increase strictly.
     """
     if run is None:
         return EMPTY
-    points = run["curve"]
+    points = judged_points(run)
     tokens = np.array([point["tokens"] for point in points], dtype=np.float64)
     raw = [point.get(key) for point in points]
     losses = np.array([np.nan if value is None else value for value in raw], dtype=np.float64)
@@ -31,7 +46,7 @@ def read_curve(run: Run | None, key: str) -> Curve:
 
 def has_loss(run: Run, key: str) -> bool:
     """Whether `run` was measured in this loss at all; the next-token loss always is."""
-    return key == "loss" or any(point.get(key) is not None for point in run["curve"])
+    return key == "loss" or any(point.get(key) is not None for point in judged_points(run))
 
 
 def runs_by_arm(report: dict[str, Any]) -> dict[str, list[Run]]:
@@ -51,7 +66,7 @@ def baseline_by_seed(report: dict[str, Any]) -> dict[int, Run]:
 
 
 def pair_status(run: Run, other: Run | None, key: str) -> str:
-    """Whether the final losses of two runs of one seed can be held against each other; `"compared"` if so.
+    """Whether the final losses of two runs of one seed can be compared; `"compared"` if so.
 
     Else `"no baseline"` (there is no other run), `"no data"` (an empty curve, or a loss not measured), `"diverged"`
     (a final loss is not finite) or `"different budgets"` (the runs end at different token counts).

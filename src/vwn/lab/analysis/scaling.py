@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-from math import comb
 from typing import Any
 
 import numpy as np
 
 from vwn.lab.analysis.estimates import ROUNDING, Estimate
-from vwn.lab.analysis.runs import LOSS_KEYS, Run, has_loss, is_generalized, read_curve, runs_by_arm
+from vwn.lab.analysis.runs import LOSS_KEYS, Run, has_loss, is_generalized, judged_points, read_curve, runs_by_arm
 
 # The paper's fit, next-token loss of MoE-A0.8B at m = 8 after 500 B tokens.
 PAPER = {"slope": -0.0069, "intercept": 1.6212, "r2": 0.9986}
-RESAMPLES = 10_000
 FEWEST_WIDTHS = 3
 
 Arms = dict[str, list[Run]]
 
 
 def fit_scaling(report: dict[str, Any]) -> dict[str, Any]:
-    """The law fitted to the final losses of the report's width family.
+    """The law fitted to the final losses of the report's width family: {"paper", "loss", "loss_2"}.
 
-    `paper`, its constants; and for each loss measured (`loss`, `loss_2`; else None) `without_baseline`, which is the
-    one to judge by, and `with_baseline`, each as `fit_family`. The paper's own line does not pass through its baseline
-    either: a drop of 0.020 from there to r = 2 against 0.008 and 0.007 for the next doublings.
+    `paper` holds its constants; each loss the fit of `fit_family`, or None if it was not measured. The baseline is not
+    fitted: it does not lie on the paper's own line either (0.020 from there to r = 2, then 0.008 and 0.007).
     """
     family = width_family(report)
-    baseline = {name: runs for name, runs in runs_by_arm(report).items() if name == report.get("baseline")}
-    result: dict[str, Any] = {"paper": PAPER}
-    for key in LOSS_KEYS:
-        measured = any(has_loss(run, key) for runs in family.values() for run in runs)
-        result[key] = None
-        if measured:
-            result[key] = {
-                "without_baseline": fit_family(family, key),
-                "with_baseline": fit_family({**baseline, **family}, key),
-            }
-    return result
+    fits = {
+        key: fit_family(family, key) if any(has_loss(run, key) for runs in family.values() for run in runs) else None
+        for key in LOSS_KEYS
+    }
+    return {"paper": PAPER, **fits}
 
 
 def width_family(report: dict[str, Any]) -> Arms:
@@ -55,22 +46,18 @@ def width_family(report: dict[str, Any]) -> Arms:
 
 
 def fit_family(arms: Arms, key: str) -> dict[str, Any]:
-    """`loss = intercept + slope * log2 r`, by least squares over `arms` within each seed, then averaged over seeds.
+    """Fit `loss = intercept + slope * log2 r` by least squares over `arms` within each seed; average over seeds.
 
-    Fitting within a seed cancels what the seed does to all widths alike. The mean of the slopes equals the slope of
-    the mean losses; its uncertainty is Student's t-interval of the per-seed slopes, which is what the verdict goes by.
-    The bootstrap resamples seeds, all widths of a seed together; with few seeds it is far too narrow (two seeds have
-    three distinct resamples), so it stands beside the t-interval and decides nothing.
+    Fitting within a seed cancels what the seed does to all widths alike. The uncertainty of the mean slope is Student's
+    t-interval of the per-seed slopes.
 
       `arms`, `widths` (r), `seeds`  what was fitted: the seeds that all arms share
       `losses`              mean final losses in nats per token, one per arm
       `slope`, `intercept`  {"mean", "std", "n", "interval"} over seeds, nats per token per doubling and at r = 1
       `r2`                  of the mean losses; None if all are equal
       `curvature`           the quadratic coefficient in log2 r, likewise over seeds
-      `bootstrap_interval`  [low, high] of the mean slope, 95 % of `RESAMPLES` draws of a fixed generator, or None
-      `bootstrap_distinct`  how many different resamples there are
-      `verdict`             "falls", "rises" or "not decided"
-      `reason`              why it is not decided, or why there is no fit; else None
+      `verdict`             "falls", "rises" or "not significant"
+      `reason`              why it is not significant, or why there is no fit; else None
     """
     widths = np.array([runs[0]["r"] for runs in arms.values()], dtype=np.float64)
     seeds = _shared_seeds(arms)
@@ -78,8 +65,8 @@ def fit_family(arms: Arms, key: str) -> dict[str, Any]:
     reason = _no_fit(arms, widths, finals, key)
     about: dict[str, Any] = {"arms": list(arms), "widths": widths.tolist(), "seeds": seeds}
     if reason is not None:
-        empty = ("losses", "slope", "intercept", "r2", "curvature", "bootstrap_interval", "bootstrap_distinct")
-        return {**about, **dict.fromkeys(empty), "verdict": "not decided", "reason": reason}
+        empty = ("losses", "slope", "intercept", "r2", "curvature")
+        return {**about, **dict.fromkeys(empty), "verdict": "not significant", "reason": reason}
     x = np.log2(widths)
     slopes, intercepts = np.polyfit(x, finals.T, 1)
     slope, means = Estimate.over(slopes.tolist()), finals.mean(axis=0)
@@ -94,9 +81,7 @@ def fit_family(arms: Arms, key: str) -> dict[str, Any]:
         "intercept": Estimate.over(intercepts.tolist()).described(),
         "r2": _r2(x, means),
         "curvature": Estimate.over(np.polyfit(x, finals.T, 2)[0].tolist()).described(),
-        "bootstrap_interval": _bootstrap(slopes),
-        "bootstrap_distinct": comb(2 * slope.n - 1, slope.n),
-        "verdict": {-1: "falls", 0: "not decided", 1: "rises"}[slope.sign()],
+        "verdict": {-1: "falls", 0: "not significant", 1: "rises"}[slope.sign()],
         "reason": reason,
     }
 
@@ -125,11 +110,11 @@ def _no_fit(arms: Arms, widths: np.ndarray, finals: np.ndarray, key: str) -> str
     if finals.size == 0:
         return "the arms share no seed"
     shared = [_run(runs, seed) for runs in arms.values() for seed in _shared_seeds(arms)]
-    if not all(run["curve"] and has_loss(run, key) for run in shared):
+    if not all(judged_points(run) and has_loss(run, key) for run in shared):
         return "an arm has no data"
     if not np.isfinite(finals).all():
         return "a run diverged"
-    if len({run["curve"][-1]["tokens"] for run in shared}) > 1:
+    if len({judged_points(run)[-1]["tokens"] for run in shared}) > 1:
         return "different budgets"
     return None
 
@@ -139,10 +124,3 @@ def _r2(x: np.ndarray, losses: np.ndarray) -> float | None:
         return None
     rest = losses - np.polyval(np.polyfit(x, losses, 1), x)
     return float(1 - (rest**2).sum() / ((losses - losses.mean()) ** 2).sum())
-
-
-def _bootstrap(slopes: np.ndarray) -> list[float] | None:
-    if slopes.size < 2:
-        return None
-    draws = np.random.default_rng(0).choice(slopes, (RESAMPLES, slopes.size)).mean(axis=1)
-    return [float(value) for value in np.quantile(draws, (0.025, 0.975))]

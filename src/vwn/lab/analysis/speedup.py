@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vwn.lab.analysis.curves import Curve, crossings, gap_curve, loss_at, tokens_to_loss
+from vwn.lab.analysis.curves import Curve, gap_curve, loss_at, tokens_to_loss
 from vwn.lab.analysis.estimates import Estimate
 from vwn.lab.analysis.runs import Run, pair_status, read_curve
 
@@ -17,8 +17,7 @@ EARLY = 0.1
 def speedup_at(curve: Curve, reference: Curve, target: float) -> dict[str, Any]:
     """Tokens that each of two curves needs to stay at or below `target` (nats per token), and their ratio.
 
-    `baseline_tokens`, `arm_tokens`; `speedup` (the first over the second); `crossings` of the arm's curve, more than
-    one if it went back above the target; `status`:
+    `baseline_tokens`, `arm_tokens`; `speedup` (the first over the second); `status`:
       "reached"
       "lower bound"  the arm was there at its first point after a step, so that `speedup` is a lower bound
       "not reached"  the arm does not stay at or below the target within its budget
@@ -42,7 +41,6 @@ def speedup_at(curve: Curve, reference: Curve, target: float) -> dict[str, Any]:
         "arm_tokens": None if needed is None else needed.tokens,
         "speedup": ratio,
         "status": status,
-        "crossings": crossings(curve, target),
     }
 
 
@@ -67,9 +65,8 @@ def mean_speedup_curve(curves: list[list[dict[str, Any]]], diverged: bool) -> li
     """`speedup_curve` over seeds, at the points that all seeds share.
 
     Each point: `tokens`; `mean`, `std`, `n`, `interval` of the speed-up, with n the seeds that reached the target and
-    a mean only if all did; `pairs`, the number of seeds; `crossed_again`, how many of them crossed more than once;
-    `status`: "reached", "lower bound", "not reached" (by no seed), "not reached in every seed", "no target" (of some
-    seed) or "diverged" (some seed's arm or baseline).
+    a mean only if all did; `pairs`, the number of seeds; `status`: "reached", "lower bound", "not reached"
+    (by no seed), "not reached in every seed", "no target" (of some seed) or "diverged" (some seed's arm or baseline).
     """
     if not curves:
         return []
@@ -108,8 +105,8 @@ def growth(pairs: list[tuple[Run, Run]], key: str) -> dict[str, Any]:
     `speedup`: the lead is the speed-up at the baseline's loss. Each holds
       `half`, `end`  the lead there, {"mean", "std", "n", "interval"} over seeds
       `change`       `end` minus `half`, paired by seed
-      `verdict`      "grows" or "shrinks" if the 95 % interval of `change` leaves zero out, else "not decided"
-      `reason`       why it is not decided, else None
+      `verdict`      "grows" or "shrinks" if the 95 % interval of `change` leaves zero out, else "not significant"
+      `reason`       why it is not significant, else None
     """
     statuses = [pair_status(run, baseline, key) for run, baseline in pairs]
     judged = [pair for pair, status in zip(pairs, statuses, strict=True) if status == "compared"]
@@ -145,7 +142,6 @@ def _mean_point(tokens: float, points: list[dict[str, Any]], diverged: bool) -> 
         "tokens": tokens,
         **Estimate.over(speedups, honest=honest).described(),
         "pairs": len(points),
-        "crossed_again": sum(point["crossings"] > 1 for point in points),
         "status": status,
     }
 
@@ -195,6 +191,6 @@ def _growth(leads: list[Leads], blocked: str | None) -> dict[str, Any]:
         "half": Estimate.over([half for half, _ in pairs], honest).described(),
         "end": Estimate.over([end for _, end in pairs], honest).described(),
         "change": change.described(),
-        "verdict": {-1: "shrinks", 0: "not decided", 1: "grows"}[change.sign()],
+        "verdict": {-1: "shrinks", 0: "not significant", 1: "grows"}[change.sign()],
         "reason": blocked,
     }

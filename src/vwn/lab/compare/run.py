@@ -126,7 +126,7 @@ class Comparison:
             if number >= len(ended):
                 order = [(seed, arm.name) for seed in config.seeds for arm in config.parsed]
                 report = add_analysis({**about, "arms": [results[key] for key in order if key in results]})
-                write_report(report, config.out, images=number == len(runs))
+                write_report(report, config.out)
         print(format_table(report))
         print(f"\nreport: {config.out / 'report.html'}")
         return report

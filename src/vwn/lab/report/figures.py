@@ -1,4 +1,4 @@
-"""What the report's figures show. The page and the image files are both drawn from this, so that they cannot differ."""
+"""What the report's figures show; `draw` makes SVGs of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from vwn.lab.analysis.runs import runs_by_arm
 ARM_COLOURS = 7
 DASHES = ("solid", "dash", "dot")
 NAMES = (
-    *("loss-over-tokens", "gap-over-tokens", "speedup-over-tokens"),
+    *("loss-over-tokens", "gap-over-tokens", "speedup-over-tokens", "speedup-over-budget"),
+    *("fewer-tokens", "gain-over-seeds"),
     *("loss-over-width", "loss-over-fraction-rate", "loss-over-mtp", "sweep"),
 )
 # Styles of what belongs to no arm are numbered from here.
@@ -44,21 +45,24 @@ class Series:
 
     Args:
         name: of the arm, or of what is drawn.
-        role: "mean", a line; "seed", a faint one; "points", a line with markers; "ring", around single points.
-        style: series of one style are shown and hidden together.
+        role: "mean", a line; "seed", a faint one; "points", a line with markers; "ring", around single points; "mark",
+            a star.
+        style: of its line and markers.
         x, y: as long as each other; None in `y` leaves a gap.
         low, high: bounds at each point, a band around a "mean", bars on "points"; None where there are none.
-        hover: what is said at each point; without it nothing is.
+        hover: the title of each point; without it there is none.
+        hollow: which points have a hollow marker.
     """
 
     name: str
-    role: Literal["mean", "seed", "points", "ring"]
+    role: Literal["mean", "seed", "points", "ring", "mark"]
     style: LineStyle
     x: Sequence[float]
     y: Sequence[float | None]
     low: Sequence[float | None] = ()
     high: Sequence[float | None] = ()
     hover: Sequence[str] = ()
+    hollow: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,13 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Note:
-    """A text at a marked point of a figure; `lines` are below each other."""
+class Arrow:
+    """A horizontal arrow at `y` from `start` to `end`, with a text below its end."""
 
-    x: float
+    start: float
+    end: float
     y: float
-    lines: tuple[str, ...]
+    text: str
 
 
 @dataclass(frozen=True)
@@ -84,15 +89,16 @@ class Figure:
     """One figure.
 
     Args:
-        name: of its files; figures of one name are panels of one file.
+        name: of its file, one of `NAMES`; that of the next-2-token loss ends in `-2`.
         key: "loss" or "loss_2".
         title, caption: plain text.
         x, y: its axes.
         series: drawn in this order.
         level: where a dotted line is drawn across.
         level_name: what that line is.
-        notes: marked points.
+        arrow: drawn over the series.
         remark: a text in the upper right corner.
+        axis_break: where the x axis is cut.
     """
 
     name: str
@@ -104,12 +110,13 @@ class Figure:
     series: tuple[Series, ...]
     level: float | None = None
     level_name: str = ""
-    notes: tuple[Note, ...] = ()
+    arrow: Arrow | None = None
     remark: str = ""
+    axis_break: float | None = None
 
     @property
     def identifier(self) -> str:
-        """Of its element in the page."""
+        """The name of its file and of its element in the page."""
         return self.name if self.key == "loss" else f"{self.name}-2"
 
     @property
@@ -119,27 +126,23 @@ class Figure:
 
     @property
     def legend(self) -> dict[int, Series]:
-        """Style index -> the series that stands for it, a faint one only if there is no other; never a ring."""
+        """Style index -> the series that stands for it, a faint one or a ring only if there is no other."""
         shown: dict[int, Series] = {}
-        for roles in (("mean", "points"), ("seed",)):
+        for roles in (("mean", "points", "mark"), ("seed",), ("ring",)):
             for series in self.series:
                 if series.role in roles:
                     shown.setdefault(series.style.index, series)
         return shown
 
-    @property
-    def hides_points(self) -> bool:
-        """Whether some points lie outside the part that is shown at first."""
-        if self.y.range is None:
-            return False
-        low, high = self.y.range
-        return any(value is not None and not low <= value <= high for series in self.series for value in series.y)
-
     def explained(self) -> Figure:
-        """The figure, its caption telling of hidden points."""
-        if not self.hides_points:
+        """The figure, with a caption that tells of points outside the part shown."""
+        if self.y.range is None:
             return self
-        return replace(self, caption=f"{self.caption} Some points lie outside; a double click shows all.")
+        low, high = self.y.range
+        values = [value for series in self.series for value in series.y if value is not None]
+        if all(low <= value <= high for value in values):
+            return self
+        return replace(self, caption=f"{self.caption} Some points lie outside.".strip())
 
 
 def arm_styles(report: dict[str, Any]) -> dict[str, LineStyle]:

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from vwn.lab.analysis.pairwise import measured
 from vwn.lab.analysis.runs import is_generalized, read_curve, runs_by_arm
-from vwn.lab.analysis.wording import LOSS_NAMES
+from vwn.lab.analysis.wording import LOSS_NAMES, interval
 from vwn.lab.report.figures import (
     INK_STYLE,
     PAPER_STYLE,
@@ -31,7 +30,7 @@ LAW_POINTS = 33
 
 def width_law_figure(report: dict[str, Any], key: str) -> Figure | None:
     """Final loss over log2 r with the fitted line, beside the paper's slope (figures 6 and 7); None without a fit."""
-    fit = (report["scaling"][key] or {}).get("without_baseline")
+    fit = report["scaling"][key]
     if fit is None or fit["slope"] is None:
         return None
     paper, slope = report["scaling"]["paper"], fit["slope"]
@@ -78,7 +77,7 @@ def width_law_figure(report: dict[str, Any], key: str) -> Figure | None:
 
 
 def fraction_rate_figure(report: dict[str, Any], key: str) -> Figure | None:
-    """Final loss over m at fixed r, held against the baseline (figure 8); None without three m of one r."""
+    """Final loss minus the baseline's over m at fixed r (figure 8); None without three m of one r."""
     families: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for arm in _measured(report, key):
         if is_generalized(runs_by_arm(report)[arm["name"]][0], report.get("baseline")) and arm["n"] > arm["m"]:
@@ -118,7 +117,7 @@ def mtp_figure(report: dict[str, Any], key: str) -> Figure | None:
 
 
 def sweep_figure(report: dict[str, Any]) -> Figure | None:
-    """What the sweep's runs ended with over the learning rate; None without a sweep."""
+    """The criterion of the sweep's runs over the learning rate; None without a sweep."""
     styles, series, rates = arm_styles(report), [], []
     for entry in report.get("sweep") or []:
         tried = [rate for rate in entry["rates"] if rate["loss"] is not None]
@@ -145,8 +144,8 @@ def sweep_figure(report: dict[str, Any]) -> Figure | None:
         name="sweep",
         key="loss",
         title="Learning-rate sweep",
-        caption="Ring: the rate taken for the measured runs. Another seed and a shorter budget than theirs; the "
-        "criterion is the validation loss that was trained on.",
+        caption="Ring: the rate chosen for the measured runs. The sweep has another seed and a shorter budget; its "
+        "criterion is the loss that was trained on, so arms with and without MTP are not comparable here.",
         x=Axis("peak learning rate (logarithmic)", _ticks({log2(rate): f"{rate:.3g}" for rate in rates})),
         y=Axis("criterion, nats per token", range=padded_range(near)),
         series=tuple(series),
@@ -177,7 +176,7 @@ def _against_baseline(
         found = cell["difference"]
         means.append(found["mean"])
         bounds.append(tuple(found["interval"] or (None, None)))
-        hover.append(f"{arm['name']}: {measured(cell)}")
+        hover.append(f"{arm['name']}: {interval(found, '+.4f')}")
     return Series(name, "points", style, places, means, [b[0] for b in bounds], [b[1] for b in bounds], hover)
 
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from vwn.lab.analysis import wording
+from vwn.lab.analysis import story
 from vwn.lab.analysis.curves import Curve, gap_curve, mean_curve
 from vwn.lab.analysis.runs import baseline_by_seed, has_loss, read_curve, runs_by_arm
 from vwn.lab.analysis.wording import LOSS_NAMES, PLUS_MINUS
-from vwn.lab.report.figures import Axis, Figure, LineStyle, Note, Series, arm_styles, padded_range
+from vwn.lab.report.figures import Arrow, Axis, Figure, LineStyle, Series, arm_styles, padded_range
 
-# The steep start would flatten everything of interest; a double click in the plot shows it.
+# The share of the tokens whose steep start is left out of the range: it would flatten everything of interest.
 FOCUS_FROM = 0.25
 TOKENS = Axis("training tokens")
+MOST_BANDS = 2
 BAND = "Band: 95\u00a0% interval over seeds (Student’s t). "
-# The least share of a figure's height that is kept free below a note's point, for its text.
-NOTE_ROOM = 0.2
+# The least share of a figure's height that is kept free below the arrow, for its text.
+ARROW_ROOM = 0.2
 
 
 def training_figures(report: dict[str, Any], key: str) -> list[Figure]:
@@ -27,18 +28,31 @@ def training_figures(report: dict[str, Any], key: str) -> list[Figure]:
     return [loss_figure(report, key), gap_figure(report, key), speedup_figure(report, key)]
 
 
-def loss_figure(report: dict[str, Any], key: str) -> Figure:
-    """Validation loss (`"loss"` or `"loss_2"`, nats per token) over training tokens; a dotted line at the target."""
+def fewer_tokens_figure(report: dict[str, Any]) -> Figure | None:
+    """The best arm against the baseline alone, for the first lines; None where `loss_figure` is that already."""
+    lead = story.lead_arm(report)
+    if lead is None or len(report["summary"]) < 3:
+        return None
+    return replace(loss_figure(report, "loss", (str(report.get("baseline")), lead["name"])), name="fewer-tokens")
+
+
+def loss_figure(report: dict[str, Any], key: str, only: tuple[str, ...] | None = None) -> Figure:
+    """Validation loss (`"loss"` or `"loss_2"`, nats per token) over training tokens; a dotted line at the target.
+
+    Of two arms, an arrow shows how many tokens the better one saves.
+    """
     styles, baseline = arm_styles(report), str(report.get("baseline"))
     arms = {
-        name: [read_curve(run, key) for run in runs if has_loss(run, key)] for name, runs in runs_by_arm(report).items()
+        name: [read_curve(run, key) for run in runs if has_loss(run, key)]
+        for name, runs in runs_by_arm(report).items()
+        if only is None or name in only
     }
     target = mean_curve(arms.get(baseline, []))[0].final_loss
     series: list[Series] = []
     for name, curves in arms.items():
         series += _arm_series(name, [curve for curve in curves if not curve.is_empty], styles[name])
     several = any(one.role == "seed" for one in series)
-    notes = () if target is None else tuple(_reached(report, key, target))
+    arrow = None if target is None or len(arms) != 2 else _saved(report, key, target)
     dotted = "" if target is None else f"Dotted: {baseline}’s final loss. "
     return Figure(
         name="loss-over-tokens",
@@ -46,11 +60,11 @@ def loss_figure(report: dict[str, Any], key: str) -> Figure:
         title=f"Validation {LOSS_NAMES[key]}",
         caption=f"{'Thick: mean over seeds; faint: each seed. ' if several else ''}{dotted}".strip(),
         x=TOKENS,
-        y=Axis("validation loss, nats per token", range=_with_room(_focus(series, [target]), notes)),
+        y=Axis("validation loss, nats per token", range=_with_room(_focus(series, [target]), arrow)),
         series=tuple(series),
         level=target,
         level_name=f"{baseline}’s final loss",
-        notes=notes,
+        arrow=arrow,
     ).explained()
 
 
@@ -67,7 +81,7 @@ def gap_figure(report: dict[str, Any], key: str) -> Figure:
         else:  # a seed diverged: no mean, but what there is
             series += _seed_gaps(report, arm["name"], key, styles[arm["name"]])
     faint = "Faint: the seeds of an arm of which one diverged. " if any(one.role == "seed" for one in series) else ""
-    series, bands = _readable_bands(series, 0.0, lambda one: _seed_gaps(report, one.name, key, one.style))
+    series, bands = _bands(series)
     return Figure(
         name="gap-over-tokens",
         key=key,
@@ -91,7 +105,7 @@ def speedup_figure(report: dict[str, Any], key: str) -> Figure:
     ]
     series = [one for one in series if any(value is not None for value in one.y)]
     gaps = any(value is None for one in series for value in one.y)
-    series, bands = _readable_bands(series, 1.0, lambda one: _seed_speedups(report, one.name, key, one.style))
+    series, bands = _bands(series)
     caption = (
         f"Tokens that {baseline} needs to its loss at that point, over those that the arm needs. "
         f"{'No line where some seed does not reach that loss. ' if gaps else ''}"
@@ -157,64 +171,31 @@ def _seed_gaps(report: dict[str, Any], name: str, key: str, style: LineStyle) ->
     return [_seed_series(name, gap, style) for gap in gaps if not gap.is_empty]
 
 
-def _seed_speedups(report: dict[str, Any], name: str, key: str, style: LineStyle) -> list[Series]:
-    curves = [run["paired"][key]["speedup_curve"] for run in runs_by_arm(report)[name] if run["paired"][key]]
-    return [
-        Series(name, "seed", style, [point["tokens"] for point in curve], [point["speedup"] for point in curve])
-        for curve in curves
-    ]
+def _bands(series: list[Series]) -> tuple[list[Series], str]:
+    """The series and what the caption says of their bands: of many arms they would hide each other."""
+    if len(series) > MOST_BANDS:
+        return [replace(one, low=(), high=()) for one in series], ""
+    return series, BAND if any(value is not None for one in series for value in one.low) else ""
 
 
-def _readable_bands(
-    series: list[Series], level: float, seeds_of: Callable[[Series], list[Series]]
-) -> tuple[list[Series], str]:
-    """The series and what the caption says of their bands.
-
-    A band that mostly lies outside the figure would cover it whole: its arm shows its seeds instead, and says its
-    interval on hovering.
-    """
-    y_range, found, wide = _focus(series, [level]), [], []
-    for one in series:
-        if _mostly_outside(one, y_range):
-            wide.append(one.name)
-            found += [*seeds_of(one), replace(one, low=(), high=())]
-        else:
-            found.append(one)
-    caption = BAND if any(value is not None for one in found for value in one.low) else ""
-    if wide:
-        caption += (
-            f"For {wording.listed(wide)} each seed is drawn faint instead of the 95\u00a0% interval over seeds, which "
-            "is wider than the figure. "
-        )
-    return found, caption
-
-
-def _mostly_outside(series: Series, y_range: tuple[float, float] | None) -> bool:
-    bounds = [
-        (low, high) for low, high in zip(series.low, series.high, strict=True) if low is not None and high is not None
-    ]
-    if y_range is None or not bounds:
-        return False
-    return sum(low < y_range[0] or high > y_range[1] for low, high in bounds) > len(bounds) / 2
-
-
-def _with_room(y_range: tuple[float, float] | None, notes: Sequence[Note]) -> tuple[float, float] | None:
-    if y_range is None or not notes:
+def _with_room(y_range: tuple[float, float] | None, arrow: Arrow | None) -> tuple[float, float] | None:
+    if y_range is None or arrow is None:
         return y_range
-    level = min(note.y for note in notes)
-    return min(y_range[0], level - NOTE_ROOM / (1 - NOTE_ROOM) * (y_range[1] - level)), y_range[1]
+    return min(y_range[0], arrow.y - ARROW_ROOM / (1 - ARROW_ROOM) * (y_range[1] - arrow.y)), y_range[1]
 
 
-def _reached(report: dict[str, Any], key: str, target: float) -> list[Note]:
-    """Where the widest arm reaches the target in every seed: figure 1's annotation."""
-    widest = wording.widest_arm(report)
-    loss = None if widest is None else widest[key]
-    if widest is None or loss is None or loss["tokens_fraction"]["mean"] is None or not loss["tokens_pairs"]:
-        return []
-    pairs = [run["paired"][key] for run in report["arms"] if run["name"] == widest["name"]]
-    tokens = [pair["tokens"] for pair in pairs if pair is not None and pair["tokens_defined"]]
-    text = (f"{widest['name']}: {wording.tokens_needed(loss)}", f"of {report.get('baseline')}’s tokens")
-    return [Note(float(np.mean(tokens)), target, text)]
+def _saved(report: dict[str, Any], key: str, target: float) -> Arrow | None:
+    """From where the baseline reaches its final loss to where the best arm does, if that is earlier in every seed."""
+    lead = story.lead_arm(report)
+    share = None if lead is None or lead[key] is None else lead[key]["tokens_fraction"]["mean"]
+    if lead is None or share is None or share >= 1:
+        return None
+    pairs = [run["paired"][key] for run in report["arms"] if run["name"] == lead["name"]]
+    reached = [(pair["tokens"], pair["tokens_fraction"]) for pair in pairs if pair and pair["tokens_fraction"]]
+    tokens = float(np.mean([tokens for tokens, _ in reached]))
+    needed = float(np.mean([tokens / fraction for tokens, fraction in reached]))
+    bound = "at least " if lead[key]["tokens_at_most"] else ""
+    return Arrow(needed, tokens, target, f"{lead['name']}: {bound}{100 * (1 - share):.0f}\u00a0% fewer tokens")
 
 
 def _values(curve: Curve) -> list[float | None]:

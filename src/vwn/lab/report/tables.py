@@ -1,183 +1,238 @@
-"""The report's tables as HTML fragments; every string from the report is escaped."""
+"""The tables of a report, as cells for the page and the README of its results."""
 
 from __future__ import annotations
 
-from html import escape
+from dataclasses import dataclass
 from typing import Any
 
 from vwn.lab.analysis import wording
-from vwn.lab.analysis.wording import LOSS_NAMES, NOTHING, PERCENT, PLUS_MINUS, VERDICT_WORDS
-from vwn.lab.report.figures import LineStyle, arm_styles
+from vwn.lab.analysis.budgets import COSTS, BudgetPoint, BudgetStudy
+from vwn.lab.analysis.runs import judged_points
+from vwn.lab.analysis.story import baseline_summary
+from vwn.lab.analysis.wording import LOSS_NAMES, NOTHING, PERCENT, PLUS_MINUS, VERDICT_WORDS, interval
+from vwn.lab.report.figures import arm_styles
 
 CONNECTION_NAMES = {"residual": "residual", "ghc": "GHC", "hc": "HC", "mhc": "mHC"}
 
 
-def text(value: Any) -> str:
-    """`value` as escaped text, safe in an element or a quoted attribute."""
-    return escape(str(value))
+@dataclass(frozen=True)
+class Cell:
+    """One cell: its text, a spread that a narrow page sets below it, notes in small print, and an arm's colour."""
+
+    text: str
+    spread: str = ""
+    notes: tuple[str, ...] = ()
+    colour: str = ""
 
 
-def result_table(report: dict[str, Any], key: str) -> str:
+@dataclass(frozen=True)
+class Table:
+    """Column titles, and rows whose first cell names the row."""
+
+    name: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+def cells(words: tuple[str, ...]) -> tuple[Cell, ...]:
+    """Plain cells."""
+    return tuple(map(Cell, words))
+
+
+def result_table(report: dict[str, Any], key: str) -> Table:
     """One row per arm: final loss, paired difference and tokens needed, in the loss `key`."""
-    styles = arm_styles(report)
-    heads = ["Arm", "Final loss", f"Against {report.get('baseline')}", "Tokens needed"]
+    baseline = report.get("baseline")
     rows = [
-        [_arm(arm["name"], styles), _number(wording.estimate(arm[key]["final"])), *_against(arm[key])]
+        (_arm(report, arm["name"]), _number(wording.estimate(arm[key]["final"])), *_against(arm[key]))
         for arm in report["summary"]
         if arm[key] is not None
     ]
-    return _table(f"Results in {LOSS_NAMES[key]}", heads, rows)
+    return Table(
+        f"Results in {LOSS_NAMES[key]}", ("Arm", "Final loss", f"Minus {baseline}", "Tokens needed"), tuple(rows)
+    )
 
 
-def run_table(report: dict[str, Any], key: str) -> str:
+def run_table(report: dict[str, Any], key: str) -> Table:
     """One row per arm and seed, in the loss `key`."""
-    styles = arm_styles(report)
-    heads = ["Arm", "Seed", "Final loss", f"Against {report.get('baseline')}", "Tokens needed", "Share", "Seconds"]
+    baseline = report.get("baseline")
+    heads = ("Arm", "Seed", "Final loss", f"Minus {baseline}", "Tokens needed", "Share", "Seconds")
     rows = [
-        [_arm(run["name"], styles), *map(_number, _run_cells(run, run["paired"][key], report.get("baseline")))]
+        (_arm(report, run["name"]), *map(_number, _run_cells(run, run["paired"][key], baseline)))
         for run in report["arms"]
         if run["paired"][key] is not None
     ]
-    return _table(f"Each run, {LOSS_NAMES[key]}", heads, rows)
+    return Table(f"Every run, {LOSS_NAMES[key]}", heads, tuple(rows))
 
 
-def cost_table(report: dict[str, Any]) -> str:
+def budget_table(report: dict[str, Any], studies: dict[str, BudgetStudy], key: str) -> Table:
+    """One row per arm and budget: gap, the baseline's slope, and difference and speed-up at equal cost."""
+    study, rows = studies[key], []
+    slopes = {row.tokens: row.slope for row in study.baseline}
+    for name, points in study.arms.items():
+        for point in points:
+            slope = wording.fixed(slopes[point.tokens], ".3f")
+            speedups = (_budget_speedup(point, cost) for cost in COSTS)
+            about = (Cell(wording.scaled(point.tokens)), _budget_gap(point, "tokens"), Cell(slope), *speedups)
+            rows.append((_arm(report, name), *about, *(_budget_gap(point, cost) for cost in COSTS[1:])))
+    heads = ("Arm", "Budget", "Gap at equal tokens", f"Slope of {report.get('baseline')}", "Speed-up in tokens")
+    more = ("in FLOPs", "in seconds", "Gap at equal FLOPs", "at equal seconds")
+    return Table(f"Decayed losses, {LOSS_NAMES[key]}", (*heads, *more), tuple(rows))
+
+
+def budget_width_table(studies: dict[str, BudgetStudy], key: str) -> Table:
+    """One row per budget: the log-linear fit of the decayed loss in r."""
+    rows = [
+        cells(
+            (
+                wording.scaled(fit["tokens"]),
+                interval(fit["slope"], "+.4f") if fit["slope"] else str(fit["reason"]),
+                wording.fixed(fit["r2"], ".3f"),
+                wording.seeds_text(len(fit["seeds"])),
+            )
+        )
+        for fit in studies[key].widths
+    ]
+    return Table(
+        f"Log-linear fit in r, {LOSS_NAMES[key]}", ("Budget", "Nats per doubling of r", "R²", "Seeds"), tuple(rows)
+    )
+
+
+def cost_table(report: dict[str, Any]) -> Table:
     """One row per arm: geometry, size, compute, speed, memory and learning rate, with factors over the baseline.
 
-    Embedding form and MTP depth have a column only where arms differ in them.
+    Embedding form and MTP depth have a column only where arms differ in them. The speed is the median step, in older
+    results tokens per second.
     """
-    styles, baseline = arm_styles(report), wording.baseline_summary(report)
-    options = [field for field in ("embedding", "mtp") if len({arm[field] for arm in report["summary"]}) > 1]
-    heads = ["Arm", "Connection", "m", "n", "r", *({"embedding": "Embedding", "mtp": "MTP"}[o] for o in options)]
-    heads += ["Parameters", "FLOPs per token", "Tokens per second", "Peak memory", "Learning rate"]
+    summary, baseline = report["summary"], baseline_summary(report)
+    options = [field for field in ("embedding", "mtp") if len({arm[field] for arm in summary}) > 1]
+    titles = {"embedding": "Embedding", "mtp": "MTP"}
+    stepped = all(arm["step_seconds_median"] is not None for arm in summary)
+    speed = "Median step" if stepped else "Tokens per second"
+    heads = ("Arm", "Connection", "m", "n", "r", *(titles[o] for o in options), "Parameters", "FLOPs per token", speed)
     rows = []
-    for arm in report["summary"]:
+    for arm in summary:
         connection = CONNECTION_NAMES.get(arm["connection"], arm["connection"])
-        words = [_or_nothing(connection), *(_number(f"{arm[field]:.4g}") for field in ("m", "n", "r"))]
-        words += [_or_nothing(arm[field]) for field in options]
-        rows.append([_arm(arm["name"], styles), *words, *_cost_cells(arm, baseline), _rate(arm["learning_rate"])])
-    return _table("Arms and their cost", heads, rows)
+        words = [connection, *(f"{arm[field]:.4g}" for field in ("m", "n", "r")), *(arm[field] for field in options)]
+
+        def cell(field: str, text: str, arm: dict[str, Any] = arm) -> Cell:
+            factor = "" if baseline is None or arm["is_baseline"] else wording.ratio(arm[field], baseline[field])
+            uneven = ("uneven",) if arm["uneven"] and field in ("step_seconds_median", "tokens_per_second") else ()
+            return Cell(text, notes=(*((factor,) if factor else ()), *uneven))
+
+        pace = cell("tokens_per_second", wording.scaled(arm["tokens_per_second"]))
+        if stepped:
+            pace = cell("step_seconds_median", f"{1000 * arm['step_seconds_median']:.3g} ms")
+        rate = Cell(NOTHING if arm["learning_rate"] is None else f"{arm['learning_rate']:.3g}")
+        costs = [cell(field, wording.scaled(arm[field])) for field in ("params", "flops_per_token")]
+        memory = cell("peak_memory_bytes", wording.mebibytes(arm["peak_memory_bytes"]))
+        plain = (Cell(NOTHING if word is None else str(word)) for word in words)
+        rows.append((_arm(report, arm["name"]), *plain, *costs, pace, memory, rate))
+    return Table("Arms and their cost", (*heads, "Peak memory", "Learning rate"), tuple(rows))
 
 
-def sweep_table(report: dict[str, Any]) -> str:
-    """One row per arm: the rate taken, whether worse ones lie on both sides of it, and every rate tried."""
-    styles = arm_styles(report)
-    heads = ["Arm", "Rate taken", "Bracketed", "Criterion at each rate tried"]
+def sweep_table(report: dict[str, Any]) -> Table:
+    """One row per arm: the chosen rate, whether worse ones lie on both sides of it, and every rate tried."""
     rows = []
     for entry in report["sweep"]:
-        if entry["arm"] not in styles:
+        if entry["arm"] not in arm_styles(report):
             continue
-        tried = [f"{rate['learning_rate']:.3g}: {_loss_or_diverged(rate['loss'])}" for rate in entry["rates"]]
-        bracketed = ("yes" if entry["bracketed"] else "no, at the edge") if tried else "given, not swept"
-        cells = [_rate(entry["best"]), text(bracketed), "<br>".join(map(text, tried)) or NOTHING]
-        rows.append([_arm(entry["arm"], styles), *cells])
-    return _table("Learning-rate sweep", heads, rows)
+        tried = [
+            f"{r['learning_rate']:.3g}: {'diverged' if r['loss'] is None else format(r['loss'], '.4f')}"
+            for r in entry["rates"]
+        ]
+        bracketed = ("yes" if entry["bracketed"] else "no, at the edge") if tried else "not swept"
+        last = Cell("", notes=tuple(tried)) if tried else Cell(NOTHING)
+        rows.append((_arm(report, entry["arm"]), *cells((f"{entry['best']:.3g}", bracketed)), last))
+    return Table(
+        "Learning-rate sweep", ("Arm", "Chosen rate", "Bracketed", "Criterion at each rate tried"), tuple(rows)
+    )
 
 
-def pairwise_table(report: dict[str, Any], key: str) -> str:
+def pairwise_table(report: dict[str, Any], key: str) -> Table:
     """Every arm against every other: the row's final loss minus the column's, paired by seed."""
-    styles, cells = arm_styles(report), report["pairwise"][key]
+    found = report["pairwise"][key]
     rows = [
-        [_arm(name, styles), *(NOTHING if other == name else _cell(cells[name][other]) for other in cells)]
-        for name in cells
+        (_arm(report, name), *(Cell(NOTHING) if other == name else _pair(found[name][other]) for other in found))
+        for name in found
     ]
-    return _table(f"Row minus column, final {LOSS_NAMES[key]}", ["Arm", *cells], rows)
+    return Table(f"Row minus column, final {LOSS_NAMES[key]}", ("Arm", *found), tuple(rows))
 
 
-def equal_cost_table(report: dict[str, Any], key: str) -> str:
+def equal_cost_table(report: dict[str, Any], key: str) -> Table:
     """One row per arm but the baseline: the difference at equal tokens, training FLOPs and training time."""
-    styles, baseline = arm_styles(report), report.get("baseline")
-    heads = ["Arm", "Equal tokens", "Equal training FLOPs", "Equal training time"]
     rows = []
     for arm in report["summary"]:
         loss = arm[key]
         if loss is None or arm["is_baseline"]:
             continue
-        equal = [_equal(loss[field], arm["name"], baseline) for field in ("equal_flops", "equal_seconds")]
-        difference = _number(wording.estimate(loss["difference"], signed=True)) + _detail(
-            VERDICT_WORDS[loss["verdict"]]
-        )
-        rows.append([_arm(arm["name"], styles), difference, *equal])
-    return _table(f"At equal cost, {LOSS_NAMES[key]}", heads, rows)
+        equal = (_equal(loss[field], arm["name"], report.get("baseline")) for field in ("equal_flops", "equal_seconds"))
+        tokens = _number(wording.estimate(loss["difference"], signed=True), VERDICT_WORDS[loss["verdict"]])
+        rows.append((_arm(report, arm["name"]), tokens, *equal))
+    heads = ("Arm", "Equal tokens", "Equal training FLOPs", "Equal training time")
+    return Table(f"At equal cost, {LOSS_NAMES[key]}", heads, tuple(rows))
 
 
-def definition_list(title: str, settings: dict[str, Any]) -> str:
-    """`settings`, nested or not, as a titled list of terms; nothing at all if there are none."""
-    entries = _flat(settings)
-    if not entries:
-        return ""
-    items = "".join(f"<dt>{text(key.replace('_', ' '))}</dt><dd>{text(value)}</dd>" for key, value in entries)
-    return f"<section><h3>{text(title)}</h3><dl>{items}</dl></section>"
+def markdown(table: Table) -> str:
+    """The table for a README."""
+    lines = [" | ".join(table.heads), " | ".join("---" for _ in table.heads)]
+    for row in table.rows:
+        notes = [f" ({', '.join(cell.notes)})" if cell.notes else "" for cell in row]
+        texts = [f"{cell.text}{cell.spread}{note}" for cell, note in zip(row, notes, strict=True)]
+        lines.append(" | ".join(text.replace("|", "\\|") for text in texts))
+    return "\n".join(f"| {line} |" for line in lines)
 
 
-def _table(caption: str, heads: list[str], rows: list[list[str]]) -> str:
-    """Header texts, and rows of ready HTML whose first cell heads the row."""
-    head = "".join(f'<th scope="col">{text(title)}</th>' for title in heads)
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
-    )
-    label = text(caption)
-    table = f'<table aria-label="{label}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{label}, scrollable">{table}</div>'
+def settings(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as `outer.inner` names with their values in words."""
+    found: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, dict):
+            found += settings(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple):
+            found.append((name, ", ".join(map(str, value)) or NOTHING))
+        else:
+            found.append((name, "none" if value is None else str(value)))
+    return found
 
 
-def _arm(name: str, styles: dict[str, LineStyle]) -> str:
-    return f'<span class="arm"><span class="swatch" style="background:{styles[name].css}"></span>{text(name)}</span>'
+def _arm(report: dict[str, Any], name: str) -> Cell:
+    return Cell(name, colour=arm_styles(report)[name].css)
 
 
-def _number(value: str) -> str:
-    """With a true minus sign, and the spread apart so that a narrow page can set it below the mean."""
-    mean, separator, spread = text(value.replace("-", "−")).partition(PLUS_MINUS)
-    return f'{mean}<span class="spread">{separator}{spread}</span>' if spread else mean
+def _number(value: str, *notes: str) -> Cell:
+    mean, separator, spread = value.partition(PLUS_MINUS)
+    return Cell(mean, f"{separator}{spread}", tuple(note for note in notes if note))
 
 
-def _detail(value: str) -> str:
-    return f"<small>{text(value)}</small>" if value else ""
-
-
-def _or_nothing(value: Any) -> str:
-    return NOTHING if value is None else text(value)
-
-
-def _rate(value: float | None) -> str:
-    # Not through `_number`: the sign of an exponent is no minus.
-    return NOTHING if value is None else f"{value:.3g}"
-
-
-def _loss_or_diverged(loss: float | None) -> str:
-    return "diverged" if loss is None else f"{loss:.4f}"
-
-
-def _cell(found: dict[str, Any]) -> str:
+def _pair(found: dict[str, Any]) -> Cell:
     reason = found["reason"] if found["verdict"] == "unknown" else None
-    return _number(wording.estimate(found["difference"], signed=True)) + _detail(
-        reason or VERDICT_WORDS[found["verdict"]]
-    )
+    return _number(wording.estimate(found["difference"], signed=True), reason or VERDICT_WORDS[found["verdict"]])
 
 
-def _equal(found: dict[str, Any], arm: str, baseline: str | None) -> str:
+def _equal(found: dict[str, Any], arm: str, baseline: str | None) -> Cell:
     if found["difference"]["mean"] is None:
-        return NOTHING + _detail("" if found["status"] == "compared" else found["status"])
+        return _number(NOTHING, "" if found["status"] == "compared" else found["status"])
     shares = [(baseline, found["baseline_share"]), (arm, found["arm_share"])]
     early = [
         f"{name} read at {100 * share:.0f}{PERCENT}" for name, share in shares if share is not None and share < 0.995
     ]
-    mean = _number(wording.estimate(found["difference"], signed=True))
-    return mean + _detail(VERDICT_WORDS[found["verdict"]]) + "".join(map(_detail, early))
+    return _number(wording.estimate(found["difference"], signed=True), VERDICT_WORDS[found["verdict"]], *early)
 
 
-def _against(loss: dict[str, Any]) -> list[str]:
+def _against(loss: dict[str, Any]) -> list[Cell]:
     if loss["verdict"] == "baseline":
-        return ["baseline", _number(wording.tokens_needed(loss))]
-    difference = _number(wording.estimate(loss["difference"], signed=True)) + _detail(VERDICT_WORDS[loss["verdict"]])
+        return [Cell("baseline"), _number(wording.tokens_needed(loss))]
     speedup, bound = loss["speedup"]["mean"], "≥ " if loss["tokens_at_most"] else ""
-    gain = "" if speedup is None else _detail(f"speed-up {bound}{speedup:.2f}×")
-    return [difference, _number(wording.tokens_needed(loss)) + gain]
+    gain = "" if speedup is None else f"speed-up {bound}{speedup:.2f}×"
+    difference = _number(wording.estimate(loss["difference"], signed=True), VERDICT_WORDS[loss["verdict"]])
+    return [difference, _number(wording.tokens_needed(loss), gain)]
 
 
 def _run_cells(run: dict[str, Any], pair: dict[str, Any], baseline: str | None) -> list[str]:
     share, bound = pair["tokens_fraction"], "≤ " if pair["tokens_at_most"] else ""
-    seconds = run["curve"][-1].get("seconds") if run["curve"] else None
+    points = judged_points(run)
+    seconds = points[-1].get("seconds") if points else None
     missing = "not reached" if pair["tokens_defined"] else NOTHING
     difference = wording.fixed(pair["difference"], "+.4f") if pair["status"] == "compared" else pair["status"]
     return [
@@ -190,22 +245,23 @@ def _run_cells(run: dict[str, Any], pair: dict[str, Any], baseline: str | None) 
     ]
 
 
-def _cost_cells(arm: dict[str, Any], baseline: dict[str, Any] | None) -> list[str]:
-    def cell(field: str, binary: bool = False) -> str:
-        factor = "" if baseline is None or arm["is_baseline"] else wording.ratio(arm[field], baseline[field])
-        return _number(wording.scaled(arm[field], binary)) + _detail(factor)
+def _budget_gap(point: BudgetPoint, cost: str) -> Cell:
+    found = point.equal[cost]
+    mark = "extrapolated" if found.difference_extrapolated else ""
+    if found.difference.mean is None:
+        return _number(NOTHING, found.reason or "")
+    return _interval(interval(found.difference.described(), "+.4f"), mark)
 
-    return [*map(cell, ("params", "flops_per_token", "tokens_per_second")), cell("peak_memory_bytes", binary=True)]
+
+def _budget_speedup(point: BudgetPoint, cost: str) -> Cell:
+    found = point.equal[cost]
+    if found.speedup.mean is None:
+        return _number(NOTHING, found.reason or "")
+    return _interval(
+        interval(found.speedup.described(), ".2f", "×"), "extrapolated" if found.speedup_extrapolated else ""
+    )
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as `outer.inner` names with their values in words."""
-    found: list[tuple[str, str]] = []
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            found += _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list | tuple):
-            found.append((f"{prefix}{key}", ", ".join(map(str, value)) or NOTHING))
-        else:
-            found.append((f"{prefix}{key}", "none" if value is None else str(value)))
-    return found
+def _interval(value: str, mark: str) -> Cell:
+    mean, _, rest = value.partition(" (")
+    return Cell(mean, notes=(rest.removesuffix(")"), *((mark,) if mark else ())))

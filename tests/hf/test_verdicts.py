@@ -5,21 +5,20 @@ from __future__ import annotations
 import copy
 import json
 import math
-import re
 from typing import Any
 
 import pytest
 
 from curves import arm, arms_of, curve, power_law, realistic, report
 from vwn.lab.analysis.analyse import add_analysis
-from vwn.lab.analysis.claims import combined
+from vwn.lab.analysis.verdicts import combined
 
-HELD, NOT_HELD, UNDECIDED, UNTESTED = "held", "not held", "not decided by this budget", "not tested"
+HELD, NOT_HELD, UNDECIDED, UNTESTED = "supported", "contradicted", "inconclusive", "not tested"
 
 
 def judged(*runs: dict[str, Any], **changes: Any) -> dict[str, dict[str, Any]]:
-    """The claims by their letter."""
-    return {claim["claim"]: claim for claim in add_analysis(report(*runs, **changes))["claims"]}
+    """The claims by their letter: each {"word", "heads", "rows", "rule"}."""
+    return {claim["title"][1]: claim for claim in add_analysis(report(*runs, **changes))["verdicts"]}
 
 
 def spread(speeds: list[float], second: list[float] | None = None, points: int = 20) -> list[list[dict[str, Any]]]:
@@ -49,12 +48,10 @@ def test_compute_is_judged_by_flops_and_told_with_the_speed(factors: tuple[Any, 
         flops = None if factor is None else factor * 1e6
         runs += arms_of(name, power_law(), flops_per_token=flops, tokens_per_second=700)
     claim = judged(*runs)["a"]
-    assert claim["verdict"] == expected
-    assert claim["text"].count("0.70×") == 2
-    assert "2 width arms were looked at" in claim["text"]
+    assert claim["word"] == expected
+    assert [row[2] for row in claim["rows"]] == ["0.70×", "0.70×"]
     if factors[0]:
-        assert claim["numbers"]["arms"][0]["parts"][0]["flops_ratio"] == pytest.approx(factors[0])
-        assert claim["numbers"]["arms"][0]["parts"][0]["speed_ratio"]["mean"] == pytest.approx(0.7)
+        assert claim["rows"][0][:2] == ["4x8", f"{factors[0]:.3f}×"]
 
 
 @pytest.mark.parametrize(
@@ -71,25 +68,26 @@ def test_compute_is_judged_by_flops_and_told_with_the_speed(factors: tuple[Any, 
 )
 def test_fewer_tokens(first: list[float], second: list[float], expected: str) -> None:
     claim = judged(*plain(len(first)), *arms_of("4x16", spread(first, second)))["b"]
-    assert claim["verdict"] == expected
-    part = claim["numbers"]["arms"][0]["parts"][0]
-    assert part["verdict"] == (HELD if first == FAST else NOT_HELD if max(first) < 1 else UNDECIDED)
-    numbers = re.findall(r"next-token loss speed-up ([\d.]+)×", claim["text"])
+    assert claim["word"] == expected
+    ((arm_name, next_token, next_2_token, difference, word),) = claim["rows"]
+    assert (arm_name, word) == ("4x16", expected)
     if min(first) > 1:
-        assert float(numbers[0]) == pytest.approx(sum(first) / len(first), abs=0.02)
-        assert claim["numbers"]["arms"][0]["parts"][2]["estimate"]["mean"] == pytest.approx(
+        assert float(next_token.split("×")[0]) == pytest.approx(sum(first) / len(first), abs=0.02)
+        assert float(next_2_token.split("×")[0]) == pytest.approx(sum(second) / len(second), abs=0.02)
+        assert float(difference.split()[0]) == pytest.approx(
             sum(second) / len(second) - sum(first) / len(first), abs=0.02
         )
+        assert (" to " in next_token) == (len(first) > 1)
     else:
-        assert not numbers
-        assert f"reached in {sum(speed > 1 for speed in first)} of {len(first)} seeds" in claim["text"]
+        reached = sum(speed > 1 for speed in first)
+        assert next_token == f"reached in {reached} of {len(first)} seeds"
 
 
 def test_every_width_arm_is_judged() -> None:
     runs = plain() + arms_of("4x8", spread(FAST, [1.8, 1.81, 1.82])) + arms_of("4x16", spread([0.6, 0.61, 0.6]))
     claim = judged(*runs)["b"]
-    assert claim["verdict"] == NOT_HELD
-    assert claim["text"].startswith("Held for 4x8; not held for 4x16. 2 width arms were looked at, each judged alone")
+    assert claim["word"] == NOT_HELD
+    assert [(row[0], row[-1]) for row in claim["rows"]] == [("4x8", HELD), ("4x16", NOT_HELD)]
 
 
 def test_a_loss_that_was_not_measured_is_not_tested() -> None:
@@ -97,21 +95,21 @@ def test_a_loss_that_was_not_measured_is_not_tested() -> None:
         return [arm(name, seed, curve([5, 4, 3, end])) for seed, end in enumerate(values)]
 
     claim = judged(*single("plain", (2.0, 2.1)), *single("4x16", (1.5, 1.6)))["b"]
-    assert [part["verdict"] for part in claim["numbers"]["arms"][0]["parts"]] == [HELD, UNTESTED, UNTESTED]
-    assert claim["verdict"] == UNTESTED
+    assert claim["rows"][0][2:4] == ["no target", "–"]
+    assert claim["word"] == UNTESTED
 
 
 def test_runs_that_diverged_or_ended_early_decide_nothing_about_tokens() -> None:
     short = [points[:-1] for points in spread(FAST)]
     claims = judged(*plain(), *arms_of("4x16", short))
-    assert (claims["b"]["verdict"], claims["c"]["verdict"]) == (UNDECIDED, UNDECIDED)
-    assert "different tokens" in claims["b"]["text"]
+    assert (claims["b"]["word"], claims["c"]["word"]) == (UNDECIDED, UNDECIDED)
+    assert claims["b"]["rows"][0][1] == "different budgets"
     broken = copy.deepcopy(spread(FAST))
     broken[1][-1].update(loss=None, loss_2=None)
     claims = judged(*plain(), *arms_of("4x16", broken))
-    assert (claims["b"]["verdict"], claims["c"]["verdict"]) == (UNDECIDED, UNDECIDED)
-    assert "diverged" in claims["b"]["text"]
-    assert "diverged" in claims["c"]["text"]
+    assert (claims["b"]["word"], claims["c"]["word"]) == (UNDECIDED, UNDECIDED)
+    assert claims["b"]["rows"][0][1] == "diverged"
+    assert "a run diverged" in claims["c"]["rows"][0]
 
 
 def growing(factors: list[float], sign: float = 1.0) -> list[dict[str, Any]]:
@@ -135,10 +133,11 @@ def growing(factors: list[float], sign: float = 1.0) -> list[dict[str, Any]]:
 )
 def test_gap_and_speedup_grow(runs: list[dict[str, Any]], expected: str) -> None:
     claim = judged(*arms_of("plain", power_law(len(runs), points=40)), *runs)["c"]
-    assert claim["verdict"] == expected
+    assert claim["word"] == expected
+    assert [row[:2] for row in claim["rows"]] == [["4x16", "next-token"], ["4x16", "next-2-token"]]
     if expected == HELD:
-        assert "next-token loss gap grows, 0.1000 to 0.2000, change +0.1000" in claim["text"]
-        assert [part["verdict"] for part in claim["numbers"]["arms"][0]["parts"]] == [HELD] * 4
+        assert claim["rows"][0][2:4] == ["0.100", "0.200"]
+        assert claim["rows"][0][4].startswith("+0.100 (+0.0")
 
 
 def test_a_lag_that_melts_is_no_lead_that_grows() -> None:
@@ -147,8 +146,7 @@ def test_a_lag_that_melts_is_no_lead_that_grows() -> None:
         for point in points[1:]:
             point["loss"] += 0.4 - (0.2 + seed / 1000) * point["tokens"] / 1_000_000
     claim = judged(*plain(), *arms_of("4x16", curves))["c"]
-    assert claim["numbers"]["arms"][0]["parts"][0]["verdict"] == NOT_HELD
-    assert "ends above the baseline" in claim["text"]
+    assert claim["rows"][0][-1] == NOT_HELD
 
 
 def test_a_lag_that_melts_to_nothing_is_not_decided() -> None:
@@ -156,10 +154,9 @@ def test_a_lag_that_melts_to_nothing_is_not_decided() -> None:
     for seed, points in enumerate(curves):
         for point in points[1:]:
             point["loss"] += 0.2 - (0.2 + (seed - 1) / 1000) * point["tokens"] / 1_000_000
-    part = judged(*plain(), *arms_of("4x16", curves))["c"]["numbers"]["arms"][0]["parts"][0]
-    assert part["estimate"]["interval"][0] > 0
-    assert part["verdict"] == UNDECIDED
-    assert "whether it ends below the baseline is not decided" in part["text"]
+    analysed = add_analysis(report(*plain(), *arms_of("4x16", curves)))
+    assert analysed["summary"][1]["loss"]["gap_growth"]["verdict"] == "grows"
+    assert analysed["verdicts"][2]["word"] == UNDECIDED
 
 
 def widths(losses: dict[float, float], jitter: float = 0.001, seeds: int = 3) -> list[dict[str, Any]]:
@@ -185,14 +182,14 @@ def widths(losses: dict[float, float], jitter: float = 0.001, seeds: int = 3) ->
 )
 def test_log_linear(losses: dict[float, float], jitter: float, seeds: int, expected: str) -> None:
     claim = judged(*plain(seeds), *widths(losses, jitter, seeds))["d"]
-    assert claim["verdict"] == expected
+    assert claim["word"] == expected
     if expected == HELD:
-        assert "next-token loss: -0.0500 nats per doubling of r" in claim["text"]
-        assert "R² 1.0000" in claim["text"]
-        assert "slope -0.0069, R² 0.9986" in claim["text"]
-        assert claim["numbers"]["loss"]["slope"]["mean"] == pytest.approx(-0.05)
+        ((loss, slope, r2, word),) = claim["rows"]
+        assert (loss, r2, word) == ("next-token loss", "1.000", HELD)
+        assert slope.startswith("-0.0500 (-0.05")
+        assert "-0.0069 with R² 0.9986" in claim["rule"]
     if expected == UNTESTED:
-        assert "2 different widths" in claim["text"]
+        assert "2 different widths" in claim["rule"]
 
 
 def test_a_bend_within_the_noise_is_not_decided() -> None:
@@ -203,26 +200,24 @@ def test_a_bend_within_the_noise_is_not_decided() -> None:
         for seed in range(3)
         for name, loss in (("4x8", 3.0), ("4x16", middle[seed]), ("4x32", 2.8))
     ]
-    claim = judged(*plain(), *runs)["d"]
-    assert claim["numbers"]["loss"]["verdict"] == "falls"
-    assert claim["numbers"]["loss"]["r2"] < 0.95
-    assert claim["verdict"] == UNDECIDED
+    found = add_analysis(report(*plain(), *runs))
+    assert found["scaling"]["loss"]["verdict"] == "falls"
+    assert found["scaling"]["loss"]["r2"] < 0.95
+    assert found["verdicts"][3]["word"] == UNDECIDED
 
 
 def test_claims_are_not_tested_without_a_baseline_or_a_width() -> None:
     hyper = arms_of("hc", power_law(), connection="hc", m=1, n=4, r=4.0)
     for runs in (plain(), plain() + hyper, plain() + arms_of("4x4", power_law()), [], widths({2.0: 3.0, 4.0: 2.9})):
         claims = judged(*runs)
-        assert [claim["verdict"] for claim in claims.values()] == [UNTESTED] * 4
-        assert all(claim["text"].startswith("Not tested: ") for claim in claims.values())
+        assert [claim["word"] for claim in claims.values()] == [UNTESTED] * 4
+        assert not any(claim["rows"] for claim in claims.values())
 
 
-@pytest.mark.parametrize("study", ["family", "mtp", "embedding", "controls"])
-def test_other_studies_have_no_claims_but_a_verdict_per_arm(study: str) -> None:
-    found = add_analysis({**realistic(), "study": study})
-    assert found["claims"] == []
-    assert [entry["arm"] for entry in found["arm_verdicts"]] == ["2x3", "4x16"]
-    assert add_analysis({**realistic(), "study": "widths"})["claims"] != []
+@pytest.mark.parametrize("study", ["family", "mtp", "embedding"])
+def test_other_studies_have_no_claims(study: str) -> None:
+    assert add_analysis({**realistic(), "study": study})["verdicts"] == []
+    assert len(add_analysis({**realistic(), "study": "widths"})["verdicts"]) == 4
 
 
 @pytest.mark.parametrize(
@@ -261,46 +256,21 @@ def test_pairs_of_arms_are_paired_by_seed_and_mirror_each_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("others", "verdict", "reason", "sentence"),
+    ("others", "verdict", "reason"),
     [
-        (ends("4x16", 2.0), "undecided", "one seed", "not decided in next-token loss: -1.0000 (one seed"),
-        (ends("4x16", 2.0, None), "unknown", "diverged", "cannot be held against plain in next-token loss: diverged"),
-        ([arm("4x16", 7, curve([9, 2]))], "unknown", "no shared seed", "no shared seed"),
-        ([arm("4x16", 0, curve([9, 2, 2]))], "unknown", "different budgets", "different budgets"),
-        ([arm("4x16", 0, [])], "unknown", "no data", "no data"),
-        (
-            ends("4x16", 2.0, 3.01),
-            "lower",
-            None,
-            "4x16 ends lower than plain in next-token loss: -0.9950 (95 % interval",
-        ),
-        (ends("4x16", 3.0, 4.0), "undecided", "within the 95 % interval", "not decided"),
+        (ends("4x16", 2.0), "undecided", "one seed"),
+        (ends("4x16", 2.0, None), "unknown", "diverged"),
+        ([arm("4x16", 7, curve([9, 2]))], "unknown", "no shared seed"),
+        ([arm("4x16", 0, curve([9, 2, 2]))], "unknown", "different budgets"),
+        ([arm("4x16", 0, [])], "unknown", "no data"),
+        (ends("4x16", 2.0, 3.01), "lower", None),
+        (ends("4x16", 3.0, 4.0), "undecided", "within the 95 % interval"),
     ],
 )
-def test_a_pair_says_why_it_is_not_decided(others: Any, verdict: str, reason: str | None, sentence: str) -> None:
-    found = add_analysis(report(*ends("plain", 3.0, 4.0), *others))
-    cell = found["pairwise"]["loss"]["4x16"]["plain"]
+def test_a_pair_says_why_there_is_no_verdict(others: Any, verdict: str, reason: str | None) -> None:
+    cell = add_analysis(report(*ends("plain", 3.0, 4.0), *others))["pairwise"]["loss"]["4x16"]["plain"]
     assert (cell["verdict"], cell["reason"]) == (verdict, reason)
     assert (cell["difference"]["mean"] is None) == (verdict == "unknown")
-    assert sentence in found["arm_verdicts"][0]["text"]
-    assert found["arm_verdicts"][0]["loss"] == cell
-    assert found["arm_verdicts"][0]["loss_2"] is None
-
-
-def test_without_the_baseline_no_arm_has_a_verdict() -> None:
-    assert add_analysis(report(*ends("4x8", 3.0), *ends("4x16", 2.0)))["arm_verdicts"] == []
-
-
-def test_with_mtp_a_width_is_held_against_the_plain_arm_with_mtp_too() -> None:
-    runs = ends("plain", 3.0, 4.0, connection="residual", mtp=0)
-    runs += ends("plain+mtp", 2.9, 3.9, connection="residual", mtp=1)
-    runs += ends("4x16", 2.8, 3.8, connection="ghc", mtp=0, m=4, n=16)
-    runs += ends("4x16+mtp", 2.7, 3.701, connection="ghc", mtp=1, m=4, n=16)
-    found = add_analysis(report(*runs, study="mtp"))["arm_verdicts"]
-    assert [(entry["arm"], entry["against"]) for entry in found] == [
-        *[("plain+mtp", "plain"), ("4x16", "plain"), ("4x16+mtp", "plain"), ("4x16+mtp", "plain+mtp")]
-    ]
-    assert "4x16+mtp ends lower than plain+mtp in next-token loss: -0.1995" in found[-1]["text"]
 
 
 @pytest.mark.parametrize(
@@ -308,31 +278,29 @@ def test_with_mtp_a_width_is_held_against_the_plain_arm_with_mtp_too() -> None:
     [
         ((2.95, 3.951, 4.949), "does not explain it"),
         ((2.7, 3.701, 4.699), "explains it"),
-        ((2.7, 3.9, 4.85), "not decided"),
-        ((2.9, None, 4.9), "not decided"),
+        ((2.7, 3.9, 4.85), UNDECIDED),
+        ((2.9, None, 4.9), UNDECIDED),
     ],
 )
 def test_whether_a_control_explains_the_gain(control: tuple[float | None, ...], expected: str) -> None:
     runs = ends("plain", 3.0, 4.0, 5.0, connection="residual")
     runs += ends("4x16", 2.8, 3.801, 4.799, connection="ghc")
     runs += ends("4x4", *control, connection="ghc")
-    found = add_analysis(report(*runs, study="controls"))["control_verdicts"]
-    assert [(entry["arm"], entry["control"], entry["verdict"]) for entry in found] == [("4x16", "4x4", expected)]
-    assert found[0]["gain"]["difference"]["mean"] == pytest.approx(-0.2)
-    if control[1] is None:
-        assert "no number (diverged)" in found[0]["text"]
-    assert add_analysis(report(*runs))["control_verdicts"] == []
+    (found,) = add_analysis(report(*runs, study="controls"))["verdicts"]
+    ((name, of_control, gain, between, word),) = found["rows"]
+    assert (name, word) == ("4x4", expected)
+    assert gain.startswith("-0.2000 (-0.2")
+    assert (of_control == between == "diverged") == (control[1] is None)
 
 
 def test_without_a_gain_there_is_nothing_to_explain() -> None:
     runs = [*ends("plain", 3.0, 4.0), *ends("4x16", 3.2, 3.8), *ends("4x4", 2.9, 3.9)]
-    entry = add_analysis(report(*runs, study="controls"))["control_verdicts"][0]
-    assert entry["verdict"] == "nothing to explain"
-    assert "not decided against plain" in entry["text"]
+    (found,) = add_analysis(report(*runs, study="controls"))["verdicts"]
+    assert found["rows"][0][-1] == "no gain to explain"
 
 
 def test_the_analysis_is_strict_json_and_can_be_repeated() -> None:
     for study in (None, "widths", "mtp", "controls"):
         once = add_analysis({**realistic(("plain", "4x8", "4x16", "4x32")), "study": study})
         assert add_analysis(json.loads(json.dumps(once, allow_nan=False))) == once
-    assert add_analysis(report())["claims"][0]["verdict"] == UNTESTED
+    assert add_analysis(report())["verdicts"][0]["word"] == UNTESTED

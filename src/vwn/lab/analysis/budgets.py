@@ -1,0 +1,279 @@
+"""Decayed losses over training budgets: gap, slope and speed-up at each.
+
+A run has one cool-down per budget, branched off a constant-rate trunk; its field `decayed` holds their final losses.
+Between its budgets the baseline's decayed loss is interpolated over log tokens. Beyond them a law `E + B T^-β` is used,
+with B and β fitted to all seeds and E such that it meets the seed's nearest budget; such numbers are marked.
+
+The speed-up of an arm at budget T is T'/T: T' are the tokens the baseline needs for the arm's decayed loss at T. It
+is about exp(gap / slope), where the slope is the fall of the baseline's decayed loss per e-fold of tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vwn.lab.analysis.compute import step_ratio
+from vwn.lab.analysis.curves import Curve, loss_at, tokens_to_loss
+from vwn.lab.analysis.estimates import Estimate
+from vwn.lab.analysis.runs import LOSS_KEYS, Run, runs_by_arm
+from vwn.lab.analysis.scaling import fit_family, width_family
+
+COSTS = ("tokens", "flops", "seconds")
+# Budgets that a law of three numbers needs.
+FEWEST_BUDGETS = 3
+
+
+@dataclass(frozen=True)
+class Law:
+    """The baseline's decayed loss `E + scale T^-power` in nats per token; E depends on the seed."""
+
+    scale: float
+    power: float
+
+    def slope(self, tokens: float) -> float:
+        """Fall of the loss per e-fold of tokens at `tokens`, in nats per token."""
+        return self.power * self.scale * tokens**-self.power
+
+
+@dataclass(frozen=True)
+class EqualCost:
+    """An arm against the baseline at equal training tokens, FLOPs or seconds, over seeds.
+
+    `difference` is the arm's decayed loss minus the baseline's in nats per token; `speedup` the baseline's cost of the
+    arm's loss over the arm's cost; each has no mean if some seed has no number, and `reason` says why.
+    """
+
+    difference: Estimate
+    difference_extrapolated: bool
+    speedup: Estimate
+    speedup_extrapolated: bool
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class BudgetPoint:
+    """One arm at one budget."""
+
+    tokens: int
+    equal: dict[str, EqualCost]
+
+    @property
+    def gap(self) -> Estimate:
+        """The arm's decayed loss minus the baseline's at equal tokens."""
+        return self.equal["tokens"].difference
+
+    @property
+    def speedup(self) -> Estimate:
+        """The speed-up in tokens."""
+        return self.equal["tokens"].speedup
+
+
+@dataclass(frozen=True)
+class BaselinePoint:
+    """The baseline at one budget: its decayed loss, and the slope there (None with a single budget)."""
+
+    tokens: int
+    loss: Estimate
+    slope: float | None
+
+
+@dataclass(frozen=True)
+class BudgetStudy:
+    """The budgets of a comparison in one loss."""
+
+    baseline: list[BaselinePoint]
+    law: Law | None
+    arms: dict[str, list[BudgetPoint]]
+    """By arm, without the baseline; only budgets that the arm and the baseline share a seed at."""
+    widths: list[dict[str, Any]]
+    """The fit of `fit_family` to the decayed losses of each budget, with its `tokens`."""
+
+
+@dataclass(frozen=True)
+class Decayed:
+    """The baseline's decayed losses of one seed."""
+
+    curve: Curve
+    law: Law | None
+
+    def loss_at(self, tokens: float) -> tuple[float | None, bool]:
+        """The loss of a run of `tokens`, and whether it is extrapolated."""
+        first, last = self.curve.tokens[0], self.curve.tokens[-1]
+        if first <= tokens <= last:
+            return loss_at(self.curve, tokens), False
+        if self.law is None:
+            return None, True
+        near = first if tokens < first else last
+        gain = self.law.scale * (tokens**-self.law.power - near**-self.law.power)
+        return self.curve.losses[0 if tokens < first else -1] + gain, True
+
+    def tokens_for(self, loss: float) -> tuple[float | None, bool]:
+        """The tokens of a run that ends at `loss`, and whether they are extrapolated."""
+        found = tokens_to_loss(self.curve, loss)
+        if found is not None and (not found.at_most or loss == self.curve.losses[0]):
+            return found.tokens, False
+        if self.law is None:
+            return None, True
+        place = 0 if found is not None else -1
+        rest = (loss - self.curve.losses[place]) / self.law.scale + self.curve.tokens[place] ** -self.law.power
+        return (float(rest ** (-1 / self.law.power)) if rest > 0 else None), True
+
+
+def budget_studies(report: dict[str, Any]) -> dict[str, BudgetStudy]:
+    """The study of each loss (`"loss"`, `"loss_2"`) that the baseline has decayed losses in; often empty."""
+    studies = {}
+    for key in LOSS_KEYS:
+        baseline = [run for run in report["arms"] if run["name"] == report.get("baseline") and _budgets(run, key)]
+        if baseline:
+            studies[key] = _study(report, baseline, key)
+    return studies
+
+
+def fit_law(curves: list[Curve]) -> Law | None:
+    """`E + B T^-β` fitted by least squares, E for each curve and B, β for all; None if the loss does not fall so.
+
+    For each β of a grid that closes in on the best one, E and B solve a linear problem.
+    """
+    if np.unique([tokens for curve in curves for tokens in curve.tokens]).size < FEWEST_BUDGETS:
+        return None
+    tokens = np.concatenate([curve.tokens for curve in curves])
+    losses = np.concatenate([curve.losses for curve in curves])
+    seeds = np.repeat(np.eye(len(curves)), [curve.tokens.size for curve in curves], axis=0)
+
+    def solve(power: float) -> tuple[float, float]:
+        falls = (tokens / tokens.max()) ** -power
+        design = np.column_stack([seeds, falls])
+        found = np.linalg.lstsq(design, losses, rcond=None)[0]
+        return float(((design @ found - losses) ** 2).sum()), float(found[-1])
+
+    powers = np.geomspace(0.01, 3.0, 60)
+    for _ in range(6):
+        best = int(np.argmin([solve(power)[0] for power in powers]))
+        lower, upper = powers[max(best - 1, 0)], powers[min(best + 1, powers.size - 1)]
+        power, powers = float(powers[best]), np.geomspace(lower, upper, 30)
+    scale = solve(power)[1]
+    return Law(scale * tokens.max() ** power, power) if scale > 0 else None
+
+
+def _study(report: dict[str, Any], baseline: list[Run], key: str) -> BudgetStudy:
+    arms = runs_by_arm(report)
+    law = fit_law([curve for run in baseline if (curve := _curve(run, key)).is_finite])
+    references = {run["seed"]: (run, Decayed(_curve(run, key), law)) for run in baseline}
+    budgets = sorted({tokens for run in baseline for tokens in _budgets(run, key)})
+    found = {}
+    for name, runs in arms.items():
+        if name != report.get("baseline"):
+            points = [_point(runs, references, tokens, key) for tokens in budgets]
+            found[name] = [point for point in points if point is not None]
+    family = width_family(report)
+    fits = []
+    for tokens in sorted({tokens for runs in family.values() for run in runs for tokens in _budgets(run, key)}):
+        cut = {name: [at_budget(run, tokens) for run in runs] for name, runs in family.items()}
+        some = {name: [run for run in runs if run is not None] for name, runs in cut.items()}
+        fits.append({"tokens": tokens, **fit_family({name: runs for name, runs in some.items() if runs}, key)})
+    losses = [Estimate.over([loss for run in baseline if (loss := _loss(run, tokens, key))]) for tokens in budgets]
+    slopes = [_slope(law, baseline, budgets, place, key) for place in range(len(budgets))]
+    rows = [BaselinePoint(*row) for row in zip(budgets, losses, slopes, strict=True)]
+    return BudgetStudy(rows, law, {name: points for name, points in found.items() if points}, fits)
+
+
+def at_budget(run: Run, tokens: int) -> Run | None:
+    """`run` as one that ends with its cool-down at `tokens`, or None if it has none there."""
+    point = next((point for point in run.get("decayed") or [] if point["tokens"] == tokens), None)
+    return None if point is None else {**run, "judged": [point]}
+
+
+def _point(runs: list[Run], references: dict[int, tuple[Run, Decayed]], tokens: int, key: str) -> BudgetPoint | None:
+    pairs = [
+        (run, *references[run["seed"]])
+        for run in runs
+        if run["seed"] in references
+        and tokens in _budgets(run, key)
+        and tokens in _budgets(references[run["seed"]][0], key)
+    ]
+    if not pairs:
+        return None
+    return BudgetPoint(tokens, {cost: _equal_cost(pairs, tokens, cost, key) for cost in COSTS})
+
+
+def _equal_cost(pairs: list[tuple[Run, Run, Decayed]], tokens: int, cost: str, key: str) -> EqualCost:
+    differences, speedups, reasons = [], [], []
+    beyond, extrapolated = False, False
+    for run, baseline, decayed in pairs:
+        ratio, loss = _cost_ratio(run, baseline, tokens, cost), _loss(run, tokens, key)
+        if loss is None or not decayed.curve.is_finite:
+            reasons.append("diverged")
+            continue
+        if ratio is None:
+            reasons.append("no FLOPs" if cost == "flops" else "no clock")
+            continue
+        reference, outside = decayed.loss_at(ratio * tokens)
+        needed, further = decayed.tokens_for(loss)
+        beyond, extrapolated = beyond or outside, extrapolated or further
+        if reference is not None:
+            differences.append(loss - reference)
+        if needed is not None:
+            speedups.append(needed / (ratio * tokens))
+        if reference is None or needed is None:
+            reasons.append("beyond the baseline’s budgets" if decayed.law is None else "beyond the fit’s floor")
+    whole = len(pairs)
+    return EqualCost(
+        Estimate.over(differences, honest=len(differences) == whole),
+        beyond,
+        Estimate.over(speedups, honest=len(speedups) == whole),
+        extrapolated,
+        reasons[0] if reasons else None,
+    )
+
+
+def _cost_ratio(run: Run, baseline: Run, tokens: int, cost: str) -> float | None:
+    """Cost of a token of `run` over one of the baseline."""
+    if cost == "tokens":
+        return 1.0
+    if cost == "flops":
+        flops, reference = run.get("flops_per_token"), baseline.get("flops_per_token")
+        return flops / reference if flops and reference else None
+    ratio = step_ratio(run, baseline)
+    if ratio is None:
+        seconds, other = (_at(one, tokens).get("seconds") for one in (run, baseline))
+        ratio = seconds / other if seconds and other else None
+    return ratio
+
+
+def _slope(law: Law | None, baseline: list[Run], budgets: list[int], place: int, key: str) -> float | None:
+    """The law's slope; with two budgets that between them, of the seeds that have both."""
+    if law is not None:
+        return law.slope(budgets[place])
+    if len(budgets) < 2:
+        return None
+    low, high = (budgets[place - 1], budgets[place]) if place else (budgets[0], budgets[1])
+    losses = [(_loss(run, low, key), _loss(run, high, key)) for run in baseline]
+    falls = [first - last for first, last in losses if first is not None and last is not None]
+    return float(np.mean(falls) / np.log(high / low)) if falls else None
+
+
+def _at(run: Run, tokens: int) -> dict[str, Any]:
+    return next(point for point in run["decayed"] if point["tokens"] == tokens)
+
+
+def _budgets(run: Run, key: str) -> list[int]:
+    """Budgets that the run has a cool-down at; in next-2-token loss only if that was measured."""
+    points = run.get("decayed") or []
+    measured = key == "loss" or any(point.get(key) is not None for point in points)
+    return [point["tokens"] for point in points] if measured else []
+
+
+def _loss(run: Run, tokens: int, key: str) -> float | None:
+    if tokens not in _budgets(run, key):
+        return None
+    loss = _at(run, tokens).get(key)
+    return None if loss is None or not np.isfinite(loss) else float(loss)
+
+
+def _curve(run: Run, key: str) -> Curve:
+    points = sorted(run["decayed"], key=lambda point: point["tokens"])
+    losses = [np.nan if point.get(key) is None else point[key] for point in points]
+    return Curve(np.array([point["tokens"] for point in points], dtype=np.float64), np.array(losses, dtype=np.float64))
