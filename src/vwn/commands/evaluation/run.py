@@ -15,7 +15,8 @@ def evaluate_checkpoint(config: EvalConfig) -> dict[str, Any]:
 
     Returns:
         ``text``, see :func:`~vwn.commands.evaluation.text.measure_text`; ``tasks``, see
-        :func:`~vwn.commands.evaluation.harness.scores`, ``truncated_requests`` of theirs and ``limit``; ``checkpoint``, ``params``, and the command and versions.
+        :func:`~vwn.commands.evaluation.harness.scores`, with its ``truncated_requests`` and ``limit``; ``checkpoint``,
+        ``params``, and the command and versions.
 
     Raises:
         UserError: no checkpoint, no text, an unknown task, a missing file, or lm-eval is not installed.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from pathlib import Path
 from html import escape as text
+from pathlib import Path
 from typing import Any
 
 from vwn.lab.report.page import CONTENT_POLICY, style_sheet
