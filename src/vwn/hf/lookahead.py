@@ -28,7 +28,7 @@ class Reader(NamedTuple):
     norm: NormWeights | None = None
 
 
-class Stream:
+class Lookahead:
     """Reads and writes of one forward pass.
 
     Args:
