@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vwn.connection import GeneralizedHyperConnection
-from vwn.hf.structure import find_structure
-from vwn.hf.widening import VirtualWidthLayer, widened_layer_class
+from vwn.hf.residual import own_class
+from vwn.hf.sublayers import FoundLayout, meta_copy
+from vwn.hf.widening import VirtualWidthLayer, take_residuals
 
 D, N = 6, 3
 
@@ -325,15 +326,24 @@ WIDENED = [
 ]
 
 
-def widened(layer: Any) -> Any:
+def found(layer: Any) -> FoundLayout:
+    """What a layer consists of, by a pass without numbers."""
+    probe = meta_copy(layer)
+    take_residuals(probe, None)
+    with torch.no_grad():
+        probe(torch.empty(2, 4, D, device="meta", dtype=torch.bfloat16))
+    return probe.layout
+
+
+def widened(layer: Any, layout: FoundLayout | None = None) -> Any:
     """The same weights, read from and written to a state of ``N`` slots."""
-    structure = find_structure(layer)
+    layout = layout or found(layer)
     wide = copy.deepcopy(layer)
-    wide.layout = structure
-    connections = [GeneralizedHyperConnection(D, 1, N, dynamic=False, backend="reference") for _ in structure.names]
+    connections = [GeneralizedHyperConnection(D, 1, N, dynamic=False, backend="reference") for _ in layout.names]
     wide.connections = nn.ModuleList(connections).double()
-    wide.__class__ = widened_layer_class(type(layer))
+    take_residuals(wide, layout)
     assert isinstance(wide, VirtualWidthLayer)
+    assert own_class(wide) is type(layer)
     return wide
 
 

@@ -93,9 +93,7 @@ FAMILIES: dict[str, Family] = {
     "hyperclovax": Family(multiplies_logits="logits_scaling"),
     "inkling_text": Family(divides_hidden="logits_mup_width_multiplier"),
     "inkling2_text": Family(refused="its layers mix all earlier states, by a residual scheme of their own"),
-    "jetmoe": Family(
-        sublayers=Sublayers(("self_attention", "mlp"), ("input_layernorm", "post_attention_layernorm"))
-    ),
+    "jetmoe": Family(sublayers=Sublayers(("self_attention", "mlp"), ("input_layernorm", "post_attention_layernorm"))),
     "llama4": Family(no_aux_loss=True),
     "llama4_text": Family(no_aux_loss=True),
     "longcat_flash": Family(

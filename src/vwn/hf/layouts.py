@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vwn.errors import UserError
-from vwn.hf.residual import ResidualStream
+from vwn.hf.residual import ResidualStream, own_class
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Sublayer:
         if not isinstance(z, Tensor) or z.shape != x.shape:
             got = list(z.shape) if isinstance(z, Tensor) else type(z).__name__
             raise UserError(
-                f"sublayer {self.core!r} of {_class_name(layer)} should return a tensor {list(x.shape)} as it was "
+                f"sublayer {self.core!r} of {own_class(layer).__name__} should return a tensor {list(x.shape)} as it was "
                 f"given, or a tuple that begins with one, got {got}"
             )
         return getattr(layer, self.post_norm)(z) if self.post_norm else z
@@ -61,7 +61,7 @@ class Layout(tuple[Sublayer, ...]):
                 if not callable(getattr(layer, name, None)):
                     has = ", ".join(name for name, _ in layer.named_children())
                     raise UserError(
-                        f"the layout of {_class_name(layer)} names {name!r}, which the layer does not have; "
+                        f"the layout of {own_class(layer).__name__} names {name!r}, which the layer does not have; "
                         f"it has {has}"
                     )
             takes = (
@@ -69,7 +69,7 @@ class Layout(tuple[Sublayer, ...]):
             )
             if takes and "hidden_states" not in takes:
                 raise UserError(
-                    f"sublayer {sublayer.core!r} of {_class_name(layer)} takes its input as {next(iter(takes))!r}; "
+                    f"sublayer {sublayer.core!r} of {own_class(layer).__name__} takes its input as {next(iter(takes))!r}; "
                     "with takes_context=True it has to be called 'hidden_states'"
                 )
 
@@ -88,7 +88,7 @@ class Layout(tuple[Sublayer, ...]):
         """
         if args:
             raise UserError(
-                f"{_class_name(layer)} has a registered layout and takes everything but the state by keyword; have the "
+                f"{own_class(layer).__name__} has a registered layout and takes everything but the state by keyword; have the "
                 "backbone hand mask, positions and cache to its layers by name"
             )
         for sublayer in self:
@@ -163,9 +163,3 @@ def registered_layout(layer: nn.Module) -> Layout | None:
 
 def _full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _class_name(layer: Any) -> str:
-    """Of the layer's own class, widened or not."""
-    kind = type(layer)
-    return kind.__mro__[2].__name__ if kind.__name__.startswith("VirtualWidth") else kind.__name__

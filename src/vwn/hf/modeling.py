@@ -268,6 +268,8 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
         every = self.keep_states_every
         if not isinstance(every, int) or every < 1:
             raise UserError(f"keep_states_every must be a whole number of sublayers, 1 or more, got {every!r}")
+        if every == 1:
+            return 1
         c = self.config
         if every > 1 and c.connection != "residual" and (c.connection, c.carry_constraint) != ("ghc", "none"):
             carry = "" if c.carry_constraint == "none" else f" with a {c.carry_constraint} carry"

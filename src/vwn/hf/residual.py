@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
 from functools import cache
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from vwn.errors import UserError
@@ -27,7 +26,27 @@ from vwn.ops.reference import rms_norm
 
 _ADDS, _MULTIPLIES = ("add", "__add__", "__radd__"), ("mul", "multiply", "__mul__", "__rmul__")
 _CASTS, _COPIES, _VIEWS = ("to", "float", "half", "bfloat16", "type_as"), ("contiguous", "clone"), ("view", "reshape")
-_READS = "sub rsub truediv rtruediv floordiv matmul rmatmul neg pow lt le gt ge eq ne getitem len iter".split()
+_PROPERTIES = ("dtype", "device", "is_cuda", "layout", "requires_grad")
+_READS = [
+    "sub",
+    "rsub",
+    "truediv",
+    "rtruediv",
+    "floordiv",
+    "matmul",
+    "rmatmul",
+    "neg",
+    "pow",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+    "getitem",
+    "len",
+    "iter",
+]
 
 
 class LayerPass:
@@ -36,13 +55,13 @@ class LayerPass:
     Subclasses say how to :meth:`read`, :meth:`write` and :meth:`scale`.
 
     Args:
-        name: class name of the layer, for messages.
+        layer: whose pass it is.
         shape: ``[..., D]``, the shape of the stream as the layer sees it.
         sublayers: number of writes that the layer does, or ``None`` if that is to be found out.
     """
 
-    def __init__(self, name: str, shape: torch.Size, sublayers: int | None) -> None:
-        self.name, self.shape, self.sublayers = name, shape, sublayers
+    def __init__(self, layer: Any, shape: torch.Size, sublayers: int | None) -> None:
+        self.layer, self.shape, self.sublayers = layer, shape, sublayers
         self.version = 0  # writes so far
         self._grad = torch.is_grad_enabled()
         self._seen: list[tuple[Tensor, int]] = []  # what was read, and its count of changes in place
@@ -96,17 +115,19 @@ class LayerPass:
 
     def refuse(self, reason: str) -> NoReturn:
         """Raise a ``UserError`` with the reason why the layer cannot be followed."""
+        name = own_class(self.layer).__name__
         raise UserError(
-            f"{self.name} cannot be widened by itself: {reason}; if it is a sum of sublayers all the same, describe "
-            f'them with vwn.hf.register_layout("{self.name}", (Sublayer(...), ...)), see docs/layouts.md'
+            f"{name} cannot be widened by itself: {reason}; if it is a sum of sublayers all the same, describe "
+            f'them with vwn.hf.register_layout("{name}", (Sublayer(...), ...)), see docs/layouts.md'
         )
 
     def check(self) -> None:
         """Raise a ``UserError`` if what was read was changed in place, or gradients are switched off for a part."""
         if torch.is_grad_enabled() != self._grad:
             self.refuse("it uses its residual stream in a part of its forward that switches gradients off or on")
-        if any(x._version != version for x, version in self._seen):
-            self.refuse("its residual stream is changed in place")
+        for x, version in self._seen:
+            if x._version != version:
+                self.refuse("its residual stream is changed in place")
 
     def saw(self, x: Tensor) -> Tensor:
         """Note what was read, so that :meth:`check` finds changes in place; compiled code does not count them."""
@@ -133,12 +154,13 @@ class _Node:
         return self.z is not None and self.state is None
 
     @property
-    def dtype(self) -> torch.dtype:
+    def nearest(self) -> Tensor:
+        """The state that this one is to be computed from: of the same dtype, on the same device."""
         node = self
         while node.state is None:
             assert node.before is not None
             node = node.before
-        return node.state.dtype
+        return node.state
 
     def settle(self) -> Tensor:
         """The state ``[..., D']``, written by now."""
@@ -241,16 +263,6 @@ class ResidualStream:
         return torch.empty(run.shape, device="meta").view(*self._view[1]).shape
 
     @property
-    def ndim(self) -> int:
-        """Number of dimensions."""
-        return len(self.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the state."""
-        return self._current().dtype
-
-    @property
     def data(self) -> NoReturn:
         """Refused, as changes of it are not counted."""
         self._node.run.refuse("its residual stream may be changed in place through its attribute 'data'")
@@ -267,9 +279,13 @@ class ResidualStream:
         """As of a tensor."""
         return len(self.shape)
 
+    ndim = property(dim)
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
+        if name in _PROPERTIES:
+            return getattr(self._current().nearest, name)
         if name in _CASTS or name in _COPIES:
             return lambda *args, **kwargs: self._cast(name, args, kwargs)
         if name in _VIEWS:
@@ -292,7 +308,7 @@ class ResidualStream:
 
     # sums and products
 
-    def __add__(self, z: Any) -> ResidualStream:
+    def _plus(self, z: Any) -> ResidualStream:
         node, run = self._current(), self._node.run
         if isinstance(z, ResidualStream):
             run.refuse("it adds its residual stream to itself")
@@ -307,9 +323,9 @@ class ResidualStream:
             run.begin_sum()
         return ResidualStream(_Node(run, None, node, z=z), self._view)
 
-    __radd__ = __add__
+    __add__ = __radd__ = _plus
 
-    def __mul__(self, factor: Any) -> Any:
+    def _times(self, factor: Any) -> Any:
         node, run = self._current(), self._node.run
         shape = factor.shape if isinstance(factor, Tensor) else torch.Size()
         if isinstance(factor, ResidualStream) or (self._view is not None and len(shape)):
@@ -318,13 +334,13 @@ class ResidualStream:
             return self.read() * factor
         return ResidualStream(_Node(run, None, node, factor=factor), self._view)
 
-    __rmul__ = __mul__
+    __mul__ = __rmul__ = _times
 
     def __iadd__(self, z: Any) -> ResidualStream:
-        return self._change(self + z)
+        return self._change(self._plus(z))
 
     def __imul__(self, factor: Any) -> ResidualStream:
-        product = self * factor
+        product = self._times(factor)
         if not isinstance(product, ResidualStream):
             self._node.run.refuse("its residual stream is changed in place, to a product with something of its shape")
         return self._change(product)
@@ -347,10 +363,12 @@ class ResidualStream:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if len(args) == 2 and not kwargs and name in _ADDS:
-            return args[0] + args[1] if isinstance(args[0], ResidualStream) else args[1] + args[0]
+            stream, other = args if isinstance(args[0], ResidualStream) else args[::-1]
+            return stream._plus(other)
         if len(args) == 2 and not kwargs and name in _MULTIPLIES:
-            return args[0] * args[1] if isinstance(args[0], ResidualStream) else args[1] * args[0]
-        run = next(v._node.run for v in (*args, *kwargs.values()) if isinstance(v, ResidualStream))
+            stream, other = args if isinstance(args[0], ResidualStream) else args[::-1]
+            return stream._times(other)
+        run = next(v._node.run for v in tree_leaves((args, kwargs)) if isinstance(v, ResidualStream))
         if (name.endswith("_") and not name.endswith("__")) and isinstance(args[0], ResidualStream):
             run.refuse(f"its residual stream is changed in place by {name!r}")
         if "out" in kwargs:
@@ -377,6 +395,11 @@ def _read_all(values: Any) -> Any:
 # the modules of a layer
 
 
+def own_class(module: Any) -> Any:
+    """The class that a module had before it was widened."""
+    return getattr(type(module), "widened_from", type(module))
+
+
 def take_streams(layer: nn.Module) -> None:
     """Have the modules that a layer calls take what is read where the layer hands them its stream."""
     for name, module in called_modules(layer).items():
@@ -397,31 +420,38 @@ def called_modules(layer: nn.Module) -> dict[str, nn.Module]:
 
 def read_for(module: nn.Module) -> None:
     """Have one module take what is read for a stream: by a hook, or, if it is an RMSNorm that reads can do, itself."""
-    if hand_over not in module._forward_pre_hooks.values():
-        module.register_forward_pre_hook(hand_over, prepend=True, with_kwargs=True)  # type: ignore[arg-type]
+    if not any(isinstance(hook, HandOver) for hook in module._forward_pre_hooks.values()):
+        module.register_forward_pre_hook(HandOver(module), prepend=True, with_kwargs=True)  # type: ignore[arg-type]
     kind: Any = type(module)
     if not isinstance(module, ReadingNorm) and "forward" not in vars(module) and _is_plain_rms_norm(module):
         module.__class__ = reading_norm_class(kind)
 
 
-def hand_over(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Forward pre-hook: what is read in place of a stream, but for an argument ``residual``, which is added to."""
-    streams = [v for v in (*args, *kwargs.values()) if isinstance(v, ResidualStream)]
-    if not streams or (isinstance(module, ReadingNorm) and "forward" not in vars(module)):
-        return None
-    names = parameters_of(type(module))
-    new = tuple(v if i < len(names) and names[i] == "residual" else _read(v) for i, v in enumerate(args))
-    return new, {k: v if k == "residual" else _read(v) for k, v in kwargs.items()}
+class HandOver:
+    """Forward pre-hook: hand a module what is read in place of a stream.
+
+    An argument called ``residual`` stays the stream, as the module adds to it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        names = list(inspect.signature(module.forward).parameters)
+        self._residual = names.index("residual") if "residual" in names else None
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The arguments, or ``None`` to leave them."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, ResidualStream):
+                break
+        else:
+            return None
+        if isinstance(module, ReadingNorm) and "forward" not in module.__dict__:
+            return None
+        new = tuple(v if i == self._residual else _read(v) for i, v in enumerate(args))
+        return new, {k: v if k == "residual" else _read(v) for k, v in kwargs.items()}
 
 
 def _read(value: Any) -> Any:
     return value.read() if isinstance(value, ResidualStream) else value
-
-
-@cache
-def parameters_of(module_class: Any) -> tuple[str, ...]:
-    """The names that a module's forward takes, without ``self``."""
-    return tuple(inspect.signature(module_class.forward).parameters)[1:]
 
 
 class ReadingNorm:
@@ -434,13 +464,13 @@ class ReadingNorm:
         return super().forward(hidden_states)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _new_norm, (type(self).__mro__[2],), self.__dict__
+        return _new_norm, (own_class(self),), self.__dict__
 
 
 @cache
 def reading_norm_class(norm_class: Any) -> Any:
     """Subclass of an RMSNorm's class that takes a stream."""
-    return type(f"Reading{norm_class.__name__}", (ReadingNorm, norm_class), {})
+    return type(f"Reading{norm_class.__name__}", (ReadingNorm, norm_class), {"widened_from": norm_class})
 
 
 def _new_norm(norm_class: type) -> Any:
@@ -456,9 +486,9 @@ def fusable_norm(norm: Any, dtype: torch.dtype) -> NormWeights | None:
 
 
 def has_hooks(module: Any) -> bool:
-    """Whether something besides :func:`hand_over` is to happen when the module runs, so that it must be run."""
+    """Whether something besides a :class:`HandOver` is to happen when the module runs, so that it must be run."""
     hooks = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
-    before = [hook for hook in module._forward_pre_hooks.values() if hook is not hand_over]
+    before = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, HandOver)]
     return any(hooks) or bool(before) or "forward" in vars(module)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vwn.errors import UserError
-from vwn.hf.residual import LayerPass, ReadingNorm, called_modules
+from vwn.hf.residual import LayerPass, ReadingNorm, called_modules, own_class
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,12 @@ class ProbePass(LayerPass):
     """A pass with a plain residual stream, which notes what the layer does.
 
     Args:
-        layer: whose children are looked at.
-        name: its class name.
+        layer: whose pass it is.
         state: the stream ``[B, S, D]``.
     """
 
-    def __init__(self, layer: nn.Module, name: str, state: Tensor) -> None:
-        super().__init__(name, state.shape, None)
+    def __init__(self, layer: nn.Module, state: Tensor) -> None:
+        super().__init__(layer, state.shape, None)
         self._calls: list[str] = []  # modules that are no norms, since the last sum
         self._modules = called_modules(layer)
         self._names: list[str] = []
@@ -113,6 +112,6 @@ def run_probe(model: Any, hidden_size: int) -> None:
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"the layers of {type(model).__mro__[2].__name__} cannot be tried without numbers ({reason}); describe "
+            f"the layers of {own_class(model).__name__} cannot be tried without numbers ({reason}); describe "
             "their sublayers with vwn.hf.register_layout, see docs/layouts.md"
         ) from error

@@ -6,7 +6,7 @@ whatever transformers does by class (recording outputs, checkpointing, parallel 
 """
 
 import inspect
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from vwn.hf.configuration import VirtualWidthConfig
 from vwn.hf.families import family_of
 from vwn.hf.layouts import Layout, registered_layout
 from vwn.hf.lookahead import Lookahead, Reader, can_read_ahead
-from vwn.hf.residual import LayerPass, called_modules, fusable_norm, parameters_of, read_for, take_streams
+from vwn.hf.residual import LayerPass, called_modules, fusable_norm, own_class, read_for, take_streams
 from vwn.hf.sublayers import FoundLayout, ProbePass, meta_copy, run_probe
 from vwn.initialisation import StatesItsInitialValues
 from vwn.relatives import HyperConnection, ManifoldHyperConnection
@@ -38,23 +38,24 @@ class VirtualWidthLayer:
 
     connections: Any  # a ModuleList of connections, one for each sublayer
     layout: Any  # a Layout or a FoundLayout; None until it is found
+    state_name: str  # of the argument that is the state
 
     def forward(self, *args: Any, lookahead: Lookahead | None = None, **context: Any) -> Any:
         """What the layer returns, on a state ``[B, S, D']``; the other arguments are what the backbone hands it."""
-        kind = own_class(self)
-        name = parameters_of(kind)[0]
-        state = args[0] if args else context.pop(name, None)
+        state = args[0] if args else context.pop(self.state_name, None)
         if not isinstance(state, Tensor):
-            raise UserError(f"{kind.__name__} takes its state as {name!r} or as its first argument, got {state!r}")
+            name = own_class(self).__name__
+            raise UserError(f"{name} takes its state first, or by the name {self.state_name!r}; got {state!r}")
         if self.layout is None:
-            probe: Any = ProbePass(self, kind.__name__, state)  # type: ignore[arg-type]
+            probe = ProbePass(self, state)  # type: ignore[arg-type]
             out = probe.finish(super().forward(probe.stream(state), *args[1:], **context))  # type: ignore[misc]
             self.layout = probe.found()
             return out
         run = ConnectedPass(self, Lookahead() if lookahead is None else lookahead, state)
+        forward: Any = super().forward  # type: ignore[misc]
         if isinstance(self.layout, Layout):
-            return run.finish(self.layout.run(self, run.stream(state), *args[1:], **context))
-        return run.finish(super().forward(run.stream(state), *args[1:], **context))  # type: ignore[misc]
+            forward = partial(self.layout.run, self)
+        return run.finish(forward(run.stream(state), *args[1:], **context))
 
     def reader(self, i: int, dtype: torch.dtype) -> Reader:
         """The connection of sublayer ``i``, and its norm where the read takes that on."""
@@ -83,22 +84,23 @@ class ConnectedPass(LayerPass):
     """
 
     def __init__(self, layer: Any, lookahead: Lookahead, state: Tensor) -> None:
-        self._layer, self._lookahead, self._geometry = layer, lookahead, layer.connections[0].geometry
+        self._connections, self._lookahead = list(layer.connections), lookahead
+        self._geometry = self._connections[0].geometry
         shape = torch.Size((*state.shape[:-1], self._geometry.hidden_size))
-        super().__init__(own_class(layer).__name__, shape, len(layer.connections))
+        super().__init__(layer, shape, len(self._connections))
 
     def read(self, i: int, state: Tensor) -> Tensor:
-        return self._lookahead.read(state, Reader(self._layer.connections[i]))
+        return self._lookahead.read(state, Reader(self._connections[i]))
 
     def read_normed(self, i: int, state: Tensor, norm: nn.Module) -> Tensor | None:
-        connection = self._layer.connections[i]
+        connection = self._connections[i]
         weights = fusable_norm(norm, state.dtype) if connection.fuses_norm(state.dtype) else None
         return None if weights is None else self._lookahead.read(state, Reader(connection, weights))
 
     def write(self, i: int, state: Tensor, z: Tensor) -> Tensor:
-        layer, last = self._layer, i + 1 == self.sublayers
-        ahead = self._next_layers_reader(state.dtype) if last else layer.reader(i + 1, state.dtype)
-        return self._lookahead.write(state, z.to(state.dtype), layer.connections[i], ahead)
+        last = i + 1 == self.sublayers
+        ahead = self._next_layers_reader(state.dtype) if last else self.layer.reader(i + 1, state.dtype)
+        return self._lookahead.write(state, z.to(state.dtype), self._connections[i], ahead)
 
     def scale(self, state: Tensor, factor: Any) -> Tensor:
         if isinstance(factor, Tensor) and factor.ndim and factor.shape[-1] == self._geometry.hidden_size > 1:
@@ -106,16 +108,10 @@ class ConnectedPass(LayerPass):
         return state * factor
 
     def _next_layers_reader(self, dtype: torch.dtype) -> Reader | None:
-        following = self._lookahead.after(self._layer)
-        if isinstance(following, VirtualWidthLayer) and can_read_ahead(self._layer, following):
+        following = self._lookahead.after(self.layer)
+        if isinstance(following, VirtualWidthLayer) and can_read_ahead(self.layer, following):
             return following.reader(0, dtype)  # not for a wrapper, which may run its layer twice
         return None
-
-
-def own_class(layer: Any) -> Any:
-    """The class that a virtual-width layer had before it was widened."""
-    kinds = type(layer).__mro__
-    return kinds[kinds.index(VirtualWidthLayer) + 1] if isinstance(layer, VirtualWidthLayer) else kinds[0]
 
 
 class VirtualWidthBackbone:
@@ -139,14 +135,14 @@ class VirtualWidthBackbone:
     # transformers finds out by reading the source of a class's module; for a class made here that is the base's.
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return cls.__mro__[2]._can_set_attn_implementation()  # type: ignore[attr-defined]
+        return cls.widened_from._can_set_attn_implementation()  # type: ignore[attr-defined]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return cls.__mro__[2]._can_set_experts_implementation()  # type: ignore[attr-defined]
+        return cls.widened_from._can_set_experts_implementation()  # type: ignore[attr-defined]
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _new, (widened_backbone_class, type(self).__mro__[2]), self.__dict__
+        return _new, (widened_backbone_class, own_class(self)), self.__dict__
 
 
 class RepeatedOverSlots:
@@ -159,7 +155,7 @@ class RepeatedOverSlots:
         return repeat_over_slots(super().forward(*args, **kwargs), self.geometry)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _new, (repeated_class, type(self).__mro__[2]), self.__dict__
+        return _new, (repeated_class, own_class(self)), self.__dict__
 
 
 class NoPositions(nn.Module):
@@ -186,31 +182,35 @@ class NormedInBlocks:
         return torch.cat(normed, dim=-1)[..., : g.over_width]
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _new, (normed_class, type(self).__mro__[2]), self.__dict__
+        return _new, (normed_class, own_class(self)), self.__dict__
 
 
 @cache
 def widened_layer_class(layer_class: Any) -> Any:
     """Subclass of a decoder layer class that runs through its connections."""
-    return type(f"VirtualWidth{layer_class.__name__}", (VirtualWidthLayer, layer_class), {})
+    return type(f"VirtualWidth{layer_class.__name__}", (VirtualWidthLayer, layer_class), {"widened_from": layer_class})
 
 
 @cache
 def widened_backbone_class(backbone_class: Any) -> Any:
     """Subclass of a backbone class that knows how our modules start."""
-    return type(f"VirtualWidth{backbone_class.__name__}", (VirtualWidthBackbone, backbone_class), {})
+    return type(
+        f"VirtualWidth{backbone_class.__name__}",
+        (VirtualWidthBackbone, backbone_class),
+        {"widened_from": backbone_class},
+    )
 
 
 @cache
 def repeated_class(module_class: Any) -> Any:
     """Subclass of a module class that fills all slots."""
-    return type(f"Repeated{module_class.__name__}", (RepeatedOverSlots, module_class), {})
+    return type(f"Repeated{module_class.__name__}", (RepeatedOverSlots, module_class), {"widened_from": module_class})
 
 
 @cache
 def normed_class(module_class: Any) -> Any:
     """Subclass of a norm's class that normalises block by block."""
-    return type(f"InBlocks{module_class.__name__}", (NormedInBlocks, module_class), {})
+    return type(f"InBlocks{module_class.__name__}", (NormedInBlocks, module_class), {"widened_from": module_class})
 
 
 def _new(make_class: Any, base: type) -> Any:
@@ -303,7 +303,7 @@ def find_layouts(model: Any) -> list[Layout | FoundLayout]:
         probed = probe.anatomy.layers(probe)
         for layer, layout in zip(probed, layouts, strict=True):
             if layout is None:
-                _take_residuals(layer, None)
+                take_residuals(layer, None)
         run_probe(probe, model.config.hidden_size)
         for i, layer in enumerate(probed):
             layouts[i] = getattr(layer, "layout", layouts[i])
@@ -374,12 +374,13 @@ def build_mtp_layer(config: VirtualWidthConfig, index: int, last: nn.Module) -> 
 
 def _widen_layer(layer: Any, layout: Any, config: VirtualWidthConfig, first: int) -> None:
     layer.connections = nn.ModuleList(_connection(config, first + i) for i in range(len(layout.names)))
-    _take_residuals(layer, layout)
+    take_residuals(layer, layout)
 
 
-def _take_residuals(layer: Any, layout: Any) -> None:
+def take_residuals(layer: Any, layout: Layout | FoundLayout | None) -> None:
+    """Make a decoder layer a virtual-width layer, in place; without a layout it finds it when it first runs."""
     take_streams(layer)
-    layer.layout = layout
+    layer.layout, layer.state_name = layout, next(iter(inspect.signature(layer.forward).parameters))
     kind: Any = type(layer)
     layer.__class__ = widened_layer_class(kind)
 
