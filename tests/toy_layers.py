@@ -267,17 +267,9 @@ class Branches(Layer):
         h = r + h if self.parallel else h
         y = [self.mlp(h) for _ in range(2)]
         for one in y:
-            y[0] = one * h
+            y[0] = one * h.sigmoid()
         h = h + (y[0] if mask is None else y[1] + y[0])
         return h
-
-
-class CrossAttention(Layer):
-    def forward(self, h: Tensor, encoder_hidden_states: Tensor | None = None) -> Tensor:
-        h = h + self.attn(self.norm1(h))[0]
-        if encoder_hidden_states is not None:
-            h = self.attn(h, encoder_hidden_states)[0]
-        return h + self.mlp(self.norm2(h))
 
 
 class Arguments(Layer):
@@ -297,11 +289,7 @@ class NoStream(Layer):
         return args[0] + self.mlp(args[0])
 
 
-class Inheriting(PreNorm):
-    def forward(self, h: Tensor) -> Tensor:  # type: ignore[override]
-        return h + super().forward(h)
-
-
+REFUSED = [InPlace, OutputInPlace, ScaledBetween]
 WIDENED = [
     PreNorm,
     Sandwich,
@@ -310,10 +298,7 @@ WIDENED = [
     ParallelStreamFirst,
     ParallelTwoSums,
     WithoutSaving,
-    InPlace,
-    OutputInPlace,
     ScaledResidual,
-    ScaledBetween,
     ReadsUnscaled,
     Helpers,
     HelperFromPlace,
@@ -321,7 +306,6 @@ WIDENED = [
     Flattened,
     Shapes,
     Branches,
-    CrossAttention,
     Arguments,
 ]
 

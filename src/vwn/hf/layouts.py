@@ -40,8 +40,8 @@ class Sublayer:
         if not isinstance(z, Tensor) or z.shape != x.shape:
             got = list(z.shape) if isinstance(z, Tensor) else type(z).__name__
             raise UserError(
-                f"sublayer {self.core!r} of {own_class(layer).__name__} should return a tensor {list(x.shape)} as it was "
-                f"given, or a tuple that begins with one, got {got}"
+                f"sublayer {self.core!r} of {own_class(layer).__name__} should return a tensor {list(x.shape)} as it "
+                f"was given, or a tuple that begins with one, got {got}"
             )
         return getattr(layer, self.post_norm)(z) if self.post_norm else z
 
@@ -69,8 +69,8 @@ class Layout(tuple[Sublayer, ...]):
             )
             if takes and "hidden_states" not in takes:
                 raise UserError(
-                    f"sublayer {sublayer.core!r} of {own_class(layer).__name__} takes its input as {next(iter(takes))!r}; "
-                    "with takes_context=True it has to be called 'hidden_states'"
+                    f"sublayer {sublayer.core!r} of {own_class(layer).__name__} takes its input as "
+                    f"{next(iter(takes))!r}; with takes_context=True it has to be called 'hidden_states'"
                 )
 
     @property
@@ -88,8 +88,8 @@ class Layout(tuple[Sublayer, ...]):
         """
         if args:
             raise UserError(
-                f"{own_class(layer).__name__} has a registered layout and takes everything but the state by keyword; have the "
-                "backbone hand mask, positions and cache to its layers by name"
+                f"{own_class(layer).__name__} has a registered layout and takes everything but the state by keyword; have "
+                "the backbone hand mask, positions and cache to its layers by name"
             )
         for sublayer in self:
             stream = stream + sublayer(layer, stream, context)

@@ -216,8 +216,8 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
         )
         if lookahead is not None and lookahead.keep_every > 1 and torch.is_grad_enabled() and not lookahead.used:
             raise UserError(
-                f"keep_states_every = {lookahead.keep_every} needs a backbone that hands its layers what accompanies the "
-                f"state, which one of type {self.config.backbone.model_type} does not; set it to 1"
+                f"keep_states_every = {lookahead.keep_every} needs a backbone that hands its layers what accompanies "
+                f"the state, which one of type {self.config.backbone.model_type} does not; set it to 1"
             )
         return VirtualWidthModelOutput(
             # some backbones keep the state in float32

@@ -310,8 +310,11 @@ class ResidualStream:
 
     def _plus(self, z: Any) -> ResidualStream:
         node, run = self._current(), self._node.run
-        if isinstance(z, ResidualStream):
-            run.refuse("it adds its residual stream to itself")
+        if isinstance(z, ResidualStream):  # h + h * gate: the product is what is added
+            other = z._current()
+            if (node.factor is None) == (other.factor is None):
+                run.refuse("it adds its residual stream to itself")
+            return self._plus(z.read()) if node.factor is None else z._plus(self.read())
         if not isinstance(z, Tensor):
             run.refuse(f"it adds {z!r}, which is no tensor, to its residual stream; make it a tensor of its shape")
         run.check()
@@ -336,10 +339,10 @@ class ResidualStream:
 
     __mul__ = __rmul__ = _times
 
-    def __iadd__(self, z: Any) -> ResidualStream:
+    def __iadd__(self, z: Any) -> ResidualStream:  # type: ignore[misc]
         return self._change(self._plus(z))
 
-    def __imul__(self, factor: Any) -> ResidualStream:
+    def __imul__(self, factor: Any) -> ResidualStream:  # type: ignore[misc]
         product = self._times(factor)
         if not isinstance(product, ResidualStream):
             self._node.run.refuse("its residual stream is changed in place, to a product with something of its shape")
@@ -373,7 +376,7 @@ class ResidualStream:
             run.refuse(f"its residual stream is changed in place by {name!r}")
         if "out" in kwargs:
             run.refuse("its residual stream is changed in place by an operation with 'out='")
-        run._in_place |= name == "__iadd__"
+        run._in_place |= name in ("__iadd__", "add_")
         return func(*_read_all(args), **_read_all(kwargs))
 
 
@@ -421,7 +424,7 @@ def called_modules(layer: nn.Module) -> dict[str, nn.Module]:
 def read_for(module: nn.Module) -> None:
     """Have one module take what is read for a stream: by a hook, or, if it is an RMSNorm that reads can do, itself."""
     if not any(isinstance(hook, HandOver) for hook in module._forward_pre_hooks.values()):
-        module.register_forward_pre_hook(HandOver(module), prepend=True, with_kwargs=True)  # type: ignore[arg-type]
+        module.register_forward_pre_hook(HandOver(module), prepend=True, with_kwargs=True)
     kind: Any = type(module)
     if not isinstance(module, ReadingNorm) and "forward" not in vars(module) and _is_plain_rms_norm(module):
         module.__class__ = reading_norm_class(kind)
