@@ -76,7 +76,7 @@ def test_a_class_a_full_name_and_a_bare_name(register: Any) -> None:
     assert layout_of(foreign).names == ["self_attn"]
     assert layout_of(layer).names == ["self_attn", "mlp"]
     del layouts._LAYOUTS[f"{__name__}.LlamaDecoderLayer"]
-    with pytest.raises(UserError, match="is registered for LlamaDecoderLayer, which is transformers.* and .*bare name"):
+    with pytest.raises(UserError, match=r"registered for LlamaDecoderLayer, which is transformers.* and .*bare name"):
         layout_of(foreign)
     register_layout("transformers.models.llama.modeling_llama.LlamaDecoderLayer", [FFN])
     assert layout_of(layer).names == ["mlp"]

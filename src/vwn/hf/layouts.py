@@ -88,8 +88,8 @@ class Layout(tuple[Sublayer, ...]):
         """
         if args:
             raise UserError(
-                f"{own_class(layer).__name__} has a registered layout and takes everything but the state by keyword; have "
-                "the backbone hand mask, positions and cache to its layers by name"
+                f"{own_class(layer).__name__} has a registered layout and takes everything but the state by keyword; "
+                "have the backbone hand mask, positions and cache to its layers by name"
             )
         for sublayer in self:
             stream = stream + sublayer(layer, stream, context)

@@ -17,7 +17,7 @@ from vwn.hf.lookahead import Lookahead, keeps_its_weights
 from vwn.hf.loss import choose_loss, fused_cross_entropy
 from vwn.hf.mtp_decoding import MtpGenerationMixin
 from vwn.hf.outputs import VirtualWidthCausalLMOutput, VirtualWidthModelOutput
-from vwn.hf.residual import has_hooks
+from vwn.hf.reading import has_hooks
 from vwn.hf.saving import SavingMixin
 from vwn.hf.widening import (
     VirtualWidthLayer,

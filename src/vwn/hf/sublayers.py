@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vwn.errors import UserError
-from vwn.hf.residual import LayerPass, ReadingNorm, called_modules, own_class
+from vwn.hf.reading import ReadingNorm, called_modules
+from vwn.hf.residual import LayerPass, own_class
 
 
 @dataclass(frozen=True)

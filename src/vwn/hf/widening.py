@@ -24,7 +24,8 @@ from vwn.hf.configuration import VirtualWidthConfig
 from vwn.hf.families import family_of
 from vwn.hf.layouts import Layout, registered_layout
 from vwn.hf.lookahead import Lookahead, Reader, can_read_ahead
-from vwn.hf.residual import LayerPass, called_modules, fusable_norm, own_class, read_for, take_streams
+from vwn.hf.reading import called_modules, fusable_norm, read_for, take_streams
+from vwn.hf.residual import LayerPass, own_class
 from vwn.hf.sublayers import FoundLayout, ProbePass, meta_copy, run_probe
 from vwn.initialisation import StatesItsInitialValues
 from vwn.relatives import HyperConnection, ManifoldHyperConnection
