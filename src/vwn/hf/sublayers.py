@@ -89,13 +89,24 @@ class ProbePass(LayerPass):
 
 
 def meta_copy(model: Any) -> Any:
-    """A copy of a model without memory, in bfloat16, which every operation has on the meta device."""
+    """A copy of a model without memory or hooks, in bfloat16, which every operation has on the meta device."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
         meta = torch.empty_like(tensor, device="meta", dtype=dtype, requires_grad=False)
         memo[id(tensor)] = nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
-    return copy.deepcopy(model, memo).eval()
+    found = copy.deepcopy(model, memo).eval()
+    for module in found.modules():
+        vars(module).pop("forward", None)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            hooks.clear()
+    attention = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    for config in {id(c): c for c in (getattr(m, "config", None) for m in found.modules()) if c is not None}.values():
+        if getattr(config, "_experts_implementation", None) is not None:
+            config._experts_implementation = "grouped_mm"  # others look at numbers
+        if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
+            config._attn_implementation = attention
+    return found
 
 
 def run_probe(model: Any, hidden_size: int) -> None:
