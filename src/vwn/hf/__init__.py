@@ -11,7 +11,6 @@ from vwn.hf.model import (
     VirtualWidthModel,
     VirtualWidthModelOutput,
 )
-from vwn.hf.structure import find_structure
 
 AutoConfig.register("virtual_width", VirtualWidthConfig)
 AutoModel.register(VirtualWidthConfig, VirtualWidthModel)
@@ -25,7 +24,6 @@ __all__ = [
     "VirtualWidthForCausalLM",
     "VirtualWidthModel",
     "VirtualWidthModelOutput",
-    "find_structure",
     "layout_of",
     "register_layout",
     "widen",
