@@ -26,8 +26,8 @@ from benchmarks.report import NOT_MEASURED, Report, parser
 from vwn import GeneralizedHyperConnection, Geometry, ops
 from vwn.common.errors import UserError
 from vwn.cost.connection import connection_cost
+from vwn.hf.lookahead import Lookahead, Reader
 from vwn.hf.loss import choose_loss
-from vwn.hf.stream import Reader, Stream
 from vwn.ops import RoutingWeights
 from vwn.ops.weights import pack, unpack
 
@@ -100,12 +100,12 @@ def _chain(shape: tuple[int, int], who: str, keep: int, options: argparse.Namesp
 
 
 def _op_chain(state: Tensor, connections: list[GeneralizedHyperConnection], keep: int) -> Tensor:
-    stream = Stream(keep_every=keep)
+    lookahead = Lookahead(keep_every=keep)
     readers = [Reader(c) for c in connections]
-    x = stream.read(state, readers[0])
+    x = lookahead.read(state, readers[0])
     for reader, following in pairwise(readers):
-        state, x = stream.write_read(state, -x, reader.connection, following)
-    return stream.write(state, -x, readers[-1].connection)
+        state, x = lookahead.write_read(state, -x, reader.connection, following)
+    return lookahead.write(state, -x, readers[-1].connection)
 
 
 def _listing_chain(state: Tensor, connections: list[GeneralizedHyperConnection], keep: int) -> Tensor:

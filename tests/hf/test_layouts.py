@@ -9,7 +9,7 @@ import torch
 
 from tiny import backbone_config, token_ids
 from vwn import UserError, VirtualWidthConfig, VirtualWidthForCausalLM
-from vwn.hf import Sublayer, layouts, register_layout
+from vwn.hf import Sublayer, layout_of, layouts, register_layout
 
 ATTENTION = Sublayer("self_attn", pre_norm="input_layernorm", takes_context=True)
 FFN = Sublayer("mlp", pre_norm="post_attention_layernorm")
@@ -18,6 +18,7 @@ FFN = Sublayer("mlp", pre_norm="post_attention_layernorm")
 @pytest.fixture
 def register(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(layouts, "_LAYOUTS", {})
+    monkeypatch.setattr(layouts, "_MEANT", {})
     return lambda *sublayers: register_layout("LlamaDecoderLayer", sublayers)
 
 
@@ -62,3 +63,26 @@ def test_a_core_returns_a_tensor_like_its_input(register: Any, monkeypatch: pyte
         monkeypatch.setattr(model.model.layers[1].mlp, "forward", lambda x, r=result: r)
         with pytest.raises(UserError, match=rf"'mlp' of LlamaDecoderLayer should return .*got {got}"):
             model(token_ids())
+
+
+def test_a_class_a_full_name_and_a_bare_name(register: Any) -> None:
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    other = type("LlamaDecoderLayer", (LlamaDecoderLayer,), {})  # of another library
+    layer, foreign = (kind(backbone_config(), 0) for kind in (LlamaDecoderLayer, other))
+    assert layout_of(layer) is None
+    register_layout(other, [ATTENTION])
+    register(ATTENTION, FFN)
+    assert layout_of(foreign).names == ["self_attn"]
+    assert layout_of(layer).names == ["self_attn", "mlp"]
+    del layouts._LAYOUTS[f"{__name__}.LlamaDecoderLayer"]
+    with pytest.raises(UserError, match=r"registered for LlamaDecoderLayer, which is transformers.* and .*bare name"):
+        layout_of(foreign)
+    register_layout("transformers.models.llama.modeling_llama.LlamaDecoderLayer", [FFN])
+    assert layout_of(layer).names == ["mlp"]
+
+
+def test_of_a_widened_layer_it_says_what_was_found() -> None:
+    layout = layout_of(build().model.layers[0])
+    assert layout.names == ("self_attn", "mlp")
+    assert layout.norms == ("input_layernorm", "post_attention_layernorm")

@@ -49,18 +49,12 @@ def logits_of(model: Any, ids: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
     return full, torch.cat(parts, dim=1)
 
 
-def status(model_type: str) -> tuple[str, str]:
-    """``logits`` and ``cached`` of a type's row."""
-    if model_type in zoo.NOT_DECODERS:
-        return f"refused: {zoo.NOT_DECODERS[model_type]}", ""
-    model = zoo.tiny_causal_lm(model_type)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, 90, (2, 9), generator=generator)
-    try:
-        wide = widen(model, m=2, n=3)
-    except UserError as error:
-        reason = str(error).split("cannot be widened")[-1].partition(": ")[2].partition("; if it is a sum")[0]
-        return f"refused: {reason or error}", ""
+def status(model: Any, wide: Any) -> tuple[str, str]:
+    """``logits`` and ``cached`` of the row of a model and its widened one, or of the error in its place."""
+    if isinstance(wide, UserError):
+        reason = str(wide).split("cannot be widened")[-1].partition(": ")[2].partition("; if it is a sum")[0]
+        return f"refused: {reason or wide}", ""
+    ids = torch.randint(0, 90, (2, 9), generator=torch.Generator().manual_seed(1))
     plain, ours = logits_of(model, ids, 6), logits_of(wide, ids, 6)
     scale = plain[0].abs().max().item()
     verdicts = []
@@ -70,9 +64,22 @@ def status(model_type: str) -> tuple[str, str]:
     return verdicts[0], verdicts[1]
 
 
-def row(model_type: str) -> str:
-    """A line of the page."""
-    return "| `{}` | {} | {} |".format(model_type, *status(model_type))
+def widened(model_type: str) -> tuple[Any, Any]:
+    """A tiny model of a type, and what widening it gives: a model or the error."""
+    model = zoo.tiny_causal_lm(model_type)
+    try:
+        return model, widen(model, m=2, n=3)
+    except UserError as error:
+        return model, error
+
+
+def row(model_type: str, model: Any = None, wide: Any = None) -> str:
+    """A line of the page; of a model and its widened one if they are at hand."""
+    if model_type in zoo.NOT_DECODERS:
+        found = f"refused: {zoo.NOT_DECODERS[model_type]}", ""
+    else:
+        found = status(*(widened(model_type) if model is None else (model, wide)))
+    return "| `{}` | {} | {} |".format(model_type, *found)
 
 
 def page() -> str:

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vwn.hf.structure import find_structure
-from vwn.hf.widening import VirtualWidthLayer, widened_layer_class
+from vwn.hf.residual import own_class
+from vwn.hf.sublayers import FoundLayout, meta_copy
+from vwn.hf.widening import VirtualWidthLayer, take_residuals
 from vwn.nn.generalized import GeneralizedHyperConnection
 
 D, N = 6, 3
@@ -266,17 +267,9 @@ class Branches(Layer):
         h = r + h if self.parallel else h
         y = [self.mlp(h) for _ in range(2)]
         for one in y:
-            y[0] = one * h
+            y[0] = one * h.sigmoid()
         h = h + (y[0] if mask is None else y[1] + y[0])
         return h
-
-
-class CrossAttention(Layer):
-    def forward(self, h: Tensor, encoder_hidden_states: Tensor | None = None) -> Tensor:
-        h = h + self.attn(self.norm1(h))[0]
-        if encoder_hidden_states is not None:
-            h = self.attn(h, encoder_hidden_states)[0]
-        return h + self.mlp(self.norm2(h))
 
 
 class Arguments(Layer):
@@ -296,11 +289,7 @@ class NoStream(Layer):
         return args[0] + self.mlp(args[0])
 
 
-class Inheriting(PreNorm):
-    def forward(self, h: Tensor) -> Tensor:  # type: ignore[override]
-        return h + super().forward(h)
-
-
+REFUSED = [InPlace, OutputInPlace, ScaledBetween]
 WIDENED = [
     PreNorm,
     Sandwich,
@@ -309,10 +298,7 @@ WIDENED = [
     ParallelStreamFirst,
     ParallelTwoSums,
     WithoutSaving,
-    InPlace,
-    OutputInPlace,
     ScaledResidual,
-    ScaledBetween,
     ReadsUnscaled,
     Helpers,
     HelperFromPlace,
@@ -320,20 +306,28 @@ WIDENED = [
     Flattened,
     Shapes,
     Branches,
-    CrossAttention,
     Arguments,
 ]
 
 
-def widened(layer: Any) -> Any:
+def found(layer: Any) -> FoundLayout:
+    """What a layer consists of, by a pass without numbers."""
+    probe = meta_copy(layer)
+    take_residuals(probe, None)
+    with torch.no_grad():
+        probe(torch.empty(2, 4, D, device="meta", dtype=torch.bfloat16))
+    return probe.layout
+
+
+def widened(layer: Any, layout: FoundLayout | None = None) -> Any:
     """The same weights, read from and written to a state of ``N`` slots."""
-    structure = find_structure(layer)
+    layout = layout or found(layer)
     wide = copy.deepcopy(layer)
-    wide.layout = structure
-    connections = [GeneralizedHyperConnection(D, 1, N, dynamic=False, backend="reference") for _ in structure.names]
+    connections = [GeneralizedHyperConnection(D, 1, N, dynamic=False, backend="reference") for _ in layout.names]
     wide.connections = nn.ModuleList(connections).double()
-    wide.__class__ = widened_layer_class(type(layer))
+    take_residuals(wide, layout)
     assert isinstance(wide, VirtualWidthLayer)
+    assert own_class(wide) is type(layer)
     return wide
 
 

@@ -28,7 +28,6 @@ from vwn.hf.model import (
     VirtualWidthModel,
     VirtualWidthModelOutput,
 )
-from vwn.hf.structure import find_structure
 from vwn.hf.trainer_mixin import MultiTokenTrainerMixin
 
 AutoConfig.register("virtual_width", VirtualWidthConfig)
@@ -51,7 +50,6 @@ __all__ = [
     "VirtualWidthForTokenClassification",
     "VirtualWidthModel",
     "VirtualWidthModelOutput",
-    "find_structure",
     "layout_of",
     "register_layout",
     "widen",

@@ -227,7 +227,7 @@ def _materialise(wide: VirtualWidthForCausalLM, model: PreTrainedModel) -> None:
 
 def _initialise_predictors(wide: VirtualWidthForCausalLM, model: PreTrainedModel) -> None:
     for k, predictor in enumerate(wide.model.mtp):
-        layer, norm = build_mtp_layer(wide.config, k)
+        layer, norm = build_mtp_layer(wide.config, k, wide.model.layers[-1])
         predictor.layer, predictor.norm = layer.to(model.device), norm.to(model.device)
         for module in predictor.modules():
             module._is_hf_initialized = False  # type: ignore[assignment]

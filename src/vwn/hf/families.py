@@ -1,6 +1,6 @@
 """What the model types of transformers do outside their decoder layers, and which cannot be widened.
 
-The layers explain themselves (:mod:`vwn.hf.structure`); what stands in front of and behind them is told here, by the
+The layers explain themselves (:mod:`vwn.hf.sublayers`); what stands in front of and behind them is told here, by the
 names that the types' configs and modules have.
 """
 
@@ -11,6 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sublayers:
+    """The sublayers of every layer of a type: attributes of their cores, and of the RMSNorms in front or ``None``."""
+
+    names: tuple[str, ...]
+    norms: tuple[str | None, ...]
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class Family:
         divides_logits: field of the config that divides the logits.
         multiplies_logits: field of the config that multiplies the logits.
         no_aux_loss: whether its causal LM adds no auxiliary loss of its routers although its config has a coefficient.
+        sublayers: what its layers consist of, where a forward pass on the meta device cannot tell.
         no_mtp: why one of its layers cannot be an MTP module.
         refused: why the type cannot be widened.
     """
@@ -38,6 +47,7 @@ class Family:
     divides_logits: str | None = None
     multiplies_logits: str | None = None
     no_aux_loss: bool = False
+    sublayers: Sublayers | None = None
     no_mtp: str | None = None
     refused: str | None = None
 
@@ -48,13 +58,14 @@ _GRANITE = Family(divides_logits="logits_scaling")
 _SHARED = Family(refused="its layers share weights and take the embedding beside the residual stream")
 
 FAMILIES: dict[str, Family] = {
-    "biogpt": Family(positions=("embed_positions",)),
+    "biogpt": Family(positions=("embed_positions",), sublayers=Sublayers(("self_attn", "fc1"), (None, None))),
     "bloom": Family(embedding_norm="word_embeddings_layernorm"),
     "codegen": Family(head_bias=True),
     "cohere": _COHERE,
     "cohere2": _COHERE,
     "cohere2_moe": _COHERE,
     "cohere_compass_text": _COHERE,
+    "dbrx": Family(refused="its layers hand their residual stream to a module inside and take it back from there"),
     "deepseek_v4": _WIDENED,
     "ctrl": Family(refused="it adds positions to the embedding in its own forward"),
     "falcon_h1": Family(
@@ -82,10 +93,18 @@ FAMILIES: dict[str, Family] = {
     "hyperclovax": Family(multiplies_logits="logits_scaling"),
     "inkling_text": Family(divides_hidden="logits_mup_width_multiplier"),
     "inkling2_text": Family(refused="its layers mix all earlier states, by a residual scheme of their own"),
+    "jetmoe": Family(sublayers=Sublayers(("self_attention", "mlp"), ("input_layernorm", "post_attention_layernorm"))),
     "llama4": Family(no_aux_loss=True),
     "llama4_text": Family(no_aux_loss=True),
+    "longcat_flash": Family(
+        sublayers=Sublayers(
+            ("self_attn", "mlp", "self_attn", "mlps"),
+            tuple(f"{norm}_layernorm.{i}" for i in (0, 1) for norm in ("input", "post_attention")),
+        )
+    ),
     "minicpm3": Family(divides_hidden="logits_scaling"),
     "modernbert-decoder": Family(refused="its head is more than one linear map"),
+    "moshi": Family(sublayers=Sublayers(("self_attn", "mlp"), (None, None))),
     "opt": Family(positions=("embed_positions",)),
     "phi": Family(head_bias=True),
     "qwen4_exp": _WIDENED,

@@ -16,10 +16,10 @@ from vwn.hf.configuration import VirtualWidthConfig
 from vwn.hf.decoding.mtp import MtpGenerationMixin
 from vwn.hf.documents import number_documents
 from vwn.hf.families import has_head_bias, scaled_embedding, scaled_hidden, scaled_logits, scales_logits
-from vwn.hf.layouts import has_hooks
+from vwn.hf.lookahead import Lookahead, keeps_its_weights
 from vwn.hf.loss import choose_loss, denominator, fused_cross_entropy, targets_of_heads
 from vwn.hf.outputs import CACHE_FIELD, VirtualWidthCausalLMOutput, VirtualWidthModelOutput
-from vwn.hf.stream import Stream, keeps_its_weights
+from vwn.hf.reading import has_hooks
 from vwn.hf.widening import (
     CACHE_NAMES,
     VirtualWidthLayer,
@@ -160,7 +160,7 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
         self.reduce = self._new_reduce()
         self.mtp = nn.ModuleList(
             MultiTokenPredictor(g, layer, self._new_reduce(), norm)
-            for layer, norm in (build_mtp_layer(config, k) for k in range(config.num_mtp_modules))
+            for layer, norm in (build_mtp_layer(config, k, self.layers[-1]) for k in range(config.num_mtp_modules))
         )
         self.post_init()
 
@@ -218,10 +218,10 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name) is None:
                 kwargs[name] = getattr(self.config, name)
-        stream = None
+        lookahead = None
         if self.config.connection != "residual":
             state = state.to(state_dtype(state))
-            stream = kwargs["stream"] = Stream(self.layers, self._keep_every())
+            lookahead = kwargs["lookahead"] = Lookahead(self.layers, self._keep_every())
         out = self.backbone.run(
             inputs_embeds=state.view_as(state),  # so that its gradients add up in one order, checkpointing or not
             attention_mask=attention_mask,
@@ -230,10 +230,10 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
-        if stream is not None and stream.keep_every > 1 and torch.is_grad_enabled() and not stream.used:
+        if lookahead is not None and lookahead.keep_every > 1 and torch.is_grad_enabled() and not lookahead.used:
             raise UserError(
-                f"keep_states_every = {stream.keep_every} needs a backbone that hands its layers what accompanies the "
-                f"state, which one of type {self.config.backbone.model_type} does not; set it to 1"
+                f"keep_states_every = {lookahead.keep_every} needs a backbone that hands its layers what accompanies "
+                f"the state, which one of type {self.config.backbone.model_type} does not; set it to 1"
             )
         last_hidden_state = self.norm(self.reduce_state(out.last_hidden_state.to(state.dtype)))
         wide = out.get("hidden_states")
@@ -289,6 +289,8 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
         every = self.keep_states_every
         if not isinstance(every, int) or every < 1:
             raise UserError(f"keep_states_every must be a whole number of sublayers, 1 or more, got {every!r}")
+        if every == 1:
+            return 1
         c = self.config
         if every > 1 and c.connection != "residual" and (c.connection, c.carry_constraint) != ("ghc", "none"):
             carry = "" if c.carry_constraint == "none" else f" with a {c.carry_constraint} carry"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vwn.common.errors import UserError
 from vwn.hf import VirtualWidthForCausalLM
-from vwn.hf.stream import Reader, Stream
+from vwn.hf.lookahead import Lookahead, Reader
 from vwn.nn.connection import Connection
 
 Visit = Callable[[int, Tensor, Tensor, Connection], None]
@@ -18,7 +18,7 @@ Visit = Callable[[int, Tensor, Tensor, Connection], None]
 _SHORT = {"self_attn": "attn"}
 
 
-class RecordingStream(Stream):
+class RecordingLookahead(Lookahead):
     """Reads and writes one at a time, and shows every state with what is written to it."""
 
     def __init__(self, visit: Visit) -> None:
@@ -54,17 +54,17 @@ def record(model: VirtualWidthForCausalLM, ids: Tensor, visit: Visit) -> Tensor:
     Raises:
         UserError: a backbone that does not hand its layers what accompanies the state.
     """
-    stream = RecordingStream(visit)
+    lookahead = RecordingLookahead(visit)
 
     def use_ours(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, kwargs | {"stream": stream}
+        return args, kwargs | {"lookahead": lookahead}
 
     hook = model.model.backbone.register_forward_pre_hook(use_ours, with_kwargs=True)
     try:
         if model.model.backbone.arguments is None:
             # the whole model, so that what shards it gathers its weights
             state = model(ids, use_cache=False, output_over_width_state=True, logits_to_keep=1).over_width_state
-            if stream.index == len(sublayer_names(model)):
+            if lookahead.index == len(sublayer_names(model)):
                 return state
     finally:
         hook.remove()

@@ -6,7 +6,7 @@ whatever transformers does by class (recording outputs, checkpointing, parallel 
 """
 
 import inspect
-from functools import cache
+from functools import cache, partial, reduce
 from typing import Any
 
 import torch
@@ -19,8 +19,11 @@ from vwn.common.errors import UserError
 from vwn.hf.anatomy import Anatomy, find_anatomy
 from vwn.hf.configuration import VirtualWidthConfig
 from vwn.hf.families import family_of
-from vwn.hf.layouts import fusable_norm, layout_of
-from vwn.hf.stream import Reader, Stream, can_read_ahead
+from vwn.hf.layouts import Layout, registered_layout
+from vwn.hf.lookahead import Lookahead, Reader, can_read_ahead
+from vwn.hf.reading import called_modules, fusable_norm, read_for, take_streams
+from vwn.hf.residual import LayerPass, own_class
+from vwn.hf.sublayers import FoundLayout, ProbePass, meta_copy, run_probe
 from vwn.nn.connection import Connection
 from vwn.nn.embedding import repeat_over_slots
 from vwn.nn.generalized import GeneralizedHyperConnection
@@ -30,76 +33,87 @@ from vwn.nn.relatives import HyperConnection, ManifoldHyperConnection
 
 # transformers' names for a cache: from 5.24 on, before that, and before that of Mamba's kind
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-_OPTIONAL = ("position_ids", *CACHE_NAMES, "output_hidden_states", "output_attentions", "stream")
+_OPTIONAL = ("position_ids", *CACHE_NAMES, "output_hidden_states", "output_attentions", "lookahead")
 
 
 class VirtualWidthLayer:
-    """Mixin for a decoder layer: for each sublayer read, run, write (eq. 10)."""
+    """Mixin for a decoder layer: its own ``forward`` on an over-width state, through its connections (eq. 10)."""
 
     connections: Any  # a ModuleList of connections, one for each sublayer
-    layout: Any  # a Layout or a Structure
+    layout: Any  # a Layout or a FoundLayout; None until it is found
+    state_name: str  # of the argument that is the state
 
-    def forward(self, *args: Any, stream: Stream | None = None, **context: Any) -> Any:
+    def forward(self, *args: Any, lookahead: Lookahead | None = None, **context: Any) -> Any:
         """What the layer returns, on a state ``[B, S, D']``; the other arguments are what the backbone hands it."""
-        state: Any = next(value for value in (*args, *context.values()) if isinstance(value, Tensor))
-        return self.layout.run(self, Seam(self, Stream() if stream is None else stream, state.dtype), *args, **context)
+        state = args[0] if args else context.pop(self.state_name, None)
+        if not isinstance(state, Tensor):
+            name = own_class(self).__name__
+            raise UserError(f"{name} takes its state first, or by the name {self.state_name!r}; got {state!r}")
+        if self.layout is None:
+            probe = ProbePass(self, state)  # type: ignore[arg-type]
+            out = probe.finish(super().forward(probe.stream(state), *args[1:], **context))  # type: ignore[misc]
+            self.layout = probe.found()
+            return out
+        run = ConnectedPass(self, Lookahead() if lookahead is None else lookahead, state)
+        forward: Any = super().forward  # type: ignore[misc]
+        if isinstance(self.layout, Layout):
+            forward = partial(self.layout.run, self)
+        return run.finish(forward(run.stream(state), *args[1:], **context))
 
-    def readers(self, dtype: torch.dtype) -> list[Reader]:
-        """For each sublayer its connection, and its norm where the read takes that on."""
-        return [
-            Reader(c, fusable_norm(self.layout.norm(self, i), dtype) if c.fuses_norm(dtype) else None)
-            for i, c in enumerate(self.connections)
-        ]
+    def reader(self, i: int, dtype: torch.dtype) -> Reader:
+        """The connection of sublayer ``i``, and its norm where the read takes that on."""
+        connection, name = self.connections[i], self.layout.norms[i]
+        if name is None or not connection.fuses_norm(dtype):
+            return Reader(connection)
+        return Reader(connection, fusable_norm(reduce(getattr, name.split("."), self), dtype))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) and name != "connections":
+            for module in called_modules(nn.ModuleList([value])).values():
+                read_for(module)
+        super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _new, (widened_layer_class, type(self).__mro__[2]), self.__dict__
+        return _new, (widened_layer_class, own_class(self)), self.__dict__
 
 
-class Seam:
-    """Where one layer meets the stream in one forward pass.
+class ConnectedPass(LayerPass):
+    """One forward pass of a layer whose sublayers have connections.
 
     Args:
         layer: a virtual-width layer.
-        stream: what accompanies the state.
-        dtype: of the state.
+        lookahead: of the forward pass of the backbone.
+        state: ``[..., D']``.
     """
 
-    def __init__(self, layer: Any, stream: Stream, dtype: torch.dtype) -> None:
-        self._layer, self._stream, self._readers = layer, stream, layer.readers(dtype)
+    def __init__(self, layer: Any, lookahead: Lookahead, state: Tensor) -> None:
+        self._connections, self._lookahead = list(layer.connections), lookahead
+        self._geometry = self._connections[0].geometry
+        shape = torch.Size((*state.shape[:-1], self._geometry.hidden_size))
+        super().__init__(layer, shape, len(self._connections))
 
     def read(self, i: int, state: Tensor) -> Tensor:
-        """The input of sublayer ``i``, behind the norm that the layout has for it: ``[B, S, D'] -> [B, S, D]``."""
-        reader = self._readers[i]
-        x = self._stream.read(state, reader)
-        norm = self._layer.layout.norm(self._layer, i)
-        return x if norm is None or reader.norm is not None else norm(x)
+        return self._lookahead.read(state, Reader(self._connections[i]))
+
+    def read_normed(self, i: int, state: Tensor, norm: nn.Module) -> Tensor | None:
+        connection = self._connections[i]
+        weights = fusable_norm(norm, state.dtype) if connection.fuses_norm(state.dtype) else None
+        return None if weights is None else self._lookahead.read(state, Reader(connection, weights))
 
     def write(self, i: int, state: Tensor, z: Tensor) -> Tensor:
-        """The state after the output ``z`` ``[B, S, D]`` of sublayer ``i``, reading for the next one meanwhile."""
-        if not isinstance(z, Tensor):
-            name = type(self._layer).__mro__[2].__name__
-            raise UserError(
-                f"{name} adds {z!r}, no tensor, to its residual stream in sublayer {i}; "
-                "make it a tensor of the stream's shape"
-            )
-        ahead = self._readers[i + 1] if i + 1 < len(self._readers) else self._next_layers_reader(state.dtype)
-        return self._stream.write(state, z.to(state.dtype), self._readers[i].connection, ahead)
+        last = i + 1 == self.sublayers
+        ahead = self._next_layers_reader(state.dtype) if last else self.layer.reader(i + 1, state.dtype)
+        return self._lookahead.write(state, z.to(state.dtype), self._connections[i], ahead)
 
     def scale(self, state: Tensor, factor: Any) -> Tensor:
-        """The state times a number, or times ``D`` of them in every slot."""
-        geometry = self._readers[0].connection.geometry
-        if isinstance(factor, Tensor) and factor.ndim and factor.shape[-1] == geometry.hidden_size > 1:
-            factor = repeat_over_slots(factor, geometry)
+        if isinstance(factor, Tensor) and factor.ndim and factor.shape[-1] == self._geometry.hidden_size > 1:
+            factor = repeat_over_slots(factor, self._geometry)
         return state * factor
 
-    def zeros(self, x: Tensor) -> Tensor:
-        """Stands in for the stream in a function that would add it."""
-        return torch.zeros_like(x)
-
     def _next_layers_reader(self, dtype: torch.dtype) -> Reader | None:
-        following = self._stream.after(self._layer)
-        if isinstance(following, VirtualWidthLayer) and can_read_ahead(self._layer, following):
-            return following.readers(dtype)[0]  # not for a wrapper, which may run its layer twice
+        following = self._lookahead.after(self.layer)
+        if isinstance(following, VirtualWidthLayer) and can_read_ahead(self.layer, following):
+            return following.reader(0, dtype)  # not for a wrapper, which may run its layer twice
         return None
 
 
@@ -124,14 +138,14 @@ class VirtualWidthBackbone:
     # transformers finds out by reading the source of a class's module; for a class made here that is the base's.
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return cls.__mro__[2]._can_set_attn_implementation()  # type: ignore[attr-defined]
+        return cls.widened_from._can_set_attn_implementation()  # type: ignore[attr-defined]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return cls.__mro__[2]._can_set_experts_implementation()  # type: ignore[attr-defined]
+        return cls.widened_from._can_set_experts_implementation()  # type: ignore[attr-defined]
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _new, (widened_backbone_class, type(self).__mro__[2]), self.__dict__
+        return _new, (widened_backbone_class, own_class(self)), self.__dict__
 
 
 class RepeatedOverSlots:
@@ -144,7 +158,7 @@ class RepeatedOverSlots:
         return repeat_over_slots(super().forward(*args, **kwargs), self.geometry)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _new, (repeated_class, type(self).__mro__[2]), self.__dict__
+        return _new, (repeated_class, own_class(self)), self.__dict__
 
 
 class NoPositions(nn.Module):
@@ -171,31 +185,35 @@ class NormedInBlocks:
         return torch.cat(normed, dim=-1)[..., : g.over_width]
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _new, (normed_class, type(self).__mro__[2]), self.__dict__
+        return _new, (normed_class, own_class(self)), self.__dict__
 
 
 @cache
 def widened_layer_class(layer_class: Any) -> Any:
     """Subclass of a decoder layer class that runs through its connections."""
-    return type(f"VirtualWidth{layer_class.__name__}", (VirtualWidthLayer, layer_class), {})
+    return type(f"VirtualWidth{layer_class.__name__}", (VirtualWidthLayer, layer_class), {"widened_from": layer_class})
 
 
 @cache
 def widened_backbone_class(backbone_class: Any) -> Any:
     """Subclass of a backbone class that knows how our modules start."""
-    return type(f"VirtualWidth{backbone_class.__name__}", (VirtualWidthBackbone, backbone_class), {})
+    return type(
+        f"VirtualWidth{backbone_class.__name__}",
+        (VirtualWidthBackbone, backbone_class),
+        {"widened_from": backbone_class},
+    )
 
 
 @cache
 def repeated_class(module_class: Any) -> Any:
     """Subclass of a module class that fills all slots."""
-    return type(f"Repeated{module_class.__name__}", (RepeatedOverSlots, module_class), {})
+    return type(f"Repeated{module_class.__name__}", (RepeatedOverSlots, module_class), {"widened_from": module_class})
 
 
 @cache
 def normed_class(module_class: Any) -> Any:
     """Subclass of a norm's class that normalises block by block."""
-    return type(f"InBlocks{module_class.__name__}", (NormedInBlocks, module_class), {})
+    return type(f"InBlocks{module_class.__name__}", (NormedInBlocks, module_class), {"widened_from": module_class})
 
 
 def _new(make_class: Any, base: type) -> Any:
@@ -243,22 +261,56 @@ def widen_backbone(config: VirtualWidthConfig, model: Any) -> tuple[Any, nn.Modu
         UserError: a model that cannot be widened, with the reason.
     """
     refuse_family(model.config)
-    model.anatomy, (model.arguments, model.cache_name) = find_anatomy(model), _arguments(model)
     if not isinstance(model, VirtualWidthBackbone):
         kind: Any = type(model)
         model.__class__ = widened_backbone_class(kind)
         with torch.device("meta"):  # transformers notes what a class can record when one of it is made
             type(model)(model.config)
-    norm, table = model.anatomy.take_norm(model), model.anatomy.take_embedding(model)
-    _widen_front(config, model)
+    model.anatomy, (model.arguments, model.cache_name) = find_anatomy(model), _arguments(model)
+    layouts = find_layouts(model)
+    norm, table = _take_ends(config, model)
     first = 0
-    for layer in model.anatomy.layers(model):
-        layout = layout_of(layer)  # one that is not a sum is refused as a plain baseline too
+    for layer, layout in zip(model.anatomy.layers(model), layouts, strict=True):
         if config.connection != "residual":
             _widen_layer(layer, layout, config, first)
         first += len(layout.names)
     model._no_split_modules = {type(layer).__name__ for layer in model.anatomy.layers(model)}
     return model, norm, table
+
+
+def _take_ends(config: VirtualWidthConfig, model: Any) -> tuple[nn.Module, nn.Embedding]:
+    """Take the final norm and the token embedding of a base model, and fit what is in front of its layers."""
+    norm, table = model.anatomy.take_norm(model), model.anatomy.take_embedding(model)
+    _widen_front(config, model)
+    return norm, table
+
+
+def find_layouts(model: Any) -> list[Layout | FoundLayout]:
+    """What each layer of a base model consists of: as registered or told by its family, or else found by a probe.
+
+    Raises:
+        UserError: a layer that does not just add to its residual stream, or lacks what its layout names.
+    """
+    layers, told = model.anatomy.layers(model), family_of(model.config).sublayers
+    layouts: list[Any] = [registered_layout(layer) for layer in layers]
+    for layer in layers:
+        if "forward" in vars(layer):
+            raise UserError(
+                f"{type(layer).__name__} cannot be widened: something has replaced the forward of this instance, as "
+                "accelerate's hooks do; widen the model before that"
+            )
+    if told is not None:
+        return [FoundLayout(told.names, told.norms) if layout is None else layout for layout in layouts]
+    if None in layouts:
+        probe = meta_copy(model)
+        probed = probe.anatomy.layers(probe)
+        for layer, layout in zip(probed, layouts, strict=True):
+            if layout is None:
+                take_residuals(layer, None)
+        run_probe(probe, model.config.hidden_size)
+        for i, layer in enumerate(probed):
+            layouts[i] = getattr(layer, "layout", layouts[i])
+    return layouts
 
 
 def refuse_family(config: PreTrainedConfig) -> None:
@@ -277,17 +329,29 @@ def refuse_family(config: PreTrainedConfig) -> None:
     raise UserError(f"a backbone of type {config.model_type} cannot be widened: {reason}")
 
 
-def build_mtp_layer(config: VirtualWidthConfig, index: int) -> tuple[Any, nn.Module]:
-    """A backbone of one layer, of the kind of the backbone's last, for MTP module number ``index``; and its norm."""
+def build_mtp_layer(config: VirtualWidthConfig, index: int, last: nn.Module) -> tuple[Any, nn.Module]:
+    """Build a backbone of one layer for MTP module number ``index``.
+
+    Args:
+        config: the virtual width.
+        index: number of the module, from 0.
+        last: the backbone's last layer; the new one is of its kind.
+
+    Returns:
+        the backbone, and its norm.
+
+    Raises:
+        UserError: a type whose layers cannot be MTP modules, with the reason.
+    """
     family, kind = family_of(config.backbone), config.backbone.model_type
     reason = family.no_mtp
     try:
         if reason is None:
-            model, norm, _ = build_backbone(config, config.mtp_backbone())
-            depth = config.backbone.num_hidden_layers
-            old = model.anatomy.layers(model)[0]
-            layer_class = type(old).__mro__[2] if config.connection != "residual" else type(old)
-            layer = layer_class(config.backbone, depth - 1)
+            backbone, depth = config.mtp_backbone(), config.backbone.num_hidden_layers
+            model = widened_backbone_class(base_model_class(backbone))(backbone)
+            model.anatomy, (model.arguments, model.cache_name) = find_anatomy(model), _arguments(model)
+            norm, _ = _take_ends(config, model)
+            layer = own_class(last)(config.backbone, depth - 1)
     except (
         ValueError,
         TypeError,
@@ -305,16 +369,21 @@ def build_mtp_layer(config: VirtualWidthConfig, index: int) -> tuple[Any, nn.Mod
     for module in layer.modules():
         if hasattr(module, "layer_idx"):
             module.layer_idx = 0  # its cache, should it get one, has one layer
-    layout = layout_of(layer)
-    if config.connection != "residual":
-        _widen_layer(layer, layout, config, (depth + index) * len(layout.names))
+    if isinstance(last, VirtualWidthLayer):
+        _widen_layer(layer, last.layout, config, (depth + index) * len(last.layout.names))
     model.anatomy.layers(model)[0] = layer
     return model, norm
 
 
 def _widen_layer(layer: Any, layout: Any, config: VirtualWidthConfig, first: int) -> None:
-    layer.layout = layout
     layer.connections = nn.ModuleList(_connection(config, first + i) for i in range(len(layout.names)))
+    take_residuals(layer, layout)
+
+
+def take_residuals(layer: Any, layout: Layout | FoundLayout | None) -> None:
+    """Make a decoder layer a virtual-width layer, in place; without a layout it finds it when it first runs."""
+    take_streams(layer)
+    layer.layout, layer.state_name = layout, next(iter(inspect.signature(layer.forward).parameters))
     kind: Any = type(layer)
     layer.__class__ = widened_layer_class(kind)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from vwn.common.errors import UserError
 from vwn.ops import flops, library
 from vwn.ops.backends import BACKENDS, check_backend, choose
-from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights, check_shapes, state_dtype
+from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights, check_shapes, check_weights, state_dtype
 
 __all__ = [
     "BACKENDS",
@@ -103,8 +103,8 @@ def write_read(
         UserError: shapes or devices that do not fit, or a backend asked for by name that cannot run.
     """
     following = following.to_read if isinstance(following, RoutingWeights) else following
-    check_shapes(state, z, weights)
-    check_shapes(state, None, following, norm=norm)
+    check_shapes(state, z, weights, norm=norm)
+    check_weights(following, state)
     if (following.m, following.n) != (weights.m, weights.n):
         raise UserError(
             f"write_read takes two connections of one (m, n), got {(weights.m, weights.n)} and "
@@ -120,7 +120,10 @@ def write_read(
 def _cast(weights: ReadWeights | RoutingWeights, state: Tensor) -> list[Any]:
     """The fields, the tensors contiguous and in the dtype that the routing is computed in."""
     dtype = torch.promote_types(state.dtype, torch.float32)
-    return [t.to(dtype).contiguous() if isinstance(t, Tensor) else t for t in weights]
+    return [
+        t if not isinstance(t, Tensor) or (t.dtype is dtype and t.is_contiguous()) else t.to(dtype).contiguous()
+        for t in weights
+    ]
 
 
 def _norm(norm: NormWeights | None, state: Tensor) -> tuple[Tensor | None, float]:

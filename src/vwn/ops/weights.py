@@ -6,7 +6,7 @@ Shapes: ``n`` slots, ``m`` segments, ``d = D / m`` segment width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -183,29 +183,37 @@ def check_shapes(
         raise UserError(f"the over-width state must be D' = n d = {wanted} wide and floating point, got {_of(state)}")
     if z is not None and z.shape != (*state.shape[:-1], m * d):
         raise UserError(f"the sublayer's output must be {(*state.shape[:-1], m * d)} beside {_of(state)}, got {_of(z)}")
-    sizes = {"n": n, "m": m, "m + n": m + n, "d": d}
-    for name, axes in _AXES.items():
-        weight = getattr(weights, name, None)
-        if weight is not None and weight.shape != tuple(sizes[axis] for axis in axes):
-            raise UserError(f"{name} must be {tuple(sizes[axis] for axis in axes)}, got {_of(weight)}")
+    check_weights(weights, state)
     if norm is not None and norm.weight.shape != (m * d,):
         raise UserError(f"the norm's weight must be {(m * d,)}, got {_of(norm.weight)}")
-    for t in (z, norm and norm.weight, *weights[:-1]):
-        if isinstance(t, Tensor) and t.device != state.device:
-            raise UserError(f"the state is on {state.device}, what goes with it on {t.device}; move one to the other")
+    for t in (z, norm and norm.weight):
+        _check_device(t, state)
     if not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0:
         raise UserError("the connections have no forward-mode derivative (jvp, dual numbers); use reverse mode")
 
 
-_AXES = {
-    "static_alpha": ("n", "m + n"),
-    "static_beta": ("m", "n"),
-    "dynamic_alpha": ("d", "m + n"),
-    "dynamic_beta": ("d", "m"),
-    "scale_alpha": ("n", "m + n"),
-    "scale_beta": ("m", "n"),
-    "norm_weight": ("d",),
-}
+def check_weights(weights: ReadWeights | RoutingWeights, state: Tensor) -> None:
+    """Refuse weights that do not fit each other or are elsewhere than the state.
+
+    Raises:
+        UserError: see above.
+    """
+    n, m = weights.n, weights.m
+    d = state.shape[-1] // n
+    alpha, beta = (n, m + n), (m, n)
+    wanted: Any = (alpha, (d, m + n), alpha, (d,))
+    if isinstance(weights, RoutingWeights):
+        wanted = (alpha, beta, (d, m + n), (d, m), alpha, beta, (d,))
+    for weight, shape, name in zip(weights, wanted, weights._fields, strict=False):
+        if isinstance(weight, Tensor):
+            if weight.shape != shape:
+                raise UserError(f"{name} must be {shape}, got {_of(weight)}")
+            _check_device(weight, state)
+
+
+def _check_device(t: Any, state: Tensor) -> None:
+    if isinstance(t, Tensor) and t.device != state.device:
+        raise UserError(f"the state is on {state.device}, what goes with it on {t.device}; move one to the other")
 
 
 def _of(t: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""What accompanies an over-width state through the layers of one forward pass.
+"""Per-forward state: the read computed ahead for the next layer, and how to rebuild dropped states.
 
 The write of one sublayer and the read of the next are one pass over the state, also where the next sublayer belongs to
 the next layer. Between layers transformers hands on the state alone, so what was read for the next layer waits here,
@@ -28,7 +28,7 @@ class Reader(NamedTuple):
     norm: NormWeights | None = None
 
 
-class Stream:
+class Lookahead:
     """Reads and writes of one forward pass.
 
     Args:

@@ -27,7 +27,7 @@ from tiny import build, token_ids, vwn_config
 from vwn import GeneralizedHyperConnection, ops
 from vwn.common.errors import UserError
 from vwn.hf import VirtualWidthForCausalLM, widening
-from vwn.hf.stream import Reader, Stream
+from vwn.hf.lookahead import Lookahead, Reader
 from vwn.ops import backends
 
 KINDS = pytest.mark.parametrize("kind", ["llama", "mixtral"])
@@ -73,7 +73,7 @@ def unfused():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(widening, "can_read_ahead", lambda *_: False)
-        patch.setattr(Stream, "write_read", write_read)
+        patch.setattr(Lookahead, "write_read", write_read)
         yield
 
 
@@ -150,8 +150,9 @@ def test_norms_fused_into_the_reads(monkeypatch, m, n, backend):
     monkeypatch.setattr(GeneralizedHyperConnection, "fuses_norm", lambda *_: True)
     layers = model.model.backbone.layers
     norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-    ran, forward = [], type(norms[0]).forward
-    monkeypatch.setattr(type(norms[0]), "forward", lambda self, x: (ran.append(self), forward(self, x))[1])
+    kind = type(model.model.norm)  # what a layer's norm is a subclass of
+    ran, forward = [], kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: (ran.append(self), forward(self, x))[1])
     fused = step(model)
     assert ran
     assert not any(norm is other for norm in norms for other in ran)
@@ -393,10 +394,10 @@ def test_saved_activations_are_the_state_and_the_input(m, n, dtype):
 
     state = torch.randn(tokens, width // m * n, requires_grad=True).to(dtype)
     outputs = [torch.randn(tokens, width, requires_grad=True).to(dtype) for _ in range(sublayers)]
-    stream, total = Stream(), torch.zeros(())
+    lookahead, total = Lookahead(), torch.zeros(())
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         for z, (connection, following) in zip(outputs, pairwise(connections), strict=True):
-            state, x = stream.write_read(state, z, connection, Reader(following))  # type: ignore[arg-type]
+            state, x = lookahead.write_read(state, z, connection, Reader(following))  # type: ignore[arg-type]
             total = total + x.sum()
     bytes_saved = sum(size for address, size in saved.items() if address not in parameters)
     assert 0 < bytes_saved / sublayers <= (n / m + 1) * width * dtype.itemsize * tokens

@@ -1,0 +1,145 @@
+"""The modules of a decoder layer take what is read where the layer hands them its residual stream.
+
+An RMSNorm as Llama's can be done by the read itself, in one operation.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from vwn.hf.residual import ResidualStream, own_class
+from vwn.ops import NormWeights
+from vwn.ops.reference import rms_norm
+
+
+def take_streams(layer: nn.Module) -> None:
+    """Have the modules that a layer calls take what is read where the layer hands them its stream."""
+    for name, module in called_modules(layer).items():
+        if not name.startswith("connections."):
+            read_for(module)
+
+
+def called_modules(layer: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a layer by name; where they stand in lists, those in the lists."""
+    found: dict[str, nn.Module] = {}
+    for name, child in layer.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            found |= {f"{name}.{inner}": module for inner, module in called_modules(child).items()}
+        else:
+            found[name] = child
+    return found
+
+
+def read_for(module: nn.Module) -> None:
+    """Have one module take what is read for a stream: by a hook, or, if it is an RMSNorm that reads can do, itself."""
+    if not any(isinstance(hook, HandOver) for hook in module._forward_pre_hooks.values()):
+        module.register_forward_pre_hook(HandOver(module), prepend=True, with_kwargs=True)
+    kind: Any = type(module)
+    if not isinstance(module, ReadingNorm) and "forward" not in vars(module) and _is_plain_rms_norm(module):
+        module.__class__ = reading_norm_class(kind)
+
+
+class HandOver:
+    """Forward pre-hook: hand a module what is read in place of a stream.
+
+    An argument called ``residual`` stays the stream, as the module adds to it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        names = list(inspect.signature(module.forward).parameters)
+        self._residual = names.index("residual") if "residual" in names else None
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The arguments, or ``None`` to leave them."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, ResidualStream):
+                break
+        else:
+            return None
+        if isinstance(module, ReadingNorm) and "forward" not in module.__dict__:
+            return None
+        new = tuple(v if i == self._residual else _read(v) for i, v in enumerate(args))
+        return new, {k: v if k == "residual" else _read(v) for k, v in kwargs.items()}
+
+
+def _read(value: Any) -> Any:
+    return value.read() if isinstance(value, ResidualStream) else value
+
+
+class ReadingNorm:
+    """Mixin for an RMSNorm that the read of a stream can do in the same operation."""
+
+    def forward(self, hidden_states: Any) -> Tensor:
+        """The normalised ``[..., D]``."""
+        if isinstance(hidden_states, ResidualStream):
+            return hidden_states.read(norm=self)  # type: ignore[arg-type]
+        return super().forward(hidden_states)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _new_norm, (own_class(self),), self.__dict__
+
+
+@cache
+def reading_norm_class(norm_class: Any) -> Any:
+    """Subclass of an RMSNorm's class that takes a stream."""
+    return type(f"Reading{norm_class.__name__}", (ReadingNorm, norm_class), {"widened_from": norm_class})
+
+
+def _new_norm(norm_class: type) -> Any:
+    cls = reading_norm_class(norm_class)
+    return cls.__new__(cls)
+
+
+def fusable_norm(norm: Any, dtype: torch.dtype) -> NormWeights | None:
+    """The weights of a norm if a read can do it: one of :class:`ReadingNorm`, in ``dtype`` and without other hooks."""
+    if not isinstance(norm, ReadingNorm) or norm.weight.dtype != dtype or has_hooks(norm):  # type: ignore[attr-defined]
+        return None
+    return NormWeights(norm.weight, norm.variance_epsilon)  # type: ignore[attr-defined]
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether something besides a :class:`HandOver` is to happen when the module runs, so that it must be run."""
+    hooks = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
+    before = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, HandOver)]
+    return any(hooks) or bool(before) or "forward" in vars(module)
+
+
+def _is_plain_rms_norm(norm: Any) -> bool:
+    """Whether a norm computes Llama's ``weight * round(x / rms(x))``; others have, say, a gain of ``1 + weight``."""
+    kind = type(norm)
+    if kind is LlamaRMSNorm:
+        return True
+    parameters = [name for name, _ in norm.named_parameters()]
+    if "RMSNorm" not in kind.__name__ or parameters != ["weight"] or not hasattr(norm, "variance_epsilon"):
+        return False
+    return _computes_rms_norm(kind, norm)
+
+
+_RMS_NORMS: dict[type, bool] = {}
+
+
+def _computes_rms_norm(kind: type, norm: Any) -> bool:
+    """Whether a norm gives Llama's bits for random numbers, in two dtypes; found out once for a class."""
+    if kind not in _RMS_NORMS:
+        generator = torch.Generator().manual_seed(0)
+        probe = copy.copy(norm)
+        probe._parameters, probe._forward_pre_hooks = {}, {}
+        x, weight = (torch.randn(rows, norm.weight.shape[0], generator=generator, device="cpu") for rows in (64, 1))
+        same = True
+        with torch.no_grad():
+            for dtype in (torch.float32, torch.bfloat16):
+                probe.weight = nn.Parameter(weight[0].to(dtype))
+                wanted = rms_norm(x.to(dtype), NormWeights(probe.weight, norm.variance_epsilon))
+                try:
+                    same &= torch.equal(probe(x.to(dtype)), wanted)
+                except (RuntimeError, TypeError, AttributeError):
+                    same = False
+        _RMS_NORMS[kind] = same
+    return _RMS_NORMS[kind]
