@@ -8,16 +8,10 @@ from math import inf
 from pathlib import Path
 from typing import Literal
 
-from vwn.common.errors import UserError
+from vwn.common.errors import UserError, require
 
 OutputInit = Literal["zero", "depth", "config"]
 TOKENS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-
-
-def require(holds: bool, option: str, what: str, value: object) -> None:
-    """One sentence for an option out of its range."""
-    if not holds:
-        raise UserError(f"--{option.replace('_', '-')} must be {what}, got {value}")
 
 
 @dataclass(frozen=True)
