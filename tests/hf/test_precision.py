@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from test_relatives import EVERY_KIND, KINDS
+from relatives import EVERY_KIND, KINDS
 from tiny import build, token_ids, vwn_config
 from vwn.nn.connection import Connection
 from vwn.nn.generalized import GeneralizedHyperConnection
