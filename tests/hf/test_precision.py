@@ -117,6 +117,7 @@ def test_checkpointing_and_rebuilt_states_change_no_bit():
     assert same_bits(step(model), wanted)
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph():
     torch._dynamo.reset()
     model = build(vwn_config("llama", 2, 4))
