@@ -11,8 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from curves import STUDY_ARMS, arm, arms_of, curve, power_law, realistic, report, study, sweep_of
-from test_budgets import runs
+from curves import STUDY_ARMS, arm, arms_of, budget_runs, curve, power_law, realistic, report, study, sweep_of
 from vwn.lab.analysis.analyse import add_analysis
 from vwn.lab.analysis.budgets import budget_studies
 from vwn.lab.report.colours import DARK, LIGHT
@@ -77,7 +76,7 @@ def test_no_arrow_is_drawn_where_some_seed_does_not_get_there() -> None:
 
 
 def test_the_speedup_over_budgets_is_drawn_beside_the_papers() -> None:
-    arms = [*runs("plain"), *runs("4x8", 1.1), *runs("4x16", 1.5, noise=0.01)]
+    arms = [*budget_runs("plain"), *budget_runs("4x8", 1.1), *budget_runs("4x16", 1.5, noise=0.01)]
     shown, studies = figures(report(*arms)), budget_studies(report(*arms))
     for identifier, key, paper in (("speedup-over-budget", "loss", 2.5), ("speedup-over-budget-2", "loss_2", 3.5)):
         figure, points = shown[identifier], studies[key].arms["4x16"]
