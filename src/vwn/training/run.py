@@ -16,8 +16,8 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging as hf_logging
 
 from vwn.common.errors import UserError
+from vwn.common.memory import PeakMemory
 from vwn.common.processes import all_present, broadcast, rank
-from vwn.common.provenance import PeakMemory
 from vwn.data import Corpus, PackedWindows, prepare
 from vwn.data.stream import prepare_stream
 from vwn.hf import VirtualWidthForCausalLM

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 from vwn.commands.evaluation.config import EvalConfig
-from vwn.common.errors import UserError
+from vwn.common.extras import require_packages
 
 
 def evaluate_checkpoint(config: EvalConfig) -> dict[str, Any]:
@@ -30,8 +29,7 @@ def evaluate_checkpoint(config: EvalConfig) -> dict[str, Any]:
     config.check()
     tasks: Any = None
     if config.tasks:
-        if find_spec("lm_eval") is None:
-            raise UserError("--tasks need lm-eval, which is not installed; pip install '.[eval]' in the checkout")
+        require_packages("vwn eval --tasks", "lm_eval")
         from vwn.commands.evaluation.harness import load_tasks, run_tasks, scores
 
         assert config.data_dir is not None
