@@ -183,6 +183,9 @@ def _sections(report: dict[str, Any], drawn: Drawn, studies: dict[str, BudgetStu
         pairs = tuple(tables.pairwise_table(report, key) for key in measured)
         found.append(Section("pairwise", "Every arm against every other", PAIRWISE, pairs))
     if story.lead_arm(report) is not None and not studies:
-        equal = tuple(tables.equal_cost_table(report, key) for key in measured)
+        compared = [
+            key for key in measured if any(arm[key] and arm[key]["difference"]["n"] for arm in report["summary"])
+        ]
+        equal = tuple(tables.equal_cost_table(report, key) for key in compared)
         found.append(Section("equal", "At equal tokens, FLOPs and time", EQUAL_COST.format(baseline=baseline), equal))
     return found
