@@ -32,8 +32,7 @@ from vwn.cost.cluster.options import PlanOptions
 from vwn.cost.cluster.plan import make_plan, plans
 from vwn.cost.cluster.shape import ModelShape, model_shape
 from vwn.cost.cluster.table import plan_rows, plan_text
-from vwn.cost.cluster.timing import step_time
-from vwn.cost.cluster.traffic import traffic
+from vwn.cost.cluster.timing import step_time, traffic
 from vwn.hf import VirtualWidthConfig
 from vwn.nn.generalized import GeneralizedHyperConnection
 from vwn.training.presets import PRESETS
@@ -266,8 +265,8 @@ def test_a_step_by_hand() -> None:
     layout = Layout(1, 1, 1, 1, 1024)
     t = step_time(shape, layout, ONE, o, traffic(shape, layout, o))
     tokens = 1024 * WINDOW
-    connections = 3 * shape.connection_flops * 3
-    assert t.compute == pytest.approx(tokens * (3 * shape.forward_flops - connections) / 50e12)
+    connections = 3 * shape.cost.flops.connections  # forward and backward
+    assert t.compute == pytest.approx(tokens * (3 * shape.cost.flops.total - connections) / 50e12)
     per_layer = (5 * 1.5 + 4 + 7 * 1.5 + 6) * 128 * 2
     assert t.connections == pytest.approx(tokens * 3 * per_layer / 500e9)
     assert t.optimizer == pytest.approx(shape.parameters * (3 * 4 + 2 * 8) / 500e9)

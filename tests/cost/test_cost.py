@@ -125,7 +125,6 @@ def test_the_papers_own_figures_at_2_3() -> None:
     assert cost.flops == 48 * width
     assert cost.activation_bytes == 3 * width
     assert cost.activation_overhead == pytest.approx(0.088, abs=5e-4)
-    assert connection_cost(Geometry(width, 2, 3), saved_share=1).activation_bytes == 6 * width
 
 
 @pytest.mark.parametrize("e", [2, 4])
@@ -228,10 +227,6 @@ def test_types_of_every_build(kind: str) -> None:
 def test_bad_numbers_are_refused() -> None:
     with pytest.raises(UserError, match="sequence_length must be 1 or more, got 0"):
         model_cost(backbone(), sequence_length=0)
-    with pytest.raises(UserError, match="bytes_per_element must be 1 or more, got 0"):
-        connection_cost(Geometry(8, 2, 3), bytes_per_element=0)
-    with pytest.raises(UserError, match=r"within 0 and 1, got 1\.5"):
-        connection_cost(Geometry(8, 2, 3), saved_share=1.5)
 
 
 def test_importing_the_formulas_needs_torch_only() -> None:

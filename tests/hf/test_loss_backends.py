@@ -92,7 +92,7 @@ def test_what_cannot_run_is_refused(monkeypatch):
     with pytest.raises(UserError, match="auto, torch, liger; got 'cuda'"):
         choose_loss("cuda", torch.device("cpu"))
     monkeypatch.setattr(loss_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"not installed \(pip install 'vwn\[liger\]'\)"):
+    with pytest.raises(UserError, match=r"not installed \(pip install '.\[liger\]'\)"):
         choose_loss("liger", torch.device("cpu"))
     loss_module._choose_loss.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET")

@@ -29,11 +29,13 @@ def test_a_known_speedup_is_recovered_at_every_budget(speed: float) -> None:
         for point in points:
             tokens = point.tokens * expected
             outside = not BUDGETS[0] <= tokens <= BUDGETS[-1]
-            assert point.equal["tokens"].speedup_extrapolated == (outside and expected != 1)
+            assert point.equal["tokens"].speedup.extrapolated == (outside and expected != 1)
             # The chord between two budgets lies above the law, by which the baseline comes late.
             assert point.speedup.mean == pytest.approx(expected, rel=1e-3 if outside else 0.04)
             assert point.speedup.mean >= expected * (1 - 1e-3)
-            assert point.gap.mean == pytest.approx(law(point.tokens, expected) - law(point.tokens), abs=1e-12)
+            assert point.equal["tokens"].gap.over_seeds.mean == pytest.approx(
+                law(point.tokens, expected) - law(point.tokens), abs=1e-12
+            )
 
 
 def test_the_law_and_its_slope_are_recovered_whatever_the_seeds_lie_apart() -> None:
@@ -51,8 +53,8 @@ def test_the_gap_has_the_interval_of_the_paired_differences() -> None:
     found = studied(*budget_runs("plain"), *budget_runs("4x16", gap=-0.05, noise=0.01)).arms["4x16"]
     half = 4.303 * 0.01 / math.sqrt(3)
     for point in found:
-        assert point.gap.n == 3
-        assert point.gap.interval == pytest.approx([-0.05 - half, -0.05 + half], rel=1e-4)
+        assert point.equal["tokens"].gap.over_seeds.n == 3
+        assert point.equal["tokens"].gap.over_seeds.interval == pytest.approx([-0.05 - half, -0.05 + half], rel=1e-4)
 
 
 def test_beyond_the_last_budget_without_a_law_there_is_no_number() -> None:
@@ -60,16 +62,15 @@ def test_beyond_the_last_budget_without_a_law_there_is_no_number() -> None:
     study = studied(*budget_runs("plain", budgets=few), *budget_runs("4x16", gap=-0.05, budgets=few))
     assert study.law is None
     early, late = (point.equal["tokens"] for point in study.arms["4x16"])
-    assert early.speedup.mean == pytest.approx((few[1] / few[0]) ** (0.05 / (law(few[0]) - law(few[1]))))
-    assert not early.speedup_extrapolated
-    assert (late.speedup.mean, late.reason) == (None, "beyond the baseline’s budgets")
-    assert study.baseline[0].slope == pytest.approx((law(few[0]) - law(few[1])) / math.log(2))
-    assert studied(*budget_runs("plain", budgets=BUDGETS[:1])).baseline[0].slope is None
+    assert early.speedup.over_seeds.mean == pytest.approx((few[1] / few[0]) ** (0.05 / (law(few[0]) - law(few[1]))))
+    assert not early.speedup.extrapolated
+    assert (late.speedup.over_seeds.mean, late.reason) == (None, "beyond the baseline’s budgets")
+    assert study.baseline[0].slope is None
 
 
 def test_a_loss_below_the_laws_floor_is_never_reached() -> None:
     point = studied(*budget_runs("plain"), *budget_runs("4x16", gap=-2.0)).arms["4x16"][-1]
-    assert point.gap.mean == pytest.approx(-2.0)
+    assert point.equal["tokens"].gap.over_seeds.mean == pytest.approx(-2.0)
     assert (point.speedup.mean, point.equal["tokens"].reason) == (None, "beyond the fit’s floor")
 
 
@@ -79,11 +80,11 @@ def test_missing_budgets_and_seeds_are_left_out() -> None:
         "4x16", 1.5, seeds=(2, 7), budgets=BUDGETS[:3]
     )
     study = studied(*plain, *wide, *budget_runs("4x32", seeds=(7,)), arm("4x8", 0, curve([5, 4])))
-    assert [(point.tokens, point.gap.n) for point in study.arms["4x16"]] == list(
+    assert [(point.tokens, point.equal["tokens"].gap.over_seeds.n) for point in study.arms["4x16"]] == list(
         zip(BUDGETS, (1, 2, 2, 1, 1), strict=True)
     )
     # Where seed 2 ends its budgets, it is extrapolated by the law of all seeds.
-    assert [point.equal["tokens"].speedup_extrapolated for point in study.arms["4x16"]] == [
+    assert [point.equal["tokens"].speedup.extrapolated for point in study.arms["4x16"]] == [
         False,
         False,
         True,
@@ -101,13 +102,17 @@ def test_a_diverged_run_leaves_no_mean() -> None:
     wide = budget_runs("4x16", 1.5)
     wide[1]["decayed"][2]["loss"] = None
     point = studied(*budget_runs("plain"), *wide).arms["4x16"][2]
-    assert (point.gap.mean, point.speedup.mean, point.gap.n) == (None, None, 2)
+    assert (point.equal["tokens"].gap.over_seeds.mean, point.speedup.mean, point.equal["tokens"].gap.over_seeds.n) == (
+        None,
+        None,
+        2,
+    )
     assert point.equal["flops"].reason == "diverged"
     plain = budget_runs("plain")
     plain[0]["decayed"][4]["loss"] = math.nan
     study = studied(*plain, *budget_runs("4x16", 1.5))
     assert study.law is not None
-    assert study.arms["4x16"][0].gap.mean is None
+    assert study.arms["4x16"][0].equal["tokens"].gap.over_seeds.mean is None
 
 
 def test_a_loss_that_was_not_measured_has_no_study() -> None:
@@ -123,16 +128,16 @@ def test_at_equal_cost_the_baseline_has_more_tokens() -> None:
     for point in studied(*plain, *wide).arms["4x16"]:
         for cost, ratio in (("flops", 1.25), ("seconds", 1.6)):
             found = point.equal[cost]
-            assert found.speedup.mean == pytest.approx(2.0 / ratio, rel=0.04)
-            assert found.difference.mean == pytest.approx(law(point.tokens, 2.0) - law(ratio * point.tokens), abs=0.02)
-            assert found.difference_extrapolated == (point.tokens == BUDGETS[-1])
+            assert found.speedup.over_seeds.mean == pytest.approx(2.0 / ratio, rel=0.04)
+            assert found.gap.over_seeds.mean == pytest.approx(
+                law(point.tokens, 2.0) - law(ratio * point.tokens), abs=0.02
+            )
+            assert found.gap.extrapolated == (point.tokens == BUDGETS[-1])
     for run in wide:
-        run["step_seconds_median"], run["flops_per_token"] = None, None
-        for entry in run["decayed"]:
-            entry["seconds"] *= 3
+        run |= {"step_seconds_median": None, "flops_per_token": None, "tokens_per_second": 20_000 / 3}
     point = studied(*plain, *wide).arms["4x16"][1]
-    assert point.equal["seconds"].speedup.mean == pytest.approx(2 / 3, rel=0.04)
-    assert (point.equal["flops"].speedup.mean, point.equal["flops"].reason) == (None, "no FLOPs")
+    assert point.equal["seconds"].speedup.over_seeds.mean == pytest.approx(2 / 3, rel=0.04)
+    assert (point.equal["flops"].speedup.over_seeds.mean, point.equal["flops"].reason) == (None, "no FLOPs")
 
 
 def test_the_widths_are_fitted_at_each_budget() -> None:
@@ -175,7 +180,7 @@ def test_a_rising_or_flat_baseline_has_no_law() -> None:
 def test_the_analysis_is_json_with_intervals() -> None:
     found = add_analysis(report(*budget_runs("plain"), *budget_runs("4x16", 1.5, noise=0.01)))
     again = json.loads(json.dumps(found, allow_nan=False))
-    assert again["budgets"]["loss"]["arms"]["4x16"][0]["equal"]["tokens"]["difference"]["interval"] is not None
+    assert again["budgets"]["loss"]["arms"]["4x16"][0]["equal"]["tokens"]["gap"]["over_seeds"]["interval"] is not None
     assert add_analysis(again) == found
 
 

@@ -71,7 +71,13 @@ def test_page_fits_and_loads_nothing(width: int, tmp_path: Path) -> None:
     assert len(seen["figures"]) >= 9
     assert min(seen["figures"]) > 0.35 * min(width, 1000)
     assert min(seen["texts"]) >= 10
-    order = ["Virtual width against plain", "Details: ", "Next-token loss", "Next-2-token loss", "Arms and their cost"]
+    order = [
+        "Virtual width against plain",
+        "Caveats, and",
+        "Next-token loss",
+        "Next-2-token loss",
+        "Arms and their cost",
+    ]
     order += ["Learning rates", "Every arm against every other", "At equal tokens, FLOPs and time", "What was run"]
     places = [seen["text"].index(title) for title in order]
     assert places == sorted(places)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from vwn.common.errors import UserError
+from vwn.common.extras import require_packages
 from vwn.data.unpacking import PACKINGS, Advance, move_to, open_unpacked, packing, refuse_unreadable
 
 SEPARATOR = "<|endoftext|>"
@@ -292,6 +293,7 @@ def _read_parquet(
 @contextmanager
 def open_parquet(path: Path) -> Iterator[Any]:
     """Open a Parquet file. Raises `UserError` in place of pyarrow's exceptions while it is open."""
+    require_packages("reading a .parquet file", "pyarrow")
     import pyarrow
     import pyarrow.parquet
 

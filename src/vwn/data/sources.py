@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from vwn.common.errors import UserError
+from vwn.common.extras import require_packages
 from vwn.data.reading import (
     KINDS,
     Chunk,
@@ -245,6 +246,7 @@ def _hub_split(name: str, rows: Dataset) -> HubSource:
 
 
 def _load_from_hub(spec: str) -> dict[str, Dataset]:
+    require_packages(f"the data set {spec}", "datasets")
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 

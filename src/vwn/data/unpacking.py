@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vwn.common.errors import UserError
+from vwn.common.extras import require_packages
 
 PACKINGS = (".xz", ".gz", ".zst")
 _BLOCK = 1 << 18
@@ -96,6 +97,7 @@ def _unpack_gzip(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _unpack_zstd(file: IO[bytes]) -> Iterator[bytes]:
+    require_packages("reading a .zst file", "pyarrow")
     import pyarrow
 
     with pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd") as stream:

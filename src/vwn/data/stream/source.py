@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from vwn.common.errors import UserError
+from vwn.common.extras import require_packages
 from vwn.data.reading import (
     CHUNK,
     KINDS,
@@ -178,6 +179,7 @@ class HubRows:
 
 
 def _open_hub(spec: str, readers: int) -> StreamedSource:
+    require_packages(f"the data set {spec}", "datasets")
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetsError
 

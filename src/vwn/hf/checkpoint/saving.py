@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_module_tensor_to_device
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -264,6 +263,8 @@ def _keep_routing_weights_placed(model: Any) -> None:
         hook = getattr(connection, "_hf_hook", None)
         if hook is None or not getattr(hook, "offload", False):
             continue
+        from accelerate.utils import set_module_tensor_to_device
+
         for name, weight in connection.state_dict(keep_vars=True).items():
             if weight.is_meta:
                 value = hook.weights_map[name]
