@@ -60,8 +60,6 @@ def test_a_package_imports_from_the_floors_below_it(package: str) -> None:
         for other in (others & FLOOR.keys()) - {package}:
             if FLOOR[other] >= FLOOR[package]:
                 wrong.append(f"{file.relative_to(SOURCE)} imports vwn.{other}")
-    if wrong == ["titan/trainer.py imports vwn.training"]:
-        pytest.xfail("the rule for the routing's learning rate is to move to vwn.nn")
     assert not wrong
 
 
