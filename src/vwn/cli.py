@@ -130,6 +130,7 @@ def run_train(config: TrainConfig) -> None:
     last = result.curve[-1]
     further = "" if last["loss_2"] is None else f", next-2-token {last['loss_2']:.4f}"
     print(f"{config.out}: validation loss {last['loss']:.4f} nats per token{further} after {last['tokens']:,} tokens")
+    print(f'next: vwn generate {config.out} --prompt "..."')
 
 
 def run_compare(config: CompareConfig) -> None:

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other; a run of one process answers itself."""
+"""Collectives over the processes of a run; with one process they return its own value."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def everyones(value: T) -> list[T]:
-    """The value of each process, by rank; all of them must ask."""
+def all_gather_object(value: T) -> list[T]:
+    """Collect the value of each process, by rank; all of them must call."""
     if world_size() == 1:
         return [value]
     found: list[T | None] = [None] * world_size()
@@ -65,8 +65,8 @@ def everyones(value: T) -> list[T]:
     return found  # type: ignore[return-value]
 
 
-def first_ones(value: T) -> T:
-    """The value of the first process; all of them must ask."""
+def broadcast(value: T) -> T:
+    """Get the value of the first process; all of them must call."""
     if world_size() == 1:
         return value
     found = [value]
@@ -74,8 +74,8 @@ def first_ones(value: T) -> T:
     return found[0]
 
 
-def largest(value: int, device: torch.device) -> int:
-    """The largest value of any process; cheap enough for every step. All of them must ask."""
+def all_reduce_max(value: int, device: torch.device) -> int:
+    """Get the largest value of any process, cheaply enough for every step; all of them must call."""
     if world_size() == 1:
         return value
     found = torch.tensor(value, device=device)

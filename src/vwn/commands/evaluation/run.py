@@ -20,10 +20,10 @@ def evaluate_checkpoint(config: EvalConfig) -> dict[str, Any]:
     Raises:
         UserError: no checkpoint, no text, an unknown task, a missing file, or lm-eval is not installed.
     """
-    from vwn.commands.evaluation.text import load_text, measure_text, positions_of
+    from vwn.commands.evaluation.text import load_text, measure_text
     from vwn.common.provenance import provenance
     from vwn.data.tokenizer import load_checkpoint_tokenizer
-    from vwn.hf.loading import load_model
+    from vwn.hf.loading import load_model, positions_of
     from vwn.training.directory import locate, run_record, write_json
 
     config.check()
