@@ -19,7 +19,7 @@ class LostProcess(UserError):
     """Another process of the run is gone, or does not answer."""
 
     exit_code = 69
-    """Of the command line: EX_UNAVAILABLE of sysexits.h."""
+    """Exit code of the command line: EX_UNAVAILABLE of sysexits.h."""
 
 
 @contextmanager
