@@ -133,7 +133,7 @@ class Expand(StatesItsInitialValues, Part):
         self.weight = nn.Parameter(torch.empty(g.over_width, g.hidden_size))
 
     def initial_values(self) -> dict[str, Tensor]:
-        """As in :class:`vwn.nn.embedding.OverWidthEmbedding`: the rows keep their variance."""
+        """Draw values as :class:`vwn.nn.embedding.OverWidthEmbedding` does: the rows keep their variance."""
         return {"weight": torch.randn(self.weight.shape) * self.weight.shape[1] ** -0.5}
 
     def forward(self, rows: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class Backbone:
     rope_theta: float = 500_000.0
     """Base of the rotary embedding."""
     rms_norm_eps: float = 1e-5
-    """Of the backbone's norms."""
+    """Epsilon of the backbone's norms."""
     initializer_range: float | None = None
     """Standard deviation of the matrices at the start; ``D**-0.5`` where none is given."""
     num_experts: int = 0
@@ -59,15 +59,15 @@ class VirtualWidth:
     reduce: Literal["linear", "sum", "identity"] | None = None
     """Back to ``D``; identity where ``n = m``, else linear, where none is given."""
     reduce_norm: Literal["group_norm", "rms_norm", "none"] | None = None
-    """In front of the linear; the paper's choice where none is given."""
+    """Norm in front of the linear; the paper's choice where none is given."""
     reduce_init: Literal["first_slots", "normal"] = "first_slots"
-    """How the linear starts."""
+    """Initial values of the linear."""
     num_mtp_modules: int = 0
     """Multi-token prediction modules, chained (section 3.4)."""
     mtp_loss_weight: float = 0.3
     """λ, the weight of each further token's loss."""
     backend: Literal["auto", "reference", "compiled", "triton"] = "auto"
-    """What runs the connections, see :mod:`vwn.ops`."""
+    """Backend of the connections, see :mod:`vwn.ops`."""
 
 
 def check_sizes(backbone: Backbone, width: VirtualWidth) -> Geometry:
