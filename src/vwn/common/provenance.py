@@ -1,4 +1,4 @@
-"""What a result was made with: command, versions, commit, machine."""
+"""Provenance of a result: command, versions, commit, machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model with virtual width costs, in parameters, FLOPs and bytes, before anything is run.
+"""Cost of a model with virtual width in parameters, FLOPs and bytes, before anything is run.
 
 The formulas of section 3.5 are in :mod:`vwn.cost.connection`, whole models in :mod:`vwn.cost.model`, training runs on a
 cluster in :mod:`vwn.cost.cluster`. The functions below are imported when they are used.

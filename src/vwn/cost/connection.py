@@ -1,4 +1,4 @@
-"""What one connection costs per token and sublayer (section 3.5 of the paper): FLOPs, saved activations, traffic.
+"""Cost of one connection per token and sublayer (section 3.5 of the paper): FLOPs, saved activations, traffic.
 
 ``D`` backbone width, ``m`` segments, ``n`` slots, ``r = n/m``, ``D' = r D``, ``e`` bytes per element. A multiply and an
 add are two FLOPs.

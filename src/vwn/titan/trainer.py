@@ -62,7 +62,7 @@ class VirtualWidthTrainer(Trainer):
 
 
 def model_spec(backbone: Backbone, width: VirtualWidth) -> ModelSpec:
-    """What torchtitan needs to know of a model: its parts, and how it is sharded, pipelined and converted."""
+    """Describe a model to torchtitan: its parts, and how it is sharded, pipelined and converted."""
     return ModelSpec(
         name="vwn",
         flavor=f"D{backbone.hidden_size}L{backbone.num_hidden_layers}-{width.m}x{width.n}",

@@ -1,4 +1,4 @@
-"""How a cluster's GPUs share the work: degrees of FSDP, replication, tensor and pipeline parallelism."""
+"""Layouts of a model on a cluster: degrees of FSDP, replication, tensor and pipeline parallelism."""
 
 from __future__ import annotations
 

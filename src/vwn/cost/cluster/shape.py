@@ -1,4 +1,4 @@
-"""What a plan needs to know of a model: parameters by place, widths of saved activations, FLOPs by part."""
+"""Shape of a model, for plans: parameters by place, widths of saved activations, FLOPs by part."""
 
 from __future__ import annotations
 
