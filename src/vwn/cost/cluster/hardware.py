@@ -116,7 +116,8 @@ def _from_file(path: Path) -> Cluster:
         kind = content.pop("gpu", None)
         numbers = {f.name: content.pop(f.name) for f in fields(Gpu) if f.name in content}
         gpu = Gpu(**numbers) if kind is None else replace(_known(kind), **numbers)
-        cluster = Cluster(**{"name": kind or path.stem, "gpu": gpu} | content)
+        described: dict[str, Any] = {"name": kind or path.stem, "gpu": gpu} | content
+        cluster = Cluster(**described)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read the cluster {path}: {error}; docs/scale.md shows one") from error
     for name in ("per_node", "nodes"):
