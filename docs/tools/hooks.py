@@ -11,18 +11,18 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-BESIDE_DOCS = ("results", "benchmarks/results")
-"""Folders of the repository whose pages and data are part of the site, under the same path."""
+BESIDE_DOCS = ("results", "benchmarks/results", "CONTRIBUTING.md")
+"""Folders and files of the repository that are part of the site, under the same path."""
 
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|!?\[[^\]]*\](?:\([^)]*\))?)*)\]\(([^)\s]+)\)")
 CODE = re.compile(r"^(```|~~~).*?^\1", re.DOTALL | re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the folders beside docs/."""
+    """Add what stands beside docs/."""
     root = Path(config.config_file_path).parent
-    for folder in BESIDE_DOCS:
-        for path in sorted((root / folder).rglob("*")):
+    for name in BESIDE_DOCS:
+        for path in sorted([root / name, *(root / name).rglob("*")]):
             if path.is_file():
                 name = path.relative_to(root).as_posix()
                 files.append(File.generated(config, name, abs_src_path=str(path)))
@@ -32,7 +32,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links as they work in the repository, made to work in the site; source files have no page and lose theirs."""
     here = page.file.src_uri
-    in_repository = here if here.startswith(tuple(f"{folder}/" for folder in BESIDE_DOCS)) else f"docs/{here}"
+    in_repository = here if here.startswith(BESIDE_DOCS) else f"docs/{here}"
 
     def relink(match: re.Match[str]) -> str:
         image, text, target = match.groups()
@@ -43,7 +43,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         path = posixpath.normpath(posixpath.join(posixpath.dirname(in_repository), path))
         path = path.removeprefix("docs/")
         if files.get_file_from_path(path) is None and not path.startswith(
-            ("src", "benchmarks", "examples", "recipes", "results")
+            ("src", "tests", "benchmarks", "examples", "recipes", "results", "CHANGELOG.md")
         ):
             return match.group()  # mkdocs says what is wrong with it
         if files.get_file_from_path(path) is None:

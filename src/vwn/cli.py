@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from vwn.commands.evaluation.config import EvalConfig
 from vwn.commands.inspection.config import InspectConfig
-from vwn.common.errors import UserError
+from vwn.common.errors import UserError, require
 from vwn.common.extras import require_packages
 from vwn.common.files import NO_ROOM, CannotWrite
 from vwn.common.version import __version__
@@ -25,7 +25,7 @@ from vwn.cost.cluster.options import PlanOptions
 from vwn.help import Command, command_help, overview, unknown_command, unknown_option
 from vwn.lab.compare.arms import check_arms, parse_arm
 from vwn.lab.compare.config import CompareConfig
-from vwn.training.config import TrainConfig, WidthOptions, require
+from vwn.training.config import TrainConfig, WidthOptions
 
 try:
     require_packages("the command line", "tyro")

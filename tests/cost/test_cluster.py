@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from test_cost import backbone
+from counted import backbone
+from runs import run_vwn
 from vwn.common.errors import UserError
 from vwn.cost.cluster.hardware import Cluster, Gpu, parse_cluster
 from vwn.cost.cluster.layout import Layout, layouts, make_layout
@@ -422,18 +423,16 @@ def test_every_layout_uses_every_gpu() -> None:
 
 
 def test_on_the_command_line(monkeypatch: Any, capsys: Any) -> None:
-    from test_cli import vwn
-
     small = ["cost", "--backbone", "nano", "--window", "64", "--arms", "plain", "4x8", "--batch-tokens", "65536"]
-    code, out, _ = vwn(capsys, monkeypatch, *small, "--cluster", "h100:8x2", "--json")
+    code, out, _ = run_vwn(capsys, monkeypatch, *small, "--cluster", "h100:8x2", "--json")
     assert code == 0
     assert [row["name"] for row in json.loads(out)] == ["plain", "4x8"]
-    code, out, _ = vwn(capsys, monkeypatch, *small, "--cluster", "h200:8x2", "--no-fused-loss")
+    code, out, _ = run_vwn(capsys, monkeypatch, *small, "--cluster", "h200:8x2", "--no-fused-loss")
     assert code == 0
     assert "16 GPUs h200" in out
     for arguments, message in ((small, "--batch-tokens plans a training run; name the machines with --cluster"),
                                ([*small, "--cluster", "x:1x1"], "'x' is not in the table")):  # fmt: skip
-        code, _, err = vwn(capsys, monkeypatch, *arguments)
+        code, _, err = run_vwn(capsys, monkeypatch, *arguments)
         assert code == 2
         assert message in err
         assert err.count("\n") == 1

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from runs import compare_config
 from runs import config as run_config
-from test_compare import config as compare_config
 from tiny import vwn_config
 from vwn.common.errors import UserError
 from vwn.hf import VirtualWidthForCausalLM

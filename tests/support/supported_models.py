@@ -1,6 +1,6 @@
 """What `vwn.widen` makes of every causal language model of the installed transformers; writes docs/supported_models.md.
 
-python -m tests.supported_models > docs/supported_models.md
+python tests/support/supported_models.py > docs/supported_models.md
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ What [`vwn.widen`](widen.md) and `VirtualWidthConfig(backbone=…)` do with each
 `m = 2, n = 3`: **{exact} give the same logits to the bit** (float32, CPU), {close} the same up to rounding, {refused}
 are refused. "Cached" says that decoding with the cache gives the logits that the plain model gives so.
 
-Made by `python -m tests.supported_models`; a test makes every row again. A type that is refused for its layers can be
+Made by `python tests/support/supported_models.py`; a test makes every row again. A type that is refused for its layers can be
 [described by hand](layouts.md) where they are sums of sublayers all the same.
 
 | type | logits | cached |

@@ -253,8 +253,8 @@ def test_torchrun_speaks_with_one_voice(tmp_path, text):
 @pytest.fixture
 def processes_of(monkeypatch):
     def launched(world, **environment):
-        for module in ("distributed", "ranks"):
-            monkeypatch.setattr(f"vwn.training.{module}.world_size", lambda: world)
+        for module in ("training.distributed", "common.processes"):
+            monkeypatch.setattr(f"vwn.{module}.world_size", lambda: world)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
 

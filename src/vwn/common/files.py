@@ -42,15 +42,20 @@ def as_json(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write strict JSON atomically; a number that is not finite becomes null.
+    """Write a JSON file as :func:`write_text` does; what is not finite becomes null."""
+    write_text(path, as_json(value))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in UTF-8, whole or not at all.
 
     Raises:
         CannotWrite: the disk is full.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("w") as file:
-            file.write(as_json(value))
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -7,16 +7,10 @@ from math import inf
 from pathlib import Path
 from typing import Literal
 
-from vwn.common.errors import UserError
+from vwn.common.errors import UserError, require
 from vwn.training.budgets import Branch, branches_of, decay_steps, parse_tokens
 
 OutputInit = Literal["zero", "depth", "config"]
-
-
-def require(holds: bool, option: str, what: str, value: object) -> None:
-    """One sentence for an option out of its range."""
-    if not holds:
-        raise UserError(f"--{option.replace('_', '-')} must be {what}, got {value}")
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from vwn.common.errors import UserError
-from vwn.training.config import require
+from vwn.common.errors import UserError, require
 
 
 class Precision(NamedTuple):
