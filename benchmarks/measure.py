@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from vwn import Geometry
-from vwn.common.provenance import keep_freed_memory
+from vwn.common.memory import keep_freed_memory
 from vwn.cost.connection import connection_cost
 
 Key = TypeVar("Key", bound=Hashable)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vwn import GeneralizedHyperConnection, Geometry, OverWidthEmbedding, OverWidthReduce, no_weight_decay
+from vwn import GeneralizedHyperConnection, Geometry, OverWidthEmbedding, OverWidthReduce, parameter_groups
 
 VOCABULARY = 256  # bytes
 
@@ -109,13 +109,8 @@ class GPT(nn.Module):
 
 
 def optimiser(model: nn.Module, rate: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    spared = no_weight_decay(model)
-    groups = [
-        {"params": [p for name, p in model.named_parameters() if name not in spared], "weight_decay": 0.1},
-        {"params": [p for name, p in model.named_parameters() if name in spared], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
+    """AdamW with weight decay on matrices only, and tuned rates for table, reduce and routing."""
+    return torch.optim.AdamW(parameter_groups(model, rate), betas=(0.9, 0.95))
 
 
 def train(model: GPT, data: Tensor, steps: int, batch_size: int, rate: float) -> list[float]:

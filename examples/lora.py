@@ -38,7 +38,7 @@ def main() -> None:
     model.print_trainable_parameters()
 
     data = torch.tensor(list(given.text.read_bytes()))
-    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=given.rate, weight_decay=0.0)
+    adam = torch.optim.AdamW(vwn.parameter_groups(model, given.rate, weight_decay=0.0))
     for step in range(given.steps):
         starts = torch.randint(len(data) - given.window + 1, (given.batch_size,)).tolist()
         ids = torch.stack([data[i : i + given.window] for i in starts])

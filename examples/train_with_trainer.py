@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Trainer, TrainingArguments, set_seed
-from vwn import no_weight_decay
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments, set_seed
+from vwn import parameter_groups
 from vwn.hf import VirtualWidthConfig
 
 
@@ -15,16 +15,6 @@ def windows(text: Path, length: int) -> list[dict[str, torch.Tensor]]:
     if len(data) < length:
         raise SystemExit(f"{text} has {len(data)} bytes; a window takes {length}")
     return [{"input_ids": ids, "labels": ids} for ids in data.split(length) if len(ids) == length]
-
-
-def optimiser(model: PreTrainedModel, rate: float) -> torch.optim.AdamW:
-    """AdamW that leaves the static routing matrices undecayed, which Trainer's own rule does not know."""
-    spared = no_weight_decay(model)
-    groups = [
-        {"params": [p for name, p in model.named_parameters() if name not in spared], "weight_decay": 0.1},
-        {"params": [p for name, p in model.named_parameters() if name in spared], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
 
 
 def main() -> None:
@@ -63,7 +53,9 @@ def main() -> None:
         seed=given.seed,
     )
     data = windows(given.text, given.window)
-    trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimiser(model, 3e-3), None))
+    # Trainer's own groups would decay the static routing matrices and give everything the same rate.
+    adam = torch.optim.AdamW(parameter_groups(model, lr=3e-3), betas=(0.9, 0.95))
+    trainer = Trainer(model, arguments, train_dataset=data, optimizers=(adam, None))
     print(f"mean loss {trainer.train().training_loss:.3f} nats per byte")
     trainer.save_model()
 

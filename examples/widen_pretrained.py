@@ -40,12 +40,7 @@ def main() -> None:
     with torch.no_grad():
         print(f"largest change of a logit: {(wide.eval()(data[None, : given.window]).logits - before).abs().max():.1e}")
 
-    spared = vwn.no_weight_decay(wide)
-    groups = [
-        {"params": [p for name, p in wide.named_parameters() if name not in spared], "weight_decay": 0.1},
-        {"params": [p for name, p in wide.named_parameters() if name in spared], "weight_decay": 0.0},
-    ]
-    adam = torch.optim.AdamW(groups, lr=given.rate, betas=(0.9, 0.95))
+    adam = torch.optim.AdamW(vwn.parameter_groups(wide, given.rate), betas=(0.9, 0.95))
     torch.manual_seed(given.seed)
     wide.train()
     for step in range(given.steps):

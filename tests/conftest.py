@@ -35,8 +35,15 @@ def perturb(module: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Prepared text goes to a directory of the test session's own, for its subprocesses too."""
-    os.environ["VWN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Prepared text goes to a directory of the test session's own, for its subprocesses too.
+
+    The compiled operations are kept between sessions: their folders are named by a hash of the sources.
+    """
+    own = tmp_path_factory.mktemp("cache")
+    kept = Path(__file__).parents[1] / ".cache" / "vwn" / "ops"
+    kept.mkdir(parents=True, exist_ok=True)
+    (own / "ops").symlink_to(kept, target_is_directory=True)
+    os.environ["VWN_CACHE"] = str(own)
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         path = posixpath.normpath(posixpath.join(posixpath.dirname(in_repository), path))
         path = path.removeprefix("docs/")
         if files.get_file_from_path(path) is None and not path.startswith(
-            ("src", "benchmarks", "examples", "recipes", "results", "tests", "CHANGELOG.md")
+            ("src", "tests", "benchmarks", "examples", "recipes", "results", "CHANGELOG.md")
         ):
             return match.group()  # mkdocs says what is wrong with it
         if files.get_file_from_path(path) is None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vwn.nn.embedding import OverWidthEmbedding, OverWidthReduce
     from vwn.nn.generalized import GeneralizedHyperConnection
     from vwn.nn.geometry import Geometry
+    from vwn.nn.groups import parameter_groups
     from vwn.nn.multi_token import BlockLinear, MultiTokenPredictor
     from vwn.nn.relatives import HyperConnection, ManifoldHyperConnection
     from vwn.nn.weight_decay import no_weight_decay
@@ -25,6 +26,7 @@ _HOMES = {
     "nn.embedding": ("OverWidthEmbedding", "OverWidthReduce"),
     "common.errors": ("UserError",),
     "nn.geometry": ("Geometry",),
+    "nn.groups": ("parameter_groups",),
     "hf": ("VirtualWidthConfig", "VirtualWidthForCausalLM", "VirtualWidthModel", "widen"),
     "nn.multi_token": ("BlockLinear", "MultiTokenPredictor"),
     "nn.relatives": ("HyperConnection", "ManifoldHyperConnection"),
@@ -49,6 +51,7 @@ __all__ = [
     "VirtualWidthModel",
     "__version__",
     "no_weight_decay",
+    "parameter_groups",
     "widen",
 ]
 

@@ -15,18 +15,24 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-import tyro
-
 from vwn.commands.evaluation.config import EvalConfig
 from vwn.commands.inspection.config import InspectConfig
-from vwn.common.errors import UserError
+from vwn.common.errors import UserError, require
+from vwn.common.extras import require_packages
 from vwn.common.files import NO_ROOM, CannotWrite
 from vwn.common.version import __version__
 from vwn.cost.cluster.options import PlanOptions
 from vwn.help import Command, command_help, overview, unknown_command, unknown_option
 from vwn.lab.compare.arms import check_arms, parse_arm
 from vwn.lab.compare.config import CompareConfig
-from vwn.training.config import TrainConfig, WidthOptions, require
+from vwn.training.config import TrainConfig, WidthOptions
+
+try:
+    require_packages("the command line", "tyro")
+except UserError as missing:
+    print(f"vwn: {missing}", file=sys.stderr)
+    sys.exit(2)
+import tyro
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ class CostConfig:
 
 def run_train(config: TrainConfig) -> None:
     """`vwn train`."""
-    from vwn.common.provenance import keep_freed_memory
+    from vwn.common.memory import keep_freed_memory
     from vwn.training.directory import adopt
     from vwn.training.distributed import leave
     from vwn.training.run import train
@@ -124,11 +130,12 @@ def run_train(config: TrainConfig) -> None:
     last = result.curve[-1]
     further = "" if last["loss_2"] is None else f", next-2-token {last['loss_2']:.4f}"
     print(f"{config.out}: validation loss {last['loss']:.4f} nats per token{further} after {last['tokens']:,} tokens")
+    print(f'next: vwn generate {config.out} --prompt "..."')
 
 
 def run_compare(config: CompareConfig) -> None:
     """`vwn compare`."""
-    from vwn.common.provenance import keep_freed_memory
+    from vwn.common.memory import keep_freed_memory
     from vwn.lab.compare.run import adopt, compare
 
     keep_freed_memory()
@@ -251,6 +258,7 @@ COMMANDS = {
             "train --out runs/small --backbone small --m 4 --n 16 --tokenizer bpe:8192 --window 512",
         ),
         ("out", "data", "backbone", "m", "n", "steps"),
+        packages=("accelerate", "tensorboard"),
         presets=True,
     ),
     "compare": Command(
@@ -261,6 +269,7 @@ COMMANDS = {
             "compare --out runs/study --study widths --lr-sweep off",
         ),
         ("out", "arms", "data", "backbone", "steps", "seeds"),
+        packages=("accelerate", "tensorboard", "matplotlib", "jinja2"),
         hidden=("stream", "skip-bad-rows"),
         presets=True,
     ),
@@ -275,6 +284,7 @@ COMMANDS = {
         "Show what the connections of a trained model do, as figures and numbers.",
         ("inspect runs/wide --out runs/wide-inside",),
         ("checkpoint", "out", "data"),
+        packages=("matplotlib",),
     ),
     "eval": Command(
         EvalCommand,
@@ -387,6 +397,7 @@ def main() -> None:
         if name not in COMMANDS:
             raise UserError(unknown_command(name, COMMANDS))
         config = parse(name, given[1:])
+        require_packages(f"vwn {name}", *COMMANDS[name].packages)
         show_our_logs()
         processes = int(os.environ.get("WORLD_SIZE") or 1)
         if processes > 1 and name != "train":

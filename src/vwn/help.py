@@ -64,6 +64,7 @@ class Command:
         purpose: one sentence.
         examples: command lines, without ``vwn``.
         first: options that everybody needs first.
+        packages: packages of extras that it needs.
         hidden: options of a shared part that this command has no use for.
         presets: whether to list the backbones by name.
     """
@@ -72,6 +73,7 @@ class Command:
     purpose: str
     examples: tuple[str, ...]
     first: tuple[str, ...]
+    packages: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
     presets: bool = False
 

@@ -10,27 +10,16 @@ import sys
 
 import pytest
 
-from vwn.cli import COMMANDS, arguments, main, parse
+from runs import run_vwn
+from vwn.cli import COMMANDS, arguments, parse
 from vwn.common.version import __version__ as vwn_version
 
 SMALL = ["--backbone", "nano", "--window", "32", "--batch-size", "4", "--max-valid-tokens", "256", "--steps", "4"]
 
 
-def vwn(capsys, monkeypatch, *arguments):
-    """Exit code, standard output, standard error."""
-    monkeypatch.setattr(sys, "argv", ["vwn", *map(str, arguments)])
-    try:
-        main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
 @pytest.fixture
 def run(capsys, monkeypatch):
-    return lambda *arguments: vwn(capsys, monkeypatch, *arguments)
+    return lambda *arguments: run_vwn(capsys, monkeypatch, *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -326,10 +326,11 @@ def test_without_lm_eval_there_is_one_sentence(monkeypatch, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_lm_evals_own_command_line_gives_the_same(checkpoint, data_dir, found, tmp_path) -> None:
-    """In a process that never imports us by itself, offline, through what `save_pretrained` puts beside the weights."""
+    """Offline, in a process that imports us and is lm-eval's own otherwise."""
     command = [
-        *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "4"),
-        *("--model_args", f"pretrained={checkpoint},trust_remote_code=True,max_length={WINDOW}"),
+        *(sys.executable, "-c", "import vwn.hf, runpy; runpy.run_module('lm_eval', run_name='__main__')", "run"),
+        *("--model", "hf", "--device", "cpu", "--batch_size", "4"),
+        *("--model_args", f"pretrained={checkpoint},max_length={WINDOW}"),
         *("--include_path", str(TASKS), "--tasks", "lambada,piqa,blimp"),
         *("--metadata", json.dumps({"data_dir": str(data_dir)}), "--output_path", str(tmp_path), "--log_samples"),
     ]  # fmt: skip

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from test_cost import backbone
+from counted import backbone
+from runs import run_vwn
 from vwn.common.errors import UserError
 from vwn.cost.cluster.hardware import Cluster, Gpu, parse_cluster
 from vwn.cost.cluster.layout import Layout, layouts, make_layout
@@ -31,8 +32,7 @@ from vwn.cost.cluster.options import PlanOptions
 from vwn.cost.cluster.plan import make_plan, plans
 from vwn.cost.cluster.shape import ModelShape, model_shape
 from vwn.cost.cluster.table import plan_rows, plan_text
-from vwn.cost.cluster.timing import step_time
-from vwn.cost.cluster.traffic import traffic
+from vwn.cost.cluster.timing import step_time, traffic
 from vwn.hf import VirtualWidthConfig
 from vwn.nn.generalized import GeneralizedHyperConnection
 from vwn.training.presets import PRESETS
@@ -265,8 +265,8 @@ def test_a_step_by_hand() -> None:
     layout = Layout(1, 1, 1, 1, 1024)
     t = step_time(shape, layout, ONE, o, traffic(shape, layout, o))
     tokens = 1024 * WINDOW
-    connections = 3 * shape.connection_flops * 3
-    assert t.compute == pytest.approx(tokens * (3 * shape.forward_flops - connections) / 50e12)
+    connections = 3 * shape.cost.flops.connections  # forward and backward
+    assert t.compute == pytest.approx(tokens * (3 * shape.cost.flops.total - connections) / 50e12)
     per_layer = (5 * 1.5 + 4 + 7 * 1.5 + 6) * 128 * 2
     assert t.connections == pytest.approx(tokens * 3 * per_layer / 500e9)
     assert t.optimizer == pytest.approx(shape.parameters * (3 * 4 + 2 * 8) / 500e9)
@@ -423,18 +423,16 @@ def test_every_layout_uses_every_gpu() -> None:
 
 
 def test_on_the_command_line(monkeypatch: Any, capsys: Any) -> None:
-    from test_cli import vwn
-
     small = ["cost", "--backbone", "nano", "--window", "64", "--arms", "plain", "4x8", "--batch-tokens", "65536"]
-    code, out, _ = vwn(capsys, monkeypatch, *small, "--cluster", "h100:8x2", "--json")
+    code, out, _ = run_vwn(capsys, monkeypatch, *small, "--cluster", "h100:8x2", "--json")
     assert code == 0
     assert [row["name"] for row in json.loads(out)] == ["plain", "4x8"]
-    code, out, _ = vwn(capsys, monkeypatch, *small, "--cluster", "h200:8x2", "--no-fused-loss")
+    code, out, _ = run_vwn(capsys, monkeypatch, *small, "--cluster", "h200:8x2", "--no-fused-loss")
     assert code == 0
     assert "16 GPUs h200" in out
     for arguments, message in ((small, "--batch-tokens plans a training run; name the machines with --cluster"),
                                ([*small, "--cluster", "x:1x1"], "'x' is not in the table")):  # fmt: skip
-        code, _, err = vwn(capsys, monkeypatch, *arguments)
+        code, _, err = run_vwn(capsys, monkeypatch, *arguments)
         assert code == 2
         assert message in err
         assert err.count("\n") == 1

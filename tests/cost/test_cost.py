@@ -9,18 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MixtralConfig,
-    PreTrainedConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-    T5Config,
-)
+from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig, T5Config
 
+from counted import BACKBONES, BATCH, LENGTH, backbone, build_counted, counted_flops_per_token
 from vwn.common.errors import UserError
 from vwn.cost import connection_cost, cost_table, model_cost
 from vwn.hf import VirtualWidthConfig
@@ -28,58 +20,16 @@ from vwn.nn.generalized import GeneralizedHyperConnection
 from vwn.nn.geometry import Geometry
 from zoo import tiny_config
 
-BATCH, LENGTH = 2, 64
-_SIZES: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 128,
-    "intermediate_size": 352,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-}
-_MOE = {"num_experts_per_tok": 2, "num_experts": 8, "moe_intermediate_size": 96, "mlp_only_layers": [0]}
-_BACKBONES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
-    "llama": (LlamaConfig, {}),
-    "qwen3": (Qwen3Config, {"head_dim": 48}),  # heads together wider than the hidden size, as in Qwen3 itself
-    "mixtral": (MixtralConfig, {"num_experts_per_tok": 2, "num_local_experts": 8, "sliding_window": 16}),
-    "qwen3_moe": (Qwen3MoeConfig, {"head_dim": 48, **_MOE}),  # the first layer dense
-}
 WIDTHS = [(1, 1), (1, 4), (2, 2), (2, 3), (4, 16), (8, 64)]
 
 
-def backbone(kind: str = "llama", **changes: Any) -> PreTrainedConfig:
-    config_class, fields = _BACKBONES[kind]
-    return config_class(**_SIZES | fields | changes)
-
-
-def build(config: PreTrainedConfig, experts: str = "eager") -> nn.Module:
-    # Only attention spelt out in matmuls is counted on a CPU: the counter has no entry for its fused attention.
-    # Of the ways transformers runs experts it counts the loop over experts ("eager": one mm for each expert that was
-    # hit) and "batched_mm" (one bmm over token-expert pairs); for "grouped_mm", the default, it has no entry either.
-    inner = getattr(config, "backbone", config)
-    inner._attn_implementation = "eager"
-    inner._experts_implementation = experts
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-
-
-def counted_flops_per_token(model: nn.Module) -> float:
-    ids = torch.randint(1, 320, (BATCH, LENGTH))
-    with_mtp = {"output_mtp_logits": True} if getattr(model.config, "num_mtp_modules", 0) else {}
-    with FlopCounterMode(display=False, depth=20) as counter, torch.no_grad():
-        model(ids, use_cache=False, **with_mtp)
-    return counter.get_total_flops() / (BATCH * LENGTH)
-
-
 @pytest.mark.parametrize("mtp", [0, 1])
-@pytest.mark.parametrize("kind", _BACKBONES)
+@pytest.mark.parametrize("kind", BACKBONES)
 def test_flops_of_widened_models_are_those_the_counter_sees(kind: str, mtp: int) -> None:
     for m, n in WIDTHS:
         config = VirtualWidthConfig(backbone=backbone(kind), m=m, n=n, num_mtp_modules=mtp)
         cost = model_cost(config, sequence_length=LENGTH)
-        assert cost.forward_flops_per_token == counted_flops_per_token(build(config)), (m, n)
+        assert cost.forward_flops_per_token == counted_flops_per_token(build_counted(config)), (m, n)
 
 
 @pytest.mark.parametrize(
@@ -96,17 +46,17 @@ def test_flops_of_widened_models_are_those_the_counter_sees(kind: str, mtp: int)
 )
 def test_flops_and_parameters_of_every_form(fields: dict[str, Any]) -> None:
     config = VirtualWidthConfig(backbone=backbone("mixtral"), **fields)
-    model = build(config)
+    model = build_counted(config)
     cost = model_cost(config, sequence_length=LENGTH)
     assert cost.forward_flops_per_token == counted_flops_per_token(model)
     assert cost.parameters == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", _BACKBONES)
+@pytest.mark.parametrize("kind", BACKBONES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_plain_transformers_models(kind: str, tied: bool) -> None:
     config = backbone(kind, tie_word_embeddings=tied)
-    model = build(config)
+    model = build_counted(config)
     cost = model_cost(config, sequence_length=LENGTH)
     assert cost.forward_flops_per_token == counted_flops_per_token(model)
     assert cost.training_flops_per_token == 3 * cost.forward_flops_per_token
@@ -119,12 +69,12 @@ def test_plain_transformers_models(kind: str, tied: bool) -> None:
 def test_experts_cost_the_same_however_they_are_run(kind: str) -> None:
     config = backbone(kind)
     cost = model_cost(config, sequence_length=LENGTH)
-    assert cost.forward_flops_per_token == counted_flops_per_token(build(config, experts="batched_mm"))
+    assert cost.forward_flops_per_token == counted_flops_per_token(build_counted(config, experts="batched_mm"))
 
 
 def test_training_flops_are_what_forward_and_backward_take() -> None:
     config = VirtualWidthConfig(backbone=backbone(), m=2, n=3, num_mtp_modules=1)
-    model = build(config)
+    model = build_counted(config)
     ids = torch.randint(1, 320, (BATCH, LENGTH))
     with FlopCounterMode(display=False) as counter:
         model(ids, labels=ids, use_cache=False).loss.backward()
@@ -132,11 +82,13 @@ def test_training_flops_are_what_forward_and_backward_take() -> None:
     assert model_cost(config, sequence_length=LENGTH).training_flops_per_token == pytest.approx(counted, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", _BACKBONES)
+@pytest.mark.parametrize("kind", BACKBONES)
 @pytest.mark.parametrize("embedding", ["direct", "factorised", "replicated"])
 def test_parameters_are_those_of_the_built_model(kind: str, embedding: str) -> None:
     config = VirtualWidthConfig(backbone=backbone(kind), m=4, n=16, embedding=embedding, num_mtp_modules=1)
-    assert model_cost(config, sequence_length=8).parameters == sum(p.numel() for p in build(config).parameters())
+    assert model_cost(config, sequence_length=8).parameters == sum(
+        p.numel() for p in build_counted(config).parameters()
+    )
 
 
 def test_active_parameters_leave_out_the_experts_a_token_does_not_meet() -> None:
@@ -173,7 +125,6 @@ def test_the_papers_own_figures_at_2_3() -> None:
     assert cost.flops == 48 * width
     assert cost.activation_bytes == 3 * width
     assert cost.activation_overhead == pytest.approx(0.088, abs=5e-4)
-    assert connection_cost(Geometry(width, 2, 3), saved_share=1).activation_bytes == 6 * width
 
 
 @pytest.mark.parametrize("e", [2, 4])
@@ -265,7 +216,7 @@ def test_types_of_every_build(kind: str) -> None:
     """Other names, fused projections, low-rank attention, state spaces, experts with biases."""
     config, length = tiny_config(kind), 12
     cost = model_cost(config, sequence_length=length)
-    model = build(config)
+    model = build_counted(config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.randint(3, 90, (1, length)), use_cache=False)
     assert cost.forward_flops_per_token == counter.get_total_flops() // length
@@ -276,10 +227,6 @@ def test_types_of_every_build(kind: str) -> None:
 def test_bad_numbers_are_refused() -> None:
     with pytest.raises(UserError, match="sequence_length must be 1 or more, got 0"):
         model_cost(backbone(), sequence_length=0)
-    with pytest.raises(UserError, match="bytes_per_element must be 1 or more, got 0"):
-        connection_cost(Geometry(8, 2, 3), bytes_per_element=0)
-    with pytest.raises(UserError, match=r"within 0 and 1, got 1\.5"):
-        connection_cost(Geometry(8, 2, 3), saved_share=1.5)
 
 
 def test_importing_the_formulas_needs_torch_only() -> None:

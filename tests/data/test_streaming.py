@@ -18,9 +18,8 @@ from vwn.data import load_tokenizer, reading
 from vwn.data.reading import FileRange, read_range
 from vwn.data.stream import StreamLoader, TokenStream, prepare_stream
 from vwn.data.stream import source as streamed_source
-from vwn.data.stream.mixture import parse_sources, sources_of_step
 from vwn.data.stream.reader import START, Reader, reader_count, reader_of
-from vwn.data.stream.source import StreamedSource, open_source
+from vwn.data.stream.source import StreamedSource, open_source, parse_sources, sources_of_step
 
 EOS = 256
 

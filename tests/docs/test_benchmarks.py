@@ -49,7 +49,6 @@ def run(tmp_path: Path, name: str, *options: str) -> dict:
 
 def test_connections(tmp_path):
     rows = run(tmp_path, "connections", "--shapes", "2x4")["rows"]
-    [copy] = [row for row in rows if row["rival"] == "copy"]
     by_name = {(row["rival"], row["pass"]): row for row in rows if row["rival"] != "copy"}
     rivals = {"ours", "ours, separate", "ours, with the norm", "reference", "listing, eager", "listing, compiled"}
     rivals |= {"plain, eager", "plain, compiled", "hyper-connections", "Liger-Kernel mHC"}
@@ -60,16 +59,9 @@ def test_connections(tmp_path):
     for (name, direction), row in by_name.items():
         if "not measured" in row or direction == "backward":
             continue
-        listing = by_name["listing, eager", direction]["median_ms"]
         assert 0 < row["min_ms"] <= row["median_ms"]
-        assert row["times_faster"] == pytest.approx(listing / row["median_ms"])
-        assert row["gb_per_s"] == pytest.approx(row["floor_bytes"] / row["median_ms"] / 1e6)
-        assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / copy["gb_per_s"])
         if "plain" not in name:
             assert row["floor_bytes"] == floors[direction]
-    for name in rivals - {"Liger-Kernel mHC"}:
-        medians = [by_name[name, p]["median_ms"] for p in ("forward", "backward", "forward + backward")]
-        assert medians[0] + medians[1] == pytest.approx(medians[2])
 
 
 def test_training_step(tmp_path):
@@ -77,11 +69,7 @@ def test_training_step(tmp_path):
     assert {row["family"] for row in rows} == {"dense", "moe"}
     variants = {"auto", "reference", "keep_states_every=4", "checkpointing"}
     assert {row["variant"] for row in rows if row["family"] == "dense"} == variants
-    for row in rows:
-        assert row["time_ratio"] == pytest.approx(row["median_ms"] / row["plain_median_ms"])
-        assert row["saved_ratio"] == pytest.approx(row["saved_mb"] / row["plain_saved_mb"])
-        assert row["peak_ratio"] == pytest.approx(row["total_peak_mb"] / row["plain_total_peak_mb"])
-        assert row["saved_mb"] < row["total_peak_mb"]
+    assert all(row["saved_mb"] < row["total_peak_mb"] for row in rows)
     saved = {row["variant"]: row["saved_mb"] for row in rows if row["family"] == "dense"}
     assert saved["checkpointing"] < saved["keep_states_every=4"] < saved["auto"] == saved["reference"]
 
@@ -90,12 +78,6 @@ def test_scaling(tmp_path):
     rows = run(tmp_path, "scaling")["rows"]
     assert {row["series"] for row in rows} == {"decoding", "tokens", "slots", "depth"}
     assert all("GPU" in row["not measured"] for row in rows if row["who"].endswith("graph"))
-    for series in ("tokens", "slots"):
-        of = [row for row in rows if row["series"] == series]
-        assert of[-1]["relative"] == 1
-        for row in of:
-            assert row["us_per_unit"] == pytest.approx(row["median_us"] / row["size"])
-            assert row["relative"] == pytest.approx(row["us_per_unit"] / of[-1]["us_per_unit"])
 
 
 def test_memory(tmp_path):

@@ -69,7 +69,8 @@ def test_it_is_the_plain_models(model_type):
 
 @pytest.mark.parametrize("model_type", ["bloom", "gptj", "gemma2", "mamba"])
 def test_a_refusal_names_the_type(model_type):
-    with pytest.raises(UserError, match=f"type {model_type} does not support attn_implementation = 'sdpa'"):
+    refusal = f'`attn_implementation="sdpa"` is not supported by a backbone of type {model_type};'
+    with pytest.raises(UserError, match=refusal):
         built(
             VirtualWidthForCausalLM,
             VirtualWidthConfig(backbone=zoo.tiny_config(model_type), m=2, n=4, tie_word_embeddings=False),

@@ -297,6 +297,7 @@ def test_copies_read_ahead_for_their_own_layers(calls):
         model.load_state_dict(other.state_dict())
 
 
+@pytest.mark.slow
 def test_a_deep_model_can_be_copied():
     model = VirtualWidthForCausalLM(vwn_config("llama", 1, 2, {"num_hidden_layers": 200}))
     assert len(copy.deepcopy(model).model.backbone.layers) == 200
@@ -426,6 +427,7 @@ def test_every_backend_decodes_the_same_tokens(kind, m, n, backend):
     assert torch.equal(wanted[:, 4:-1].argmax(-1), decoded[:, 5:])
 
 
+@pytest.mark.slow
 def test_the_model_compiles_as_one_graph(backend):
     torch._dynamo.reset()
     model = model_of(layers=2)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from conftest import perturb
+from losses import with_and_without_logits
 from tiny import build, token_ids, vwn_config
 from vwn.common.errors import UserError
 from vwn.hf import loss as loss_module
@@ -24,18 +25,6 @@ def _choose_afresh():
     loss_module._choose_loss.cache_clear()
 
 
-def both(model, **inputs):
-    """Output and gradients with logits and without."""
-    results = []
-    for backend in ("torch", "liger"):
-        model.loss_backend = backend
-        model.zero_grad()
-        out = model(**inputs)
-        out.loss.backward()
-        results.append((out, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
-    return results
-
-
 @pytest.mark.parametrize("mtp", [0, 2])
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_loss_and_gradients_are_those_with_logits(kind, mtp):
@@ -43,7 +32,7 @@ def test_loss_and_gradients_are_those_with_logits(kind, mtp):
     ids = token_ids()
     labels = ids.clone()
     labels[0, :3] = -100
-    (with_logits, wanted), (without, actual) = both(model, input_ids=ids, labels=labels)
+    (with_logits, wanted), (without, actual) = with_and_without_logits(model, input_ids=ids, labels=labels)
     assert with_logits.logits is not None
     assert without.logits is None
     assert len(without.losses) == 1 + mtp
@@ -56,7 +45,7 @@ def test_loss_and_gradients_are_those_with_logits(kind, mtp):
 
 def test_the_plain_baseline_and_accumulated_batches():
     model = perturb(build(vwn_config("llama", 1, 1, connection="residual", num_mtp_modules=1))).train()
-    (a, _), (b, _) = both(model, input_ids=token_ids(), labels=token_ids(), num_items_in_batch=57)
+    (a, _), (b, _) = with_and_without_logits(model, input_ids=token_ids(), labels=token_ids(), num_items_in_batch=57)
     assert_close(b.loss, a.loss, rtol=1e-5, atol=1e-5)
 
 
@@ -103,7 +92,7 @@ def test_what_cannot_run_is_refused(monkeypatch):
     with pytest.raises(UserError, match="auto, torch, liger; got 'cuda'"):
         choose_loss("cuda", torch.device("cpu"))
     monkeypatch.setattr(loss_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"not installed \(pip install 'vwn\[liger\]'\)"):
+    with pytest.raises(UserError, match=r"not installed \(pip install '.\[liger\]'\)"):
         choose_loss("liger", torch.device("cpu"))
     loss_module._choose_loss.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET")

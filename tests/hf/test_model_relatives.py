@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from test_relatives import EVERY_KIND, KINDS, make
+from relatives import EVERY_KIND, KINDS, make
 from tiny import build, copy_stock_weights, stock, token_ids, vwn_config
 from vwn import UserError, no_weight_decay
 from vwn.cost import connection_cost, model_cost

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from test_relatives import EVERY_KIND, KINDS
+from relatives import EVERY_KIND, KINDS
 from tiny import build, token_ids, vwn_config
 from vwn.nn.connection import Connection
 from vwn.nn.generalized import GeneralizedHyperConnection
@@ -117,6 +117,7 @@ def test_checkpointing_and_rebuilt_states_change_no_bit():
     assert same_bits(step(model), wanted)
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph():
     torch._dynamo.reset()
     model = build(vwn_config("llama", 2, 4))

@@ -11,11 +11,12 @@ import sys
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import vwn
 from conftest import perturb
-from tiny import BACKBONES, build, token_ids, vwn_config
+from tiny import build, token_ids, vwn_config
 from vwn.common.errors import UserError
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
 from vwn.hf.checkpoint.card import TrainingFacts, model_card, without_folders
@@ -60,19 +61,19 @@ print("all equal")
 
 
 @pytest.mark.slow
-def test_a_process_that_never_imported_us_loads_what_it_trusts(tmp_path):
-    models = {kind: (build(vwn_config(kind, 2, 3, num_mtp_modules=1)), {}) for kind in BACKBONES}
+def test_a_process_that_never_imported_us_loads_what_it_trusts(tmp_path, with_code):
+    built = {kind: (build(vwn_config(kind, 2, 3, num_mtp_modules=1)), {}) for kind in ("llama", "qwen3_moe")}
     tied = {"tie_word_embeddings": True, "embedding": "factorised"}
-    models["tied"] = (build(vwn_config("llama", 2, 4, **tied)), {"max_shard_size": "5KB"})
-    models["bf16"] = (perturb(AutoModelForCausalLM.from_config(vwn_config("llama", 2, 4), dtype=torch.bfloat16)), {})
-    for name, (model, options) in models.items():
+    built["tied"] = (build(vwn_config("llama", 2, 4, **tied)), {"max_shard_size": "5KB"})
+    built["bf16"] = (perturb(AutoModelForCausalLM.from_config(vwn_config("llama", 2, 4), dtype=torch.bfloat16)), {})
+    for name, (model, options) in built.items():
         model.save_pretrained(tmp_path / name, **options)
         ids = token_ids()
         hidden = model.model(ids).last_hidden_state.detach()
         saved = {"ids": ids, "logits": model(ids).logits.detach(), "hidden": hidden}
         torch.save(saved, tmp_path / name / "expected.pt")
     assert len(list((tmp_path / "tied").glob("*.safetensors"))) > 1
-    paths = [str(tmp_path / name) for name in models]
+    paths = [str(tmp_path / name) for name in built]
     env = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     run = subprocess.run(
         [sys.executable, "-c", FRESH, *paths], capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL
@@ -81,8 +82,36 @@ def test_a_process_that_never_imported_us_loads_what_it_trusts(tmp_path):
     assert "all equal" in run.stdout
 
 
+@pytest.fixture
+def with_code(monkeypatch):
+    """Have folders carry the module that `trust_remote_code` runs, in this test alone."""
+    monkeypatch.setattr(VirtualWidthForCausalLM, "_carries_code", False)
+    VirtualWidthForCausalLM.register_for_auto_class()
+
+
+def test_a_tokenizer_loads_without_us_and_without_a_question(tmp_path):
+    """Nothing in the folder has transformers ask whether it may run code; standard input stays open, for it waits."""
+    build(vwn_config()).save_pretrained(tmp_path)
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    program = (
+        "import sys, transformers\n"
+        f"print(transformers.AutoTokenizer.from_pretrained({str(tmp_path)!r})('b').input_ids)\n"
+        "assert not [name for name in sys.modules if name.startswith('vwn')]"
+    )
+    never = subprocess.Popen(["sleep", "600"], stdout=subprocess.PIPE)
+    try:
+        run = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, stdin=never.stdout, timeout=100
+        )
+    finally:
+        never.kill()
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split("\n")[:-1] == ["[1]"]  # a question would be there as well
+
+
 @pytest.mark.parametrize("trust", [None, False, True])
-def test_once_imported_the_installed_classes_are_taken_without_a_word(tmp_path, monkeypatch, capfd, trust):
+def test_once_imported_the_installed_classes_are_taken_without_a_word(tmp_path, monkeypatch, capfd, trust, with_code):
     model = build(vwn_config())
     model.save_pretrained(tmp_path)
     capfd.readouterr()
@@ -104,18 +133,24 @@ def test_once_imported_the_installed_classes_are_taken_without_a_word(tmp_path, 
     assert re.search("warn|code|trust", capfd.readouterr().err, re.I) is None
 
 
+FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+
+
 def test_what_is_saved(tmp_path):
     build(vwn_config()).save_pretrained(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_virtual_width.py",
-    }  # fmt: skip
+    assert {p.name for p in tmp_path.iterdir()} == FILES
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_what_is_saved_for_programs_that_do_not_import_us(tmp_path, with_code):
+    build(vwn_config()).save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == FILES | {"modeling_virtual_width.py"}
     shim = (tmp_path / "modeling_virtual_width.py").read_text()
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
-    for target in config["auto_map"].values():
+    for target in json.loads((tmp_path / "config.json").read_text())["auto_map"].values():
         module, name = target.split(".")
         assert (tmp_path / f"{module}.py").exists()
         assert name in shim
+        assert hasattr(vwn.hf, name)
     assert len(re.findall(r"^(?:from|import) ", shim, re.M)) == 1
 
 
@@ -128,9 +163,8 @@ def test_pickles_are_not_written(tmp_path):
         build(vwn_config()).save_pretrained(tmp_path / "file")
 
 
-def test_registering_for_an_auto_class_does_not_turn_our_source_into_remote_code(tmp_path):
+def test_registering_for_an_auto_class_does_not_turn_our_source_into_remote_code(tmp_path, with_code):
     VirtualWidthConfig.register_for_auto_class()
-    VirtualWidthForCausalLM.register_for_auto_class("AutoModelForCausalLM")
     assert not VirtualWidthForCausalLM.is_remote_code()
     build(vwn_config()).save_pretrained(tmp_path)
     assert {p.name for p in tmp_path.glob("*.py")} == {"modeling_virtual_width.py"}
@@ -234,7 +268,6 @@ def test_a_training_run_describes_itself(finished):
                  f"{result.curve[-1]['loss_2']:.4f}", f"vwn {vwn.__version__}", "| 4, 10 |"):  # fmt: skip
         assert said in text, said
     assert str(run.out.parent) not in text
-    assert (run.out / "modeling_virtual_width.py").exists()
 
 
 class FakeHub:
@@ -254,7 +287,7 @@ class FakeHub:
 
 @pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained", "save_pretrained twice"])
 @pytest.mark.parametrize("own_card", [True, False])
-def test_a_push_carries_the_shim_and_a_card(tmp_path, monkeypatch, way, own_card):
+def test_a_push_carries_a_card(tmp_path, monkeypatch, way, own_card):
     from huggingface_hub.errors import EntryNotFoundError
 
     hub = FakeHub()
@@ -278,7 +311,7 @@ def test_a_push_carries_the_shim_and_a_card(tmp_path, monkeypatch, way, own_card
         if way.endswith("twice"):
             model.save_pretrained(tmp_path)
         model.save_pretrained(tmp_path, push_to_hub=True, repo_id="ada/wide")
-    assert {"config.json", "model.safetensors", "modeling_virtual_width.py", "README.md"} <= set(hub.files)
+    assert {"config.json", "model.safetensors", "README.md"} <= set(hub.files)
     card = hub.files["README.md"].decode()
     if own_card:
         assert card.endswith("mine")

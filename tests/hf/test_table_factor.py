@@ -9,9 +9,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from conftest import perturb
-from test_cost import LENGTH, backbone, counted_flops_per_token
-from test_cost import build as build_for_cost
-from test_loss_backends import both
+from counted import LENGTH, backbone, build_counted, counted_flops_per_token
+from losses import with_and_without_logits
 from tiny import VOCAB, build, stock, token_ids, vwn_config
 from vwn import Geometry, OverWidthEmbedding, no_weight_decay
 from vwn.cost import model_cost
@@ -141,7 +140,9 @@ def test_the_loss_without_logits_goes_through_the_factors():
     loss_module._choose_loss.cache_clear()
     model = with_factor(2, num_mtp_modules=1).train()
     try:
-        (with_logits, wanted), (without, actual) = both(model, input_ids=token_ids(), labels=token_ids())
+        (with_logits, wanted), (without, actual) = with_and_without_logits(
+            model, input_ids=token_ids(), labels=token_ids()
+        )
     finally:
         loss_module._choose_loss.cache_clear()
     assert without.logits is None
@@ -158,7 +159,7 @@ def test_the_loss_without_logits_goes_through_the_factors():
 )
 def test_cost_is_that_of_the_model(fields):
     config = VirtualWidthConfig(backbone=backbone("mixtral"), connection="residual", table_factor=4, **fields)
-    model, cost = build_for_cost(config), model_cost(config, sequence_length=LENGTH)
+    model, cost = build_counted(config), model_cost(config, sequence_length=LENGTH)
     assert cost.parameters == sum(p.numel() for p in model.parameters())
     assert cost.forward_flops_per_token == counted_flops_per_token(model)
     heads = 1 + config.num_mtp_modules

@@ -9,39 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from curves import arm, curve, report
+from curves import BUDGETS, POWER, SCALE, arm, budget_runs, curve, law, report
 from vwn.lab.analysis.analyse import add_analysis
 from vwn.lab.analysis.budgets import BudgetStudy, budget_studies, fit_law
 from vwn.lab.analysis.curves import Curve
 from vwn.lab.analysis.story import budget_explanation, budget_sentence
-
-SCALE, POWER = 200.0, 0.3
-BUDGETS = [1_000_000 * 2**i for i in range(5)]
-
-
-def law(tokens: float, speed: float = 1.0) -> float:
-    return 2.0 + SCALE * (speed * tokens) ** -POWER
-
-
-def runs(
-    name: str,
-    speed: float = 1.0,
-    gap: float = 0.0,
-    budgets: list[int] = BUDGETS,
-    seeds: tuple[int, ...] = (0, 1, 2),
-    noise: float = 0.0,
-    **changes: Any,
-) -> list[dict[str, Any]]:
-    """Runs whose decayed loss is that of the baseline after `speed` times the tokens, plus `gap`; seeds lie apart."""
-    found = []
-    for seed in seeds:
-        shift = gap + seed / 10 + noise * (seed - 1)
-        points = [
-            {"tokens": t, "loss": law(t, speed) + shift, "loss_2": law(t, speed**2) + shift + 0.5, "seconds": t / 1e3}
-            for t in budgets
-        ]
-        found.append(arm(name, seed, curve([5, 4]), decayed=points, **changes))
-    return found
 
 
 def studied(*arms: dict[str, Any]) -> BudgetStudy:
@@ -50,22 +22,24 @@ def studied(*arms: dict[str, Any]) -> BudgetStudy:
 
 @pytest.mark.parametrize("speed", [0.7, 1.0, 1.3, 3.0])
 def test_a_known_speedup_is_recovered_at_every_budget(speed: float) -> None:
-    found = budget_studies(report(*runs("plain"), *runs("4x16", speed)))
+    found = budget_studies(report(*budget_runs("plain"), *budget_runs("4x16", speed)))
     for key, expected in (("loss", speed), ("loss_2", speed**2)):
         points = found[key].arms["4x16"]
         assert [point.tokens for point in points] == BUDGETS
         for point in points:
             tokens = point.tokens * expected
             outside = not BUDGETS[0] <= tokens <= BUDGETS[-1]
-            assert point.equal["tokens"].speedup_extrapolated == (outside and expected != 1)
+            assert point.equal["tokens"].speedup.extrapolated == (outside and expected != 1)
             # The chord between two budgets lies above the law, by which the baseline comes late.
             assert point.speedup.mean == pytest.approx(expected, rel=1e-3 if outside else 0.04)
             assert point.speedup.mean >= expected * (1 - 1e-3)
-            assert point.gap.mean == pytest.approx(law(point.tokens, expected) - law(point.tokens), abs=1e-12)
+            assert point.equal["tokens"].gap.over_seeds.mean == pytest.approx(
+                law(point.tokens, expected) - law(point.tokens), abs=1e-12
+            )
 
 
 def test_the_law_and_its_slope_are_recovered_whatever_the_seeds_lie_apart() -> None:
-    study = studied(*runs("plain"), *runs("4x16", gap=-0.02))
+    study = studied(*budget_runs("plain"), *budget_runs("4x16", gap=-0.02))
     assert study.law is not None
     assert (study.law.power, study.law.scale) == pytest.approx((POWER, SCALE), rel=1e-3)
     for row in study.baseline:
@@ -76,40 +50,41 @@ def test_the_law_and_its_slope_are_recovered_whatever_the_seeds_lie_apart() -> N
 
 
 def test_the_gap_has_the_interval_of_the_paired_differences() -> None:
-    found = studied(*runs("plain"), *runs("4x16", gap=-0.05, noise=0.01)).arms["4x16"]
+    found = studied(*budget_runs("plain"), *budget_runs("4x16", gap=-0.05, noise=0.01)).arms["4x16"]
     half = 4.303 * 0.01 / math.sqrt(3)
     for point in found:
-        assert point.gap.n == 3
-        assert point.gap.interval == pytest.approx([-0.05 - half, -0.05 + half], rel=1e-4)
+        assert point.equal["tokens"].gap.over_seeds.n == 3
+        assert point.equal["tokens"].gap.over_seeds.interval == pytest.approx([-0.05 - half, -0.05 + half], rel=1e-4)
 
 
 def test_beyond_the_last_budget_without_a_law_there_is_no_number() -> None:
     few = BUDGETS[:2]
-    study = studied(*runs("plain", budgets=few), *runs("4x16", gap=-0.05, budgets=few))
+    study = studied(*budget_runs("plain", budgets=few), *budget_runs("4x16", gap=-0.05, budgets=few))
     assert study.law is None
     early, late = (point.equal["tokens"] for point in study.arms["4x16"])
-    assert early.speedup.mean == pytest.approx((few[1] / few[0]) ** (0.05 / (law(few[0]) - law(few[1]))))
-    assert not early.speedup_extrapolated
-    assert (late.speedup.mean, late.reason) == (None, "beyond the baseline’s budgets")
-    assert study.baseline[0].slope == pytest.approx((law(few[0]) - law(few[1])) / math.log(2))
-    assert studied(*runs("plain", budgets=BUDGETS[:1])).baseline[0].slope is None
+    assert early.speedup.over_seeds.mean == pytest.approx((few[1] / few[0]) ** (0.05 / (law(few[0]) - law(few[1]))))
+    assert not early.speedup.extrapolated
+    assert (late.speedup.over_seeds.mean, late.reason) == (None, "beyond the baseline’s budgets")
+    assert study.baseline[0].slope is None
 
 
 def test_a_loss_below_the_laws_floor_is_never_reached() -> None:
-    point = studied(*runs("plain"), *runs("4x16", gap=-2.0)).arms["4x16"][-1]
-    assert point.gap.mean == pytest.approx(-2.0)
+    point = studied(*budget_runs("plain"), *budget_runs("4x16", gap=-2.0)).arms["4x16"][-1]
+    assert point.equal["tokens"].gap.over_seeds.mean == pytest.approx(-2.0)
     assert (point.speedup.mean, point.equal["tokens"].reason) == (None, "beyond the fit’s floor")
 
 
 def test_missing_budgets_and_seeds_are_left_out() -> None:
-    plain = runs("plain", seeds=(0,)) + runs("plain", seeds=(1, 2), budgets=BUDGETS[:3])
-    wide = runs("4x16", 1.5, seeds=(0,), budgets=BUDGETS[1:]) + runs("4x16", 1.5, seeds=(2, 7), budgets=BUDGETS[:3])
-    study = studied(*plain, *wide, *runs("4x32", seeds=(7,)), arm("4x8", 0, curve([5, 4])))
-    assert [(point.tokens, point.gap.n) for point in study.arms["4x16"]] == list(
+    plain = budget_runs("plain", seeds=(0,)) + budget_runs("plain", seeds=(1, 2), budgets=BUDGETS[:3])
+    wide = budget_runs("4x16", 1.5, seeds=(0,), budgets=BUDGETS[1:]) + budget_runs(
+        "4x16", 1.5, seeds=(2, 7), budgets=BUDGETS[:3]
+    )
+    study = studied(*plain, *wide, *budget_runs("4x32", seeds=(7,)), arm("4x8", 0, curve([5, 4])))
+    assert [(point.tokens, point.equal["tokens"].gap.over_seeds.n) for point in study.arms["4x16"]] == list(
         zip(BUDGETS, (1, 2, 2, 1, 1), strict=True)
     )
     # Where seed 2 ends its budgets, it is extrapolated by the law of all seeds.
-    assert [point.equal["tokens"].speedup_extrapolated for point in study.arms["4x16"]] == [
+    assert [point.equal["tokens"].speedup.extrapolated for point in study.arms["4x16"]] == [
         False,
         False,
         True,
@@ -119,51 +94,60 @@ def test_missing_budgets_and_seeds_are_left_out() -> None:
     assert all(point.speedup.mean == pytest.approx(1.5, rel=0.03) for point in study.arms["4x16"])
     assert list(study.arms) == ["4x16"]
     assert [row.loss.n for row in study.baseline] == [3, 3, 3, 1, 1]
-    assert budget_studies(report(*runs("4x16"))) == {}
+    assert budget_studies(report(*budget_runs("4x16"))) == {}
     assert add_analysis(report(arm("plain", 0, curve([5, 4]))))["budgets"] == {}
 
 
 def test_a_diverged_run_leaves_no_mean() -> None:
-    wide = runs("4x16", 1.5)
+    wide = budget_runs("4x16", 1.5)
     wide[1]["decayed"][2]["loss"] = None
-    point = studied(*runs("plain"), *wide).arms["4x16"][2]
-    assert (point.gap.mean, point.speedup.mean, point.gap.n) == (None, None, 2)
+    point = studied(*budget_runs("plain"), *wide).arms["4x16"][2]
+    assert (point.equal["tokens"].gap.over_seeds.mean, point.speedup.mean, point.equal["tokens"].gap.over_seeds.n) == (
+        None,
+        None,
+        2,
+    )
     assert point.equal["flops"].reason == "diverged"
-    plain = runs("plain")
+    plain = budget_runs("plain")
     plain[0]["decayed"][4]["loss"] = math.nan
-    study = studied(*plain, *runs("4x16", 1.5))
+    study = studied(*plain, *budget_runs("4x16", 1.5))
     assert study.law is not None
-    assert study.arms["4x16"][0].gap.mean is None
+    assert study.arms["4x16"][0].equal["tokens"].gap.over_seeds.mean is None
 
 
 def test_a_loss_that_was_not_measured_has_no_study() -> None:
-    plain, wide = runs("plain"), runs("4x16")
+    plain, wide = budget_runs("plain"), budget_runs("4x16")
     for run in plain:
         run["decayed"] = [{**point, "loss_2": None} for point in run["decayed"]]
     assert list(budget_studies(report(*plain, *wide))) == ["loss"]
 
 
 def test_at_equal_cost_the_baseline_has_more_tokens() -> None:
-    plain = runs("plain", flops_per_token=1e6, step_seconds_median=0.1)
-    wide = runs("4x16", 2.0, flops_per_token=1.25e6, step_seconds_median=0.16)
+    plain = budget_runs("plain", flops_per_token=1e6, step_seconds_median=0.1)
+    wide = budget_runs("4x16", 2.0, flops_per_token=1.25e6, step_seconds_median=0.16)
     for point in studied(*plain, *wide).arms["4x16"]:
         for cost, ratio in (("flops", 1.25), ("seconds", 1.6)):
             found = point.equal[cost]
-            assert found.speedup.mean == pytest.approx(2.0 / ratio, rel=0.04)
-            assert found.difference.mean == pytest.approx(law(point.tokens, 2.0) - law(ratio * point.tokens), abs=0.02)
-            assert found.difference_extrapolated == (point.tokens == BUDGETS[-1])
+            assert found.speedup.over_seeds.mean == pytest.approx(2.0 / ratio, rel=0.04)
+            assert found.gap.over_seeds.mean == pytest.approx(
+                law(point.tokens, 2.0) - law(ratio * point.tokens), abs=0.02
+            )
+            assert found.gap.extrapolated == (point.tokens == BUDGETS[-1])
     for run in wide:
-        run["step_seconds_median"], run["flops_per_token"] = None, None
-        for entry in run["decayed"]:
-            entry["seconds"] *= 3
+        run |= {"step_seconds_median": None, "flops_per_token": None, "tokens_per_second": 20_000 / 3}
     point = studied(*plain, *wide).arms["4x16"][1]
-    assert point.equal["seconds"].speedup.mean == pytest.approx(2 / 3, rel=0.04)
-    assert (point.equal["flops"].speedup.mean, point.equal["flops"].reason) == (None, "no FLOPs")
+    assert point.equal["seconds"].speedup.over_seeds.mean == pytest.approx(2 / 3, rel=0.04)
+    assert (point.equal["flops"].speedup.over_seeds.mean, point.equal["flops"].reason) == (None, "no FLOPs")
 
 
 def test_the_widths_are_fitted_at_each_budget() -> None:
-    arms = [*runs("plain"), *runs("4x8", gap=-0.02), *runs("4x16", gap=-0.03), *runs("4x32", gap=-0.04)]
-    arms += runs("4x6", gap=-0.02 + 0.01 * 0.415, budgets=BUDGETS[:2])
+    arms = [
+        *budget_runs("plain"),
+        *budget_runs("4x8", gap=-0.02),
+        *budget_runs("4x16", gap=-0.03),
+        *budget_runs("4x32", gap=-0.04),
+    ]
+    arms += budget_runs("4x6", gap=-0.02 + 0.01 * 0.415, budgets=BUDGETS[:2])
     fits = studied(*arms).widths
     assert [fit["tokens"] for fit in fits] == BUDGETS
     assert [len(fit["arms"]) for fit in fits] == [4, 4, 3, 3, 3]
@@ -172,8 +156,8 @@ def test_the_widths_are_fitted_at_each_budget() -> None:
 
 def test_runs_with_decayed_losses_are_judged_by_them_at_the_budgets_all_share() -> None:
     plain, wide = (
-        runs("plain"),
-        runs("4x16", gap=-0.05, noise=0.01) + runs("4x8", 1.1, seeds=(0,), budgets=BUDGETS[1:4]),
+        budget_runs("plain"),
+        budget_runs("4x16", gap=-0.05, noise=0.01) + budget_runs("4x8", 1.1, seeds=(0,), budgets=BUDGETS[1:4]),
     )
     found = add_analysis(report(*plain, *wide))
     assert {tuple(point["tokens"] for point in run["judged"]) for run in found["arms"]} == {tuple(BUDGETS[1:4])}
@@ -194,14 +178,14 @@ def test_a_rising_or_flat_baseline_has_no_law() -> None:
 
 
 def test_the_analysis_is_json_with_intervals() -> None:
-    found = add_analysis(report(*runs("plain"), *runs("4x16", 1.5, noise=0.01)))
+    found = add_analysis(report(*budget_runs("plain"), *budget_runs("4x16", 1.5, noise=0.01)))
     again = json.loads(json.dumps(found, allow_nan=False))
-    assert again["budgets"]["loss"]["arms"]["4x16"][0]["equal"]["tokens"]["difference"]["interval"] is not None
+    assert again["budgets"]["loss"]["arms"]["4x16"][0]["equal"]["tokens"]["gap"]["over_seeds"]["interval"] is not None
     assert add_analysis(again) == found
 
 
 def test_the_sentences_name_the_first_and_the_last_budget() -> None:
-    source = add_analysis(report(*runs("plain"), *runs("4x8", 1.1), *runs("4x16", 1.5)))
+    source = add_analysis(report(*budget_runs("plain"), *budget_runs("4x8", 1.1), *budget_runs("4x16", 1.5)))
     studies = budget_studies(source)
     assert budget_sentence(source, studies) == (
         "At 16.0M tokens plain needs 1.50× (extrapolated) the tokens for 4x16’s next-token loss and 2.25× "
@@ -209,10 +193,10 @@ def test_the_sentences_name_the_first_and_the_last_budget() -> None:
     )
     assert "falls by 0.414 nats per e-fold of tokens (16.0M)" in budget_explanation(source, studies["loss"])
     assert budget_sentence(source, {}) == ""
-    wide = runs("4x16", 1.5)
+    wide = budget_runs("4x16", 1.5)
     for run in wide:  # next-token loss below the fit's floor at first, next-2-token loss afterwards
         for place, point in enumerate(run["decayed"]):
             point["loss" if place < 2 else "loss_2"] -= 3
-    source = add_analysis(report(*runs("plain"), *wide))
+    source = add_analysis(report(*budget_runs("plain"), *wide))
     sentence = budget_sentence(source, budget_studies(source))
     assert sentence.endswith("the tokens for 4x16’s next-token loss (at 4.00M: 1.53×), over 3 seeds.")

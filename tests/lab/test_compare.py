@@ -8,30 +8,17 @@ import sys
 
 import pytest
 
+from runs import compare_config
 from vwn.common.errors import UserError
 from vwn.lab.compare.config import CompareConfig
 from vwn.lab.compare.run import adopt, compare, shared_settings, warn_of_untuned_rates
 from vwn.training.config import CorpusConfig, OptimConfig, WidthOptions
 
 
-def config(out, text, **changes):
-    options = dict(
-        out=out,
-        backbone="nano",
-        arms=("plain", "1x1", "4x10"),
-        seeds=(0, 1),
-        learning_rates=("4x10=0.005",),
-        corpus=CorpusConfig(data=str(text), window=32, max_valid_tokens=256),
-        optim=OptimConfig(steps=6, batch_size=4, learning_rate=1e-2),
-        eval_every=2,
-    )
-    return CompareConfig(**options | changes)
-
-
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, text):
     out = tmp_path_factory.mktemp("compare") / "out"
-    return out, compare(config(out, text))
+    return out, compare(compare_config(out, text))
 
 
 def test_the_report_has_an_object_for_each_arm_and_seed(done):
@@ -71,7 +58,9 @@ def test_arms_of_a_seed_start_alike_and_differ_by_width_alone(done):
 
 
 def test_an_arm_that_diverges_does_not_stop_the_others(tmp_path, text):
-    diverging = config(tmp_path / "out", text, arms=("plain", "4x10"), seeds=(0,), learning_rates=("plain=1e30",))
+    diverging = compare_config(
+        tmp_path / "out", text, arms=("plain", "4x10"), seeds=(0,), learning_rates=("plain=1e30",)
+    )
     report = compare(diverging)
     plain, wide = report["arms"]
     assert plain["curve"][-1]["loss"] is None
@@ -85,15 +74,15 @@ def test_what_was_left_away_on_resume_is_taken_from_the_record(done, text):
     out, _ = done
     asked = CompareConfig(out=out, arms=("plain", "2x3"), resume=True)
     adopted = adopt(asked, given={"out", "arms", "resume"})
-    everything = (*config(out, text).arms, "2x3")
-    assert adopted == dataclasses.replace(config(out, text), arms=everything, resume=True)
+    everything = (*compare_config(out, text).arms, "2x3")
+    assert adopted == dataclasses.replace(compare_config(out, text), arms=everything, resume=True)
     assert adopt(asked, given={"out", "window", "resume"}).corpus.window == CorpusConfig().window
 
 
 def test_resuming_repeats_nothing_and_adds_arms(done, text):
     out, report = done
     results = {p: p.stat().st_mtime_ns for p in out.glob("arms/*/result.json")}
-    more = compare(config(out, text, arms=("plain", "1x1", "4x10", "2x3"), resume=True))
+    more = compare(compare_config(out, text, arms=("plain", "1x1", "4x10", "2x3"), resume=True))
     assert {p: p.stat().st_mtime_ns for p in results} == results
     assert [a for a in more["arms"] if a["name"] != "2x3"] == report["arms"]
     assert len(more["arms"]) == 8
@@ -119,20 +108,20 @@ def test_resuming_repeats_nothing_and_adds_arms(done, text):
 )
 def test_refusals_come_before_anything_is_trained(tmp_path, text, changes, expected):
     with pytest.raises(ValueError, match=expected):
-        compare(config(tmp_path / "out", text, **{"learning_rates": ()} | changes))
+        compare(compare_config(tmp_path / "out", text, **{"learning_rates": ()} | changes))
     assert not (tmp_path / "out").exists()
 
 
 def test_an_existing_directory_is_refused(done, text):
     out, _ = done
     with pytest.raises(UserError, match="exists already"):
-        compare(config(out, text))
+        compare(compare_config(out, text))
 
 
 def test_other_settings_are_refused_on_resume(done, text):
     out, _ = done
     with pytest.raises(UserError, match="batch_size"):
-        compare(config(out, text, optim=OptimConfig(steps=6, batch_size=8, learning_rate=1e-2), resume=True))
+        compare(compare_config(out, text, optim=OptimConfig(steps=6, batch_size=8, learning_rate=1e-2), resume=True))
 
 
 @pytest.mark.parametrize(
@@ -146,14 +135,14 @@ def test_other_settings_are_refused_on_resume(done, text):
 )
 def test_untuned_rates_are_named(tmp_path, text, capsys, changes, expected):
     options = {"arms": ("plain", "1x1"), "learning_rates": ()} | changes
-    warn_of_untuned_rates(config(tmp_path, text, **options))
+    warn_of_untuned_rates(compare_config(tmp_path, text, **options))
     said = capsys.readouterr().err
     assert expected in said
     assert bool(said) == bool(expected)
 
 
 def test_a_rate_that_cannot_be_taken_on_does_no_harm(tmp_path, text):
-    asked = config(tmp_path / "out", text, arms=("plain", "1x1"), learning_rates=("1x1=0.005",))
+    asked = compare_config(tmp_path / "out", text, arms=("plain", "1x1"), learning_rates=("1x1=0.005",))
     first = compare(asked)
     other = dataclasses.replace(asked, resume=True, learning_rates=("1x1=0.004",))
     with pytest.raises(UserError, match=r"learning_rate = 0.005, not 0.004"):
@@ -166,7 +155,7 @@ def test_a_rate_that_cannot_be_taken_on_does_no_harm(tmp_path, text):
 def test_a_report_keeps_the_command_it_was_made_with_and_names_the_others(done, text, monkeypatch):
     out, report = done
     monkeypatch.setattr("sys.argv", ["vwn", "compare", "--resume"])
-    again = compare(config(out, text, resume=True))
+    again = compare(compare_config(out, text, resume=True))
     assert again["command"] == report["command"]
     assert again["continued"][-1]["command"] == "vwn compare --resume"
     assert "vwn compare --resume" in (out / "report.html").read_text()
@@ -175,7 +164,7 @@ def test_a_report_keeps_the_command_it_was_made_with_and_names_the_others(done, 
 def test_a_study_does_not_become_another_one(tmp_path, text):
     out = tmp_path / "out"
     out.mkdir()
-    asked = config(out, text, study="widths", arms=(), learning_rates=(), resume=True)
+    asked = compare_config(out, text, study="widths", arms=(), learning_rates=(), resume=True)
     stored = {"config": shared_settings(asked), "plan": {"study": "family"}}
     (out / "compare.json").write_text(json.dumps(stored))
     with pytest.raises(UserError, match="holds the study 'family', not 'widths'"):
@@ -190,7 +179,9 @@ def test_another_plain_arm_is_the_baseline_where_there_is_no_plain(tmp_path):
 
 def test_validation_smaller_than_a_batch_is_validated(tmp_path, text):
     small = CorpusConfig(data=str(text), window=32, max_valid_tokens=96)
-    report = compare(config(tmp_path / "out", text, arms=("plain",), seeds=(0,), learning_rates=(), corpus=small))
+    report = compare(
+        compare_config(tmp_path / "out", text, arms=("plain",), seeds=(0,), learning_rates=(), corpus=small)
+    )
     assert [p["tokens"] for p in report["arms"][0]["curve"]] == [0, 256, 512, 768]
 
 

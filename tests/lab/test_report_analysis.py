@@ -85,8 +85,8 @@ def test_a_known_speedup_is_recovered_for_both_losses(speedup: float) -> None:
     fast = [5 - 0.3 * math.log(p * speedup) for p in points]
     runs, rows = analysed(arm("plain", 0, curve(base, base)), arm("4x16", 0, curve(fast, fast)))
     run, row = runs["4x16", 0], rows["4x16"]
-    for key, tokens in (("loss", "tokens_to_baseline"), ("loss_2", "tokens_to_baseline_2")):
-        assert run[tokens] == pytest.approx(2000 * 100 / speedup, rel=1e-4)
+    for key in ("loss", "loss_2"):
+        assert run["paired"][key]["tokens"] == pytest.approx(2000 * 100 / speedup, rel=1e-4)
         assert run["paired"][key]["speedup"] == pytest.approx(speedup, rel=1e-4)
         assert run["paired"][key]["difference"] == pytest.approx(-0.3 * math.log(speedup))
         assert row[key]["speedup"]["mean"] == pytest.approx(speedup, rel=1e-4)
@@ -110,9 +110,9 @@ def test_differences_are_paired_by_seed() -> None:
 
 def test_the_baseline_needs_its_own_budget() -> None:
     runs, rows = analysed(arm("plain", 0, curve([4, 3, 2])), arm("4x16", 0, curve([4, 3, 1])))
-    assert runs["plain", 0]["tokens_to_baseline"] == 300
+    assert runs["plain", 0]["paired"]["loss"]["tokens"] == 300
     assert runs["plain", 0]["paired"]["loss"]["speedup"] == 1
-    assert rows["plain"]["loss"]["tokens_fraction"] == {"mean": 1.0, "std": None, "n": 1}
+    assert rows["plain"]["loss"]["tokens_fraction"] == {"mean": 1.0, "std": None, "n": 1, "interval": None}
     assert rows["plain"]["loss"]["verdict"] == "baseline"
 
 
@@ -126,7 +126,7 @@ def test_an_equal_curve_has_speedup_one(values: list[float]) -> None:
 def test_one_seed_has_no_spread_and_decides_nothing() -> None:
     _, rows = analysed(arm("plain", 0, curve([4, 3])), arm("4x16", 0, curve([4, 1])))
     row = rows["4x16"]["loss"]
-    assert row["difference"] == {"mean": -2.0, "std": None, "n": 1}
+    assert row["difference"] == {"mean": -2.0, "std": None, "n": 1, "interval": None}
     assert row["final"]["std"] is None
     assert row["verdict"] == "undecided"
 
@@ -154,11 +154,10 @@ def test_verdict_asks_that_zero_lies_outside_the_95_percent_interval(estimate: E
 
 def test_without_a_baseline_nothing_is_compared() -> None:
     runs, rows = analysed(arm("4x16", 0, curve([4, 3], [5, 4])))
-    assert runs["4x16", 0]["tokens_to_baseline"] is None
-    assert runs["4x16", 0]["tokens_to_baseline_2"] is None
+    assert runs["4x16", 0]["paired"]["loss"]["tokens"] is None
     assert runs["4x16", 0]["paired"]["loss"]["status"] == "no baseline"
     assert rows["4x16"]["loss"]["final"]["mean"] == 3
-    assert rows["4x16"]["loss"]["difference"] == {"mean": None, "std": None, "n": 0}
+    assert rows["4x16"]["loss"]["difference"] == {"mean": None, "std": None, "n": 0, "interval": None}
     assert rows["4x16"]["loss"]["verdict"] == "unknown"
     assert rows["4x16"]["loss"]["tokens_pairs"] == 0
 
@@ -167,18 +166,18 @@ def test_only_shared_seeds_are_compared() -> None:
     arms = [arm("plain", seed, curve([4, 3])) for seed in (0, 1)]
     arms += [arm("4x16", 1, curve([4, 2])), arm("4x16", 2, curve([4, 0.5]))]
     runs, rows = analysed(*arms)
-    assert rows["4x16"]["loss"]["difference"] == {"mean": -1.0, "std": None, "n": 1}
+    assert rows["4x16"]["loss"]["difference"] == {"mean": -1.0, "std": None, "n": 1, "interval": None}
     assert rows["4x16"]["loss"]["tokens_pairs"] == 1
-    assert runs["4x16", 2]["tokens_to_baseline"] is None
+    assert runs["4x16", 2]["paired"]["loss"]["tokens"] is None
 
 
 def test_not_reached_in_one_seed_leaves_no_mean() -> None:
     arms = [arm("plain", seed, curve([4, 3, 2])) for seed in (0, 1)]
     runs, rows = analysed(*arms, arm("2x3", 0, curve([4, 2, 1])), arm("2x3", 1, curve([4, 3, 2.1])))
     row = rows["2x3"]["loss"]
-    assert runs["2x3", 0]["tokens_to_baseline"] == 200
-    assert runs["2x3", 1]["tokens_to_baseline"] is None
-    assert row["tokens_fraction"] == {"mean": None, "std": None, "n": 1}
+    assert runs["2x3", 0]["paired"]["loss"]["tokens"] == 200
+    assert runs["2x3", 1]["paired"]["loss"]["tokens"] is None
+    assert row["tokens_fraction"] == {"mean": None, "std": None, "n": 1, "interval": None}
     assert row["speedup"]["mean"] is None
     assert row["tokens_pairs"] == 2
 
@@ -187,7 +186,7 @@ def test_a_diverged_seed_leaves_no_mean_of_the_survivors() -> None:
     arms = [arm("plain", seed, curve([4, 3])) for seed in (0, 1)]
     runs, rows = analysed(*arms, arm("4x16", 0, curve([4, 2])), arm("4x16", 1, curve([4, NAN])))
     row = rows["4x16"]["loss"]
-    assert row["final"] == {"mean": None, "std": None, "n": 1}
+    assert row["final"] == {"mean": None, "std": None, "n": 1, "interval": None}
     assert row["difference"]["mean"] is None
     assert row["verdict"] == "unknown"
     assert row["diverged_seeds"] == [1]
@@ -197,7 +196,7 @@ def test_a_diverged_seed_leaves_no_mean_of_the_survivors() -> None:
 
 def test_a_diverged_baseline_gives_no_target() -> None:
     runs, rows = analysed(arm("plain", 0, curve([4, math.inf])), arm("4x16", 0, curve([4, 2])))
-    assert runs["4x16", 0]["tokens_to_baseline"] is None
+    assert runs["4x16", 0]["paired"]["loss"]["tokens"] is None
     assert rows["4x16"]["loss"]["tokens_pairs"] == 0
     assert rows["4x16"]["loss"]["difference"]["mean"] is None
     assert rows["4x16"]["loss"]["final"]["mean"] == 2
@@ -207,21 +206,21 @@ def test_unequal_budgets_are_not_compared_at_their_ends() -> None:
     runs, rows = analysed(arm("plain", 0, curve([4, 3, 2])), arm("4x16", 0, curve([4, 2])))
     assert runs["4x16", 0]["paired"]["loss"]["status"] == "different budgets"
     assert rows["4x16"]["loss"]["difference"]["mean"] is None
-    assert runs["4x16", 0]["tokens_to_baseline"] == 200
+    assert runs["4x16", 0]["paired"]["loss"]["tokens"] == 200
 
 
 def test_an_empty_curve_is_no_data() -> None:
     runs, rows = analysed(arm("plain", 0, curve([4, 3])), arm("4x16", 0, []))
-    assert runs["4x16", 0]["tokens_to_baseline"] is None
+    assert runs["4x16", 0]["paired"]["loss"]["tokens"] is None
     assert runs["4x16", 0]["paired"]["loss"]["status"] == "no data"
-    assert rows["4x16"]["loss"]["final"] == {"mean": None, "std": None, "n": 0}
+    assert rows["4x16"]["loss"]["final"] == {"mean": None, "std": None, "n": 0, "interval": None}
     assert rows["4x16"]["loss"]["diverged_seeds"] == []
     assert add_analysis(report())["summary"] == []
 
 
 def test_a_first_point_below_the_target_is_an_upper_bound() -> None:
     runs, rows = analysed(arm("plain", 0, curve([4, 3, 2, 1.5])), arm("4x16", 0, curve([1.4, 1, 1, 1])))
-    assert runs["4x16", 0]["tokens_to_baseline"] == 100
+    assert runs["4x16", 0]["paired"]["loss"]["tokens"] == 100
     assert runs["4x16", 0]["paired"]["loss"]["tokens_at_most"]
     assert rows["4x16"]["loss"]["tokens_at_most"]
     assert rows["4x16"]["loss"]["tokens_fraction"]["mean"] == 0.25
@@ -237,7 +236,6 @@ def test_the_second_loss_is_optional() -> None:
     runs, rows = analysed(arm("plain", 0, curve([4, 3])), arm("4x16", 0, curve([4, 2], [5, 4])))
     assert rows["plain"]["loss_2"] is None
     assert runs["plain", 0]["paired"]["loss_2"] is None
-    assert runs["plain", 0]["tokens_to_baseline_2"] is None
     assert rows["4x16"]["loss_2"]["final"]["mean"] == 4
     assert rows["4x16"]["loss_2"]["difference"]["mean"] is None
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from curves import study
-from test_budgets import runs
+from curves import budget_runs, study
 from vwn.lab.report.write import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -61,7 +60,7 @@ def probe(html: str, width: int, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("width", [400, 1280])
 def test_page_fits_and_loads_nothing(width: int, tmp_path: Path) -> None:
     source = study("widths", seeds=2, noise=0.03)
-    source["arms"] += runs("4x" + "9" * 60 + "<img src=x>", seeds=(0, 1))
+    source["arms"] += budget_runs("4x" + "9" * 60 + "<img src=x>", seeds=(0, 1))
     source["arms"][-1]["sample"] = "long" * 100
     write_report(source, tmp_path / "report")
     seen = probe((tmp_path / "report/report.html").read_text(encoding="utf-8"), width, tmp_path)
@@ -72,7 +71,13 @@ def test_page_fits_and_loads_nothing(width: int, tmp_path: Path) -> None:
     assert len(seen["figures"]) >= 9
     assert min(seen["figures"]) > 0.35 * min(width, 1000)
     assert min(seen["texts"]) >= 10
-    order = ["Virtual width against plain", "Details: ", "Next-token loss", "Next-2-token loss", "Arms and their cost"]
+    order = [
+        "Virtual width against plain",
+        "Caveats, and",
+        "Next-token loss",
+        "Next-2-token loss",
+        "Arms and their cost",
+    ]
     order += ["Learning rates", "Every arm against every other", "At equal tokens, FLOPs and time", "What was run"]
     places = [seen["text"].index(title) for title in order]
     assert places == sorted(places)

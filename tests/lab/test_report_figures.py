@@ -11,8 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from curves import STUDY_ARMS, arm, arms_of, curve, power_law, realistic, report, study, sweep_of
-from test_budgets import runs
+from curves import STUDY_ARMS, arm, arms_of, budget_runs, curve, power_law, realistic, report, study
 from vwn.lab.analysis.analyse import add_analysis
 from vwn.lab.analysis.budgets import budget_studies
 from vwn.lab.report.colours import DARK, LIGHT
@@ -20,7 +19,7 @@ from vwn.lab.report.draw import draw, inline, tokens_label
 from vwn.lab.report.figures import NAMES, Figure, Series, finite_runs
 from vwn.lab.report.write import report_figures, write_report
 
-TRAINING = {"loss-over-tokens", "gap-over-tokens", "speedup-over-tokens"}
+ALWAYS = {"fewer-tokens", "loss-over-tokens", "gap-over-tokens", "gain"}
 HOSTILE = "<b>$\\frac$ & x</b>"
 
 
@@ -36,9 +35,7 @@ def of(figure: Figure, name: str, role: str = "mean") -> Series:
 @pytest.mark.parametrize("name", STUDY_ARMS)
 def test_each_study_has_the_figures_that_its_data_has(name: str) -> None:
     found = figures(study(name))
-    own = {"widths": "loss-over-width", "fraction-rate": "loss-over-fraction-rate", "mtp": "loss-over-mtp"}
-    expected = TRAINING | {"sweep", "fewer-tokens"} | ({own[name]} if name in own else set())
-    assert {figure.name for figure in found.values()} == expected
+    assert {figure.name for figure in found.values()} == ALWAYS | ({"loss-over-width"} if name == "widths" else set())
     assert "loss-over-tokens-2" in found
     # The baseline of the study of MTP has no next-2-token loss to be held against.
     assert ("gap-over-tokens-2" in found) == (name != "mtp")
@@ -77,7 +74,7 @@ def test_no_arrow_is_drawn_where_some_seed_does_not_get_there() -> None:
 
 
 def test_the_speedup_over_budgets_is_drawn_beside_the_papers() -> None:
-    arms = [*runs("plain"), *runs("4x8", 1.1), *runs("4x16", 1.5, noise=0.01)]
+    arms = [*budget_runs("plain"), *budget_runs("4x8", 1.1), *budget_runs("4x16", 1.5, noise=0.01)]
     shown, studies = figures(report(*arms)), budget_studies(report(*arms))
     for identifier, key, paper in (("speedup-over-budget", "loss", 2.5), ("speedup-over-budget-2", "loss_2", 3.5)):
         figure, points = shown[identifier], studies[key].arms["4x16"]
@@ -85,7 +82,7 @@ def test_the_speedup_over_budgets_is_drawn_beside_the_papers() -> None:
         assert list(series.x) == [math.log2(point.tokens) for point in points]
         assert list(series.y) == [point.speedup.mean for point in points]
         assert list(zip(series.low, series.high, strict=True)) == [tuple(point.speedup.interval) for point in points]
-        assert list(series.hollow) == [point.equal["tokens"].speedup_extrapolated for point in points]
+        assert list(series.hollow) == [point.equal["tokens"].speedup.extrapolated for point in points]
         assert any(series.hollow)
         mark = of(figure, "the paper", "mark")
         assert list(mark.y) == [paper]
@@ -96,29 +93,28 @@ def test_the_speedup_over_budgets_is_drawn_beside_the_papers() -> None:
 
 
 @pytest.mark.parametrize("arms", [("plain", "4x32"), ("plain", "4x6", "4x16", "4x32")])
-def test_gap_and_speedup_of_few_arms_have_the_interval_over_seeds_as_their_band(arms: tuple[str, ...]) -> None:
+def test_the_gap_of_few_arms_has_the_interval_over_seeds_as_their_band(arms: tuple[str, ...]) -> None:
     whole = study("widths")
     source = add_analysis({**whole, "arms": [run for run in whole["arms"] if run["name"] in arms]})
-    shown = figures(source)
-    row = source["summary"][-1]["loss"]
-    for name, points in (("gap-over-tokens", row["gap_curve"]), ("speedup-over-tokens", row["speedup_curve"])):
-        series = of(shown[name], "4x32")
-        assert list(series.y) == [point["mean"] for point in points]
-        assert "95 %:" in series.hover[-1]
-        bounds = [tuple(point["interval"]) for point in points] if len(arms) == 2 else []
-        assert list(zip(series.low, series.high, strict=True)) == bounds
-        assert ("Band: 95\u00a0% interval" in shown[name].caption) == (len(arms) == 2)
-        assert not any(one.role == "seed" for one in shown[name].series)
+    figure, points = figures(source)["gap-over-tokens"], source["summary"][-1]["loss"]["gap_curve"]
+    series = of(figure, "4x32")
+    assert list(series.y) == [point["mean"] for point in points]
+    low, high = points[-1]["interval"]
+    assert series.hover[-1].endswith(f"({low:+.4f} to {high:+.4f})")
+    bounds = [tuple(point["interval"]) for point in points] if len(arms) == 2 else []
+    assert list(zip(series.low, series.high, strict=True)) == bounds
+    assert ("Band: 95\u00a0% interval" in figure.caption) == (len(arms) == 2)
 
 
 def test_a_diverged_arm_shows_its_seeds_and_no_mean() -> None:
     source = study("widths")
     source["arms"][-1]["curve"][-1]["loss"] = math.nan
-    figure = figures(source)["gap-over-tokens"]
-    assert [one.role for one in figure.series if one.name == "4x32"] == ["seed"] * 3
-    assert figure.legend[4].name == "4x32"
-    assert "of which one diverged" in figure.caption
-    assert not any(one.name == "4x32" for one in figures(source)["speedup-over-tokens"].series)
+    shown = figures(source)
+    assert not any(
+        value is not None for one in shown["gap-over-tokens"].series if one.name == "4x32" for value in one.y
+    )
+    assert sum(one.name == "4x32" and one.role == "seed" for one in shown["loss-over-tokens"].series) == 3
+    assert [one.name for one in shown["gain"].series] == ["4x6", "4x8", "4x16"]
 
 
 def test_the_width_law_is_drawn_as_it_was_fitted_beside_the_paper() -> None:
@@ -137,10 +133,7 @@ def test_the_width_law_is_drawn_as_it_was_fitted_beside_the_paper() -> None:
         zip(np.log2(fit["widths"]), fit["losses"], strict=True)
     )
     assert figure.x.ticks == ((np.log2(1.5), "1.5"), (1.0, "2"), (2.0, "4"), (3.0, "8"))
-    assert f"R² {fit['r2']:.3f}" in figure.remark
-    seeds = [one for one in figure.series if one.role == "seed"]
-    assert len(seeds) == 3
-    assert all(np.mean(np.array(one.y, dtype=float)) == pytest.approx(np.mean(fit["losses"])) for one in seeds)
+    assert f"R² {fit['r2']:.3f}" in figure.caption
 
 
 def test_the_law_of_one_seed_has_no_band() -> None:
@@ -148,45 +141,20 @@ def test_the_law_of_one_seed_has_no_band() -> None:
     assert not line.low
 
 
-def test_fraction_rate_and_mtp_show_the_paired_difference() -> None:
-    source = add_analysis(study("fraction-rate"))
-    (series,) = figures(study("fraction-rate"))["loss-over-fraction-rate"].series
-    cells = [source["pairwise"]["loss"][f"{m}x{4 * m}"]["plain"]["difference"] for m in (1, 2, 4, 8)]
-    assert series.name == "r = 4"
-    assert list(series.x) == [0, 1, 2, 3]
-    assert list(series.y) == [cell["mean"] for cell in cells]
-    assert [list(pair) for pair in zip(series.low, series.high, strict=True)] == [cell["interval"] for cell in cells]
-    shuffled = study("mtp")
-    shuffled["arms"].reverse()
-    wide, plain = figures(shuffled)["loss-over-mtp"].series
-    assert (plain.name, wide.name) == ("plain", "4x16")
-    assert list(plain.x) == list(wide.x) == [0, 1]
-    assert plain.y[0] == 0
-    assert plain.low[0] is None
-    means = add_analysis(study("mtp"))["pairwise"]["loss"]
-    assert list(wide.y) == [means[name]["plain"]["difference"]["mean"] for name in ("4x16", "4x16+mtp")]
-
-
-def test_an_arm_that_diverged_is_left_out_of_them() -> None:
+def test_the_gain_is_the_paired_difference_beside_recorded_seeds() -> None:
     source = study("fraction-rate")
-    source["arms"][-1]["curve"][-1]["loss"] = None
-    (series,) = figures(source)["loss-over-fraction-rate"].series
-    assert list(series.x) == [0, 1, 2]
-
-
-def test_the_sweep_rings_the_rate_taken_and_leaves_out_what_diverged() -> None:
-    source = study("widths")
-    source["sweep"][2] = sweep_of("4x8", 2, bracketed=False)
-    source["sweep"][3]["rates"][2]["loss"] = 80.0
-    figure = figures(source)["sweep"]
-    assert [2**x for x in of(figure, "4x6", "points").x] == pytest.approx([0.003, 0.006])
-    ring = of(figure, "4x32", "ring")
-    assert (2 ** ring.x[0], ring.y[0]) == pytest.approx((0.006, 3.18))
-    assert figure.y.range is not None
-    assert figure.y.range[1] < 5
-    assert "Some points lie outside" in figure.caption
-    given = [{"arm": "plain", "seed": None, "steps": None, "rates": [], "best": 0.01, "bracketed": False}]
-    assert "sweep" not in figures(realistic() | {"sweep": given})
+    cells = add_analysis(source)["pairwise"]["loss"]
+    source["recorded"] = {"tokens": 2_000_000, "arms": {"2x8": {"loss": [-0.05, -0.04], "loss_2": []}}}
+    shown = figures(source)
+    for place, name in enumerate(("1x4", "2x8", "4x16", "8x32")):
+        series, cell = of(shown["gain"], name, "points"), cells[name]["plain"]["difference"]
+        assert (list(series.x), list(series.y)) == ([place], [cell["mean"]])
+        assert [series.low[0], series.high[0]] == cell["interval"]
+    ring = of(shown["gain"], "recorded seeds", "ring")
+    assert list(ring.y) == [-0.05, -0.04]
+    assert all(1 < x < 2 for x in ring.x)
+    assert "Rings" in shown["gain"].caption
+    assert "Rings" not in shown["gain-2"].caption
 
 
 def test_every_point_is_drawn_where_it_belongs_and_says_its_value() -> None:
@@ -255,7 +223,7 @@ def test_a_figure_that_is_gone_leaves_no_file_and_other_files_stay(tmp_path: Pat
     write_report(study("family"), tmp_path)
     left = {path.name for path in (tmp_path / "figures").iterdir()}
     assert "mine.svg" in left
-    assert "sweep.svg" in left
+    assert "gain.svg" in left
     assert not {"loss-over-width.svg", "loss-over-width-2.svg"} & left
 
 

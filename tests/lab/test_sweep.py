@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
+from runs import compare_config
 from runs import config as run_config
-from test_compare import config as compare_config
 from tiny import vwn_config
 from vwn.common.errors import UserError
 from vwn.hf import VirtualWidthForCausalLM
@@ -18,8 +17,9 @@ from vwn.lab.compare.config import CompareConfig, SweepOptions
 from vwn.lab.compare.progress import Progress, duration
 from vwn.lab.compare.run import compare
 from vwn.lab.compare.sweep import sweep, sweep_run
+from vwn.nn.groups import GROUPS, group_of_parameters
 from vwn.training.config import OptimConfig
-from vwn.training.groups import GROUPS, group_of_parameters, parse_factors, scale_rates
+from vwn.training.groups import parse_factors
 
 
 def swept(tmp_path, losses, **options):
@@ -128,21 +128,6 @@ def test_every_parameter_has_a_group():
     assert groups["model.mtp.0.reduce.weight"] == "reduce"
     assert groups["lm_head.weight"] == "head"
     assert groups["model.norm.weight"] == "backbone"
-
-
-def test_factors_scale_the_rates_of_their_groups_alone():
-    model = VirtualWidthForCausalLM(vwn_config(m=2, n=6))
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.3}, {"params": others}], lr=1.0)
-    scale_rates(optimizer, model, {"routing": 0.25, "head": 2.0})
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    for name, kind in group_of_parameters(model).items():
-        p = model.get_parameter(name)
-        assert rates[id(p)] == {"routing": 0.25, "head": 2.0}.get(kind, 1.0)
-        assert (decays[id(p)] == 0.3) == (p.ndim > 1)
-    assert len(rates) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("item", ["routing", "routing=0", "router=1", "routing=x", "routing=-1", "routing=inf"])

@@ -18,19 +18,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from conftest import perturb
+from their_connections import columns, run_theirs, slot_rows
 from vwn import GeneralizedHyperConnection
-
-
-def columns(streams: int, fractions: int) -> tuple[list[int], list[int]]:
-    """Which of the package's columns are our read columns and our carry columns, in our order."""
-    read = [f * (1 + streams) for f in range(fractions)]
-    carry = [f * (1 + streams) + 1 + s for s in range(streams) for f in range(fractions)]
-    return read, carry
-
-
-def slot_rows(streams: int, fractions: int) -> list[int]:
-    """The package's row, `f * streams + s`, of each of our slots."""
-    return [f * streams + s for s in range(streams) for f in range(fractions)]
 
 
 @torch.no_grad()
@@ -47,15 +36,6 @@ def translated(theirs: HyperConnections, hidden_size: int) -> GeneralizedHyperCo
     ours.scale_beta.fill_(theirs.dynamic_beta_scale)
     ours.norm_weight.copy_(theirs.norm.gamma + 1)
     return ours
-
-
-def run_theirs(theirs: HyperConnections, state: Tensor, sublayer) -> Tensor:
-    """`[B, T, D']` slot-major through the package, whose streams lie along the batch: `[B * streams, T, D]`."""
-    batch, tokens, _ = state.shape
-    streams = state.unflatten(-1, (theirs.num_residual_streams, -1)).movedim(2, 1).flatten(0, 1)
-    x, add_residual = theirs(streams)
-    out = add_residual(sublayer(x))
-    return out.reshape(batch, theirs.num_residual_streams, tokens, -1).movedim(1, 2).flatten(2)
 
 
 def their_connection(streams: int, fractions: int, hidden_size: int) -> HyperConnections:

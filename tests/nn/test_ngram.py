@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import reference
 from conftest import perturb
-from test_cost import LENGTH, backbone, counted_flops_per_token
-from test_cost import build as build_for_cost
+from counted import LENGTH, backbone, build_counted, counted_flops_per_token
 from tiny import build, token_ids, vwn_config
 from vwn import Geometry, OverWidthEmbedding, no_weight_decay
 from vwn.common.errors import UserError
@@ -362,7 +361,7 @@ def test_tables_are_decayed_as_the_token_table_is():
 )
 def test_cost_is_that_of_the_model(fields):
     with_ngrams = VirtualWidthConfig(backbone=backbone(), ngram_order=4, ngram_buckets=50, **fields)
-    model = build_for_cost(with_ngrams)
+    model = build_counted(with_ngrams)
     cost = model_cost(with_ngrams, sequence_length=LENGTH)
     assert cost.parameters == sum(p.numel() for p in model.parameters())
     assert cost.forward_flops_per_token == counted_flops_per_token(model)

@@ -14,8 +14,8 @@ from transformers import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
 
 from conftest import perturb
-from test_against_hyper_connections import columns, run_theirs, slot_rows
-from test_sinkhorn import by_autograd as sinkhorn_by_autograd
+from relatives import EVERY_KIND, make, sinkhorn_by_autograd
+from their_connections import columns, run_theirs, slot_rows
 from vwn import GeneralizedHyperConnection, UserError
 from vwn.nn.connection import Connection
 from vwn.nn.generalized import CARRY_SHARPNESS
@@ -23,27 +23,6 @@ from vwn.nn.relatives import HyperConnection, ManifoldHyperConnection
 from vwn.ops.reference import rms_norm
 from vwn.ops.sinkhorn import CONVERGED
 from vwn.ops.weights import NormWeights
-
-STREAMS = {"embedding": "replicated", "reduce": "sum"}
-KINDS: dict[str, dict[str, Any]] = {
-    "hc": {"connection": "hc", "m": 1, "n": 3, **STREAMS},
-    "frac": {"connection": "hc", "m": 3, "n": 3},
-    "mhc": {"connection": "mhc", "m": 1, "n": 3, **STREAMS},
-    "ghc_ds": {"carry_constraint": "doubly_stochastic", "m": 2, "n": 5},
-}
-EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
-
-
-def make(kind: str, width: int = 12, index: int = 1, dtype: torch.dtype = torch.float64, **options) -> Connection:
-    """Perturbed, of the sizes of :data:`KINDS`."""
-    m, n = KINDS[kind]["m"], KINDS[kind]["n"]
-    if kind == "mhc":
-        connection: Connection = ManifoldHyperConnection(width, n, index, **options)
-    elif kind == "ghc_ds":
-        connection = GeneralizedHyperConnection(width, m, n, carry_constraint="doubly_stochastic", **options)
-    else:
-        connection = HyperConnection(width, m, n, index, **options)
-    return perturb(connection, seed=m + n).to(dtype)  # pyright: ignore[reportReturnType]
 
 
 def sublayer(width: int) -> Callable[[Tensor], Tensor]:

@@ -8,21 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from relatives import sinkhorn_by_autograd
 from vwn import UserError
 from vwn.ops.sinkhorn import sinkhorn, to_polytope
 
 EXACT = pytest.mark.parametrize("exact", [False, True], ids=["rounds", "exact"])
 SIZES = pytest.mark.parametrize(("n", "count"), [(1, 3), (2, 1), (3, 35), (5, 16), (16, 37), (64, 5)])
-
-
-def by_autograd(logits: Tensor, rounds: int, eps: float, exact: bool) -> Tensor:
-    """The matrices themselves rewritten in each round, and PyTorch's own gradient of that."""
-    p = torch.softmax(logits, dim=-1) + eps
-    p = p / (p.sum(-2, keepdim=True) + eps)
-    for _ in range(rounds - 1):
-        p = p / (p.sum(-1, keepdim=True) + eps)
-        p = p / (p.sum(-2, keepdim=True) + eps)
-    return to_polytope(p.movedim((-2, -1), (0, 1))).movedim((0, 1), (-2, -1)) if exact else p
 
 
 def by_loops(logits: Tensor, rounds: int, eps: float) -> list[list[float]]:
@@ -92,7 +83,7 @@ def test_the_last_step_leaves_alone_what_is_doubly_stochastic():
 def test_against_float64_by_autograd(n, count, eps, scale, exact):
     logits = scale * torch.randn(count, n, n)
     given = torch.randn(count, n, n, dtype=torch.float64)
-    wanted, wanted_gradient = gradient(lambda x: by_autograd(x, 20, eps, exact), logits.double(), given)
+    wanted, wanted_gradient = gradient(lambda x: sinkhorn_by_autograd(x, 20, eps, exact), logits.double(), given)
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-12)):
         found, found_gradient = gradient(lambda x: sinkhorn(x, 20, eps, exact), logits.to(dtype), given)
         assert found.dtype == found_gradient.dtype == dtype

@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
 
 from transformers import LlamaConfig
 
-from test_triton import Case, assert_all_close, assert_close, assert_same
+from triton_cases import Case, assert_all_close, assert_close, assert_same
 from vwn import ops
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
 

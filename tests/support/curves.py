@@ -156,3 +156,34 @@ def sweep_of(name: str, place: int, bracketed: bool = True) -> dict[str, Any]:
     rates = rates if bracketed else rates[:2]
     found = {"arm": name, "seed": 1000, "steps": 250, "criterion": "next-token loss + λ · next-2-token loss"}
     return found | {"rates": rates, "best": 0.006, "bracketed": bracketed}
+
+
+# Decayed losses over budgets, on a law whose gap, slope and speed-up are known
+
+SCALE, POWER = 200.0, 0.3
+BUDGETS = [1_000_000 * 2**i for i in range(5)]
+
+
+def law(tokens: float, speed: float = 1.0) -> float:
+    return 2.0 + SCALE * (speed * tokens) ** -POWER
+
+
+def budget_runs(
+    name: str,
+    speed: float = 1.0,
+    gap: float = 0.0,
+    budgets: list[int] = BUDGETS,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    noise: float = 0.0,
+    **changes: Any,
+) -> list[dict[str, Any]]:
+    """Runs whose decayed loss is that of the baseline after `speed` times the tokens, plus `gap`; seeds lie apart."""
+    found = []
+    for seed in seeds:
+        shift = gap + seed / 10 + noise * (seed - 1)
+        points = [
+            {"tokens": t, "loss": law(t, speed) + shift, "loss_2": law(t, speed**2) + shift + 0.5, "seconds": t / 1e3}
+            for t in budgets
+        ]
+        found.append(arm(name, seed, curve([5, 4]), decayed=points, **changes))
+    return found

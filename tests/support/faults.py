@@ -27,7 +27,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from runs import without_seconds
-from vwn.common.processes import all_present, everyones
+from vwn.common.processes import all_gather_object, all_present
 from vwn.training.checkpoint.manifest import checkpoints, damage_of
 from vwn.training.config import CorpusConfig, OptimConfig, SpeedOptions, TrainConfig
 from vwn.training.run import train
@@ -476,7 +476,7 @@ def in_a_group(rank: int, port: int, task: Callable[[], None], seconds: float) -
                 "gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=seconds)
             )
             with all_present():
-                everyones(rank)
+                all_gather_object(rank)
                 task()
             code = 0
         except Exception as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from vwn.cli import main
+from vwn.lab.compare.config import CompareConfig
 from vwn.training.config import CorpusConfig, OptimConfig, TrainConfig, WidthOptions
 
 
@@ -38,3 +40,29 @@ def command(config, *more):
 
 def without_seconds(curve):
     return [{k: v for k, v in point.items() if k != "seconds"} for point in curve]
+
+
+def run_vwn(capsys, monkeypatch, *arguments):
+    """Exit code, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["vwn", *map(str, arguments)])
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def compare_config(out, text, **changes):
+    options = dict(
+        out=out,
+        backbone="nano",
+        arms=("plain", "1x1", "4x10"),
+        seeds=(0, 1),
+        learning_rates=("4x10=0.005",),
+        corpus=CorpusConfig(data=str(text), window=32, max_valid_tokens=256),
+        optim=OptimConfig(steps=6, batch_size=4, learning_rate=1e-2),
+        eval_every=2,
+    )
+    return CompareConfig(**options | changes)

@@ -25,10 +25,10 @@ HEADER = """\
 What [`vwn.widen`](widen.md) and `VirtualWidthConfig(backbone=…)` do with each causal language model of transformers
 {version}, tried on a tiny model of the type with random weights and all of its kinds of layers, widened to
 `m = 2, n = 3`: **{exact} give the same logits to the bit** (float32, CPU), {close} the same up to rounding, {refused}
-are refused. "Cached" says that decoding with the cache gives the logits that the plain model gives so.
+are refused. "Cached": decoding with the KV cache gives the plain model's logits.
 
-Made by `python tests/support/supported_models.py`; a test makes every row again. A type that is refused for its layers can be
-[described by hand](layouts.md) where they are sums of sublayers all the same.
+`python tests/support/supported_models.py` makes this page, and a test checks every row. If a type is refused but its
+layers are sums of sublayers all the same, you can [describe them by hand](layouts.md).
 
 | type | logits | cached |
 |---|---|---|

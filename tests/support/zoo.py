@@ -1,6 +1,6 @@
 """A tiny causal language model of every model type of the installed transformers, or the reason why there is none.
 
-`python -m tests.zoo` prints how each one is built: its classes, layers, embedding, final norm and head.
+`python tests/support/zoo.py` prints how each one is built: its classes, layers, embedding, final norm and head.
 """
 
 from __future__ import annotations

@@ -115,8 +115,8 @@ def test_whole_weights_are_left_that_plain_transformers_loads(pair, alone):
     assert one.config.architectures == ["VirtualWidthForCausalLM"]
     assert {p.name for p in out.iterdir()} == {p.name for p in alone.iterdir()}
     elsewhere = (
-        "import torch, transformers as t\n"
-        f"m = t.AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)\n"
+        "import vwn.hf, transformers as t\n"
+        f"m = t.AutoModelForCausalLM.from_pretrained({str(out)!r})\n"
         "print(type(m).__name__, m.config.n)"
     )
     said = subprocess.run([sys.executable, "-c", elsewhere], capture_output=True, text=True, timeout=120)
@@ -253,8 +253,8 @@ def test_torchrun_speaks_with_one_voice(tmp_path, text):
 @pytest.fixture
 def processes_of(monkeypatch):
     def launched(world, **environment):
-        for module in ("distributed", "ranks"):
-            monkeypatch.setattr(f"vwn.training.{module}.world_size", lambda: world)
+        for module in ("training.distributed", "common.processes"):
+            monkeypatch.setattr(f"vwn.{module}.world_size", lambda: world)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
 

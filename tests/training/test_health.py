@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from runs import config, without_seconds
 from tiny import build, token_ids, vwn_config
 from vwn.common.errors import UserError
+from vwn.nn.groups import default_factors
 from vwn.training.checkpoint.manifest import last_checkpoint
-from vwn.training.groups import default_factors
 from vwn.training.model import build_model, load_backbone, model_config
 from vwn.training.run import rate_factors, train
 from vwn.training.watch.health import concerns, effective_slots, gradient_norms, measure_state, read_health
@@ -179,10 +179,10 @@ def test_what_goes_wrong_is_said_once(finished, tmp_path, text, caplog):
 @pytest.mark.parametrize(
     ("layers", "fields", "factors"),
     [
-        (4, {}, {}),
-        (24, {}, {"routing": 5 / 48}),
-        (24, {"dynamic": False}, {"routing": 5 / 48}),
-        (24, {"carry_constraint": "doubly_stochastic"}, {}),
+        (4, {}, {"reduce": 0.1}),
+        (24, {"reduce": "sum"}, {"routing": 5 / 48}),
+        (24, {"dynamic": False}, {"routing": 5 / 48, "reduce": 0.1}),
+        (24, {"carry_constraint": "doubly_stochastic"}, {"reduce": 0.1}),
         (24, {"connection": "residual"}, {}),
     ],
 )
@@ -197,6 +197,6 @@ def test_a_factor_that_is_given_is_the_one(tmp_path, text):
     (tmp_path / "deep.json").write_text(json.dumps(deep))
     run = config(tmp_path / "run", text, backbone=str(tmp_path / "deep.json"))
     model = build_model(model_config(load_backbone(run.backbone, 257, 32), 4, 10, run.width), 0)
-    assert rate_factors(run, model) == {"routing": 0.5}  # 5 layers; MTP modules do not count
+    assert rate_factors(run, model) == {"routing": 0.5, "reduce": 0.1}  # 5 layers; MTP modules do not count
     given = replace(run, optim=replace(run.optim, rate_factors=("routing=1", "table=3")))
-    assert rate_factors(given, model) == {"routing": 1.0, "table": 3.0}
+    assert rate_factors(given, model) == {"routing": 1.0, "table": 3.0, "reduce": 0.1}

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vwn.common.errors import UserError
-from vwn.training.config import require
+from vwn.common.errors import UserError, require
 from vwn.training.directory import locate
 
 WARM_UP_TOKENS = 4

@@ -1,1 +1,1 @@
-"""What every other package may use: errors, files, caches, processes."""
+"""Parts that every other package may use: errors, extras, files, caches, processes, memory, provenance."""

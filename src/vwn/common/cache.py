@@ -1,4 +1,4 @@
-"""A folder that is built once: complete or absent, whatever kills the process that builds it."""
+"""Cache folders that are built once: complete or absent, whatever kills the process that builds them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def default_cache_dir() -> Path:
 
 
 def load_or_build(folder: Path, load: Callable[[Path], T | None], build: Callable[[Path], None]) -> T:
-    """What `load` finds in `folder`; where it finds nothing whole (None), `build` fills a new folder first.
+    """Load `folder`; where `load` returns None (nothing there, or not whole), `build` fills a new folder first.
 
     The new folder takes its name only when it is complete, by one rename. Processes that want the same folder wait for
     the first; what a killed one left is removed by the next. Raises `UserError` where the cache cannot be written.

@@ -3,3 +3,13 @@
 
 class UserError(ValueError):
     """Bad input or an option that cannot be met. The command line prints it as one line and exits with code 2."""
+
+
+def require(holds: bool, option: str, what: str, value: object) -> None:
+    """Raise one sentence for an option out of its range.
+
+    Raises:
+        UserError: `holds` is false.
+    """
+    if not holds:
+        raise UserError(f"--{option.replace('_', '-')} must be {what}, got {value}")

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after a loss of power."""
+"""Atomic, durable writes of files: each is there whole or not at all, also after a loss of power."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class CannotWrite(UserError):
     """The disk is full, or does not take what must be written; what was there before is untouched."""
 
     exit_code = 74
-    """Of the command line: EX_IOERR of sysexits.h."""
+    """Exit code of the command line: EX_IOERR of sysexits.h."""
 
 
 def read_json(path: Path) -> Any:
-    """A JSON object of ours.
+    """Read a JSON object that a run wrote.
 
     Raises:
         UserError: the file cannot be read or holds something else.
@@ -37,20 +37,25 @@ def read_json(path: Path) -> Any:
 
 
 def as_json(value: Any) -> str:
-    """As our files have it: strict, what is not finite is null."""
+    """Format as strict JSON, in which a number that is not finite is null."""
     return json.dumps(finite(value), indent=1, default=str, allow_nan=False) + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all, as strict JSON: what is not finite becomes null.
+    """Write a JSON file as :func:`write_text` does; what is not finite becomes null."""
+    write_text(path, as_json(value))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in UTF-8, whole or not at all.
 
     Raises:
         CannotWrite: the disk is full.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("w") as file:
-            file.write(as_json(value))
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -65,13 +70,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what a file says."""
+    """Flush a file to disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:
-    """Have the disk hold a folder's names; systems that cannot open folders keep them by themselves."""
+    """Flush a folder's names to disk; systems that cannot open folders do so by themselves."""
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -81,7 +86,7 @@ def sync_directory(path: Path) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The same with None for every number that is not finite, which strict JSON cannot hold."""
+    """Replace every number that is not finite, which strict JSON cannot hold, by None."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

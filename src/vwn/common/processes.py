@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other; a run of one process answers itself."""
+"""Collectives over the processes of a run; with one process they return its own value."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class LostProcess(UserError):
     """Another process of the run is gone, or does not answer."""
 
     exit_code = 69
-    """Of the command line: EX_UNAVAILABLE of sysexits.h."""
+    """Exit code of the command line: EX_UNAVAILABLE of sysexits.h."""
 
 
 @contextmanager
 def all_present() -> Iterator[None]:
-    """Say in a sentence that a process is gone, where the others notice by an error of torch.distributed or gloo."""
+    """Raise :class:`LostProcess` in place of the errors by which torch.distributed and gloo report a lost process."""
     try:
         yield
     except RuntimeError as error:
@@ -37,27 +37,27 @@ def all_present() -> Iterator[None]:
 
 
 def launched_processes() -> int:
-    """Processes that the launcher says there are, before they have met."""
+    """Number of processes that the launcher started, also before they have joined."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def first_process() -> bool:
-    """Whether this process is the one that speaks, also before they have met."""
+    """Whether this process is the one that prints, also before they have joined."""
     return int(os.environ.get("RANK") or 0) == 0
 
 
 def world_size() -> int:
-    """Processes of this run."""
+    """Number of processes that have joined."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number among them."""
+    """Number of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def everyones(value: T) -> list[T]:
-    """The value of each process, by rank; all of them must ask."""
+def all_gather_object(value: T) -> list[T]:
+    """Collect the value of each process, by rank; all of them must call."""
     if world_size() == 1:
         return [value]
     found: list[T | None] = [None] * world_size()
@@ -65,8 +65,8 @@ def everyones(value: T) -> list[T]:
     return found  # type: ignore[return-value]
 
 
-def first_ones(value: T) -> T:
-    """The value of the first process; all of them must ask."""
+def broadcast(value: T) -> T:
+    """Get the value of the first process; all of them must call."""
     if world_size() == 1:
         return value
     found = [value]
@@ -74,8 +74,8 @@ def first_ones(value: T) -> T:
     return found[0]
 
 
-def largest(value: int, device: torch.device) -> int:
-    """The largest value of any process; cheap enough for every step. All of them must ask."""
+def all_reduce_max(value: int, device: torch.device) -> int:
+    """Get the largest value of any process, cheaply enough for every step; all of them must call."""
     if world_size() == 1:
         return value
     found = torch.tensor(value, device=device)

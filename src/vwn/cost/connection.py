@@ -1,4 +1,4 @@
-"""What one connection costs per token and sublayer (section 3.5 of the paper): FLOPs, saved activations, traffic.
+"""Cost of one connection per token and sublayer (section 3.5 of the paper): FLOPs, saved activations, traffic.
 
 ``D`` backbone width, ``m`` segments, ``n`` slots, ``r = n/m``, ``D' = r D``, ``e`` bytes per element. A multiply and an
 add are two FLOPs.
@@ -15,12 +15,14 @@ BYTES_PER_ELEMENT = 2
 PLAIN_ACTIVATION_BYTES = 34
 """Bytes per token and unit of ``D`` that a plain layer saves: 16 bit, selective recomputation (section 3.5)."""
 
+_SAVED_SHARE = 0.5
+"""``η``, the share of the width connections' inputs that is saved for the backward."""
 _NORM_FLOPS = {"ghc": 4, "hc": 7, "mhc": 3}  # by kind of connection, per number of the state
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one connection moves per token and sublayer, at the least.
+    """Least bytes that one connection moves per token and sublayer.
 
     The sublayer is opaque and the routing coefficients are left out. "Separate" reads and writes the state in two
     kernels; "fused" joins the write of one sublayer with the read of the next; "naive" materialises all ``m + n``
@@ -48,8 +50,8 @@ class ConnectionCost:
 
     geometry: Geometry
     norm_flops: int
-    """``4 r D``: the slot norm, elementwise, so no FLOP counter sees it. Zero when static. A LayerNorm takes ``7 r D``,
-    mHC's norm, which has no gain, ``3 r D``."""
+    """``4 r D``: the slot norm, elementwise, so no FLOP counter sees it. Zero when static. HC's LayerNorm takes
+    ``7 r D``, mHC's norm without a gain ``3 r D``."""
     dynamic_parameter_flops: int
     """``2 (2m + n) r D``: the slots times ``[W_α | W_β]`` (eqs. 13-14). Zero when static. In mHC the whole state makes
     every coefficient: ``2 (2n + n²) r D``."""
@@ -58,56 +60,48 @@ class ConnectionCost:
     depth_connection_flops: int
     """``2 n D``: write, ``Bᵀ Z``."""
     activation_bytes: float
-    """``4 η r D``, what both connections of a layer save on top of ``plain_activation_bytes``, in 16 bit."""
-    plain_activation_bytes: int
-    """``34 D``, what a plain layer saves per token."""
+    """``4 η r D`` with ``η = ½``: what both connections of a layer save beyond a plain layer's ``34 D``, in 16 bit."""
     traffic: Traffic
     sinkhorn_flops: int = 0
     """``4 n²`` a round: sums and quotients of rows and columns. Zero where the carry is free."""
 
     @property
     def matmul_flops(self) -> int:
-        """All but norm and Sinkhorn."""
+        """FLOPs of the matrix products."""
         return self.dynamic_parameter_flops + self.width_connection_flops + self.depth_connection_flops
 
     @property
     def flops(self) -> int:
-        """All parts."""
+        """FLOPs of all parts."""
         return self.norm_flops + self.matmul_flops + self.sinkhorn_flops
 
     @property
     def activation_overhead(self) -> float:
-        """Saved activations relative to a plain layer's; 0.088 for ``(2, 3)`` and ``η = ½``."""
-        return self.activation_bytes / self.plain_activation_bytes
+        """Saved activations relative to a plain layer's; 0.088 for ``(2, 3)``."""
+        return self.activation_bytes / (PLAIN_ACTIVATION_BYTES * self.geometry.hidden_size)
 
 
 def connection_cost(
     geometry: Geometry,
     bytes_per_element: int = BYTES_PER_ELEMENT,
     dynamic: bool = True,
-    saved_share: float = 0.5,
     kind: str = "ghc",
     sinkhorn_rounds: int = 0,
 ) -> ConnectionCost:
-    """Cost of one connection by the formulas of section 3.5.
+    """Compute the cost of one connection by the formulas of section 3.5.
 
     Args:
         geometry: ``(D, m, n)``.
         bytes_per_element: ``e`` of the state, for the traffic; the activation formulas are the paper's, for 16 bit.
         dynamic: whether the routing depends on the token.
-        saved_share: ``η``, the share of the width connections' inputs that is saved for the backward.
         kind: ``"ghc"``, ``"hc"`` or ``"mhc"``.
-        sinkhorn_rounds: of a doubly-stochastic carry.
+        sinkhorn_rounds: rounds for a doubly-stochastic carry.
 
     Raises:
-        UserError: ``bytes_per_element`` below 1, ``saved_share`` outside ``[0, 1]`` or an unknown ``kind``.
+        UserError: an unknown ``kind``.
     """
     if kind not in _NORM_FLOPS:
         raise UserError(f"the cost of a connection of kind {kind!r} is not known; known are {', '.join(_NORM_FLOPS)}")
-    if bytes_per_element < 1:
-        raise UserError(f"bytes_per_element must be 1 or more, got {bytes_per_element}")
-    if not 0 <= saved_share <= 1:
-        raise UserError(f"saved_share is the share η of saved inputs and must be within 0 and 1, got {saved_share}")
     m, n, narrow, wide = geometry.m, geometry.n, geometry.hidden_size, geometry.over_width
     e = bytes_per_element
     return ConnectionCost(
@@ -116,8 +110,7 @@ def connection_cost(
         dynamic_parameter_flops=2 * (2 * n + n * n if kind == "mhc" else 2 * m + n) * wide if dynamic else 0,
         width_connection_flops=2 * (m + n) * wide,
         depth_connection_flops=2 * n * narrow,
-        activation_bytes=4 * saved_share * wide,
-        plain_activation_bytes=PLAIN_ACTIVATION_BYTES * narrow,
+        activation_bytes=4 * _SAVED_SHARE * wide,
         traffic=Traffic(
             forward_fused=(2 * wide + 2 * narrow) * e,
             forward_separate=(3 * wide + 2 * narrow) * e,

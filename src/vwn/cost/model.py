@@ -49,7 +49,7 @@ class ForwardFlops:
 
     @property
     def total(self) -> int:
-        """The sum of the parts."""
+        """FLOPs of all parts."""
         return sum(asdict(self).values())
 
 
@@ -61,7 +61,7 @@ class ModelCost:
     """
 
     parameters: int
-    """All parameters, MTP modules included; tied weights count once."""
+    """MTP modules included; tied weights count once."""
     active_parameters: int
     """Parameters that a token meets: of the experts, the top-k."""
     sequence_length: int
@@ -164,8 +164,7 @@ def build_on_meta(config: PreTrainedConfig) -> nn.Module:
 
 
 class _WithoutValues(TorchFunctionMode):
-    """Answer the questions about values that models ask before they compute: "is all of the mask set?", "is there
-    padding?"."""
+    """Answer what models ask about values before they compute, such as whether there is padding."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__bool__:
@@ -206,10 +205,9 @@ def _part(model: Any, module: nn.Module) -> str | None:
 
 
 def expert_shares(model: nn.Module, counted: dict[str, int]) -> dict[nn.Module, float]:
-    """Find the modules that hold a stack of experts, and the share of each that a token meets.
+    """Find the modules that hold the weights of all experts, ``[experts, in, out]``, and the share that a token meets.
 
-    Such a stack has weights ``[experts, in, out]``, of which one token is multiplied with a few, so that the counted
-    FLOPs are fewer than those of the whole.
+    The share is that of the counted FLOPs in the FLOPs of all experts.
     """
     found = {}
     for name, module in model.named_modules():

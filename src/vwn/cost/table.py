@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from vwn.cost.connection import BYTES_PER_ELEMENT, PLAIN_ACTIVATION_BYTES
 from vwn.cost.model import ModelCost, model_cost
@@ -16,14 +16,7 @@ if TYPE_CHECKING:
 _NAME_WIDTH = 20  # of the first column; a longer name is cut
 
 
-class CostTable(NamedTuple):
-    """The costs of several models: one dict per model for ``--json``, and the text."""
-
-    rows: list[dict[str, Any]]
-    text: str
-
-
-def cost_table(configs: Mapping[str, PreTrainedConfig], sequence_length: int) -> CostTable:
+def cost_table(configs: Mapping[str, PreTrainedConfig], sequence_length: int) -> tuple[list[dict[str, Any]], str]:
     """Compare the costs of several models with the first of them that has residual connections.
 
     Args:
@@ -31,17 +24,16 @@ def cost_table(configs: Mapping[str, PreTrainedConfig], sequence_length: int) ->
         sequence_length: tokens a token attends to.
 
     Returns:
-        rows of plain numbers, ``None`` where a number has no meaning, in FLOPs and bytes; the text has at most 110
-        columns.
+        one dict of plain numbers per model, in FLOPs and bytes, ``None`` where a number has no meaning; and the text,
+        of at most 110 columns.
 
     Raises:
         UserError: as :func:`model_cost`.
     """
     costs = {name: model_cost(config, sequence_length=sequence_length) for name, config in configs.items()}
     baseline = next((c for c in costs.values() if c.connection is None), None)
-    widths = {name: config.get_text_config().hidden_size for name, config in configs.items()}
-    rows = [_row(name, cost, widths[name], baseline) for name, cost in costs.items()]
-    return CostTable(rows, _text(rows, sequence_length))
+    rows = [_row(name, c, configs[name].get_text_config().hidden_size, baseline) for name, c in costs.items()]
+    return rows, "\n".join([*_model_lines(rows), "", *_traffic_lines(rows), "", *_legend(rows, sequence_length)])
 
 
 def _row(name: str, cost: ModelCost, hidden_size: int, baseline: ModelCost | None) -> dict[str, Any]:
@@ -74,39 +66,26 @@ def _row(name: str, cost: ModelCost, hidden_size: int, baseline: ModelCost | Non
     }
 
 
-def _text(rows: list[dict[str, Any]], sequence_length: int) -> str:
-    return "\n".join([*_model_lines(rows), "", *_traffic_lines(rows), "", *_legend(rows, sequence_length)])
-
-
 def _model_lines(rows: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        f"{'':{_NAME_WIDTH}}  {'r':>5}  {'params':>7}  {'active':>7}  {'FLOPs/token':>11}  {'× plain':>7}  {'GHC':>6}  "
-        f"{'ends':>6}  {'activations/layer':>19}"
-    ]
+    lines = [["", "r", "params", "active", "FLOPs/token", "× plain", "GHC", "ends", "activations/layer"]]
     for row in rows:
         ratio = "–" if row["flops_ratio"] is None else f"{row['flops_ratio']:.3f}"
         overhead = f" (+{row['activation_overhead']:.1%})" if row["traffic_bytes"] else ""
-        saved = f"{_si(row['activation_bytes_per_layer'])}B{overhead}"
-        lines.append(
-            f"{short(row['name'])}  {row['r']:5.4g}  {count(row['params']):>7}  {count(row['active_params']):>7}  "
-            f"{_si(row['flops_per_token']):>11}  {ratio:>7}  {row['connection_share']:6.2%}  {row['ends_share']:6.2%}  "
-            f"{saved:>19}"
-        )
-    return lines
+        sizes = [f"{row['r']:.4g}", count(row["params"]), count(row["active_params"]), _si(row["flops_per_token"])]
+        shares = [f"{row['connection_share']:.2%}", f"{row['ends_share']:.2%}"]
+        lines.append([row["name"], *sizes, ratio, *shares, f"{_si(row['activation_bytes_per_layer'])}B{overhead}"])
+    return align(lines)
 
 
 def _traffic_lines(rows: list[dict[str, Any]]) -> list[str]:
     kinds = ("forward_fused", "forward_separate", "forward_naive", "backward_fused", "backward_separate")
-    lines = [
-        f"{'traffic/sublayer':{_NAME_WIDTH}}  {' forward ':-^49}  {' backward ':-^32}",
-        f"{'':{_NAME_WIDTH}}" + "".join(f"  {kind.split('_')[1]:>15}" for kind in kinds),
-    ]
+    lines = [["traffic/sublayer", *(kind.replace("_", " ") for kind in kinds)]]
     for row in rows:
         cells = ["–"] * len(kinds)
         if row["traffic_bytes"]:
             cells = [f"{row['traffic_units'][k]:.4g} = {_si(row['traffic_bytes'][k])}B" for k in kinds]
-        lines.append(short(row["name"]) + "".join(f"  {cell:>15}" for cell in cells))
-    return lines
+        lines.append([row["name"], *cells])
+    return align(lines)
 
 
 def _legend(rows: list[dict[str, Any]], sequence_length: int) -> list[str]:
@@ -121,9 +100,18 @@ def _legend(rows: list[dict[str, Any]], sequence_length: int) -> list[str]:
     ]
 
 
-def short(name: str, width: int = _NAME_WIDTH) -> str:
-    """Cut or fill a name to the width of its column."""
-    return f"{name if len(name) <= width else name[: width - 1] + '…':{width}}"
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lay out cells in columns: the first, cut to its width, on the left, the others on the right."""
+    rows = [[_shortened(first), *others] for first, *others in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        f"{first:{widths[0]}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
+        for first, *others in rows
+    ]
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _NAME_WIDTH else name[: _NAME_WIDTH - 1] + "…"
 
 
 def count(value: float) -> str:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from vwn.common.cache import default_cache_dir, load_or_build
 from vwn.common.errors import UserError
-from vwn.data.packing import PackedWindows, Written, smallest_dtype, write_tokens
+from vwn.data.packing import PackedWindows, smallest_dtype, write_tokens
 from vwn.data.sources import Source, resolve, resolve_valid
 from vwn.data.spool import TextChunk, TextRange, split_off_end, spool
 from vwn.data.tokenizer import TextEncoder, bpe_size, load_tokenizer, wrap
@@ -83,17 +83,8 @@ def prepare(
     ready = None if bpe_size(tokenizer) else load_tokenizer(tokenizer, max_length=window)
     train_source, valid_source = resolve(data, valid, valid_fraction)  # after the tokeniser, as it may ask the hub
     job = _Job(train_source, valid_source, tokenizer, ready, window, valid_fraction, control_tokens)
-    entry = load_or_build((cache_dir or default_cache_dir()) / job.key(), _load_entry, job.build)
     valid_name = valid_source.name if valid_source else f"(the last {100 * valid_fraction:g}% of {data})"
-    return Corpus(
-        train=_windows(entry, "train", window, f"the training text {data}"),
-        valid=_windows(entry, "valid", window, f"the validation text {valid_name}"),
-        tokenizer=ready or wrap(tokenizers.Tokenizer.from_file(str(entry.folder / _TOKENIZER)), window),
-        train_tokens=entry.sides["train"].tokens,
-        valid_tokens=entry.sides["valid"].tokens,
-        valid_bytes_per_token=entry.sides["valid"].bytes / entry.sides["valid"].tokens,
-        fingerprint=entry.fingerprint,
-    )
+    return job.corpus(cache_dir, f"the training text {data}", f"the validation text {valid_name}")
 
 
 def prepare_valid(
@@ -111,21 +102,11 @@ def prepare_valid(
     """
     ready = load_tokenizer(tokenizer, max_length=window) if isinstance(tokenizer, str) else tokenizer
     job = _Job(None, resolve_valid(valid), "", ready, window, 0.0, control_tokens)
-    entry = load_or_build((cache_dir or default_cache_dir()) / job.key(), _load_entry, job.build)
-    windows, written = _windows(entry, "valid", window, f"the validation text {valid}"), entry.sides["valid"]
-    return Corpus(
-        train=windows,
-        valid=windows,
-        tokenizer=ready,
-        train_tokens=written.tokens,
-        valid_tokens=written.tokens,
-        valid_bytes_per_token=written.bytes / written.tokens,
-        fingerprint=entry.fingerprint,
-    )
+    return job.corpus(cache_dir, "", f"the validation text {valid}")
 
 
 def prepare_run(settings: Mapping[str, Any], *, window: int) -> Corpus:
-    """The text of a training run by the settings in its `run.json`; of one on streamed data, only what it validated on.
+    """Prepare the text of a training run by the settings in its `run.json`; of a streamed run, the validation text.
 
     The corpus's fingerprint is the `text` of `run.json`, or the part of it in front of a `+`.
     """
@@ -140,21 +121,11 @@ def prepare_run(settings: Mapping[str, Any], *, window: int) -> Corpus:
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """One folder of the cache, complete. `sides` are "train" and "valid", or "valid" alone."""
-
-    folder: Path
-    dtype: str
-    sides: dict[str, Written]
-    fingerprint: str
-
-
-@dataclass(frozen=True)
 class _Job:
-    """What determines the token streams, and how they are made.
+    """All that determines the token streams, and their making.
 
-    Without `data` there is only a validation side, without `valid` it is split off. `tokenizer` is None where it is to
-    be trained as `spec` says.
+    Without `data` there is only a validation side, without `valid` it is split off. Without `tokenizer` one is trained,
+    as `spec` says.
     """
 
     data: Source | None
@@ -175,6 +146,32 @@ class _Job:
         parts = [_FORMAT, data, split, ids, self.control_tokens]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
+    def corpus(self, cache_dir: Path | None, train_name: str, valid_name: str) -> Corpus:
+        """Load the corpus from the cache, after building it there if needed. The names are for messages."""
+        folder = (cache_dir or default_cache_dir()) / self.key()
+        meta = load_or_build(folder, _load_meta, self.build)
+
+        def windows(side: str, name: str) -> PackedWindows:
+            tokens = meta["sides"][side]["tokens"]
+            if tokens < self.window:
+                smaller = f"or a window of at most {tokens}" if tokens > 1 else "no window is small enough"
+                raise UserError(
+                    f"{name} holds {tokens} tokens, fewer than a window of {self.window}; give more text, {smaller}"
+                )
+            return PackedWindows(folder / f"{side}.bin", meta["dtype"], self.window)
+
+        train = None if self.data is None else windows("train", train_name)
+        valid, size = windows("valid", valid_name), meta["sides"]["valid"]
+        return Corpus(
+            train=train or valid,
+            valid=valid,
+            tokenizer=self.tokenizer or wrap(tokenizers.Tokenizer.from_file(str(folder / _TOKENIZER)), self.window),
+            train_tokens=meta["sides"].get("train", size)["tokens"],
+            valid_tokens=size["tokens"],
+            valid_bytes_per_token=size["bytes"] / size["tokens"],
+            fingerprint=meta["fingerprint"],
+        )
+
     def build(self, folder: Path) -> None:
         text = folder / "text"
         text.mkdir()
@@ -187,12 +184,11 @@ class _Job:
             tokenizer.backend_tokenizer.save(str(folder / _TOKENIZER))
         encoder = TextEncoder(tokenizer, self.control_tokens)
         dtype, digest = smallest_dtype(tokenizer), hashlib.blake2b(digest_size=16)
-        written = {
+        sizes = {
             side: write_tokens(_with_bar(of, f"tokenising {side}"), encoder, folder / f"{side}.bin", dtype, digest)
             for side, of in sides.items()
         }
         shutil.rmtree(text)
-        sizes = {side: asdict(of) for side, of in written.items()}
         meta = {"dtype": dtype, "fingerprint": digest.hexdigest(), "sides": sizes}
         with open(folder / _META, "w") as file:
             json.dump(meta, file)
@@ -217,21 +213,16 @@ def _with_bar(text: TextRange, title: str) -> Iterator[TextChunk]:
             bar.update(len(chunk.text))
 
 
-def _load_entry(folder: Path) -> _Entry | None:
-    """The entry, or None where a file is missing or not as long as it was written."""
+def _load_meta(folder: Path) -> dict[str, Any] | None:
+    """Read `{dtype, fingerprint, sides: {"train" and "valid", or "valid" alone: {tokens, bytes}}}`.
+
+    None where a file is missing or not as long as it was written.
+    """
     try:
         meta: dict[str, Any] = json.loads((folder / _META).read_text())
-        sides = {side: Written(**of) for side, of in meta["sides"].items()}
         width = int(meta["dtype"].removeprefix("uint")) // 8
-        whole = all((folder / f"{side}.bin").stat().st_size == of.tokens * width for side, of in sides.items())
+        sizes = {side: of["tokens"] * width for side, of in meta["sides"].items()}
+        whole = all((folder / f"{side}.bin").stat().st_size == size for side, size in sizes.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return _Entry(folder, meta["dtype"], sides, meta["fingerprint"]) if whole else None
-
-
-def _windows(entry: _Entry, side: str, window: int, what: str) -> PackedWindows:
-    tokens = entry.sides[side].tokens
-    if tokens < window:
-        smaller = f"or a window of at most {tokens}" if tokens > 1 else "no window is small enough"
-        raise UserError(f"{what} holds {tokens} tokens, fewer than a window of {window}; give more text, {smaller}")
-    return PackedWindows(entry.folder / f"{side}.bin", entry.dtype, window)
+    return meta if whole and "fingerprint" in meta else None

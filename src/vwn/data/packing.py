@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -49,28 +48,17 @@ class PackedWindows(Dataset[dict[str, torch.Tensor]]):
         return PackedWindows, (self.path, self.dtype, self.window)
 
 
-class Digest(Protocol):
-    """A hash of `hashlib`."""
-
-    def update(self, data: bytes, /) -> None: ...
-
-
-@dataclass(frozen=True)
-class Written:
-    """What `write_tokens` wrote: tokens, and the bytes of UTF-8 they stand for (ends of text stand for none)."""
-
-    tokens: int
-    bytes: int
-
-
 def smallest_dtype(tokenizer: PreTrainedTokenizerFast) -> str:
     """The smallest unsigned NumPy type that holds every id of the tokeniser."""
     return np.min_scalar_type(max(tokenizer.get_vocab().values())).name
 
 
-def write_tokens(chunks: Iterable[TextChunk], encoder: TextEncoder, path: Path, dtype: str, digest: Digest) -> Written:
-    """Tokenise documents; each that is not empty ends in the end-of-text id.
+def write_tokens(
+    chunks: Iterable[TextChunk], encoder: TextEncoder, path: Path, dtype: str, digest: Any
+) -> dict[str, int]:
+    """Tokenise documents to a file; each that is not empty ends in the end-of-text id. `digest` is of `hashlib`.
 
+    Returns the numbers of `tokens` written and of the `bytes` of UTF-8 they stand for (ends of text stand for none).
     Raises `UserError`, which names the file, for text that the tokeniser cannot encode.
     """
     tokens = size = 0
@@ -89,11 +77,11 @@ def write_tokens(chunks: Iterable[TextChunk], encoder: TextEncoder, path: Path, 
                 size += len(chunk.text.encode())
         file.flush()
         os.fsync(file.fileno())
-    return Written(tokens, size)
+    return {"tokens": tokens, "bytes": size}
 
 
 def _batches(chunks: Iterable[TextChunk]) -> Iterator[list[TextChunk]]:
-    """Chunks that are tokenised in one call, which runs on all cores."""
+    """Group the chunks that are tokenised in one call, which runs on all cores."""
     batch: list[TextChunk] = []
     size = 0
     for chunk in chunks:

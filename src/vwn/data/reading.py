@@ -17,21 +17,22 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from vwn.common.errors import UserError
-from vwn.data.unpacking import PACKINGS, Advance, move_to, open_unpacked, packing, refuse_unreadable
+from vwn.common.extras import require_packages
+from vwn.data.unpacking import PACKINGS, move_to, open_unpacked, packing, refuse_unreadable
 
 SEPARATOR = "<|endoftext|>"
 SUFFIXES = (*(kind + pack for kind in (".txt", ".jsonl") for pack in ("", *PACKINGS)), ".parquet")
 KINDS = ".txt, .jsonl (also .xz, .gz or .zst) or .parquet"
 """`SUFFIXES` for messages."""
 CHUNK = 1 << 15
-"""Bytes of a text file, or characters of a row, in one chunk at most, if there are line ends to cut at."""
+"""Most bytes of a text file, or characters of a row, in one chunk."""
 _BATCH_BYTES = 1 << 20
 _BUFFER = 1 << 18  # of packed bytes; without it a whole column of a row group is held
 
 
 @dataclass(frozen=True)
 class FileRange:
-    """A part of a file: what one reader of a stream reads before it goes on to another.
+    """A part of a file that one reader of a stream reads before it goes on to another.
 
     `start` to `stop` are bytes of text and JSON lines, and row groups of Parquet. Packed files have neither: `stop` 0
     reads all. Of a range that `shares` readers share, each takes every `shares`-th block of `block` bytes or rows.
@@ -62,32 +63,18 @@ class Chunk(NamedTuple):
 
 
 OnBadRow = Callable[[UserError], None]
-"""Is told of a row that cannot be read, and leaves it out by returning."""
+"""Called with the error of a row that cannot be read; by returning it leaves the row out."""
 
 
 def kind(path: Path) -> str:
-    """The one of `SUFFIXES` that the file's name ends in, in any case; empty if none."""
+    """Find the one of `SUFFIXES` that a file's name ends in, in any case; empty if the file is of no supported kind."""
     return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
 
 
-def is_supported(path: Path) -> bool:
-    """Whether the file's name ends in one of `SUFFIXES`."""
-    return bool(kind(path))
-
-
-def read_file(path: Path, advance: Advance | None = None) -> Iterator[Chunk]:
-    """Read a whole file; one of none of the `SUFFIXES` is read as one document of text.
-
-    `advance(k)` is told whenever `k` more bytes of the file have been read. Raises `UserError` for a file that cannot
-    be opened, is damaged or is not UTF-8.
-    """
-    return read_range(FileRange(path), advance=advance)
-
-
-def read_range(
-    part: FileRange, offset: int = 0, on_bad_row: OnBadRow | None = None, advance: Advance | None = None
-) -> Iterator[Chunk]:
+def read_range(part: FileRange, offset: int = 0, on_bad_row: OnBadRow | None = None) -> Iterator[Chunk]:
     """Read the documents of a range in order, from `offset` (of a chunk that it gave, or 0) on.
+
+    A file of none of the `SUFFIXES` is read as one document of text.
 
     Every byte between documents belongs to exactly one of the ranges that a file is cut into. A text document that two
     of them share is cut at a line end and read as two. Raises `UserError` for a file that cannot be read, and for a row
@@ -96,7 +83,7 @@ def read_range(
     suffix = kind(part.path)
     read = _read_parquet if suffix == ".parquet" else _read_json_lines if ".jsonl" in suffix else _read_text
     with refuse_unreadable(part.path):
-        yield from read(part, offset, on_bad_row, advance)
+        yield from read(part, offset, on_bad_row)
 
 
 def row_chunks(offset: int, find: Callable[[], str | None], on_bad_row: OnBadRow | None) -> Iterator[Chunk]:
@@ -126,9 +113,9 @@ def line_end(text: str, start: int, limit: int) -> int:
 # Text
 
 
-def _read_text(part: FileRange, offset: int, on_bad_row: OnBadRow | None, advance: Advance | None) -> Iterator[Chunk]:
+def _read_text(part: FileRange, offset: int, on_bad_row: OnBadRow | None) -> Iterator[Chunk]:
     mark = SEPARATOR.encode() if kind(part.path) else b""
-    with open_unpacked(part.path, advance) as file:
+    with open_unpacked(part.path) as file:
         start, stop = (_text_boundary(file, x, mark) if part.stop else 0 for x in (part.start, part.stop))
         if part.stop and start >= stop:
             return
@@ -144,7 +131,7 @@ def _read_text(part: FileRange, offset: int, on_bad_row: OnBadRow | None, advanc
 
 
 class _Lookahead:
-    """A file read forwards, with a look ahead from `offset` on, not beyond `stop` if that is not 0."""
+    """Reads a file forwards from `offset` on, with a look ahead; not beyond `stop` if that is not 0."""
 
     def __init__(self, file: IO[bytes], offset: int, stop: int):
         self._file, self.offset, self._stop = file, offset, stop
@@ -199,11 +186,9 @@ def _text_boundary(file: IO[bytes], offset: int, mark: bytes) -> int:
 # JSON lines
 
 
-def _read_json_lines(
-    part: FileRange, offset: int, on_bad_row: OnBadRow | None, advance: Advance | None
-) -> Iterator[Chunk]:
+def _read_json_lines(part: FileRange, offset: int, on_bad_row: OnBadRow | None) -> Iterator[Chunk]:
     column = _json_column(part.path, part.path.stat().st_mtime_ns)
-    with open_unpacked(part.path, advance) as file:
+    with open_unpacked(part.path) as file:
         start, stop = (_line_boundary(file, x) if part.stop else 0 for x in (part.start, part.stop))
         begin = max(start, offset)
         move_to(file, begin)
@@ -265,13 +250,11 @@ def parse_row(line: str, where: str) -> dict[str, Any]:
 # Parquet
 
 
-def _read_parquet(
-    part: FileRange, offset: int, on_bad_row: OnBadRow | None, advance: Advance | None
-) -> Iterator[Chunk]:
+def _read_parquet(part: FileRange, offset: int, on_bad_row: OnBadRow | None) -> Iterator[Chunk]:
     with open_parquet(part.path) as file:
         column = parquet_column(file, part.path)
         groups = range(part.start, part.stop or file.num_row_groups)
-        row = done = 0
+        row = 0
         from_where = f" from row group {part.start}" if part.start else ""
         for group in groups:
             rows = file.metadata.row_group(group).num_rows
@@ -283,15 +266,12 @@ def _read_parquet(
                     where = f"row {row + 1}{from_where} of {part.path}"
                     yield from row_chunks(row, partial(document, value, where), on_bad_row)
                 row += 1
-                if advance and (row % 1000 == 0 or row == file.metadata.num_rows):
-                    reached = part.path.stat().st_size * row // file.metadata.num_rows
-                    advance(reached - done)
-                    done = reached
 
 
 @contextmanager
 def open_parquet(path: Path) -> Iterator[Any]:
     """Open a Parquet file. Raises `UserError` in place of pyarrow's exceptions while it is open."""
+    require_packages("reading a .parquet file", "pyarrow")
     import pyarrow
     import pyarrow.parquet
 
@@ -303,19 +283,14 @@ def open_parquet(path: Path) -> Iterator[Any]:
 
 
 def parquet_column(file: Any, path: Path) -> str:
-    """The column of text of an open Parquet file. Types of other columns do not matter."""
+    """Find the column of text of an open Parquet file. Types of other columns do not matter."""
     import pyarrow.types
 
     def is_text(of: Any) -> bool:
-        if pyarrow.types.is_dictionary(of):
-            of = of.value_type
-        return any(test(of) for test in (pyarrow.types.is_string, pyarrow.types.is_large_string, _is_string_view))
+        of = of.value_type if pyarrow.types.is_dictionary(of) else of
+        return str(of) in ("string", "large_string", "string_view")
 
     return text_column({field.name: is_text(field.type) for field in file.schema_arrow}, str(path))
-
-
-def _is_string_view(of: Any) -> bool:
-    return str(of) == "string_view"
 
 
 def _values(file: Any, group: int, column: str) -> Iterator[Any]:

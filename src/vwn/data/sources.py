@@ -1,4 +1,8 @@
-"""Where text comes from: a file, a folder, the standard library or the Hugging Face hub, behind one small interface."""
+"""Find the text that a name stands for: a file, a folder, the standard library or a data set of the Hugging Face hub.
+
+A source has a `name` for messages, a `key()` that changes whenever the text does, and `chunks()`: its documents in
+chunks, each with the name of its file, in the same order every time.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +16,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from vwn.common.errors import UserError
+from vwn.common.extras import require_packages
 from vwn.data.reading import (
     KINDS,
     Chunk,
+    FileRange,
     document,
     first_line,
-    is_supported,
     kind,
-    read_file,
+    read_range,
     row_chunks,
     string_columns,
     text_column,
 )
-from vwn.data.unpacking import Advance
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,42 +45,12 @@ _VALID_SPLITS = ("validation", "valid", "dev")
 _logger = logging.getLogger(__name__)
 
 
-class Source(Protocol):
-    """Text that can be read as often as needed, always in the same order."""
-
-    @property
-    def name(self) -> str:
-        """What the user called it, for messages."""
-        ...
-
-    @property
-    def unit(self) -> str:
-        """What `size` and `chunks(advance)` count: "B" or "rows"."""
-        ...
-
-    @property
-    def size(self) -> int: ...
-
-    def key(self) -> str:
-        """A hash that changes whenever the text does."""
-        ...
-
-    def chunks(self, advance: Advance) -> Iterator[tuple[str, Chunk]]:
-        """The documents in chunks, each with the name of the file that it is from."""
-        ...
-
-
 @dataclass(frozen=True)
 class FileSource:
-    """Files, read in the order given. The key hashes their contents, so a copy elsewhere is the same text."""
+    """Files, read in this order. The key hashes their contents, so a copy elsewhere is the same text."""
 
     name: str
     paths: tuple[Path, ...]
-    unit = "B"
-
-    @property
-    def size(self) -> int:
-        return sum(path.stat().st_size for path in self.paths)
 
     def key(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
@@ -89,10 +63,10 @@ class FileSource:
             digest.update(kind(path).encode() + b"\0")
         return digest.hexdigest()
 
-    def chunks(self, advance: Advance) -> Iterator[tuple[str, Chunk]]:
+    def chunks(self) -> Iterator[tuple[str, Chunk]]:
         for path in self.paths:
             file = str(path)
-            for chunk in read_file(path, advance):
+            for chunk in read_range(FileRange(path)):
                 yield file, chunk
 
 
@@ -103,66 +77,59 @@ class HubSource:
     name: str
     rows: Dataset
     column: str
-    unit = "rows"
-
-    @property
-    def size(self) -> int:
-        return len(self.rows)
 
     def key(self) -> str:
         # `datasets` derives it from the repository's revision, the configuration and the split.
         return f"hub-{self.rows._fingerprint}-{self.column}"
 
-    def chunks(self, advance: Advance) -> Iterator[tuple[str, Chunk]]:
+    def chunks(self) -> Iterator[tuple[str, Chunk]]:
         rows = cast("Iterable[dict[str, Any]]", self.rows.select_columns([self.column]))
         for number, row in enumerate(rows):
             find = partial(document, row[self.column], f"row {number + 1} of {self.name}")
             for chunk in row_chunks(number, find, on_bad_row=None):
                 yield self.name, chunk
-            advance(1)
+
+
+Source = FileSource | HubSource
 
 
 def resolve(data: str, valid: str | None, valid_fraction: float) -> tuple[Source, Source | None]:
-    """The training source and the validation source; None where validation is to be split off the training text.
+    """Find the training source and the validation source; None if validation is to be split off the training text.
 
     `stdlib` and hub data sets have sides of their own: the training side is read for `data`, the validation side for
     `valid`, or for `data` alone. Raises `UserError` for what cannot be found.
     """
     train, own_valid = _open(data, "train", valid_fraction)
-    if valid is None:
-        return train, own_valid
-    return train, _open(valid, "valid", valid_fraction)[0]
+    return train, own_valid if valid is None else _open(valid, "valid", valid_fraction)[0]
 
 
 def resolve_valid(spec: str) -> Source:
-    """The source for the validation side alone."""
+    """Find the source for the validation side alone."""
     return _open(spec, "valid", 0.1)[0]
 
 
 def _open(spec: str, side: Side, valid_fraction: float) -> tuple[Source, Source | None]:
-    """The source for one side, and the validation side that belongs to it, if any."""
+    """Find the source for one side, and the validation side that belongs to it, if any."""
     if spec == STDLIB:
         sides = _stdlib_sides(valid_fraction)
         return sides[side], sides["valid"]
     source = open_local(spec)
-    return _hub(spec, side) if source is None else (source, None)
+    return _open_hub(spec, side) if source is None else (source, None)
 
 
 def open_local(spec: str) -> FileSource | None:
-    """A file, a folder or the training side of `stdlib`; None for what can only be a hub id."""
+    """Find a file, a folder or the training side of `stdlib`; None for what can only be a hub id."""
     if spec == STDLIB:
         return _stdlib_sides(0.1)["train"]
     refuse_undecodable(spec)
     path = Path(os.path.expanduser(spec))
-    exists = bool(spec) and os.path.exists(path)
-    looks_local = is_supported(path) or spec.startswith((".", "/", "~")) or spec.count("/") > 1 or "\\" in spec
-    if not exists and (looks_local or not spec):
-        raise UserError(f"{spec!r} does not exist; give a file ({KINDS}), a folder, {STDLIB!r} or a hub id")
-    if not exists:
+    if not spec or not os.path.exists(path):
+        if not spec or kind(path) or spec.startswith((".", "/", "~")) or spec.count("/") > 1 or "\\" in spec:
+            raise UserError(f"{spec!r} does not exist; give a file ({KINDS}), a folder, {STDLIB!r} or a hub id")
         return None
     if path.is_dir():
         return _folder(spec, path)
-    if not is_supported(path):
+    if not kind(path):
         raise UserError(f"{spec} is none of the supported kinds of data: {KINDS}, or a folder of them")
     return FileSource(spec, (path,))
 
@@ -176,30 +143,28 @@ def refuse_undecodable(spec: str) -> None:
 
 
 def _folder(spec: str, folder: Path) -> FileSource:
-    files = (Path(directory, name) for directory, _, names in os.walk(folder) for name in names)
-    visible = {file.relative_to(folder).as_posix(): file for file in files if not _is_hidden(file.relative_to(folder))}
-    found = [visible[name] for name in sorted(visible) if is_supported(visible[name])]
+    files = [Path(directory, name).relative_to(folder) for directory, _, names in os.walk(folder) for name in names]
+    visible = [file for file in files if not any(part.startswith(".") for part in file.parts)]
+    found = supported(spec, sorted(visible, key=Path.as_posix))
     if not found:
         raise UserError(f"the folder {spec} holds no {KINDS} file; give a folder with text in it")
-    warn_of_left_out(spec, [name for name in sorted(visible) if not is_supported(visible[name])], len(visible))
-    return FileSource(spec, tuple(found))
+    return FileSource(spec, tuple(folder / file for file in found))
 
 
-def warn_of_left_out(spec: str, left_out: list[str], of: int) -> None:
-    """Log which files of a folder or pattern are not read, if any."""
-    if left_out:
+def supported(spec: str, files: list[Path]) -> list[Path]:
+    """Select the files of a folder or pattern that can be read. If there are any, log which others are left out."""
+    found = [file for file in files if kind(file)]
+    left_out = [str(file) for file in files if not kind(file)]
+    if found and left_out:
         shown = ", ".join(name if name.isprintable() else ascii(name) for name in left_out[:5])
         more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
-        what = f"{len(left_out)} of {of} files in {spec} are not {KINDS}"
+        what = f"{len(left_out)} of {len(files)} files in {spec} are not {KINDS}"
         _logger.warning("%s and are left out: %s%s", what, shown, more)
-
-
-def _is_hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
+    return found
 
 
 def _stdlib_sides(valid_fraction: float) -> dict[Side, FileSource]:
-    """The standard library's files on two sides, each in the order of the hashes of their relative paths.
+    """Split the standard library's files in two, each side in the order of the hashes of their relative paths.
 
     A file's side depends on its relative path alone, so it is the same on every machine and Python version.
     """
@@ -225,39 +190,41 @@ def _stdlib_files(root: Path) -> Iterator[Path]:
 
 
 def _rank(relative: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
+    """Hash a relative path to a number in [0, 1)."""
     return int.from_bytes(hashlib.blake2b(relative.encode(), digest_size=6).digest()) / 2**48
 
 
-def _hub(spec: str, side: Side) -> tuple[HubSource, HubSource | None]:
-    """`owner/name`, or `owner/name:configuration`."""
-    splits = _load_from_hub(spec)
+def _open_hub(spec: str, side: Side) -> tuple[HubSource, HubSource | None]:
+    with hub_data_set(spec) as (name, configuration):
+        from datasets import load_dataset
+
+        splits = cast("dict[str, Dataset]", load_dataset(name, configuration))
     valid = next((name for name in _VALID_SPLITS if name in splits), None)
     wanted = valid if side == "valid" and valid else "train"
     if wanted not in splits:
         raise UserError(f"the data set {spec} has no split 'train' (it has {', '.join(splits)}); use one that has")
-    source = _hub_split(spec, splits[wanted])
-    return source, _hub_split(f"{spec} ({valid})", splits[valid]) if valid else None
+    sources = [
+        HubSource(shown, splits[split], text_column(string_columns(splits[split].features), f"the data set {shown}"))
+        for shown, split in [(spec, wanted), *([(f"{spec} ({valid})", valid)] if valid else [])]
+    ]
+    return sources[0], sources[1] if valid else None
 
 
-def _hub_split(name: str, rows: Dataset) -> HubSource:
-    return HubSource(name, rows, text_column(string_columns(rows.features), f"the data set {name}"))
-
-
-def _load_from_hub(spec: str) -> dict[str, Dataset]:
-    from datasets import load_dataset
+@contextmanager
+def hub_data_set(spec: str) -> Iterator[tuple[str, str | None]]:
+    """Name and configuration of `owner/name:configuration`; inside, the hub's errors become one `UserError`."""
+    require_packages(f"the data set {spec}", "datasets")
     from datasets.exceptions import DatasetsError
 
     name, _, configuration = spec.partition(":")
     try:
         with quiet():
-            splits: Any = load_dataset(name, configuration or None)
+            yield name, configuration or None
     except (OSError, ValueError, DatasetsError) as error:
         raise UserError(
             f"{spec!r} is neither a file nor a folder, and the Hugging Face hub does not give it as a data set "
             f"({first_line(error)}); check the name and the network, or give local text"
         ) from error
-    return dict(splits)
 
 
 @contextmanager

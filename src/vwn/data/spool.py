@@ -6,6 +6,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,33 +31,24 @@ class TextChunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Spool:
-    """Chunks of text on disk, in order.
-
-    Of every chunk: `byte_ends`, its end in the file; `ends`, its end in the corpus, in characters; `is_last`, whether
-    it ends a document. `files` are the names of the files that the chunks are from, from chunk `first_of_file` on.
-    """
+    """Chunks of text on disk, in order: for each its end in bytes of the file and in characters of the corpus, whether
+    it ends a document, and the number of its file among `files`."""
 
     path: Path
     byte_ends: array[int]
     ends: array[int]
     is_last: bytearray
+    file_numbers: array[int]
     files: list[str]
-    first_of_file: list[int]
-
-    @property
-    def document_ends(self) -> Iterator[int]:
-        """Ends of the documents, in characters."""
-        return (end for end, is_last in zip(self.ends, self.is_last, strict=True) if is_last)
 
     def read(self, first: int) -> Iterator[TextChunk]:
-        """The chunks from number `first` on."""
+        """Read the chunks from number `first` on."""
         with open(self.path, "rb") as file:
             begin = file.seek(self.byte_ends[first - 1] if first else 0)
             for number in range(first, len(self.ends)):
                 text = file.read(self.byte_ends[number] - begin).decode()
                 begin = self.byte_ends[number]
-                name = self.files[bisect_right(self.first_of_file, number) - 1]
-                yield TextChunk(name, text, bool(self.is_last[number]))
+                yield TextChunk(self.files[self.file_numbers[number]], text, bool(self.is_last[number]))
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,7 @@ class TextRange:
     stop: int
 
     def chunks(self) -> Iterator[TextChunk]:
-        """The text in order. A chunk that is cut at `stop` does not end its document."""
+        """Read the text in order. A chunk that is cut at `stop` does not end its document."""
         ends = self.spool.ends
         first = bisect_right(ends, self.start)
         begin = ends[first - 1] if first else 0
@@ -82,19 +74,20 @@ class TextRange:
 
 def spool(source: Source, path: Path) -> TextRange:
     """Read `source` once into the file `path`. Raises `UserError` if it has no text."""
-    result = Spool(path, array("q"), array("q"), bytearray(), [], [])
+    result = Spool(path, array("q"), array("q"), bytearray(), array("q"), [])
     title = f"reading {Path(source.name).name}"
     position = size = 0
-    with open(path, "wb") as file, tqdm(total=source.size, unit=source.unit, unit_scale=True, desc=title) as bar:
-        for name, text, ends in in_chunks(source.chunks(bar.update)):
+    with open(path, "wb") as file, tqdm(unit="char", unit_scale=True, desc=title) as bar:
+        for name, text, ends in in_chunks(source.chunks()):
             if name not in result.files[-1:]:
                 result.files.append(name)
-                result.first_of_file.append(len(result.ends))
+            result.file_numbers.append(len(result.files) - 1)
             size += file.write(text.encode())
             position += len(text) + (len(_END) if ends else 0)
             result.byte_ends.append(size)
             result.ends.append(position)
             result.is_last.append(ends)
+            bar.update(len(text))
     if not size:
         raise UserError(f"{source.name} is empty; give a source with text in it")
     return TextRange(result, 0, position)
@@ -107,7 +100,8 @@ def split_off_end(whole: TextRange, valid_fraction: float) -> tuple[TextRange, T
     (few, long documents), at the end of a line; where there are no lines either, at the character.
     """
     target = round(whole.stop * (1 - valid_fraction))
-    for cut in (min(whole.spool.document_ends, key=lambda end: abs(end - target)), _line_end(whole.spool, target)):
+    document_ends = compress(whole.spool.ends, whole.spool.is_last)
+    for cut in (min(document_ends, key=lambda end: abs(end - target)), _line_end(whole.spool, target)):
         if valid_fraction / 2 <= 1 - cut / whole.stop <= valid_fraction * 2:
             break
     else:
@@ -122,7 +116,7 @@ def _line_end(corpus: Spool, target: int) -> int:
 
 
 def in_chunks(chunks: Iterable[tuple[str, Chunk]]) -> Iterator[TextChunk]:
-    """The same documents in chunks of about `CHUNK_CHARACTERS`, whatever the chunks they came in.
+    """Cut the documents into chunks of about `CHUNK_CHARACTERS`, whatever the chunks they came in.
 
     Cuts are at the last line end in every `CHUNK_CHARACTERS` of the whole text, and at every end of a document.
     """
@@ -157,7 +151,7 @@ def _cut(joined: str, ends: list[tuple[int, str]], start: int) -> int:
 
 
 def _between(joined: str, ends: list[tuple[int, str]], start: int, stop: int, file: str) -> Iterator[TextChunk]:
-    """The documents between two places, and the beginning of one that ends behind them."""
+    """Yield the documents between two places, and the beginning of one that ends behind them."""
     for end, name in ends:
         if start <= end < stop:
             yield TextChunk(name, joined[start:end], ends=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,11 @@ _LARGEST_BPE = 1_000_000
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
-Texts = Iterable[str] | Callable[[], Iterable[str]]
-
 
 def load_tokenizer(
-    spec: str, texts: Texts | None = None, *, max_length: int = DEFAULT_MAX_LENGTH
+    spec: str, texts: Iterable[str] | None = None, *, max_length: int = DEFAULT_MAX_LENGTH
 ) -> PreTrainedTokenizerFast:
-    """The tokeniser that `spec` names, with an end-of-text token; what it encodes it decodes to the same text.
+    """Load the tokeniser that `spec` names, with an end-of-text token; it decodes what it encodes to the same text.
 
     `bytes`: ids 0..255 are the bytes of UTF-8, 256 is `<|endoftext|>`. `bpe:N`: a byte-level BPE of at most `N` ids,
     trained on `texts` (fewer where the text has no more pairs that occur twice); the same text gives the same ids.
@@ -42,12 +40,12 @@ def load_tokenizer(
     if (size := bpe_size(spec)) is not None:
         if texts is None:
             raise UserError(f"the tokenizer {spec!r} is trained on text; give the text, or a saved tokenizer")
-        return wrap(_train_bpe(size, texts() if callable(texts) else texts), max_length)
+        return wrap(_train_bpe(size, texts), max_length)
     return _load(spec, max_length)
 
 
 def load_checkpoint_tokenizer(checkpoint: Path | str, spec: str | None = None) -> PreTrainedTokenizerFast:
-    """The tokeniser that a checkpoint was saved with, or the one that `--tokenizer` names.
+    """Load the tokeniser that a checkpoint was saved with, or the one that `--tokenizer` names.
 
     Raises `UserError` where there is none, or it is yet to be trained.
     """
@@ -132,7 +130,7 @@ class TextEncoder:
 
 
 def bpe_size(spec: str) -> int | None:
-    """The `N` of `bpe:N`, None for any other spec. Raises `UserError` where `N` is no usable size."""
+    """Parse the `N` of `bpe:N`; None for any other spec. Raises `UserError` where `N` is no usable size."""
     if spec == BPE.removesuffix(":"):
         raise UserError(f"the tokenizer {spec!r} needs a size, as bpe:SIZE, such as bpe:8192")
     if not spec.startswith(BPE):
@@ -148,7 +146,7 @@ def bpe_size(spec: str) -> int | None:
 
 
 def wrap(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
-    """A tokeniser of ours as one of transformers, which `AutoTokenizer` loads again from what it saves."""
+    """Wrap a tokeniser of `tokenizers` for transformers; `AutoTokenizer` loads what it saves."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=SEPARATOR,

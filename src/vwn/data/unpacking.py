@@ -6,17 +6,16 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from vwn.common.errors import UserError
+from vwn.common.extras import require_packages
 
 PACKINGS = (".xz", ".gz", ".zst")
 _BLOCK = 1 << 18
-
-Advance = Callable[[int], object]
 
 
 def packing(path: Path) -> str:
@@ -26,16 +25,15 @@ def packing(path: Path) -> str:
 
 
 @contextmanager
-def open_unpacked(path: Path, advance: Advance | None = None) -> Iterator[IO[bytes]]:
-    """Open a file for reading, unpacked if its name says that it is packed; only what is not packed can seek.
-
-    `advance(k)` is told whenever `k` more bytes of the file, packed ones if it is packed, have been read.
-    """
-    with open(path, "rb", buffering=0) as file:
-        raw = io.BufferedReader(_Counted(file, advance) if advance else file, _BLOCK)
+def open_unpacked(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for reading, unpacked if its name says that it is packed; only what is not packed can seek."""
+    with open(path, "rb", buffering=_BLOCK) as file:
         unpack = _UNPACKERS.get(packing(path))
-        with raw if unpack is None else io.BufferedReader(_Blocks(unpack(raw)), _BLOCK) as stream:
-            yield stream
+        if unpack is None:
+            yield file
+        else:
+            with io.BufferedReader(_Blocks(unpack(file)), _BLOCK) as stream:
+                yield stream
 
 
 @contextmanager
@@ -96,6 +94,7 @@ def _unpack_gzip(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _unpack_zstd(file: IO[bytes]) -> Iterator[bytes]:
+    require_packages("reading a .zst file", "pyarrow")
     import pyarrow
 
     with pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd") as stream:
@@ -125,24 +124,3 @@ class _Blocks(io.RawIOBase):
         buffer[:count] = self._rest[:count]
         self._rest = self._rest[count:]
         return count
-
-
-class _Counted(io.RawIOBase):
-    """A raw file that tells how many bytes each read took."""
-
-    def __init__(self, file: io.RawIOBase, advance: Advance):
-        self._file, self._advance = file, advance
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        return self._file.seek(offset, whence)
-
-    def readinto(self, buffer: Any, /) -> int | None:
-        taken = self._file.readinto(buffer)
-        self._advance(taken or 0)
-        return taken

@@ -47,6 +47,20 @@ def load_model(checkpoint: Path | str, tokenizer: Any = None) -> Any:
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def positions_of(model: Any) -> tuple[int | None, bool]:
+    """How many positions a model was made for, None for any; and whether it can compute more (rotary ones)."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit, limit is None or bool(getattr(config, "rope_parameters", None))
+
+
+def check_positions(model: Any, window: int) -> None:
+    """Refuse a window that the model cannot read."""
+    limit, can_exceed = positions_of(model)
+    if limit is not None and window > limit and not can_exceed:
+        raise UserError(f"the model has {limit} positions, --window is {window}; lower --window")
+
+
 def _check_tokenizer(model: Any, tokenizer: Any, checkpoint: Path | str) -> None:
     largest, vocabulary = max(tokenizer.get_vocab().values()), model.config.get_text_config().vocab_size
     if largest >= vocabulary:

@@ -99,8 +99,8 @@ class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
         except ValueError as error:
             kind = self.config.backbone.model_type
             raise UserError(
-                f"a backbone of type {kind} does not support attn_implementation = {requested_attention!r}; "
-                "leave it away, or set it to 'eager'"
+                f'Specified `attn_implementation="{requested_attention}"` is not supported by a backbone of type '
+                f"{kind}; drop it, or set it to 'eager'"
             ) from error
 
     # of the class, which knows no backbone; an instance has its backbone's, as with the flags
@@ -240,7 +240,7 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
         return VirtualWidthModelOutput(
             last_hidden_state=last_hidden_state,
             **{CACHE_FIELD: next((out[name] for name in CACHE_NAMES if name in out), cache)},  # some do not return it
-            hidden_states=None if wide is None else (*map(self.reduce_state, wide[:-1]), last_hidden_state),
+            hidden_states=None if wide is None else self._reduced(wide, last_hidden_state),
             attentions=out.get("attentions"),
             router_logits=out.get("router_logits"),
             over_width_hidden_states=wide,
@@ -251,6 +251,11 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
     def reduce_state(self, state: Tensor) -> Tensor:
         """Map an over-width state to the backbone's width, ``[..., D'] -> [..., D]``; the final norm comes after it."""
         return self.reduce(state.to(self.dtype))  # some backbones keep the state in float32
+
+    def _reduced(self, states: tuple, last: Tensor) -> tuple:
+        """Reduce all states but the last, and leave ``None`` for layers that were not asked for."""
+        narrow = [None if state is None else self.reduce_state(state) for state in states[:-1]]
+        return (*narrow, None if states[-1] is None else last)
 
     def predict_further(
         self, over_width_state: Tensor, initial_state: Tensor, **context: Any

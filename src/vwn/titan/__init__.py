@@ -3,10 +3,9 @@
 ``torchrun -m torchtitan.train --module vwn.titan --config debug``. Every import of torchtitan is in this package.
 """
 
-try:
-    import torchtitan  # noqa: F401
-except ImportError as error:
-    raise ImportError("vwn.titan needs torchtitan 0.3; install vwn[titan]") from error
+from vwn.common.extras import require_packages
+
+require_packages("vwn.titan", "torchtitan")
 
 from vwn.titan.sizes import Backbone, VirtualWidth, hf_config
 from vwn.titan.trainer import VirtualWidthTrainer, adamw, model_spec

@@ -1,6 +1,6 @@
 """Configurations to start from: ``torchrun -m torchtitan.train --module vwn.titan --config NAME``.
 
-A function without arguments each; what it returns is changed on the command line or in a function of your own.
+Each is a function without arguments. Options on the command line, or a function of your own, change what it returns.
 """
 
 from __future__ import annotations
@@ -39,16 +39,12 @@ def debug() -> VirtualWidthTrainer.Config:
 
 def llama_1b() -> VirtualWidthTrainer.Config:
     """The widths and depth of Llama 3.2 1B, untied, with ``(m, n) = (2, 3)``: ``r = 1.5``."""
-    sizes: dict[str, Any] = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32)
-    return _llama3(Backbone(vocab_size=128256, num_key_value_heads=8, **sizes), learning_rate=4e-4)
+    return _llama3(learning_rate=4e-4, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16)
 
 
 def llama_8b() -> VirtualWidthTrainer.Config:
     """The sizes of Llama 3 8B with ``(m, n) = (2, 3)``: ``r = 1.5``. The rate is Llama's, untuned here."""
-    sizes: dict[str, Any] = dict(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32
-    )
-    return _llama3(Backbone(vocab_size=128256, num_key_value_heads=8, **sizes), learning_rate=3e-4)
+    return _llama3(learning_rate=3e-4, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
 
 
 def llama_8b_r8() -> VirtualWidthTrainer.Config:
@@ -59,9 +55,9 @@ def llama_8b_r8() -> VirtualWidthTrainer.Config:
     return c
 
 
-def _llama3(backbone: Backbone, learning_rate: float) -> VirtualWidthTrainer.Config:
+def _llama3(learning_rate: float, **sizes: Any) -> VirtualWidthTrainer.Config:
     return config(
-        backbone,
+        Backbone(vocab_size=128256, num_attention_heads=32, num_key_value_heads=8, **sizes),
         VirtualWidth(),
         learning_rate=learning_rate,
         hf_assets_path="./assets/hf/Llama-3.1-8B",
@@ -83,7 +79,7 @@ def config(
     lr_scheduler: Any,
     log_freq: int = 10,
 ) -> VirtualWidthTrainer.Config:
-    """A trainer's config from sizes, a rate and data; for a registry of your own."""
+    """Make a trainer's config from sizes, a rate and data; for a registry of your own."""
     return VirtualWidthTrainer.Config(
         backbone=backbone,
         virtual_width=width,

@@ -18,7 +18,7 @@ from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
 from vwn.common.errors import UserError
-from vwn.data.reading import kind, read_file
+from vwn.data.reading import FileRange, kind, read_range
 
 FORMATS = ("jsonl", "parquet")
 
@@ -39,7 +39,7 @@ def _stream(name: str, path: str) -> IterableDataset:
 def _rows(files: list[str]) -> Iterator[dict[str, str]]:
     for file in files:
         held = []
-        for chunk in read_file(Path(file)):
+        for chunk in read_range(FileRange(Path(file))):
             held.append(chunk.text)
             if chunk.ends:
                 yield {"text": "".join(held)}

@@ -20,7 +20,7 @@ from vwn.titan.sizes import Backbone, VirtualWidth, hf_config
 from vwn.titan.state_dict_adapter import from_transformers, to_transformers
 
 CONFIG = "config.json"
-"""Where a run writes its configuration, in its dump folder."""
+"""File of a run's configuration, in its dump folder."""
 
 
 def export(checkpoint: Path, out: Path, config: Path | None = None) -> Any:

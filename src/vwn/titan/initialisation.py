@@ -1,4 +1,4 @@
-"""How a model of torchtitan starts: every weight from the seed and its own name, whatever the parallelism.
+"""Initial weights of a model of torchtitan: each from the seed and its own name, whatever the parallelism.
 
 A matrix is drawn in blocks of rows, each with a generator of its own, so that a rank draws little more than its shard
 and every sharding, pipelined or not, starts from the same values.
@@ -17,9 +17,10 @@ from torchtitan.models.common.embedding import Embedding
 from torchtitan.models.common.nn_modules import RMSNorm
 
 from vwn.nn.initialisation import StatesItsInitialValues
+from vwn.titan.modules import local
 
 EMBEDDING_STD = 1.0
-"""Of the token table's rows, as in ``vwn train``."""
+"""Standard deviation of the token table's rows, as in ``vwn train``."""
 ROWS = 1024
 """Rows that one generator draws."""
 
@@ -29,9 +30,9 @@ def initialise(model: nn.Module, seed: int, std: float) -> None:
     """Set every parameter: parts of virtual width as they state, gains to one, the table, then matrices.
 
     Args:
-        model: or a pipeline stage of it, sharded or not.
+        model: a model or a pipeline stage of it, sharded or not.
         seed: the same on every rank.
-        std: of the backbone's matrices.
+        std: standard deviation of the backbone's matrices.
     """
     for prefix, module in model.named_modules():
         own = {name: p for name, p in module.named_parameters(recurse=False) if not p.is_meta}
@@ -41,43 +42,35 @@ def initialise(model: nn.Module, seed: int, std: float) -> None:
                 torch.manual_seed(_seed(key))
                 values = module.initial_values()
             for name, parameter in own.items():
-                _set(parameter, values[name])
+                local(parameter).copy_(values[name][_box(parameter)])
             continue
         for name, parameter in own.items():
             if isinstance(module, RMSNorm):
-                _local(parameter).fill_(1.0)
+                local(parameter).fill_(1.0)
             elif name == "bias":
-                _local(parameter).zero_()
+                local(parameter).zero_()
             else:
                 _draw(parameter, f"{key}.{name}", EMBEDDING_STD if isinstance(module, Embedding) else std)
 
 
 def _draw(parameter: Tensor, key: str, std: float) -> None:
-    """Normal values of standard deviation ``std``; rows are those of the first dimension."""
-    local, box = _local(parameter), _box(parameter)
+    """Draw normal values of standard deviation ``std``, in blocks of rows of the first dimension."""
+    shard, box = local(parameter), _box(parameter)
     first, last = box[0].start, box[0].stop
     for start in range(first - first % ROWS, last, ROWS):
         generator = torch.Generator().manual_seed(_seed(f"{key}/{start}"))
         stop = min(start + ROWS, parameter.shape[0])
         rows = torch.randn(stop - start, *parameter.shape[1:], generator=generator) * std
         low, high = max(start, first), min(stop, last)
-        local[low - first : high - first].copy_(rows[(slice(low - start, high - start), *box[1:])])
-
-
-def _set(parameter: Tensor, value: Tensor) -> None:
-    _local(parameter).copy_(value[_box(parameter)])
+        shard[low - first : high - first].copy_(rows[(slice(low - start, high - start), *box[1:])])
 
 
 def _box(parameter: Tensor) -> tuple[slice, ...]:
-    """Which part of the whole tensor this rank holds."""
+    """Slices of the whole tensor that this rank holds."""
     if not isinstance(parameter, DTensor):
         return tuple(slice(0, size) for size in parameter.shape)
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return tuple(slice(o, o + s) for s, o in zip(shape, offset, strict=True))
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _seed(key: str) -> int:

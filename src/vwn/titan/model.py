@@ -49,11 +49,11 @@ _EXPERTS = dict.fromkeys(("w1_EFD", "w2_EDF", "w3_EFD"), skip_param_init)
 
 
 class VirtualWidthDecoder(Decoder):
-    """Token ids to logits, through an over-width stream (sections 3.2-3.4)."""
+    """Token ids to logits, with an over-width state in between (sections 3.2-3.4)."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):
-        """Of the parts, from :func:`model_config`, and the sizes that they were made from."""
+        """Configs of the parts, from :func:`model_config`, and the sizes that they were made from."""
 
         backbone: Backbone
         width: VirtualWidth
@@ -64,7 +64,7 @@ class VirtualWidthDecoder(Decoder):
             """Take over the run's sequence length, seed and parallelism.
 
             Raises:
-                UserError: a parallelism that a virtual width is not carried by.
+                UserError: as :func:`check_parallelism`.
             """
             check_parallelism(config.parallelism, self.backbone, self.width, len(self.layers))
             depth = len(self.layers)
@@ -97,13 +97,13 @@ class VirtualWidthDecoder(Decoder):
         self.mtp_layers = ModuleList(predictor.build() for predictor in config.mtp_layers) or None
 
     def init_states(self, *, buffer_device: torch.device | None = None) -> None:
-        """Buffers as the engine has them, then every weight from the seed and its name."""
+        """Set the buffers as the engine does, then every weight from the seed and its name."""
         super().init_states(buffer_device=buffer_device)
         config: Any = self.config
         initialise(self, torch.initial_seed() if config.seed is None else config.seed, initial_std(config.backbone))
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, attention_masks: Any = None) -> Any:
-        """``[B, S]`` ids, or a pipeline stage's state ``[B, S, D']``, to logits ``[B, S, V]`` or the next state.
+        """Map ``[B, S]`` ids, or a pipeline stage's state ``[B, S, D']``, to logits ``[B, S, V]`` or the next state.
 
         With MTP modules, a list: the logits of the next token, then of each one further.
         """
@@ -127,45 +127,46 @@ class VirtualWidthDecoder(Decoder):
 
 
 def check_parallelism(parallelism: Any, backbone: Backbone, width: VirtualWidth, depth: int) -> None:
-    """Refuse what torchtitan 0.3, or a virtual width in it, does not carry.
+    """Refuse a parallelism that torchtitan 0.3, or a virtual width in it, does not support.
 
     Raises:
-        UserError: naming the option and the way out.
+        UserError: names the option and the way out.
     """
-    p = parallelism
-    if width.num_mtp_modules and p.pipeline_parallel_degree > 1:
-        raise UserError(
-            f"virtual_width.num_mtp_modules = {width.num_mtp_modules} does not go with pipeline_parallel_degree = "
-            f"{p.pipeline_parallel_degree}: torchtitan 0.3 has no multi-token prediction in a pipeline; set one of "
-            "them to 0 or 1"
-        )
-    if p.context_parallel_degree > 1:
-        raise UserError(
+    p, mtp, experts = parallelism, width.num_mtp_modules, backbone.num_experts
+    pp, ep = p.pipeline_parallel_degree, p.expert_parallel_degree
+    refusals = [
+        (
+            mtp and pp > 1,
+            f"virtual_width.num_mtp_modules = {mtp} does not go with pipeline_parallel_degree = {pp}: torchtitan 0.3 "
+            "has no multi-token prediction in a pipeline; set one of them to 0 or 1",
+        ),
+        (
+            p.context_parallel_degree > 1,
             f"context_parallel_degree = {p.context_parallel_degree} has not been tried with a virtual width; set it to "
-            "1 and shard the sequence by tensor_parallel_degree"
-        )
-    if p.spmd_backend != "partial_dtensor":
-        raise UserError(
+            "1 and shard the sequence by tensor_parallel_degree",
+        ),
+        (
+            p.spmd_backend != "partial_dtensor",
             f"a virtual width runs on parallelism.spmd_backend 'partial_dtensor', got {p.spmd_backend!r}; leave it as "
-            "vwn.titan.config_registry sets it"
-        )
-    if p.expert_parallel_degree > 1 and not backbone.num_experts:
-        raise UserError(
-            f"expert_parallel_degree = {p.expert_parallel_degree} needs experts; set backbone.num_experts, or it to 1"
-        )
-    if backbone.num_experts % max(p.expert_parallel_degree, 1):
-        raise UserError(
-            f"expert_parallel_degree = {p.expert_parallel_degree} does not divide backbone.num_experts = "
-            f"{backbone.num_experts}"
-        )
-    if p.pipeline_parallel_degree > depth:
-        raise UserError(
-            f"pipeline_parallel_degree = {p.pipeline_parallel_degree} is more than the {depth} layers of the model"
-        )
+            "vwn.titan.config_registry sets it",
+        ),
+        (
+            ep > 1 and not experts,
+            f"expert_parallel_degree = {ep} needs experts; set backbone.num_experts, or it to 1",
+        ),
+        (
+            experts % max(ep, 1),
+            f"expert_parallel_degree = {ep} does not divide backbone.num_experts = {experts}",
+        ),
+        (pp > depth, f"pipeline_parallel_degree = {pp} is more than the {depth} layers of the model"),
+    ]
+    for refused, sentence in refusals:
+        if refused:
+            raise UserError(sentence)
 
 
 def model_config(backbone: Backbone, width: VirtualWidth) -> VirtualWidthDecoder.Config:
-    """The parts of a model of these sizes.
+    """Configure the parts of a model of these sizes.
 
     Raises:
         UserError: sizes that do not fit each other.
@@ -220,25 +221,22 @@ def _block(b: Backbone, w: VirtualWidth, g: Any) -> Block.Config:
             dim=b.hidden_size // b.num_attention_heads, max_seq_len=b.max_position_embeddings, theta=b.rope_theta
         ),
     )
+    ffn = make_ffn_config(
+        dim=b.hidden_size, hidden_dim=b.intermediate_size, w1_param_init=_LATER, w2w3_param_init=_LATER
+    )
     connection = dict(geometry=g, dynamic=w.dynamic, carry_constraint=w.carry_constraint, backend=w.backend)
     return Block.Config(
         attention=attention,
         attention_norm=_norm(b),
         ffn_norm=_norm(b),
-        feed_forward=None if b.num_experts else _ffn(b),
+        feed_forward=None if b.num_experts else ffn,
         moe=_experts(b) if b.num_experts else None,
         connections=[Connection.Config(**connection) for _ in range(2)],
     )
 
 
-def _ffn(b: Backbone) -> Any:
-    return make_ffn_config(
-        dim=b.hidden_size, hidden_dim=b.intermediate_size, w1_param_init=_LATER, w2w3_param_init=_LATER
-    )
-
-
 def _experts(b: Backbone) -> Any:
-    """Routed as in Mixtral: the softmax of the chosen experts' logits."""
+    """Configure experts routed as in Mixtral: by the softmax of the chosen experts' logits."""
     return make_moe_config(
         num_experts=b.num_experts,
         router=make_router_config(

@@ -1,7 +1,6 @@
-"""The parts of virtual width as torchtitan's modules: the package's own classes, each with a config and a plan.
+"""The classes of :mod:`vwn.nn` as torchtitan's modules: built from a ``Config``, sharded by a plan.
 
-Every one is the class of the same role in :mod:`vwn`, built from a torchtitan ``Config``, so that it can be sharded
-and initialised like the engine's own. ``m`` segments, ``n`` slots, ``d`` segment width, ``D' = n d``.
+``m`` segments, ``n`` slots, ``d`` segment width, ``D' = n d``.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from vwn.nn.initialisation import StatesItsInitialValues
 
 
 def local(t: Tensor) -> Tensor:
-    """This rank's part of a tensor: the state and what is read from it are plain, sublayers give ``DTensor``."""
+    """Return this rank's part of a tensor. The state is a plain tensor, sublayers return ``DTensor``."""
     return t.to_local() if isinstance(t, DTensor) else t
 
 
 class Part(Module):
-    """A part of virtual width: it works on this rank's tokens, and its small weights are whole on every rank.
+    """A module that works on this rank's tokens and has its small weights whole on every rank.
 
-    Under tensor parallelism a weight is a replicated ``DTensor``, which its attribute gives as a plain tensor; with the
-    sequence sharded each rank's gradient is of its own tokens, so that they are summed over the ranks.
+    Under tensor parallelism a weight is a replicated ``DTensor``, and its attribute is a plain tensor. With a sharded
+    sequence the ranks' gradients, each of its own tokens, are summed.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -49,15 +48,15 @@ class Part(Module):
         return value.to_local(grad_placements=[Partial() if layout is spmd.R else Replicate()])
 
     def _init_self_parameters(self) -> None:
-        """Nothing: the model initialises all weights in one place (:mod:`vwn.titan.initialisation`)."""
+        """Do nothing: the model initialises all weights in one place (:mod:`vwn.titan.initialisation`)."""
 
 
 class Norm(RMSNorm):
-    """The engine's RMSNorm, whose plan wraps what it calls ``input``; torch before 2.14 calls it ``x``."""
+    """The engine's RMSNorm, whose plan names the argument ``input``; torch before 2.14 calls it ``x``."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(RMSNorm.Config):
-        """The engine's."""
+        """The engine's config."""
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., D]`` to ``[..., D]``."""
@@ -100,11 +99,11 @@ class Reduce(vwn.nn.embedding.OverWidthReduce, Part):
 
 
 class ReducedNorm(Module):
-    """Reduce, then the backbone's final norm, together what the engine calls ``norm``."""
+    """Reduce, then the backbone's final norm; the engine calls both ``norm``."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
-        """Of the two."""
+        """Configs of the two."""
 
         reduce: Reduce.Config
         norm: Norm.Config
@@ -134,7 +133,7 @@ class Expand(StatesItsInitialValues, Part):
         self.weight = nn.Parameter(torch.empty(g.over_width, g.hidden_size))
 
     def initial_values(self) -> dict[str, Tensor]:
-        """As in :class:`vwn.nn.embedding.OverWidthEmbedding`: the rows keep their variance."""
+        """Draw values as :class:`vwn.nn.embedding.OverWidthEmbedding` does: the rows keep their variance."""
         return {"weight": torch.randn(self.weight.shape) * self.weight.shape[1] ** -0.5}
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -143,7 +142,7 @@ class Expand(StatesItsInitialValues, Part):
 
 
 class OverWidthEmbedding(Module):
-    """Token ids to the first over-width state: the engine's vocabulary-parallel table, then what its form asks for."""
+    """Token ids to the first over-width state: the engine's vocabulary-parallel table, expanded as its form says."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
@@ -173,7 +172,7 @@ class Block(TransformerBlock):
 
     @dataclass(kw_only=True, slots=True)
     class Config(TransformerBlock.Config):
-        """Of the engine's block, and the connections of attention and FFN."""
+        """The engine's config, and the connections of attention and FFN."""
 
         connections: list[Connection.Config]
 
@@ -210,7 +209,7 @@ class BlockLinear(vwn.nn.multi_token.BlockLinear, Part):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
-        """Widths."""
+        """Widths of input and output."""
 
         in_features: int
         out_features: int
@@ -224,7 +223,7 @@ class Predictor(vwn.nn.multi_token.MultiTokenPredictor, Part):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
-        """Of its parts; the engine's rules for blocks find ``attention`` and ``moe`` here."""
+        """Configs of its parts; the engine looks for ``attention`` and ``moe`` as in a block."""
 
         geometry: Geometry
         fuse: BlockLinear.Config
@@ -234,12 +233,12 @@ class Predictor(vwn.nn.multi_token.MultiTokenPredictor, Part):
 
         @property
         def attention(self) -> Any:
-            """Of the block, whose positions the engine sets to the run's."""
+            """Attention of the block, whose positions the engine sets to the run's."""
             return self.layer.attention
 
         @property
         def moe(self) -> Any:
-            """Of the block, whose experts the engine sets up."""
+            """Experts of the block, which the engine sets up."""
             return self.layer.moe
 
     def __init__(self, config: Config) -> None:

@@ -1,8 +1,8 @@
-"""What a run of torchtitan says of its model: the backbone's sizes and the virtual width, both fields of its config."""
+"""Sizes of a model, as fields of a run's config: the backbone's and the virtual width's."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from vwn.common.errors import UserError
@@ -31,7 +31,7 @@ class Backbone:
     rope_theta: float = 500_000.0
     """Base of the rotary embedding."""
     rms_norm_eps: float = 1e-5
-    """Of the backbone's norms."""
+    """Epsilon of the backbone's norms."""
     initializer_range: float | None = None
     """Standard deviation of the matrices at the start; ``D**-0.5`` where none is given."""
     num_experts: int = 0
@@ -59,25 +59,26 @@ class VirtualWidth:
     reduce: Literal["linear", "sum", "identity"] | None = None
     """Back to ``D``; identity where ``n = m``, else linear, where none is given."""
     reduce_norm: Literal["group_norm", "rms_norm", "none"] | None = None
-    """In front of the linear; the paper's choice where none is given."""
+    """Norm in front of the linear; the paper's choice where none is given."""
     reduce_init: Literal["first_slots", "normal"] = "first_slots"
-    """How the linear starts."""
+    """Initial values of the linear."""
     num_mtp_modules: int = 0
     """Multi-token prediction modules, chained (section 3.4)."""
     mtp_loss_weight: float = 0.3
     """λ, the weight of each further token's loss."""
     backend: Literal["auto", "reference", "compiled", "triton"] = "auto"
-    """What runs the connections, see :mod:`vwn.ops`."""
+    """Backend of the connections, see :mod:`vwn.ops`."""
 
 
 def check_sizes(backbone: Backbone, width: VirtualWidth) -> Geometry:
-    """The geometry of a model, once what does not fit together has been refused.
+    """Check that the sizes fit each other, and return the model's geometry.
 
     Raises:
-        UserError: sizes that do not fit, as a sentence.
+        UserError: they do not.
     """
     b, w = backbone, width
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+    positive = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    for name in (*positive, "num_attention_heads", "num_key_value_heads"):
         if getattr(b, name) < 1:
             raise UserError(f"backbone.{name} must be 1 or more, got {getattr(b, name)}")
     try:
@@ -85,15 +86,9 @@ def check_sizes(backbone: Backbone, width: VirtualWidth) -> Geometry:
         resolve_reduce(geometry, w.reduce, w.reduce_norm)
     except ValueError as error:
         raise UserError(f"virtual_width: {error}") from error
-    if b.hidden_size % b.num_attention_heads:
-        raise UserError(
-            f"backbone.num_attention_heads = {b.num_attention_heads} does not divide hidden_size = {b.hidden_size}"
-        )
-    if b.num_key_value_heads < 1 or b.num_attention_heads % b.num_key_value_heads:
-        raise UserError(
-            f"backbone.num_key_value_heads = {b.num_key_value_heads} does not divide num_attention_heads = "
-            f"{b.num_attention_heads}"
-        )
+    for divisor, name in (("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")):
+        if getattr(b, name) % getattr(b, divisor):
+            raise UserError(f"backbone.{divisor} = {getattr(b, divisor)} does not divide {name} = {getattr(b, name)}")
     if b.num_experts and not 1 <= b.num_experts_per_tok <= b.num_experts:
         raise UserError(
             f"backbone.num_experts_per_tok must be between 1 and num_experts = {b.num_experts}, "
@@ -105,47 +100,25 @@ def check_sizes(backbone: Backbone, width: VirtualWidth) -> Geometry:
 
 
 def hf_config(backbone: Backbone, width: VirtualWidth) -> Any:
-    """The :class:`vwn.hf.VirtualWidthConfig` of the same model, with a Llama or a Mixtral as its backbone."""
+    """Make the :class:`vwn.hf.VirtualWidthConfig` of the same model, with a Llama or a Mixtral as its backbone."""
     from transformers import LlamaConfig, MixtralConfig
 
     from vwn.hf import VirtualWidthConfig
 
     check_sizes(backbone, width)
-    b, w = backbone, width
-    fields: dict[str, Any] = dict(
-        vocab_size=b.vocab_size,
-        hidden_size=b.hidden_size,
-        intermediate_size=b.intermediate_size,
-        num_hidden_layers=b.num_hidden_layers,
-        num_attention_heads=b.num_attention_heads,
-        num_key_value_heads=b.num_key_value_heads,
-        max_position_embeddings=b.max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": b.rope_theta},
-        rms_norm_eps=b.rms_norm_eps,
-        initializer_range=initial_std(b),
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    if b.num_experts:
-        experts = dict(num_local_experts=b.num_experts, num_experts_per_tok=b.num_experts_per_tok, sliding_window=None)
-        config: Any = MixtralConfig(**fields | experts)
-    else:
-        config = LlamaConfig(**fields)
-    return VirtualWidthConfig(
-        backbone=config,
-        m=w.m,
-        n=w.n,
-        dynamic=w.dynamic,
-        carry_constraint=w.carry_constraint,
-        embedding=w.embedding,
-        reduce=w.reduce,
-        reduce_norm=w.reduce_norm,
-        reduce_init=w.reduce_init,
-        num_mtp_modules=w.num_mtp_modules,
-        mtp_loss_weight=w.mtp_loss_weight,
-    )
+    sizes, width_fields = asdict(backbone), asdict(width)
+    del sizes["attention"], width_fields["backend"]
+    experts, top_k = sizes.pop("num_experts"), sizes.pop("num_experts_per_tok")
+    sizes |= {
+        "rope_parameters": {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")},
+        "initializer_range": initial_std(backbone),
+        "tie_word_embeddings": False,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+    }
+    config: Any = LlamaConfig(**sizes)
+    if experts:
+        config = MixtralConfig(**sizes, num_local_experts=experts, num_experts_per_tok=top_k, sliding_window=None)
+    return VirtualWidthConfig(backbone=config, **width_fields)
 
 
 def initial_std(backbone: Backbone) -> float:

@@ -1,6 +1,6 @@
-"""Names of weights here and in :class:`vwn.hf.VirtualWidthForCausalLM` with a Llama backbone; the values are the same.
+"""Rename weights to those of :class:`vwn.hf.VirtualWidthForCausalLM` and back; the values are the same.
 
-The rotary embedding is transformers' own (halves, not pairs), so that no matrix is permuted.
+The rotary embedding is transformers' own (halves, not pairs), so no matrix is permuted.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ _BLOCK = {
 }
 _EXPERTS = "moe.routed_experts.inner_experts."
 _FUSED, _DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
-_PREFIXES = (  # theirs follow ours; the rest of a name is the same
-    (r"layers\.(\d+)\.", r"model.backbone.layers.{}."),
-    (r"mtp_layers\.(\d+)\.layer\.", r"model.mtp.{}.layer.layers.0."),
-    (r"mtp_layers\.(\d+)\.", r"model.mtp.{}."),
-    (r"tok_embeddings\.expand\.weight$", r"model.embed_tokens.expand_weight"),
-    (r"tok_embeddings\.", r"model.embed_tokens."),
-    (r"norm\.reduce\.", r"model.reduce."),
-    (r"norm\.norm\.", r"model.norm."),
-    (r"lm_head\.", r"lm_head."),
-)
+_PREFIXES = {  # {} is a number; the rest of a name is the same, or in _BLOCK
+    "layers.{}.": "model.backbone.layers.{}.",
+    "mtp_layers.{}.layer.": "model.mtp.{}.layer.layers.0.",
+    "mtp_layers.{}.": "model.mtp.{}.",
+    "tok_embeddings.expand.weight": "model.embed_tokens.expand_weight",
+    "tok_embeddings.": "model.embed_tokens.",
+    "norm.reduce.": "model.reduce.",
+    "norm.norm.": "model.norm.",
+    "lm_head.": "lm_head.",
+}
 
 
 class VirtualWidthStateDictAdapter(StateDictAdapter):
-    """Between the engine's weights and those of the transformers model."""
+    """Converts between the engine's weights and those of the transformers model."""
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The same tensors under the names of transformers.
+        """Return the same tensors under the names of transformers.
 
         Raises:
             UserError: a model with experts, whose weights transformers lays out otherwise.
@@ -65,7 +65,7 @@ class VirtualWidthStateDictAdapter(StateDictAdapter):
 
 
 def to_transformers(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The engine's weights as ``VirtualWidthForCausalLM`` has them, with gate and up of the experts in one tensor."""
+    """Rename the engine's weights as in ``VirtualWidthForCausalLM``; gate and up of the experts become one tensor."""
     out = {}
     for name, value in state_dict.items():
         stem, found, leaf = name.partition(_EXPERTS)
@@ -94,28 +94,21 @@ def from_transformers(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def hf_name(name: str) -> str:
     """``layers.0.attention.wo.weight`` to ``model.backbone.layers.0.self_attn.o_proj.weight``."""
-    for ours, theirs in _PREFIXES:
-        if match := re.match(ours, name):
-            rest = name[match.end() :]
-            block = ours.startswith(r"layers") or r"layer\." in ours
-            return theirs.format(*match.groups()) + (_renamed(rest, _BLOCK) if block else rest)
-    raise KeyError(name)
+    return _renamed(name, _PREFIXES, _BLOCK)
 
 
 def engine_name(name: str) -> str:
     """The inverse of :func:`hf_name`."""
-    for ours, theirs in _PREFIXES:
-        pattern = re.escape(theirs).replace(r"\{\}", r"(\d+)")
-        if match := re.match(pattern, name):
-            rest = name[match.end() :]
-            block = ours.startswith(r"layers") or r"layer\." in ours
-            prefix = re.sub(r"\(\\d\+\)", "{}", ours).replace("\\", "").rstrip("$").format(*match.groups())
-            return prefix + (_renamed(rest, {v: k for k, v in _BLOCK.items()}) if block else rest)
+    return _renamed(name, _inverse(_PREFIXES), _inverse(_BLOCK))
+
+
+def _renamed(name: str, prefixes: dict[str, str], block: dict[str, str]) -> str:
+    for ours, theirs in prefixes.items():
+        if match := re.match(re.escape(ours).replace(r"\{\}", r"(\d+)"), name):
+            stem, dot, leaf = name[match.end() :].rpartition(".")
+            return theirs.format(*match.groups()) + block.get(stem, stem) + dot + leaf
     raise KeyError(name)
 
 
-def _renamed(name: str, names: dict[str, str]) -> str:
-    if not name:
-        return name
-    stem, leaf = name.rsplit(".", 1)
-    return f"{names.get(stem, stem)}.{leaf}"
+def _inverse(names: dict[str, str]) -> dict[str, str]:
+    return {theirs: ours for ours, theirs in names.items()}

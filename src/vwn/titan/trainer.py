@@ -17,13 +17,13 @@ from torchtitan.tools.utils import device_module, device_type
 from torchtitan.trainer import Trainer
 
 from vwn.common.errors import UserError
+from vwn.nn.groups import routing_factor
 from vwn.titan.data import keep_control_tokens_text
 from vwn.titan.loss import MultiTokenLoss
 from vwn.titan.model import check_parallelism, model_config
 from vwn.titan.parallelize import parallelize
 from vwn.titan.sizes import Backbone, VirtualWidth
 from vwn.titan.state_dict_adapter import VirtualWidthStateDictAdapter
-from vwn.training.groups import routing_factor
 
 ROUTING = r"\.connections\.\d+(?=\.).*"
 """Parameters of the connections, by name."""
@@ -62,7 +62,7 @@ class VirtualWidthTrainer(Trainer):
 
 
 def model_spec(backbone: Backbone, width: VirtualWidth) -> ModelSpec:
-    """What torchtitan needs to know of a model: its parts, and how it is sharded, pipelined and converted."""
+    """Describe a model to torchtitan: its parts, and how it is sharded, pipelined and converted."""
     return ModelSpec(
         name="vwn",
         flavor=f"D{backbone.hidden_size}L{backbone.num_hidden_layers}-{width.m}x{width.n}",
@@ -82,7 +82,7 @@ def loss_config(backbone: Backbone, width: VirtualWidth) -> Any:
 
 
 def slow_routing(optimizer: Any, backbone: Backbone, width: VirtualWidth) -> None:
-    """Have the routing of a deep model learn at :func:`vwn.training.groups.routing_factor` of the rate.
+    """Have the routing of a deep model learn at :func:`vwn.nn.groups.routing_factor` of the rate.
 
     Only of :func:`adamw`'s two groups, which become four: groups of one's own say all themselves.
     """

@@ -26,7 +26,6 @@ def training_arguments(
     log, evaluate, save = config.intervals
     if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
         raise UserError("several GPUs are visible; set CUDA_VISIBLE_DEVICES to one, or use torchrun")
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.out / "logs")
     cuda_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return TrainingArguments(
         output_dir=str(config.out),
@@ -61,7 +60,7 @@ def training_arguments(
         ignore_data_skip=bool(config.corpus.stream),  # a stream is opened where it stands
         label_names=["labels"],
         disable_tqdm=True,
-        report_to=["tensorboard"],
+        report_to=[],
         ddp_timeout=round(60 * config.reliability.distributed_timeout),
         **parallel,
     )

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from vwn.common.errors import UserError
 from vwn.common.files import sync, sync_directory
-from vwn.common.processes import first_ones, rank
+from vwn.common.processes import broadcast, rank
 from vwn.training import directory
+from vwn.training.budgets import Branch
 from vwn.training.checkpoint.manifest import (
     STAGING,
     agreed_checkpoint,
@@ -25,8 +26,8 @@ from vwn.training.checkpoint.manifest import (
     is_whole,
     step_of,
 )
-from vwn.training.config import Branch, TrainConfig
-from vwn.training.distributed import together
+from vwn.training.config import TrainConfig
+from vwn.training.distributed import on_all_ranks
 from vwn.training.result import Point, RunResult, stored_result
 from vwn.training.trainer import Diverged
 
@@ -77,7 +78,7 @@ def train_branches(run: Run) -> RunResult:
 
 
 def _stored(out: Path) -> RunResult | None:
-    return first_ones(together(lambda: stored_result(out) if rank() == 0 else None))
+    return broadcast(on_all_ranks(lambda: stored_result(out) if rank() == 0 else None))
 
 
 def _reach(run: Run, branch: Branch, label: _StepsSoFar) -> RunResult | None:
@@ -112,7 +113,7 @@ def _cool_down(run: Run, branch: Branch, label: _StepsSoFar) -> RunResult:
     )
     if rank() == 0:
         straight.out.mkdir(parents=True, exist_ok=True)
-        directory.start(straight, directory.read_json(c.out / "run.json")["text"])
+        directory.start(straight, run.corpus.fingerprint, run.rate_factors)
     start = c.out / f"checkpoint-{branch.leaves}"
     return run.train(straight, start=start, label=label.of(f"{branch.name} cool-down"))
 

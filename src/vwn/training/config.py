@@ -2,57 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, fields, replace
 from math import inf
 from pathlib import Path
 from typing import Literal
 
-from vwn.common.errors import UserError
+from vwn.common.errors import UserError, require
+from vwn.training.budgets import Branch, branches_of, decay_steps, parse_tokens
 
 OutputInit = Literal["zero", "depth", "config"]
-TOKENS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-
-
-def require(holds: bool, option: str, what: str, value: object) -> None:
-    """One sentence for an option out of its range."""
-    if not holds:
-        raise UserError(f"--{option.replace('_', '-')} must be {what}, got {value}")
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One budget of a run whose trunk has several: a cool-down of its own.
-
-    Args:
-        name: the budget in tokens, such as ``1M``; also the branch's folder.
-        steps: optimiser steps at its end, the trunk's included.
-        leaves: step of the trunk that it starts from.
-    """
-
-    name: str
-    steps: int
-    leaves: int
-
-
-def parse_tokens(text: str) -> int:
-    """``"1M"``, ``"2.5k"`` or ``"819200"`` to a number of tokens.
-
-    Raises:
-        UserError: none of these.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKMBT]?)", text)
-    tokens = round(float(found[1]) * TOKENS[found[2].upper()]) if found else 0
-    if tokens < 1:
-        raise UserError(f"--budgets takes numbers of tokens, such as 500k, 1M or 2.5B; got {text!r}")
-    return tokens
-
-
-def format_tokens(tokens: int) -> str:
-    """The shortest way to write a number of tokens that :func:`parse_tokens` reads back, such as ``1.5M``."""
-    written = [f"{tokens / unit:.15g}{letter}" for letter, unit in TOKENS.items() if tokens >= unit]
-    exact = [text for text in written if "e" not in text and parse_tokens(text) == tokens]
-    return min(exact, key=len)
 
 
 @dataclass(frozen=True)
@@ -160,8 +118,10 @@ class OptimConfig:
     """Peak learning rate; by default the preset's, for plain and wide models separately."""
     rate_factors: tuple[str, ...] = ()
     """Learning rates of single parameter groups as `GROUP=FACTOR` of the peak rate, such as `routing=0.3`; groups are
-    backbone, table, expansion, routing, reduce and head. By default routing=5/L in a model of L > 8 sublayers
-    with free carries."""
+    backbone, table, expansion, routing, reduce and head. By default table=10 where its rows start at unit variance,
+    as a preset's do, reduce=0.1 for a linear one, and routing=5/L in a model of L > 8 sublayers with free carries."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: torch's Muon for the backbone's matrices, AdamW for everything else; one learning rate suits both."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; by default 5 % of all, or of the smallest of the --budgets."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
@@ -280,7 +240,11 @@ class TrainConfig:
     out: Path
     """Run directory; it must not exist yet, unless --resume."""
     backbone: str = "tiny"
-    """A preset (nano, tiny, small, medium, large, tiny-moe), a transformers config (file or folder), or a hub id."""
+    """A preset (nano, tiny, small, medium, large, tiny-moe), a transformers config (file or folder), or a hub id: the
+    sizes alone, its weights start afresh. --init-from starts from weights."""
+    init_from: str | None = None
+    """Train on from these weights, plain or widened (`vwn widen`): a folder or a hub id. It decides sizes, width and,
+    without --tokenizer, the tokenizer."""
     m: int | None = None
     """Fraction rate: the backbone's width is cut into m segments. Without --m and --n the plain backbone is trained."""
     n: int | None = None
@@ -324,6 +288,8 @@ class TrainConfig:
         self.reliability.check()
         if (self.m is None) != (self.n is None):
             raise UserError(f"give both --m and --n, or neither; got m = {self.m}, n = {self.n}")
+        if self.init_from is not None:
+            self._check_start()
         if self.m is None and self.width.shape != WidthOptions():
             options = " ".join(
                 f"--{f.name.replace('_', '-')}" for f in fields(WidthOptions) if f.name not in PLAIN_OPTIONS
@@ -334,7 +300,7 @@ class TrainConfig:
         for name in ("hidden_size", "intermediate_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, "at least 1", value)
-        if self.m is None and self.speed != self.speed.of_plain:
+        if self.init_from is None and self.m is None and self.speed != self.speed.of_plain:
             raise UserError("--connection-backend and --keep-states-every need a virtual width; give --m and --n too")
         self._check_backend()
         if self.m is None and self.width.mtp == 0 and self.speed.loss_backend == "liger":
@@ -367,6 +333,23 @@ class TrainConfig:
                     f"within the {self.warmup} steps of warm-up; give more tokens or lower --warmup-steps"
                 )
 
+    def _check_start(self) -> None:
+        given = {
+            "--backbone": self.backbone != TrainConfig.backbone,
+            "--m and --n": self.m is not None,
+            "--hidden-size": self.hidden_size is not None,
+            "--intermediate-size": self.intermediate_size is not None,
+            "--output-init": self.output_init is not None,
+            "the options of a width": self.width != WidthOptions(),
+        }
+        if options := [name for name, is_given in given.items() if is_given]:
+            raise UserError(
+                f"--init-from {self.init_from} decides the model; leave {', '.join(options)} away, or widen the "
+                "checkpoint first (vwn widen)"
+            )
+        if self.optim.learning_rate is None:
+            raise UserError("--init-from needs a --learning-rate: the presets' are for weights that start afresh")
+
     def _check_backend(self) -> None:
         free = self.width.connection == "ghc" and self.width.carry_constraint == "none"
         if not free and self.speed.keep_states_every > 1:
@@ -389,21 +372,13 @@ class TrainConfig:
     @property
     def branches(self) -> tuple[Branch, ...]:
         """One for each of the ``--budgets``, the smallest first."""
-        found = []
-        for text in self.optim.budgets:
-            tokens = parse_tokens(text)
-            steps = max(2, round(tokens / self.tokens_per_step))
-            decay = min(steps - 1, max(1, round(self.optim.cooldown * steps)))
-            found.append(Branch(format_tokens(tokens), steps, steps - decay))
-        return tuple(sorted(found, key=lambda branch: branch.steps))
+        return branches_of(self.optim.budgets, self.tokens_per_step, self.optim.cooldown)
 
     @property
     def cooldown_steps(self) -> int:
         """Steps of the cool-down at the end of a straight run; 0 without one, and for the trunk of several budgets."""
         o = self.optim
-        if o.schedule != "wsd" or o.budgets:
-            return 0
-        return min(o.steps - 1, max(1, round(o.cooldown * o.steps)))
+        return decay_steps(o.steps, o.cooldown) if o.schedule == "wsd" and not o.budgets else 0
 
     @property
     def warmup(self) -> int:

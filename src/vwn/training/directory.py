@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from vwn.common.errors import UserError
 from vwn.common.files import read_json, write_json
 from vwn.common.provenance import provenance
+from vwn.training.budgets import format_tokens, parse_tokens
 from vwn.training.checkpoint.manifest import FORMAT, clear_rests, last_checkpoint
 from vwn.training.config import (
     CorpusConfig,
@@ -23,8 +24,6 @@ from vwn.training.config import (
     SpeedOptions,
     TrainConfig,
     WidthOptions,
-    format_tokens,
-    parse_tokens,
 )
 
 LOCK = ".lock"
@@ -162,12 +161,13 @@ def warmed_up(config: TrainConfig, record: dict[str, Any]) -> TrainConfig:
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=steps))
 
 
-def start(config: TrainConfig, fingerprint: str) -> None:
+def start(config: TrainConfig, fingerprint: str, rate_factors: dict[str, float]) -> None:
     """Record everything needed to repeat the run, or that it was made longer; drop what a killed one left half done."""
     clear_rests(config.out)
     asked, path = settings(config), config.out / "run.json"
     if not path.exists():
         record = {"config": asked, "text": fingerprint, "checkpoint_format": FORMAT, "warmup": config.warmup}
+        record["rate_factors"] = rate_factors
         write_json(path, record | provenance())
         return
     record = read_json(path)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from vwn.common.errors import UserError
-from vwn.common.processes import everyones, launched_processes, rank, world_size
+from vwn.common.processes import all_gather_object, launched_processes, rank, world_size
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.training.config import TrainConfig
 
@@ -43,14 +43,16 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def together(act: Callable[[], T]) -> T:
-    """What ``act`` gives here, once it has gone well everywhere; a failure of one is raised in all."""
+def on_all_ranks(act: Callable[[], T]) -> T:
+    """Call ``act`` on every rank and return its result; a failure on one is raised on all."""
     failure: ValueError | OSError | None = None
     try:
         result = act()
     except (ValueError, OSError) as error:
         failure = error
-    said = next((text for text in everyones(None if failure is None else str(failure)) if text is not None), None)
+    said = next(
+        (text for text in all_gather_object(None if failure is None else str(failure)) if text is not None), None
+    )
     if failure is not None:
         raise failure
     if said is not None:
@@ -58,10 +60,10 @@ def together(act: Callable[[], T]) -> T:
     return result
 
 
-def first_alone(act: Callable[[], T]) -> T:
-    """``act`` by the first process, and then, when what it has prepared is there, by the others."""
-    made = together(lambda: act() if rank() == 0 else None)
-    return together(lambda: act() if made is None else made)
+def rank0_first(act: Callable[[], T]) -> T:
+    """Call ``act`` on rank 0 and then, when what it has prepared is there, on the others."""
+    made = on_all_ranks(lambda: act() if rank() == 0 else None)
+    return on_all_ranks(lambda: act() if made is None else made)
 
 
 def resolve(config: TrainConfig) -> str:
@@ -95,6 +97,8 @@ def resolve(config: TrainConfig) -> str:
         for option, given in (("--keep-states-every", s.keep_states_every > 1), ("--compile", s.compile)):
             if given:
                 raise UserError(f"{option} does not go with --parallel {parallel}; leave it away")
+        if o.optimizer == "muon":
+            raise UserError(f"--optimizer muon needs matrices whole, which --parallel {parallel} shards; use adamw")
         if s.loss_backend == "liger":
             raise UserError(
                 f"--loss-backend liger needs the unembedding's weights whole, which --parallel {parallel} shards; "
@@ -150,8 +154,8 @@ def layer_classes(model: Any) -> list[str] | None:
     return sorted({type(layer).__name__ for layer in layers})
 
 
-class AsAskedFor(TrainerCallback):
-    """Raises at the start of the training unless the model is spread over the processes as it should be.
+class CheckParallel(TrainerCallback):
+    """Refuse to train unless the model is spread over the processes as it should be.
 
     Args:
         parallel: as :func:`resolve` gives it.

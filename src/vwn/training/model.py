@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 from fractions import Fraction
@@ -14,7 +15,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vwn.common.errors import UserError
 from vwn.hf import VirtualWidthConfig
+from vwn.hf.loading import check_positions, load_model
 from vwn.training.config import OutputInit, WidthOptions
+from vwn.training.directory import locate
 from vwn.training.output_init import start_outputs
 from vwn.training.presets import PRESETS
 
@@ -34,9 +37,11 @@ def load_backbone(spec: str, vocab_size: int, window: int, eos_token_id: int | N
         fields = PRESETS[spec].fields(vocab_size, window)
         return CONFIG_MAPPING[fields.pop("model_type")](**fields, eos_token_id=eos_token_id)
     if not Path(spec).exists() and (spec.startswith((".", os.sep)) or spec.count("/") != 1):
+        near = difflib.get_close_matches(spec, PRESETS, 1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(
-            f"unknown backbone {spec!r}: give a preset ({', '.join(PRESETS)}), the path of a transformers config, "
-            "or a hub id of the form owner/name"
+            f"unknown backbone {spec!r}{meant}: give a preset ({', '.join(PRESETS)}), the path of a transformers "
+            "config, or a hub id of the form owner/name"
         )
     try:
         config = AutoConfig.from_pretrained(spec)
@@ -130,6 +135,30 @@ def build_model(
     if embedding_std is not None:
         with torch.no_grad():
             model.get_input_embeddings().weight.mul_(embedding_std / config.get_text_config().initializer_range)
+    return model
+
+
+def start_from(checkpoint: str, vocab_size: int, window: int) -> PreTrainedModel:
+    """A trained model, plain or of virtual width, to train on, in float32.
+
+    Args:
+        checkpoint: a folder with a model, a run directory, or a hub id.
+        vocab_size: tokens that it has to know.
+        window: positions that it has to know.
+
+    Raises:
+        UserError: there is no model, its weights are damaged or not all there, or it knows too few tokens or positions.
+    """
+    try:
+        model = load_model(locate(checkpoint)).float()
+    except OSError as error:
+        raise UserError(f"cannot load the weights {checkpoint!r}: {_first_sentence(error)}") from error
+    if model.config.vocab_size < vocab_size:
+        raise UserError(
+            f"{checkpoint!r} knows {model.config.vocab_size} tokens, the tokenizer has {vocab_size}; "
+            "leave --tokenizer away to take its own"
+        )
+    check_positions(model, window)
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
@@ -12,39 +12,41 @@ from typing import Any
 
 from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM, TrainerState, default_data_collator
+from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging as hf_logging
 
 from vwn.common.errors import UserError
-from vwn.common.processes import all_present, first_ones, rank
-from vwn.common.provenance import PeakMemory
+from vwn.common.memory import PeakMemory
+from vwn.common.processes import all_present, broadcast, rank
 from vwn.data import Corpus, PackedWindows, prepare
 from vwn.data.stream import prepare_stream
 from vwn.hf import VirtualWidthForCausalLM
+from vwn.nn.groups import default_factors
 from vwn.training import directory
 from vwn.training.arguments import apply_speed, check_device, learning_rate_of, training_arguments
 from vwn.training.branches import train_branches
 from vwn.training.checkpoint.manifest import agreed_checkpoint
 from vwn.training.checkpoint.sharding import MODEL, load_weights
-from vwn.training.config import TrainConfig
+from vwn.training.config import CorpusConfig, TrainConfig
 from vwn.training.distributed import (
     SHARDED,
-    AsAskedFor,
-    first_alone,
+    CheckParallel,
     join,
+    on_all_ranks,
     parallel_arguments,
+    rank0_first,
     resolve,
-    together,
 )
-from vwn.training.groups import default_factors, parse_factors
-from vwn.training.model import build_model, load_backbone, model_config, resize_backbone
+from vwn.training.groups import parse_factors
+from vwn.training.model import build_model, load_backbone, model_config, resize_backbone, start_from
 from vwn.training.presets import EMBEDDING_STD, PRESETS
 from vwn.training.result import Point, RunResult, flops_per_token, stored_result, training_facts, validation_curve
 from vwn.training.trainer import Diverged, ProgressBar, VirtualWidthTrainer
 from vwn.training.watch.preemption import Stopped, StopSignals
 
-logger = logging.getLogger(__name__)
-
 Label = str | Callable[[int], str]
+EPOCHS = 4
+"""Passes over a text up to which a repeated token is worth about as much as a new one (arXiv 2305.16264)."""
 
 
 def train(config: TrainConfig, corpus: Corpus | None = None, label: Label | None = None) -> RunResult:
@@ -68,16 +70,19 @@ def train(config: TrainConfig, corpus: Corpus | None = None, label: Label | None
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     config.check()
+    config = with_own_tokenizer(config)
     check_device(config.speed)
     join(timedelta(minutes=config.reliability.distributed_timeout))
     parallel = resolve(config)
-    stored, result = first_ones(together(lambda: _open(config, corpus) if rank() == 0 else (None, None)))
+    stored, result = broadcast(on_all_ranks(lambda: _open(config, corpus) if rank() == 0 else (None, None)))
     if result is not None:
         return result
     if stored is not None:
         config = directory.warmed_up(config, stored)
+    check_model(config)
     learning_rate = learning_rate_of(config)
-    corpus = corpus or first_alone(lambda: load_corpus(config))
+    is_alone = label is None
+    corpus = corpus or rank0_first(lambda: load_corpus(config))
     if isinstance(corpus.train, PackedWindows) and len(corpus.train) < config.optim.batch_size:
         raise UserError(
             f"the text gives {len(corpus.train)} windows of {config.corpus.window} tokens, fewer than one batch of "
@@ -85,10 +90,15 @@ def train(config: TrainConfig, corpus: Corpus | None = None, label: Label | None
         )
     if stored is not None:
         directory.check_same_text(config.out, stored, corpus.fingerprint)
-    run = Run(config, corpus, learning_rate, label or config.name, parallel)
+    name = config.name if config.init_from is None else Path(config.init_from).name
+    run = Run(config, corpus, learning_rate, label or name, parallel)
     model = run.build()  # what cannot be built leaves no directory behind
+    run.rate_factors = rate_factors(config, model, stored)
+    if is_alone and rank() == 0:
+        for line in summary(config, corpus, model, learning_rate, run.rate_factors):
+            print(f"vwn: {line}", file=sys.stderr)
     with ExitStack() as stack:
-        together(lambda: _begin(stack, config, corpus.fingerprint) if rank() == 0 else None)
+        on_all_ranks(lambda: _begin(stack, run) if rank() == 0 else None)
         return train_branches(run) if config.branches else run.train(config, model=model)
 
 
@@ -106,10 +116,10 @@ def _open(config: TrainConfig, corpus: Corpus | None) -> tuple[dict[str, Any] | 
     return stored, result if result is not None and result.is_whole(config) else None
 
 
-def _begin(stack: ExitStack, config: TrainConfig, fingerprint: str) -> None:
+def _begin(stack: ExitStack, run: Run) -> None:
     """Keep others out of the run directory for as long as ``stack`` is open, and record the run."""
-    stack.enter_context(directory.locked(config.out))
-    directory.start(config, fingerprint)
+    stack.enter_context(directory.locked(run.config.out))
+    directory.start(run.config, run.corpus.fingerprint, run.rate_factors)
 
 
 class Run:
@@ -126,10 +136,13 @@ class Run:
     def __init__(self, config: TrainConfig, corpus: Corpus, learning_rate: float, label: Label, parallel: str) -> None:
         self.config, self.corpus, self.learning_rate, self.label = config, corpus, learning_rate, label
         self.parallel = parallel
+        self.rate_factors: dict[str, float] = {}
 
     def build(self) -> Any:
         """The model as it starts."""
         c = self.config
+        if c.init_from is not None:
+            return start_from(c.init_from, len(self.corpus.tokenizer), c.corpus.window)
         tokenizer = self.corpus.tokenizer
         backbone = load_backbone(c.backbone, len(tokenizer), c.corpus.window, tokenizer.eos_token_id)
         backbone = resize_backbone(backbone, c.hidden_size, c.intermediate_size)
@@ -156,7 +169,10 @@ class Run:
             is_trunk: whether it goes on after these steps, and leaves neither model nor result.
         """
         model, memory = model or self.build(), PeakMemory()
-        checkpoint = agreed_checkpoint(config.out) or start
+        checkpoint = agreed_checkpoint(config.out)
+        if checkpoint is not None and rank() == 0:
+            print(f"vwn: continuing from {checkpoint}", file=sys.stderr)
+        checkpoint = checkpoint or start
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else TrainerState()
         trained = state.global_step >= config.optim.steps
         if trained and checkpoint is not None:  # killed between the last checkpoint and the result
@@ -209,9 +225,14 @@ class Run:
             eval_dataset=spread(self.corpus.valid, config.corpus.max_valid_tokens // config.corpus.window),
             processing_class=self.corpus.tokenizer,
             data_collator=default_data_collator,
-            callbacks=[AsAskedFor(self.parallel), ProgressBar(label)],
+            callbacks=[
+                CheckParallel(self.parallel),
+                ProgressBar(label, config.tokens_per_step),
+                tensorboard(config.out / "logs"),
+            ],
             window=config.corpus.window,
-            rate_factors=rate_factors(config, model),
+            optimizer_name=config.optim.optimizer,
+            rate_factors=self.rate_factors,
             cooldown_steps=config.cooldown_steps,
             final_learning_rate=config.optim.final_learning_rate,
             health_every=config.intervals[1] if config.health_every is None else config.health_every,
@@ -227,15 +248,16 @@ class Run:
         self, config: TrainConfig, trainer: VirtualWidthTrainer, memory: PeakMemory, curve: list[Point]
     ) -> RunResult:
         model = trainer.model
+        m, n = getattr(model.config, "m", 1), getattr(model.config, "n", 1)
         median, p90 = trainer.stopwatch.quantiles()
         return RunResult(
-            name=config.name,
-            m=config.m or 1,
-            n=config.n or 1,
-            r=(config.n or 1) / (config.m or 1),
+            name=config.name if config.init_from is None or n == 1 else f"{m}x{n}",
+            m=m,
+            n=n,
+            r=n / m,
             connection=getattr(model.config, "connection", "residual"),
             embedding=getattr(model.config, "embedding", "direct"),
-            mtp=config.width.mtp,
+            mtp=getattr(model.config, "num_mtp_modules", 0),
             seed=config.seed,
             learning_rate=self.learning_rate,
             params=sum(p.numel() for p in model.parameters()),
@@ -250,14 +272,20 @@ class Run:
         )
 
 
-def rate_factors(config: TrainConfig, model: Any) -> dict[str, float]:
-    """The factors given, and the defaults for the other groups, of which the log tells."""
+def rate_factors(config: TrainConfig, model: Any, record: dict[str, Any] | None = None) -> dict[str, float]:
+    """The factors given, and the defaults for the other groups.
+
+    Args:
+        config: of the run.
+        model: as it starts.
+        record: ``run.json`` of a run that goes on, which keeps the factors that it began with.
+    """
     given = parse_factors(config.optim.rate_factors)
-    added = {group: factor for group, factor in default_factors(model).items() if group not in given}
-    for group, factor in added.items():
-        logger.info("the %s of this deep model learns at %.3g of the rate (--rate-factors %s=1: at all of it)",
-                    group, factor, group)  # fmt: skip
-    return added | given
+    if record is None:
+        return default_factors(model) | given
+    if "rate_factors" in record:
+        return record["rate_factors"] | given
+    return {group: f for group, f in default_factors(model).items() if group == "routing"} | given  # an old run
 
 
 def load_corpus(config: TrainConfig) -> Corpus:
@@ -275,6 +303,56 @@ def load_corpus(config: TrainConfig) -> Corpus:
             control_tokens=c.control_tokens,
         )
     return prepare(c.data, valid=c.valid, tokenizer=c.tokenizer, window=c.window, control_tokens=c.control_tokens)
+
+
+def with_own_tokenizer(config: TrainConfig) -> TrainConfig:
+    """The run with the tokenizer of the weights that it starts from, where none is given."""
+    if config.init_from is None or config.corpus.tokenizer != CorpusConfig.tokenizer:
+        return config
+    source = str(directory.locate(config.init_from))
+    return dataclasses.replace(config, corpus=dataclasses.replace(config.corpus, tokenizer=source))
+
+
+def check_model(config: TrainConfig) -> None:
+    """Refuse a backbone or a width that cannot be had, before the text is read."""
+    if config.init_from is None:
+        backbone = load_backbone(config.backbone, 1, config.corpus.window)
+        backbone = resize_backbone(backbone, config.hidden_size, config.intermediate_size)
+        model_config(backbone, config.m, config.n, config.width)
+    else:
+        directory.locate(config.init_from)
+
+
+def summary(
+    config: TrainConfig, corpus: Corpus, model: Any, learning_rate: float, rate_factors: dict[str, float]
+) -> list[str]:
+    """What a run is going to do, in a few lines."""
+    o = config.optim
+    steps = config.branches[-1].steps if config.branches else o.steps
+    tokens = steps * config.tokens_per_step
+    rates = [f"{group} {learning_rate * factor:.3g}" for group, factor in rate_factors.items() if factor != 1]
+    at = f" ({', '.join(rates)})" if rates else ""
+    what = config.init_from or f"{config.backbone}, {config.name}"
+    lines = [
+        f"{what}: {sum(p.numel() for p in model.parameters()):,} parameters, learning rate {learning_rate:.3g}{at}, "
+        f"{o.optimizer}, {o.schedule}",
+        f"{steps:,} steps of {config.tokens_per_step:,} tokens: {tokens:,}",
+    ]
+    if corpus.train_tokens is not None:
+        epochs = tokens / corpus.train_tokens
+        lines[-1] += f"; the text has {corpus.train_tokens:,}, so {epochs:.2g} epochs"
+        if epochs > EPOCHS:
+            lines.append(
+                f"more than {EPOCHS} epochs: the model will learn this text by heart; give more text, or fewer --steps"
+            )
+    return lines
+
+
+def tensorboard(logs: Path) -> TensorBoardCallback:
+    """Logs for TensorBoard in a folder of the run's."""
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(logs)
+    return callback
 
 
 def spread(dataset: Any, count: int) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,11 +22,12 @@ from transformers import EvalPrediction, PrinterCallback, TrainerCallback
 from vwn.common.errors import UserError
 from vwn.common.processes import world_size
 from vwn.data.stream import StreamLoader, TokenStream
+from vwn.nn.groups import GROUPS, parameter_groups
 from vwn.nn.weight_decay import no_weight_decay
 from vwn.training.checkpoint.manifest import checkpoints
 from vwn.training.checkpoint.saving import SavingTrainer, not_finite
 from vwn.training.checkpoint.sharding import ShardingTrainer
-from vwn.training.groups import scale_rates
+from vwn.training.muon import MuonWithAdamW
 from vwn.training.watch.guards import StepGuard
 from vwn.training.watch.health import HealthLog
 
@@ -66,6 +69,7 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
         self,
         *args: Any,
         window: int,
+        optimizer_name: str = "adamw",
         rate_factors: Mapping[str, float] | None = None,
         cooldown_steps: int = 0,
         final_learning_rate: float = 0.0,
@@ -75,7 +79,8 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, compute_metrics=mean_losses, **kwargs)
-        self.rate_factors = rate_factors or {}
+        self.optimizer_name = optimizer_name
+        self.rate_factors = dict.fromkeys(GROUPS, 1.0) | dict(rate_factors or {})
         self.window = window
         self.cooldown_steps, self.final_learning_rate = cooldown_steps, final_learning_rate
         a = self.args
@@ -90,11 +95,10 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
         self.step_losses: list[Tensor] = []  # of the forward passes of the step under way, and their tokens
         self.step_inputs: list[Tensor] = []
         self.gradient_norm: Any = None  # of the step under way, before clipping
-        guard, window = StepGuard(self, skip_bad_steps, spike_factor), LogWindow(self)
-        for callback in (guard, window):
+        guard, self.log_window = StepGuard(self, skip_bad_steps, spike_factor), LogWindow(self)
+        for callback in (guard, self.log_window):
             self.add_callback(callback)
-        self.log_window = window
-        self.stateful |= {"guard": guard, "log": window, "stopwatch": self.stopwatch}
+        self.stateful |= {"guard": guard, "log": self.log_window, "stopwatch": self.stopwatch}
         if isinstance(self.train_dataset, TokenStream):
             self.stream = StreamLoader(
                 self.train_dataset,
@@ -111,11 +115,18 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
         return [name for name, _ in model.named_parameters() if name not in spared]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, with a learning rate of its own for each group in ``rate_factors``."""
-        fresh = self.optimizer is None
+        """The Trainer's AdamW on :func:`vwn.parameter_groups` with ``rate_factors``, or Muon and AdamW together."""
+        if self.optimizer is not None:  # type: ignore[has-type]
+            return super().create_optimizer(*args, **kwargs)
+        a = self.args
+        rates: Any = dict(lr=a.learning_rate, weight_decay=a.weight_decay, factors=self.rate_factors)
+        if self.optimizer_name == "muon":
+            muon, adamw = parameter_groups(self.model, optimizer="muon", **rates)
+            self.optimizer = MuonWithAdamW(muon, adamw, (a.adam_beta1, a.adam_beta2))
+            return self.optimizer
         optimizer = super().create_optimizer(*args, **kwargs)
-        if fresh and self.rate_factors:
-            scale_rates(optimizer, self.model, self.rate_factors)
+        options = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+        optimizer.param_groups[:] = [options | group for group in parameter_groups(self.model, **rates)]
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -331,15 +342,21 @@ class StreamedEpoch(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """One bar over the whole run with losses and time left, also where there is no terminal to redraw.
+    """One bar over the whole run with losses, pace and time left, also where there is no terminal to redraw.
 
     Args:
         label: in front of the bar; or what gives it, from the steps taken in this process.
+        tokens_per_step: for the pace, which is the median of the last 50 steps.
     """
 
-    def __init__(self, label: str | Callable[[int], str]) -> None:
+    def __init__(self, label: str | Callable[[int], str], tokens_per_step: int) -> None:
         self.label = label if callable(label) else lambda _: label
+        self.tokens_per_step = tokens_per_step
         self.shown: dict[str, str] = {}
+        self.took: deque[float] = deque(maxlen=50)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         on_terminal = sys.stderr.isatty()
@@ -355,7 +372,10 @@ class ProgressBar(TrainerCallback):
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.took.append(time.perf_counter() - self.started)
+        self.shown["tokens/s"] = f"{self.tokens_per_step / statistics.median(self.took):,.0f}"
         self.bar.set_description(self.label(state.global_step - self.first), refresh=False)
+        self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:

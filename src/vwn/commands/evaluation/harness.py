@@ -16,8 +16,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from vwn.commands.evaluation import TASKS
-from vwn.commands.evaluation.text import check_positions
 from vwn.common.errors import UserError
+from vwn.hf.loading import check_positions
 
 BOOTSTRAP = 1000
 """Resamples behind the standard error of a perplexity; those of accuracies have a formula."""

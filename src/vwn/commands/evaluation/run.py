@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 from vwn.commands.evaluation.config import EvalConfig
-from vwn.common.errors import UserError
+from vwn.common.extras import require_packages
 
 
 def evaluate_checkpoint(config: EvalConfig) -> dict[str, Any]:
@@ -21,17 +20,16 @@ def evaluate_checkpoint(config: EvalConfig) -> dict[str, Any]:
     Raises:
         UserError: no checkpoint, no text, an unknown task, a missing file, or lm-eval is not installed.
     """
-    from vwn.commands.evaluation.text import load_text, measure_text, positions_of
+    from vwn.commands.evaluation.text import load_text, measure_text
     from vwn.common.provenance import provenance
     from vwn.data.tokenizer import load_checkpoint_tokenizer
-    from vwn.hf.loading import load_model
+    from vwn.hf.loading import load_model, positions_of
     from vwn.training.directory import locate, run_record, write_json
 
     config.check()
     tasks: Any = None
     if config.tasks:
-        if find_spec("lm_eval") is None:
-            raise UserError("--tasks need lm-eval, which is not installed; pip install '.[eval]' in the checkout")
+        require_packages("vwn eval --tasks", "lm_eval")
         from vwn.commands.evaluation.harness import load_tasks, run_tasks, scores
 
         assert config.data_dir is not None

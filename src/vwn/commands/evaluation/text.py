@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from vwn.common.errors import UserError
 from vwn.hf import VirtualWidthForCausalLM
+from vwn.hf.loading import check_positions, positions_of
 
 DEFAULT_WINDOW = 1024
 
@@ -67,20 +68,6 @@ def load_text(source: Path | str, data: str | None, record: dict[str, Any], toke
         name, limit = valid or f"{train} (held-out part)", run["corpus.max_valid_tokens"]
     tokens = np.memmap(corpus.valid.path, dtype=corpus.valid.dtype, mode="r")
     return Text(name, tokens, round(corpus.valid_bytes_per_token * len(tokens)), corpus.tokenizer, limit)
-
-
-def positions_of(model: Any) -> tuple[int | None, bool]:
-    """How many positions a model was made for, None for any; and whether it can compute more (rotary ones)."""
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    return limit, limit is None or bool(getattr(config, "rope_parameters", None))
-
-
-def check_positions(model: Any, window: int) -> None:
-    """Refuse a window that the model cannot read."""
-    limit, can_exceed = positions_of(model)
-    if limit is not None and window > limit and not can_exceed:
-        raise UserError(f"the model has {limit} positions, --window is {window}; lower --window")
 
 
 def byte_lengths(tokenizer: Any) -> np.ndarray:

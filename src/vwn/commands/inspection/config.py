@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vwn.common.errors import UserError
-from vwn.training.config import require
+from vwn.common.errors import UserError, require
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The figures of an inspection, as PNG and SVG."""
+"""The figures of an inspection, as SVG."""
 
 from __future__ import annotations
 
@@ -13,40 +13,27 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-INK, MUTED, RULE = "#1c1d1f", "#5c6066", "#dfe1e4"
-BLUE, ORANGE, GREEN = "#0b6bb5", "#c4510a", "#0a8463"
+from vwn.lab.report.colours import LIGHT
+from vwn.lab.report.draw import STYLE as REPORT_STYLE
+
+INK, MUTED, BLUE, ORANGE = LIGHT["ink"], LIGHT["muted"], LIGHT["arm-0"], LIGHT["arm-1"]
 RATES = ("read", "carry", "write")
-STYLE: Any = {
-    "font.size": 9,
-    "font.family": "sans-serif",
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": MUTED,
-    "axes.titlesize": 10,
-    "axes.titlecolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 2,
-    "ytick.major.size": 2,
-    "svg.hashsalt": "vwn",  # ids in the SVG do not change from run to run
-}
+# A figure in an <img> has no fonts of the page, so its letters are paths.
+STYLE: Any = {**REPORT_STYLE, "font.size": 9, "axes.titlesize": 10, "axes.grid": False, "svg.fonttype": "path"}
 MOST_LABELS = 25
 MOST_NUMBERED = 13
 MOST_LINEAR = 50  # a wider range of values than this gets a logarithmic scale
 
 
 def write_figures(result: dict[str, Any], directory: Path) -> dict[str, str]:
-    """Write every figure as ``NAME.png`` and ``NAME.svg``; returns the SVG texts by name."""
+    """Write every figure as ``NAME.svg``; returns the SVG texts by name."""
     drawn = {}
     for name, draw in FIGURES.items():
         with matplotlib.rc_context(STYLE):
             figure = draw(result)
-            whole: Any = {"bbox_inches": "tight", "pad_inches": 0.08}
-            figure.savefig(directory / f"{name}.png", dpi=160, metadata={"Software": None}, **whole)
             text = io.StringIO()
-            figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, **whole)
+            metadata: Any = {"Date": None, "Creator": None}
+            figure.savefig(text, format="svg", metadata=metadata, bbox_inches="tight", pad_inches=0.08)
         drawn[name] = text.getvalue()
         (directory / f"{name}.svg").write_text(drawn[name], encoding="utf-8")
     return drawn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +34,7 @@ def load_tokens(
 
     Args:
         source: the checkpoint, whose run's validation text is taken where ``data`` is not given.
-        data: name of a text, see :func:`vwn.data.prepare`; all of it, or its validation side if it has one.
+        data: name of a text, see :func:`vwn.commands.evaluation.text.load_text`.
         tokens: as many as the whole windows hold, if the text has them.
         positions: the longest window that the model knows, ``None`` for any.
         tokenizer: name of the tokenizer for ``data``; by default the checkpoint's own.
@@ -44,26 +45,15 @@ def load_tokens(
     Raises:
         UserError: no text, or one of fewer than two tokens, or no longer the text of the run.
     """
-    from vwn.data.corpus import prepare_run, prepare_valid
-    from vwn.data.packing import PackedWindows
+    from vwn.commands.evaluation.text import load_text
     from vwn.data.tokenizer import load_checkpoint_tokenizer
     from vwn.training.directory import run_record
 
-    run = run_record(source)
-    stored = run.get("config", {})
-    if data is None:
-        if "corpus.data" not in stored:
-            raise UserError(f"{source} does not say what text it was trained on (it has no run.json); give --data")
-        name, valid = stored["corpus.data"], stored["corpus.valid"]
-        corpus = prepare_run(stored, window=2)
-    else:
-        name = valid = data
-        corpus = prepare_valid(data, tokenizer=load_checkpoint_tokenizer(source, tokenizer), window=2)
-    if data is None and corpus.fingerprint != run.get("text", "").partition("+")[0]:
-        raise UserError(f"the text {name} is not the one that {source} was trained on any more; give --data")
-    window = stored.get("corpus.window", DEFAULT_WINDOW)
-    window = min(window, positions or window, tokens, corpus.valid_tokens)
-    windows = PackedWindows(corpus.valid.path, corpus.valid.dtype, window)
+    record = run_record(source)
+    text = load_text(source, data, record, load_checkpoint_tokenizer(source, tokenizer) if data else None)
+    window = record.get("config", {}).get("corpus.window", DEFAULT_WINDOW)
+    window = min(window, positions or window, tokens, len(text.tokens))
+    windows = text.tokens[: len(text.tokens) // window * window].reshape(-1, window)
     count = min(len(windows), max(1, tokens // window))
-    ids = [windows[i * len(windows) // count]["input_ids"] for i in range(count)]
-    return torch.stack(ids), valid or f"{name} (held-out part)"
+    chosen = windows[[i * len(windows) // count for i in range(count)]]
+    return torch.from_numpy(chosen.astype(np.int64)), text.name

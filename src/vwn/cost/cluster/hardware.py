@@ -40,25 +40,19 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """Equal nodes of equal GPUs.
-
-    Args:
-        name: of the kind of GPU, to show.
-        gpu: one of them.
-        per_node: GPUs that share a node's fast links.
-        nodes: how many.
-        latency_us: of one hop of a message, microseconds.
-    """
+    """Equal nodes of equal GPUs."""
 
     name: str
     gpu: Gpu
     per_node: int
+    """GPUs that share a node's fast links."""
     nodes: int
     latency_us: float = 5.0
+    """Microseconds of one hop of a message."""
 
     @property
     def gpus(self) -> int:
-        """All of them."""
+        """Number of GPUs in all nodes."""
         return self.per_node * self.nodes
 
     def seconds(self, data: float, size: int, stride: int, share: float, messages: float) -> float:
@@ -120,17 +114,17 @@ def _from_file(path: Path) -> Cluster:
     try:
         content = dict(json.loads(path.read_text()))
         kind = content.pop("gpu", None)
-        own = {f.name: content.pop(f.name) for f in fields(Gpu) if f.name in content}
-        gpu = Gpu(**own) if kind is None else replace(_known(kind), **own)
+        numbers = {f.name: content.pop(f.name) for f in fields(Gpu) if f.name in content}
+        gpu = Gpu(**numbers) if kind is None else replace(_known(kind), **numbers)
         described: dict[str, Any] = {"name": kind or path.stem, "gpu": gpu} | content
         cluster = Cluster(**described)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read the cluster {path}: {error}; docs/scale.md shows one") from error
-    for name, value in {**vars(gpu), **vars(cluster)}.items():
-        if name in ("name", "gpu"):
-            continue
-        whole = name in ("per_node", "nodes")
-        if not isinstance(value, int if whole else int | float) or not 0 < value < inf:
-            kind = "a whole number, 1 or more" if whole else "a number above 0"
-            raise UserError(f"{name} of the cluster {path} must be {kind}, got {value!r}")
+    for name in ("per_node", "nodes"):
+        value = getattr(cluster, name)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{name} of the cluster {path} must be a whole number, 1 or more, got {value!r}")
+    for name, value in {**vars(gpu), "latency_us": cluster.latency_us}.items():
+        if not isinstance(value, int | float) or not 0 < value < inf:
+            raise UserError(f"{name} of the cluster {path} must be a number above 0, got {value!r}")
     return cluster

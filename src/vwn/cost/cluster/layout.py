@@ -1,8 +1,7 @@
-"""How a cluster's GPUs share the work: degrees of FSDP, replication, tensor and pipeline parallelism."""
+"""Layouts of a model on a cluster: degrees of FSDP, replication, tensor and pipeline parallelism."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,30 +13,25 @@ from vwn.cost.cluster.shape import ModelShape
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of parallelism, in the order of ranks: neighbours are of one tensor-parallel group, then of one FSDP
-    group, then replicas (HSDP), and pipeline stages are the farthest apart, as torchtitan lays them out.
-
-    Args:
-        tp: ranks that share every matrix, and the sequence of the over-width state.
-        fsdp: ranks that share one copy of the parameters, each with data of its own.
-        replicas: such copies.
-        pp: pipeline stages.
-        micro_batches: that a step is made of, one after the other.
-    """
+    """Degrees of parallelism, in torchtitan's order of ranks: neighbours share a tensor-parallel group, then an FSDP
+    group, then are replicas (HSDP); pipeline stages are the farthest apart."""
 
     tp: int
+    """Ranks that share every matrix, and the sequence of the over-width state."""
     fsdp: int
+    """Ranks that share one copy of the parameters, each with its own data."""
     replicas: int
+    """Copies of the parameters."""
     pp: int
+    """Pipeline stages."""
     micro_batches: int
+    """Micro-batches of a step, one after the other."""
 
     def stage_layers(self, layers: int) -> list[range]:
         """The layers of each stage; the first stages take what does not divide, for the last has the unembedding."""
         each, more = divmod(layers, self.pp)
-        ends = [0]
-        for stage in range(self.pp):
-            ends.append(ends[-1] + each + (stage < more))
-        return [range(a, b) for a, b in pairwise(ends)]
+        starts = [stage * each + min(stage, more) for stage in range(self.pp + 1)]
+        return [range(a, b) for a, b in pairwise(starts)]
 
     @property
     def bubble(self) -> float:
@@ -46,7 +40,7 @@ class Layout:
 
 
 def make_layout(shape: ModelShape, cluster: Cluster, options: PlanOptions, tp: int, fsdp: int, pp: int) -> Layout:
-    """The layout with these degrees.
+    """Return the layout with these degrees.
 
     Raises:
         UserError: they do not fit the cluster, the model or the batch.
@@ -81,24 +75,18 @@ def layouts(shape: ModelShape, cluster: Cluster, options: PlanOptions) -> list[L
         UserError: there is none, with the reason of the one asked for or of the simplest.
     """
     found, reason = [], None
-    for tp, pp, fsdp in _degrees(cluster, options):
-        try:
-            found.append(make_layout(shape, cluster, options, tp, fsdp, pp))
-        except UserError as error:
-            reason = reason or error
-    if not found:
-        raise reason or UserError(
-            f"no layout has these degrees on {cluster.gpus} GPUs; leave --fsdp, --tp or --pp open"
-        )
-    return found
-
-
-def _degrees(cluster: Cluster, options: PlanOptions) -> Iterator[tuple[int, int, int]]:
     for tp in [options.tp] if options.tp else _divisors(cluster.per_node):
         for pp in [options.pp] if options.pp else _divisors(cluster.gpus):
             rest = max(1, cluster.gpus // (tp * pp))
             for fsdp in [options.fsdp] if options.fsdp else reversed(_divisors(rest)):
-                yield tp, pp, fsdp
+                try:
+                    found.append(make_layout(shape, cluster, options, tp, fsdp, pp))
+                except UserError as error:
+                    reason = reason or error
+    if not found:
+        assert reason is not None  # every list of divisors has a 1
+        raise reason
+    return found
 
 
 def _divisors(number: int) -> list[int]:

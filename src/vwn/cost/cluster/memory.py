@@ -1,8 +1,8 @@
-"""The most bytes on one GPU during a step.
+"""The peak memory of one GPU during a step.
 
-Parameters, gradients and optimiser state stay; the rest is what is live at the worst of three moments: at the loss
-(all activations, the logits, the unembedding gathered), in the backward of a layer (all activations, the layer
-gathered and its gradients whole), and at the table's gradient (no activations of this micro-batch any more).
+Parameters, gradients and optimiser state stay. The peak is the largest of three moments: the loss (all activations, the
+logits, the unembedding gathered), the backward of a layer (all activations, the layer gathered and its gradients
+whole), and the table's gradient (no activations of this micro-batch any more).
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ class Memory:
     buffers: float
     """Parameters gathered by FSDP, in the type of the arithmetic, and gradients before they are reduced."""
     activations: float
-    """Saved for the backward, of all micro-batches on their way, and one layer's that is run again."""
+    """Saved for the backward, of all micro-batches in flight, and of the layer that is run again."""
     logits: float
     moment: str
-    """When all this is live: ``"loss"``, ``"layer"`` or ``"table"``."""
+    """When the peak is: ``"loss"``, ``"layer"`` or ``"table"``."""
     stage: int
 
     @property
     def state(self) -> float:
-        """What stays between steps: parameters, gradients and optimiser state."""
+        """Bytes that stay between steps: parameters, gradients and optimiser state."""
         return self.parameters + self.gradients + self.optimizer
 
     @property
     def total(self) -> float:
-        """The sum."""
+        """Bytes at the peak."""
         return self.state + self.buffers + self.activations + self.logits
 
 
@@ -77,7 +77,7 @@ def saved_per_token(shape: ModelShape, layer: LayerShape, options: PlanOptions, 
     return elements * options.bytes.compute
 
 
-def _whole(shape: ModelShape, layer: LayerShape, options: PlanOptions, tp: int) -> float:
+def _run_again(shape: ModelShape, layer: LayerShape, options: PlanOptions, tp: int) -> float:
     """Bytes per token while the backward runs a layer again, beyond what was saved of it."""
     if options.checkpointing == "none":
         return 0.0
@@ -87,46 +87,37 @@ def _whole(shape: ModelShape, layer: LayerShape, options: PlanOptions, tp: int) 
 
 def _stage(shape: ModelShape, layout: Layout, options: PlanOptions, stage: int) -> Memory:
     e, tp, tokens = options.bytes, layout.tp, options.micro_batch * shape.window
-    groups = stage_weights(shape, layout, stage)
-    held = sum(w.on_rank(tp) for w in groups)
+    held = sum(w.on_rank(tp) for w in stage_weights(shape, layout, stage))
     layers = [shape.layers[i] for i in layout.stage_layers(len(shape.layers))[stage]]
     last = stage == layout.pp - 1
     in_flight = min(layout.micro_batches, layout.pp - stage)
-    saved = tokens * sum(saved_per_token(shape, x, options, tp) for x in layers)
-    again = tokens * max(_whole(shape, x, options, tp) for x in [*layers, *shape.mtp])
-    ends = logits = 0.0
+    activations = in_flight * tokens * sum(saved_per_token(shape, x, options, tp) for x in layers)
+    again = tokens * max(_run_again(shape, x, options, tp) for x in [*layers, *shape.mtp])
+    logits = 0.0
     if last:
         width, heads = shape.geometry.hidden_size, 1 + len(shape.mtp)
         of_reduce = (2 * shape.ratio if shape.widened else 0) + 2  # the state, normalised; the final norm's two sides
         of_fuse = 5 * shape.ratio  # two states, each normalised, joined
-        ends = tokens * e.compute * width / tp * (of_reduce * heads + of_fuse * len(shape.mtp))
-        ends += tokens * sum(saved_per_token(shape, x, options, tp) for x in shape.mtp)
+        activations += tokens * e.compute * width / tp * (of_reduce * heads + of_fuse * len(shape.mtp))
+        activations += tokens * sum(saved_per_token(shape, x, options, tp) for x in shape.mtp)
         logits = tokens * shape.vocab_size / tp * ((e.compute + 4) * heads + 4)  # as they come, log-softmax, gradient
         if options.fused_loss:
             logits = tokens * width * heads * e.compute  # gradients of the heads' inputs
-    activations = in_flight * saved + ends
-    moments: dict[str, tuple[float, float, float]] = {"layer": (_buffers(shape, layout, options, layers), again, 1)}
+
+    def at(moment: str, buffers: float, activations: float, logits: float = 0.0) -> Memory:
+        kept = held * e.store / layout.fsdp
+        optimizer = held * options.optimizer_bytes / layout.fsdp
+        return Memory(kept, kept, optimizer, buffers, activations, logits, moment, stage)
+
     if layout.pp > 1:  # gathered once for all micro-batches, gradients reduced after the last
         buffers = held * (_gathered(layout, options) + e.reduce)
-        moments = {"loss" if last else "layer": (buffers, again, 1)}
-    else:
-        moments["loss"] = (_buffers(shape, layout, options, [shape.tail]), 0, 1)
-        moments["table"] = (_buffers(shape, layout, options, [shape.table]), 0, 0)
-    kept = {
-        name: b + (activations + a + (logits if name == "loss" else 0)) * on for name, (b, a, on) in moments.items()
-    }
-    moment = max(kept, key=lambda name: kept[name])
-    buffers, more, on = moments[moment]
-    return Memory(
-        parameters=held * e.store / layout.fsdp,
-        gradients=held * e.store / layout.fsdp,
-        optimizer=held * options.optimizer_bytes / layout.fsdp,
-        buffers=buffers,
-        activations=(activations + more) * on,
-        logits=logits if moment == "loss" else 0.0,
-        moment=moment,
-        stage=stage,
-    )
+        return at("loss" if last else "layer", buffers, activations + again, logits)
+    moments = [
+        at("layer", _buffers(layout, options, [x.weights for x in layers], 2), activations + again),
+        at("loss", _buffers(layout, options, [shape.tail]), activations, logits),
+        at("table", _buffers(layout, options, [shape.table]), 0.0),
+    ]
+    return max(moments, key=lambda m: m.total)
 
 
 def _gathered(layout: Layout, options: PlanOptions) -> int:
@@ -135,10 +126,10 @@ def _gathered(layout: Layout, options: PlanOptions) -> int:
     return 0 if same else options.bytes.compute
 
 
-def _buffers(shape: ModelShape, layout: Layout, options: PlanOptions, groups: list) -> float:
+def _buffers(layout: Layout, options: PlanOptions, groups: list[Weights], gathered_at_once: int = 1) -> float:
     """Bytes of the largest group: gathered (of layers, the next one too), and its gradients, twice while reduced."""
-    if layout.fsdp == layout.replicas == 1 and not _gathered(layout, options):
+    data_parallel, gathered = layout.fsdp * layout.replicas, _gathered(layout, options)
+    if data_parallel == 1 and not gathered:
         return 0.0
-    weights = [(g.weights, 2) if isinstance(g, LayerShape) else (g, 1) for g in groups]
-    reduced = options.bytes.compute + (options.bytes.reduce if layout.fsdp * layout.replicas > 1 else 0)
-    return max(w.on_rank(layout.tp) * (ahead * _gathered(layout, options) + reduced) for w, ahead in weights)
+    reduced = options.bytes.compute + (options.bytes.reduce if data_parallel > 1 else 0)
+    return max(w.on_rank(layout.tp) for w in groups) * (gathered_at_once * gathered + reduced)

@@ -5,19 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from vwn.common.errors import UserError
-from vwn.training.config import require
+from vwn.common.errors import UserError, require
 
 
 class Precision(NamedTuple):
     """Bytes per number."""
 
     store: int
-    """Of parameters and gradients between steps."""
+    """For parameters and gradients between steps."""
     compute: int
-    """Of activations, of parameters once gathered, and of gradients until they are reduced."""
+    """For activations, gathered parameters, and gradients until they are reduced."""
     reduce: int
-    """Of gradients on their way."""
+    """For gradients while they are reduced."""
 
 
 PRECISIONS = {"mixed": Precision(4, 2, 4), "bfloat16": Precision(2, 2, 2), "float32": Precision(4, 4, 4)}

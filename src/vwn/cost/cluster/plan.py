@@ -1,4 +1,4 @@
-"""Plans: what a model needs on a layout, whether it fits, what to change if not, how long a step takes."""
+"""Plans: the memory a model needs on a layout, whether it fits, what to change if not, the time of a step."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from vwn.cost.cluster.layout import Layout, layouts
 from vwn.cost.cluster.memory import Memory, memory
 from vwn.cost.cluster.options import PlanOptions
 from vwn.cost.cluster.shape import ModelShape, model_shape
-from vwn.cost.cluster.timing import StepTime, step_time
-from vwn.cost.cluster.traffic import Traffic, traffic
+from vwn.cost.cluster.timing import StepTime, Traffic, step_time, traffic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """One model on one layout of a cluster, and what follows from it."""
+    """The memory, traffic and time of one model on one layout of a cluster."""
 
     shape: ModelShape
     cluster: Cluster
@@ -32,7 +31,7 @@ class Plan:
 
     @property
     def usable(self) -> float:
-        """Bytes of a GPU that the run may take."""
+        """Bytes of a GPU that the run may use."""
         return self.cluster.gpu.memory_gb * 1e9 * self.options.usable_memory
 
     @property
@@ -48,8 +47,7 @@ class Plan:
     @property
     def mfu(self) -> float:
         """Model FLOPs, without what runs again, over what the GPUs could do in the time of a step."""
-        peak = self.cluster.gpu.tflops * 1e12
-        return self.tokens_per_gpu * 3 * self.shape.forward_flops / peak
+        return self.tokens_per_gpu * 3 * self.shape.cost.flops.total / (self.cluster.gpu.tflops * 1e12)
 
     @property
     def checkpoint_bytes(self) -> float:
@@ -80,7 +78,7 @@ _REMEDIES = {
 
 
 def make_plan(shape: ModelShape, cluster: Cluster, options: PlanOptions, layout: Layout) -> Plan:
-    """Compute all numbers of one model on one layout."""
+    """Plan one model on one layout."""
     sent = traffic(shape, layout, options)
     time = step_time(shape, layout, cluster, options, sent)
     return Plan(shape, cluster, options, layout, memory(shape, layout, options), sent, time)

@@ -1,4 +1,4 @@
-"""The model as a plan sees it: parameters by where they live, widths of what is saved, FLOPs by part."""
+"""Shape of a model, for plans: parameters by place, widths of saved activations, FLOPs by part."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from vwn.common.errors import UserError
-from vwn.cost.model import cost_of_model, count, expert_shares
+from vwn.cost.model import ModelCost, cost_of_model, count, expert_shares
 from vwn.nn.geometry import Geometry
 from vwn.nn.ngram import NgramEmbedding
 
@@ -19,41 +19,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Weights:
-    """Numbers of parameters."""
+    """Numbers of parameters of some modules."""
 
     split: int = 0
-    """Of matrices and tables, which tensor parallelism divides."""
+    """Matrices and tables, which tensor parallelism divides."""
     whole: int = 0
-    """Of norms, routers, connections and linears at the wide ends, which every tensor-parallel rank has."""
+    """Norms, routers, connections and linears at the wide ends, which every tensor-parallel rank has."""
 
     def __add__(self, other: Weights) -> Weights:
         return Weights(self.split + other.split, self.whole + other.whole)
 
     def on_rank(self, tp: int) -> float:
-        """Of one tensor-parallel rank."""
+        """Return the number on one tensor-parallel rank."""
         return self.split / tp + self.whole
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One layer: its parameters, and the widths per token of what it saves for the backward."""
+    """Parameters of a layer, and the widths per token of the activations it saves for the backward."""
 
     weights: Weights
     attention: int
     """``q``, ``k``, ``v`` and the heads' output."""
     hidden: int
-    """Outputs of the matrices that widen: two ``F`` of a gated FFN, and as much of every expert that a token meets."""
+    """Outputs of the first matrices of the FFN, ``2 F`` if gated, or of all experts that a token meets."""
     routed: int
-    """Copies of tokens on their way to experts, and of what these return."""
+    """Copies of tokens sent to experts, and what these return."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A causal language model as a plan sees it. FLOPs are per token of a forward pass."""
+    """A causal language model, for plans."""
 
+    cost: ModelCost
+    """FLOPs per token and the cost of a connection."""
     geometry: Geometry
-    widened: bool
-    """Whether it has connections; if not, the stream is ``D`` wide and a sublayer's output is not kept."""
+    """``(D, m, n)``; ``(D, 1, 1)`` of a plain model, whose state is ``D`` wide."""
     layers: tuple[LayerShape, ...]
     mtp: tuple[LayerShape, ...]
     """The MTP modules; their weights include fuse and reduce."""
@@ -67,29 +68,26 @@ class ModelShape:
     vocab_size: int
     heads: tuple[int, int]
     """Attention's query heads and key-value heads."""
-    layer_flops: float
-    """Matrices and attention of one layer."""
-    connection_flops: float
-    """Both connections of one layer."""
-    connection_traffic: tuple[float, float]
-    """Elements that the two connections of a layer move forward and backward where the layers are not joined: their
-    states are read and written once more at the layer's end."""
-    first_flops: float
-    last_flops: float
-    """Reduce, MTP fuse and all heads; the MTP modules' layers come on top."""
-    forward_flops: float
-    window: int
+
+    @property
+    def widened(self) -> bool:
+        """Whether it has connections; if not, a sublayer's output is not kept."""
+        return self.cost.connection is not None
 
     @property
     def ratio(self) -> float:
-        """``r``."""
+        """Virtual width factor ``r``."""
         return self.geometry.ratio
 
     @property
+    def window(self) -> int:
+        """Tokens of a window."""
+        return self.cost.sequence_length
+
+    @property
     def parameters(self) -> int:
-        """All of them, tied ones once."""
-        parts = [self.table, self.tail, *(x.weights for x in (*self.layers, *self.mtp))]
-        return sum(w.split + w.whole for w in parts)
+        """Number of parameters, tied ones once."""
+        return self.cost.parameters
 
 
 def model_shape(config: PreTrainedConfig, window: int) -> ModelShape:
@@ -104,24 +102,22 @@ def model_shape(config: PreTrainedConfig, window: int) -> ModelShape:
     """
     model, counted = count(config, window)
     cost = cost_of_model(model, counted, window)
-    base, text, f = model.base_model, model.config.get_text_config(), cost.flops
+    base, text = model.base_model, model.config.get_text_config()
     if not all(hasattr(base, name) for name in ("layers", "embed_tokens")):
         raise UserError(_unknown(model, "it has no layers and embed_tokens"))
     experts = expert_shares(model, counted)
     predictors = list(getattr(base, "mtp", ()))
-    depth = len(base.layers) + len(predictors)
     inner = {id(p) for part in (base.embed_tokens, base.layers, *predictors) for p in part.parameters()}
     tail = [module for module in model.modules() if any(id(p) not in inner for p in module.parameters(recurse=False))]
     geometry = cost.connection.geometry if cost.connection else Geometry(text.hidden_size, 1, 1)
-    wide, narrow = geometry.over_width, geometry.hidden_size
 
     def layer(module: nn.Module) -> LayerShape:
-        attention, hidden, routed = _saved_widths(model, module, experts, narrow)
+        attention, hidden, routed = _saved_widths(model, module, experts, geometry.hidden_size)
         return LayerShape(_weights([module], experts), attention, hidden, routed)
 
     return ModelShape(
+        cost=cost,
         geometry=geometry,
-        widened=cost.connection is not None,
         layers=tuple(map(layer, base.layers)),
         mtp=tuple(map(layer, predictors)),
         table=_weights([base.embed_tokens], experts),
@@ -130,13 +126,6 @@ def model_shape(config: PreTrainedConfig, window: int) -> ModelShape:
         tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         vocab_size=text.vocab_size,
         heads=(text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
-        layer_flops=f.layers / depth,
-        connection_flops=f.connections / depth,
-        connection_traffic=(5 * wide + 4 * narrow, 7 * wide + 6 * narrow) if cost.connection else (0, 0),
-        first_flops=f.embedding,
-        last_flops=f.reduce + f.mtp_fuse + f.unembedding,
-        forward_flops=f.total,
-        window=window,
     )
 
 

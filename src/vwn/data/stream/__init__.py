@@ -1,6 +1,6 @@
 """Streamed training data: text that is read, tokenised and packed while the model trains.
 
-    source ............ files, a pattern or a hub data set, with its share of the tokens      source.py, mixture.py
+    source ............ files, a pattern or a hub data set, with its share of the tokens      source.py
       file range ...... a part of a file that one reader reads before it goes on to another   vwn.data.reading
         document ...... a row, or the text up to the next separator
           chunk ....... what is tokenised at once; the position saved is in tokens of a chunk

@@ -1,4 +1,4 @@
-"""`TokenStream`: the windows of several sources. `StreamLoader`: a process's batches of them, and where they stand."""
+"""`TokenStream`: the windows of several sources. `StreamLoader`: a process's batches of them, and their positions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from vwn.common.errors import UserError
+from vwn.common.processes import all_gather_object
 from vwn.data.corpus import Corpus, prepare_valid
 from vwn.data.reading import OnBadRow
-from vwn.data.stream.mixture import parse_sources, sources_of_step
 from vwn.data.stream.reader import START, Position, Reader, reader_count, reader_of
-from vwn.data.stream.source import StreamedSource, open_source
+from vwn.data.stream.source import StreamedSource, open_source, parse_sources, sources_of_step
 from vwn.data.tokenizer import TextEncoder, bpe_size
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class TokenStream(IterableDataset[dict[str, torch.Tensor]]):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the sources' files, as `StreamedSource` has it, and of how they are tokenised."""
+        """Hash of the sources' files, as `StreamedSource` has it, and of how they are tokenised."""
         digest = hashlib.blake2b(self.tokenizer.backend_tokenizer.to_str().encode(), digest_size=16)
         digest.update(bytes([self.control_tokens]))
         for source in self.sources:
@@ -69,7 +69,7 @@ class TokenStream(IterableDataset[dict[str, torch.Tensor]]):
         return TextEncoder(self.tokenizer, self.control_tokens)
 
     def open(self, reader: int, source: int, position: Position, on_bad_row: OnBadRow | None = None) -> Reader:
-        """A reader of one source."""
+        """Open a reader of one source."""
         return Reader(
             self.sources[source],
             reader,
@@ -96,7 +96,7 @@ def prepare_stream(
     skip_bad_rows: int = 0,
     control_tokens: bool = False,
 ) -> Corpus:
-    """A corpus whose training side is streamed: nothing of it is written anywhere, and it is never all in memory.
+    """Prepare a corpus whose training side is streamed: it is neither written to disk nor ever all in memory.
 
     Args:
         sources: each a file, a folder, a pattern (`shards/*.parquet`) or a hub id, with `=WEIGHT` behind it for its
@@ -168,12 +168,8 @@ class StreamLoader:
         _allow_files(own_readers * len(stream.sources))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the data stand after the last batch taken, in all processes (each must call it), as JSON."""
-        positions = self.positions
-        if self.world > 1:
-            gathered: list[Positions | None] = [None] * self.world
-            torch.distributed.all_gather_object(gathered, positions)
-            positions = {reader: place for part in gathered for reader, place in (part or {}).items()}
+        """Position of every reader after the last batch taken, as JSON; every process must call it."""
+        positions = {reader: place for part in all_gather_object(self.positions) for reader, place in part.items()}
         start = [START] * len(self.stream.sources)
         readers = [positions.get(reader, start) for reader in range(self.stream.readers)]
         return {
@@ -187,7 +183,7 @@ class StreamLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there, whatever the number of processes and workers now. Raises `UserError` for other data."""
+        """Continue from a state, whatever the number of processes and workers. Raises `UserError` for other data."""
         try:
             known = [(s["name"], s["fingerprint"], [_read(p) for p in s["positions"]]) for s in state["sources"]]
             step, readers = int(state["step"]), int(state["readers"])
@@ -270,8 +266,8 @@ class StreamLoader:
 
 
 class _Share(IterableDataset[Any]):
-    """What one worker makes of each batch: windows `[rows, window]`, where their readers stand after them, and which
-    rows were left out on the way.
+    """One worker's part of each batch: windows `[rows, window]`, the positions of their readers after them, and the
+    errors of the rows left out on the way.
 
     A `UserError` travels as its sentence: a worker's exceptions arrive with a traceback in their text.
     """
@@ -315,7 +311,7 @@ class _Share(IterableDataset[Any]):
 
 
 def _rows(loader: StreamLoader, step: int, part: int, worker: int) -> list[tuple[int, int]]:
-    """The rows of a batch that a worker fills, each with its reader. A reader is always of the same worker."""
+    """List the rows of a batch that a worker fills, each with its reader. A reader is always of the same worker."""
     stream, workers = loader.stream, max(loader.workers, 1)
     own = stream.batch_size // loader.world
     size = own // loader.accumulation

@@ -1,4 +1,4 @@
-"""Readers: a fixed number of them, each with file ranges of every source of its own."""
+"""Readers: a fixed number, each with its own file ranges of every source."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Reader:
 
     @property
     def position(self) -> Position:
-        """Where the next token is; a new reader that starts there goes on with it."""
+        """Place of the next token; a new reader that starts there goes on with it."""
         return (*self._at, self._taken)
 
     def take(self, count: int) -> np.ndarray:

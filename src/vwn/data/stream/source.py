@@ -1,4 +1,7 @@
-"""A source of streamed data as many small file ranges. Opening it reads no file but its ends."""
+"""Sources of streamed data as many small file ranges, and which source each window of a batch is from.
+
+Opening a source reads no file but its ends.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import glob
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +26,6 @@ from vwn.data.reading import (
     FileRange,
     OnBadRow,
     document,
-    first_line,
-    is_supported,
     kind,
     open_parquet,
     parquet_column,
@@ -32,11 +34,12 @@ from vwn.data.reading import (
     string_columns,
     text_column,
 )
-from vwn.data.sources import open_local, quiet, refuse_undecodable, warn_of_left_out
+from vwn.data.sources import hub_data_set, open_local, refuse_undecodable, supported
 from vwn.data.unpacking import packing
 
 _LARGEST_RANGE = 1 << 26
 _ENDS = 1 << 16
+_GOLDEN = (5**0.5 - 1) / 2
 _logger = logging.getLogger(__name__)
 
 
@@ -96,11 +99,9 @@ def _paths(spec: str) -> list[Path] | None:
     refuse_undecodable(spec)
     if any(c in spec for c in "*?[") and not os.path.exists(spec):
         found = sorted(glob.glob(os.path.expanduser(spec), recursive=True))
-        files = [Path(name) for name in found if os.path.isfile(name)]
-        paths = [path for path in files if is_supported(path)]
+        paths = supported(spec, [Path(name) for name in found if os.path.isfile(name)])
         if not paths:
             raise UserError(f"{spec} matches no {KINDS} file; check the pattern")
-        warn_of_left_out(spec, [str(path) for path in files if not is_supported(path)], len(files))
         return paths
     source = open_local(spec)
     return None if source is None else list(source.paths)
@@ -144,7 +145,7 @@ def _shares(part: FileRange, shares: int) -> Iterator[FileRange]:
 
 
 def _fingerprint(paths: list[Path]) -> str:
-    """Of every file its name, size, beginning and end; not its age, and not all of it, which would read it all."""
+    """Hash the name, size, beginning and end of every file; neither its age nor all of it, which would take long."""
     root = os.path.commonpath([path.parent for path in paths])
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:
@@ -178,22 +179,14 @@ class HubRows:
 
 
 def _open_hub(spec: str, readers: int) -> StreamedSource:
-    from datasets import load_dataset_builder
-    from datasets.exceptions import DatasetsError
+    with hub_data_set(spec) as (name, configuration):
+        from datasets import load_dataset_builder
 
-    name, _, configuration = spec.partition(":")
-    try:
-        with quiet():
-            builder = load_dataset_builder(name, configuration or None)
-            rows: Any = builder.as_streaming_dataset(split="train")
-            if rows.num_shards < readers and hasattr(rows, "reshard"):
-                rows = rows.reshard()  # Parquet by row groups
-            features = rows.features or rows._resolve_features().features
-    except (OSError, ValueError, DatasetsError) as error:
-        raise UserError(
-            f"{spec!r} is neither a file nor a folder, and the Hugging Face hub does not give it as a data set with a "
-            f"split 'train' ({first_line(error)}); check the name and the network, or give local text"
-        ) from error
+        builder = load_dataset_builder(name, configuration)
+        rows: Any = builder.as_streaming_dataset(split="train")
+        if rows.num_shards < readers and hasattr(rows, "reshard"):
+            rows = rows.reshard()  # Parquet by row groups
+        features = rows.features or rows._resolve_features().features
     column = text_column(string_columns(features), f"the data set {spec}")
     shares, shards = -(-readers // rows.num_shards), range(rows.num_shards)
     ranges = [FileRange(Path(name), i, i + 1, share, shares, block=1) for i in shards for share in range(shares)]
@@ -202,3 +195,44 @@ def _open_hub(spec: str, readers: int) -> StreamedSource:
     key = [str(builder.hash), str(builder.config_id), str(rows.num_shards), *files]
     fingerprint = hashlib.blake2b("\0".join(key).encode(), digest_size=16).hexdigest()
     return StreamedSource(spec, tuple(ranges), fingerprint, HubRows(spec, rows.select_columns([column]), column))
+
+
+def parse_sources(specs: Sequence[str]) -> dict[str, float]:
+    """Parse `SOURCE` or `SOURCE=WEIGHT` to shares of the tokens, which sum to 1; without a weight it is 1.
+
+    Raises `UserError` for a weight that is no positive number and a source that is named twice.
+    """
+    weights: dict[str, float] = {}
+    for spec in specs:
+        source, given, number = spec.rpartition("=")
+        if not given or os.path.exists(os.path.expanduser(spec)) or any(c in number for c in "/*?["):
+            source, number = spec, "1"
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = -1.0
+        if not (source and 0 < weight < inf):
+            raise UserError(
+                f"--stream {spec} must be SOURCE or SOURCE=WEIGHT with a positive weight, such as books=0.3"
+            )
+        if source in weights:
+            raise UserError(f"--stream names {source} twice; give it once, with the sum of the weights")
+        weights[source] = weight
+    total = sum(weights.values())
+    return {source: weight / total for source, weight in weights.items()}
+
+
+def sources_of_step(weights: Sequence[float], batch: int, step: int, seed: int) -> np.ndarray:
+    """Choose the source of every window of a step's global batch, `[batch]`.
+
+    Every batch holds of each source its share of windows, rounded up or down; over many steps the shares are exact.
+    It depends on the arguments alone, so that any rank and worker knows it. Which slot has which source is shuffled
+    anew in every step, so that each reader reads from all of them.
+    """
+    if len(weights) == 1:
+        return np.zeros(batch, dtype=np.int64)
+    offset = (step + 1) * _GOLDEN % 1.0
+    points = (np.arange(batch) + offset) / batch
+    found = np.searchsorted(np.cumsum(weights[:-1]), points, side="right")
+    # RandomState's numbers are frozen; those of numpy's newer generators may change with its version.
+    return np.random.RandomState([seed, step & 0xFFFFFFFF, step >> 32]).permutation(found)

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 LOADING = """\
 ```python
-import vwn.hf  # pip install vwn; or, without this line, pass trust_remote_code=True below
+import vwn.hf  # the package vwn has to be installed
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("PATH OR HUB ID OF THIS FOLDER")

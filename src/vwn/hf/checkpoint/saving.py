@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_module_tensor_to_device
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -34,20 +33,20 @@ _TEMPLATE = "This model card has been automatically generated."  # of what trans
 
 
 class SavingMixin:
-    """``save_pretrained`` with a shim module and a model card, ``from_pretrained`` that is whole or raises."""
+    """``save_pretrained`` with a model card, ``from_pretrained`` that loads the whole model or raises."""
 
     config: Any
+    _carries_code = False  # folders hold the shim module; see register_for_auto_class
     new_weights: tuple[str, ...] = ()
     """Prefixes of weights that start afresh where a checkpoint lacks them: those of another task's head."""
     training_facts: TrainingFacts | None = None
     """What the model card says of the training; a training run sets it."""
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
-        """As in transformers: safetensors and ``config.json``. Besides, what other tools and people need.
+        """Save safetensors and ``config.json`` as transformers does, and a model card where there is no ``README.md``.
 
-        ``modeling_virtual_width.py`` imports the classes from the installed package, so that a process that has not
-        imported it loads the model with ``trust_remote_code=True``. ``README.md`` is a model card, left alone where
-        there is one.
+        The folder holds no code: transformers loads its tokenizer without a question, and its model after
+        ``import vwn.hf``. See :meth:`register_for_auto_class` for programs without that import.
 
         Raises:
             UserError: ``safe_serialization=False``, or a path that is a file.
@@ -57,6 +56,7 @@ class SavingMixin:
         folder = Path(save_directory)
         if folder.is_file():
             raise UserError(f"{folder} is a file; give save_pretrained a directory")
+        self._carries_code |= getattr(self.config, "auto_map", None) is not None  # loaded from a folder that does
         adapters_only = getattr(self, "_hf_peft_config_loaded", False)
         if not adapters_only and is_main_process and _first_rank():
             folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,8 @@ class SavingMixin:
         config = self.config
         if not adapters_only:
             self.config = deepcopy(config)
-            self.config.auto_map = dict(AUTO_MAP)
+            if self._carries_code:
+                self.config.auto_map = dict(AUTO_MAP)
             # A plain class would find its config in ours and start all its weights afresh: it is to fail at this name.
             self.config.backbone.transformers_weights = NOT_PLAIN
         try:
@@ -73,7 +74,8 @@ class SavingMixin:
             self.config = config
 
     def _write_companions(self, folder: Path) -> None:
-        shutil.copyfile(SHIM, folder / f"{SHIM_MODULE}.py")
+        if self._carries_code:
+            shutil.copyfile(SHIM, folder / f"{SHIM_MODULE}.py")
         if not (folder / CARD).exists():
             model_card(self, self.training_facts).save(folder / CARD)
 
@@ -90,7 +92,12 @@ class SavingMixin:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Nothing: classes of an installed package are imported, their source is not copied into checkpoints."""
+        """Have folders saved from now on load with ``trust_remote_code=True``, without ``import vwn.hf``.
+
+        They get ``modeling_virtual_width.py``, which imports the classes from the installed package. transformers then
+        asks before it loads anything of the folder, the tokenizer included, unless it gets ``trust_remote_code``.
+        """
+        cls._carries_code = True
 
     @classmethod
     def from_pretrained(
@@ -264,6 +271,8 @@ def _keep_routing_weights_placed(model: Any) -> None:
         hook = getattr(connection, "_hf_hook", None)
         if hook is None or not getattr(hook, "offload", False):
             continue
+        from accelerate.utils import set_module_tensor_to_device
+
         for name, weight in connection.state_dict(keep_vars=True).items():
             if weight.is_meta:
                 value = hook.weights_map[name]

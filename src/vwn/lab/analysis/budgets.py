@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vwn.lab.analysis.compute import step_ratio
+from vwn.lab.analysis.compute import cost_ratio
 from vwn.lab.analysis.curves import Curve, loss_at, tokens_to_loss
 from vwn.lab.analysis.estimates import Estimate
 from vwn.lab.analysis.runs import LOSS_KEYS, Run, runs_by_arm
@@ -39,17 +39,26 @@ class Law:
 
 
 @dataclass(frozen=True)
-class EqualCost:
-    """An arm against the baseline at equal training tokens, FLOPs or seconds, over seeds.
+class Measured:
+    """One number of an arm over seeds; `over_seeds` has no mean if some seed has no number."""
 
-    `difference` is the arm's decayed loss minus the baseline's in nats per token; `speedup` the baseline's cost of the
-    arm's loss over the arm's cost; each has no mean if some seed has no number, and `reason` says why.
+    by_seed: dict[int, float]
+    over_seeds: Estimate
+    extrapolated: bool
+
+
+@dataclass(frozen=True)
+class EqualCost:
+    """An arm against the baseline at equal training tokens, FLOPs or seconds.
+
+    Args:
+        gap: the arm's decayed loss minus the baseline's, in nats per token.
+        speedup: the baseline's cost of the arm's loss over the arm's cost.
+        reason: why some seed has no number, else None.
     """
 
-    difference: Estimate
-    difference_extrapolated: bool
-    speedup: Estimate
-    speedup_extrapolated: bool
+    gap: Measured
+    speedup: Measured
     reason: str | None
 
 
@@ -61,19 +70,14 @@ class BudgetPoint:
     equal: dict[str, EqualCost]
 
     @property
-    def gap(self) -> Estimate:
-        """The arm's decayed loss minus the baseline's at equal tokens."""
-        return self.equal["tokens"].difference
-
-    @property
     def speedup(self) -> Estimate:
         """The speed-up in tokens."""
-        return self.equal["tokens"].speedup
+        return self.equal["tokens"].speedup.over_seeds
 
 
 @dataclass(frozen=True)
 class BaselinePoint:
-    """The baseline at one budget: its decayed loss, and the slope there (None with a single budget)."""
+    """The baseline at one budget: its decayed loss, and the law's slope there (None without a law)."""
 
     tokens: int
     loss: Estimate
@@ -174,9 +178,14 @@ def _study(report: dict[str, Any], baseline: list[Run], key: str) -> BudgetStudy
         cut = {name: [at_budget(run, tokens) for run in runs] for name, runs in family.items()}
         some = {name: [run for run in runs if run is not None] for name, runs in cut.items()}
         fits.append({"tokens": tokens, **fit_family({name: runs for name, runs in some.items() if runs}, key)})
-    losses = [Estimate.over([loss for run in baseline if (loss := _loss(run, tokens, key))]) for tokens in budgets]
-    slopes = [_slope(law, baseline, budgets, place, key) for place in range(len(budgets))]
-    rows = [BaselinePoint(*row) for row in zip(budgets, losses, slopes, strict=True)]
+    rows = [
+        BaselinePoint(
+            tokens,
+            Estimate.over([loss for run in baseline if (loss := _loss(run, tokens, key))]),
+            None if law is None else law.slope(tokens),
+        )
+        for tokens in budgets
+    ]
     return BudgetStudy(rows, law, {name: points for name, points in found.items() if points}, fits)
 
 
@@ -200,10 +209,11 @@ def _point(runs: list[Run], references: dict[int, tuple[Run, Decayed]], tokens: 
 
 
 def _equal_cost(pairs: list[tuple[Run, Run, Decayed]], tokens: int, cost: str, key: str) -> EqualCost:
-    differences, speedups, reasons = [], [], []
-    beyond, extrapolated = False, False
+    gaps: dict[int, float] = {}
+    speedups: dict[int, float] = {}
+    reasons, gap_beyond, speedup_beyond = [], False, False
     for run, baseline, decayed in pairs:
-        ratio, loss = _cost_ratio(run, baseline, tokens, cost), _loss(run, tokens, key)
+        ratio, loss = cost_ratio(run, baseline, cost), _loss(run, tokens, key)
         if loss is None or not decayed.curve.is_finite:
             reasons.append("diverged")
             continue
@@ -212,51 +222,18 @@ def _equal_cost(pairs: list[tuple[Run, Run, Decayed]], tokens: int, cost: str, k
             continue
         reference, outside = decayed.loss_at(ratio * tokens)
         needed, further = decayed.tokens_for(loss)
-        beyond, extrapolated = beyond or outside, extrapolated or further
+        gap_beyond, speedup_beyond = gap_beyond or outside, speedup_beyond or further
         if reference is not None:
-            differences.append(loss - reference)
+            gaps[run["seed"]] = float(loss - reference)
         if needed is not None:
-            speedups.append(needed / (ratio * tokens))
+            speedups[run["seed"]] = needed / (ratio * tokens)
         if reference is None or needed is None:
             reasons.append("beyond the baseline’s budgets" if decayed.law is None else "beyond the fit’s floor")
-    whole = len(pairs)
-    return EqualCost(
-        Estimate.over(differences, honest=len(differences) == whole),
-        beyond,
-        Estimate.over(speedups, honest=len(speedups) == whole),
-        extrapolated,
-        reasons[0] if reasons else None,
+    gap, speedup = (
+        Measured(by_seed, Estimate.over([*by_seed.values()], honest=len(by_seed) == len(pairs)), extrapolated)
+        for by_seed, extrapolated in ((gaps, gap_beyond), (speedups, speedup_beyond))
     )
-
-
-def _cost_ratio(run: Run, baseline: Run, tokens: int, cost: str) -> float | None:
-    """Cost of a token of `run` over one of the baseline."""
-    if cost == "tokens":
-        return 1.0
-    if cost == "flops":
-        flops, reference = run.get("flops_per_token"), baseline.get("flops_per_token")
-        return flops / reference if flops and reference else None
-    ratio = step_ratio(run, baseline)
-    if ratio is None:
-        seconds, other = (_at(one, tokens).get("seconds") for one in (run, baseline))
-        ratio = seconds / other if seconds and other else None
-    return ratio
-
-
-def _slope(law: Law | None, baseline: list[Run], budgets: list[int], place: int, key: str) -> float | None:
-    """The law's slope; with two budgets that between them, of the seeds that have both."""
-    if law is not None:
-        return law.slope(budgets[place])
-    if len(budgets) < 2:
-        return None
-    low, high = (budgets[place - 1], budgets[place]) if place else (budgets[0], budgets[1])
-    losses = [(_loss(run, low, key), _loss(run, high, key)) for run in baseline]
-    falls = [first - last for first, last in losses if first is not None and last is not None]
-    return float(np.mean(falls) / np.log(high / low)) if falls else None
-
-
-def _at(run: Run, tokens: int) -> dict[str, Any]:
-    return next(point for point in run["decayed"] if point["tokens"] == tokens)
+    return EqualCost(gap, speedup, reasons[0] if reasons else None)
 
 
 def _budgets(run: Run, key: str) -> list[int]:
@@ -267,9 +244,7 @@ def _budgets(run: Run, key: str) -> list[int]:
 
 
 def _loss(run: Run, tokens: int, key: str) -> float | None:
-    if tokens not in _budgets(run, key):
-        return None
-    loss = _at(run, tokens).get(key)
+    loss = next((point.get(key) for point in run.get("decayed") or [] if point["tokens"] == tokens), None)
     return None if loss is None or not np.isfinite(loss) else float(loss)
 
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from vwn.lab.analysis.estimates import Estimate
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,7 @@ def mean_curve(curves: Iterable[Curve]) -> tuple[Curve, np.ndarray]:
     filled = [curve for curve in curves if not curve.is_empty]
     if not filled:
         return EMPTY, np.empty(0)
-    shared = filled[0].tokens
-    for curve in filled[1:]:
-        shared = np.intersect1d(shared, curve.tokens)
-    losses = np.stack([curve.losses[np.isin(curve.tokens, shared)] for curve in filled])
+    shared, losses = _at_shared_tokens(filled)
     spread = losses.std(axis=0, ddof=1) if len(filled) > 1 else np.full(shared.size, np.nan)
     return Curve(shared, losses.mean(axis=0)), spread
 
@@ -112,6 +112,30 @@ def gap_curve(curve: Curve, baseline: Curve) -> Curve:
     inside = (curve.tokens >= baseline.tokens[0]) & (curve.tokens <= baseline.tokens[-1])
     tokens = curve.tokens[inside]
     return Curve(tokens, curve.losses[inside] - np.interp(tokens, baseline.tokens, baseline.losses))
+
+
+def mean_gap_curve(gaps: list[Curve], diverged: bool) -> list[dict[str, Any]]:
+    """Gaps to the baseline in nats per token, over seeds, at the token counts that all seeds share.
+
+    Each point: `tokens`; `mean`, `std`, `n`, `interval`. No mean where a seed's gap is not finite, nor anywhere if a
+    seed `diverged`.
+    """
+    filled = [gap for gap in gaps if not gap.is_empty]
+    if not filled:
+        return []
+    shared, losses = _at_shared_tokens(filled)
+    return [
+        {"tokens": float(tokens), **Estimate.over(values, not diverged and bool(np.isfinite(values).all())).described()}
+        for tokens, values in zip(shared, losses.T.tolist(), strict=True)
+    ]
+
+
+def _at_shared_tokens(curves: list[Curve]) -> tuple[np.ndarray, np.ndarray]:
+    """The token counts [points] that all curves have, and their losses [curves, points] there."""
+    shared = curves[0].tokens
+    for curve in curves[1:]:
+        shared = np.intersect1d(shared, curve.tokens)
+    return shared, np.stack([curve.losses[np.isin(curve.tokens, shared)] for curve in curves])
 
 
 def _finite(value: float) -> float | None:

@@ -1,22 +1,18 @@
-"""The first lines of a report: what the best arm gained, against recorded runs, over budgets; and what weakens that."""
+"""The first lines of a report: what the best arm gained, over budgets and beside recorded runs; and caveats."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+from vwn.common.errors import UserError
 from vwn.lab.analysis import wording
 from vwn.lab.analysis.budgets import BudgetPoint, BudgetStudy
-from vwn.lab.analysis.compute import is_uneven, speed_ratio
+from vwn.lab.analysis.compute import is_uneven
 from vwn.lab.analysis.estimates import Estimate
-from vwn.lab.analysis.runs import (
-    LOSS_KEYS,
-    baseline_by_seed,
-    has_loss,
-    judged_points,
-    pair_status,
-    read_curve,
-    runs_by_arm,
-)
+from vwn.lab.analysis.paired import with_pairs
+from vwn.lab.analysis.runs import LOSS_KEYS, baseline_by_seed, judged_points, runs_by_arm, with_judged_points
 from vwn.lab.analysis.wording import LOSS_NAMES, PERCENT, PLUS_MINUS
 
 Summary = dict[str, Any]
@@ -35,8 +31,16 @@ def lead_arm(report: dict[str, Any]) -> Summary | None:
     )
 
 
+def first_lines(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> list[str]:
+    """The sentences that the report begins with and the terminal ends with."""
+    gained = budget_sentence(report, studies)
+    found = [gained or headline(report), recorded_sentence(report)]
+    found += [budget_explanation(report, study) for study in list(studies.values())[:1] if gained]
+    return [sentence for sentence in found if sentence]
+
+
 def headline(report: dict[str, Any]) -> str:
-    """One plain sentence on an analysed report: what was gained in both losses, or why nothing can be said."""
+    """One sentence on an analysed report: what was gained in both losses, or why nothing can be said."""
     name, lead = report.get("baseline"), lead_arm(report)
     arms = [arm for arm in report["summary"] if not arm["is_baseline"]]
     if baseline_summary(report) is None:
@@ -44,7 +48,7 @@ def headline(report: dict[str, Any]) -> str:
     if not arms:
         return f"Only the baseline {name} was run, so there is nothing to compare."
     if lead is None:
-        return " ".join(f"{arm['name']} cannot be compared: {_reason(arm, report)}." for arm in arms)
+        return " ".join(f"{arm['name']} cannot be compared with {name}: {arm['loss']['reason']}." for arm in arms)
     clauses = [_clause(lead[key], str(name), key) for key in LOSS_NAMES if _has_difference(lead[key])]
     seeds = lead["loss"]["difference"]["n"]
     best = f", the best of {len(arms)} arms," if len(arms) > 1 else ""
@@ -52,38 +56,27 @@ def headline(report: dict[str, Any]) -> str:
     return f"{lead['name']}{best} ended {' and '.join(clauses)}, {runs}."
 
 
-def details(report: dict[str, Any]) -> list[str]:
-    """Sentences behind the first lines: the other arms and what the best one costs."""
-    lead, baseline = lead_arm(report), baseline_summary(report)
-    if lead is None or baseline is None:
-        return []
-    found = []
-    others = [arm for arm in report["summary"] if not arm["is_baseline"] and arm is not lead]
-    for verdict, word in wording.VERDICT_WORDS.items():
-        names = [arm["name"] for arm in others if arm["loss"]["verdict"] == verdict]
-        if names:
-            found.append(f"{wording.listed(names)} against {baseline['name']} in next-token loss: {word}.")
-    costs = [("params", "parameters"), ("flops_per_token", "FLOPs per token")]
-    has = [f"{r} the {label}" for field, label in costs if (r := wording.ratio(lead[field], baseline[field]))]
-    runs, references = runs_by_arm(report)[lead["name"]], baseline_by_seed(report)
-    pairs = [(run, references[run["seed"]]) for run in runs if run["seed"] in references]
-    speed = Estimate.over([ratio for run, other in pairs if (ratio := speed_ratio(run, other))]).mean
-    if speed is not None:
-        has.append(f"{speed:.2f}× the training speed")
-    if has:
-        found.append(f"{lead['name']} has {wording.listed(has)} of {baseline['name']}.")
-    return found
+def read_recorded(path: Path) -> dict[str, Any]:
+    """What `report["recorded"]` holds, from the report.json of an earlier comparison: see `recorded_runs`.
+
+    Raises:
+        UserError: the file cannot be read or holds no report.
+    """
+    try:
+        return recorded_runs(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} holds no recorded comparison ({error!r}); give a report.json") from error
 
 
 def recorded_runs(report: dict[str, Any]) -> dict[str, Any]:
-    """What `report["recorded"]` holds, from the report.json of an earlier comparison.
-
-    {"tokens": the budget, "arms": {name: {"loss": [differences to the baseline, one per seed], "loss_2": [...]}}}.
-    """
+    """Differences of a report: {"tokens": the budget, "arms": {name: {"loss": [one per seed], "loss_2": [...]}}}."""
+    report = {**report, "arms": with_judged_points(report["arms"])}
     references, arms = baseline_by_seed(report), {}
     for name, runs in runs_by_arm(report).items():
         if name != report.get("baseline"):
-            arms[name] = {key: _differences(runs, references, key) for key in LOSS_KEYS}
+            pairs = [with_pairs(run, references.get(run["seed"]))["paired"] for run in runs]
+            found = {key: [pair[key]["difference"] for pair in pairs if pair[key]] for key in LOSS_KEYS}
+            arms[name] = {key: [value for value in values if value is not None] for key, values in found.items()}
     return {"tokens": _budget(report), "arms": arms}
 
 
@@ -150,20 +143,42 @@ def budget_explanation(report: dict[str, Any], study: BudgetStudy) -> str:
 
 def cautions(report: dict[str, Any]) -> list[str]:
     """What a reader must know before trusting the numbers of an analysed report, one sentence each."""
-    found = [
-        text
-        for key, loss in LOSS_NAMES.items()
-        for arm in report["summary"]
-        if arm[key]
-        for text in _arm_cautions(arm, key, loss, report)
-    ]
-    return [
-        *found,
-        *_seed_cautions(report),
-        *_rate_cautions(report),
-        *_speed_cautions(report),
-        *_origin_cautions(report),
-    ]
+    found = []
+    for key, loss in LOSS_NAMES.items():
+        for arm in report["summary"]:
+            if arm[key] and arm[key]["diverged_seeds"]:
+                seeds = wording.listed(map(str, arm[key]["diverged_seeds"]))
+                found.append(f"{arm['name']}: the final {loss} is not finite in seed {seeds}, so there is no mean.")
+    if any(arm["loss"]["difference"]["n"] == 1 for arm in report["summary"] if not arm["is_baseline"]):
+        found.append("One seed gives no interval: another seed could differ by more than the arms do.")
+    statuses = [(run["name"], run["paired"]["loss"]["status"]) for run in report["arms"]]
+    unpaired = dict.fromkeys(name for name, status in statuses if status in ("no baseline", "different budgets"))
+    if unpaired and baseline_summary(report):
+        found.append(
+            f"{wording.listed(unpaired)}: the differences leave out seeds that {report['baseline']} was not trained "
+            "with, or to another token count."
+        )
+    known = report.get("recorded")
+    if known and known.get("tokens") != _budget(report):
+        found.append(f"The recorded runs have {wording.scaled(known.get('tokens'))} tokens each and are not compared.")
+    edge = [entry["arm"] for entry in report.get("sweep") or [] if entry["rates"] and not entry["bracketed"]]
+    if edge:
+        found.append(
+            f"{wording.listed(edge)}: the best learning rate is the lowest or highest tried, so not bracketed."
+        )
+    uneven = dict.fromkeys(run["name"] for run in report["arms"] if is_uneven(run))
+    if uneven:
+        found.append(f"{wording.listed(uneven)}: the speed was uneven, so times and speeds are rough.")
+    slow = dict.fromkeys(run["name"] for run in report["arms"] if _lacks_kernels(run))
+    if slow:
+        found.append(
+            f"{wording.listed(slow)}: these run in plain PyTorch and virtual width on kernels, so speeds compare "
+            "implementations. Sinkhorn’s scaling is not counted in the FLOPs."
+        )
+    parts = [report, *(report.get("continued") or [])]
+    if any(part.get(name) != report.get(name) for part in parts for name in ("versions", "machine")):
+        found.append("The comparison was continued with other versions or on another machine; see each run.json.")
+    return found
 
 
 def _clause(loss: Summary, baseline: str, key: str) -> str:
@@ -193,113 +208,18 @@ def _fewer_tokens(loss: Summary, baseline: str, ending: str) -> str:
 
 
 def _speedup(point: BudgetPoint) -> str:
-    return f"{point.speedup.mean:.2f}×" + (" (extrapolated)" if point.equal["tokens"].speedup_extrapolated else "")
+    mark = " (extrapolated)" if point.equal["tokens"].speedup.extrapolated else ""
+    return f"{point.speedup.mean:.2f}×{mark}"
 
 
 def _has_difference(loss: Summary | None) -> bool:
     return loss is not None and loss["difference"]["mean"] is not None
 
 
-def _differences(runs: list[Summary], references: dict[int, Summary], key: str) -> list[float]:
-    pairs = [(run, references.get(run["seed"])) for run in runs if has_loss(run, key)]
-    compared = [(run, other) for run, other in pairs if pair_status(run, other, key) == "compared"]
-    finals = [(read_curve(run, key).final_loss, read_curve(other, key).final_loss) for run, other in compared]
-    return [own - other for own, other in finals if own is not None and other is not None]
-
-
 def _budget(report: dict[str, Any]) -> int | None:
     return max((judged_points(run)[-1]["tokens"] for run in report["arms"] if judged_points(run)), default=None)
 
 
-def _reason(arm: Summary, report: dict[str, Any]) -> str:
-    statuses = {run["paired"]["loss"]["status"] for run in report["arms"] if run["name"] == arm["name"]}
-    if "diverged" in statuses:
-        return f"it or {report['baseline']} ended with a loss that is not finite"
-    if statuses == {"no baseline"}:
-        return f"it shares no seed with {report['baseline']}"
-    if "different budgets" in statuses:
-        return f"it and {report['baseline']} ended at different token counts"
-    return f"it or {report['baseline']} has no validation point"
-
-
-def _arm_cautions(arm: Summary, key: str, loss_name: str, report: dict[str, Any]) -> list[str]:
-    loss, name, baseline = arm[key], arm["name"], report.get("baseline")
-    runs = [run for run in report["arms"] if run["name"] == name and run["paired"][key]]
-    found = []
-    if loss["diverged_seeds"]:
-        seeds = wording.listed(str(seed) for seed in loss["diverged_seeds"])
-        found.append(f"{name}: the final {loss_name} is not finite in seed {seeds}, so no mean over seeds is given.")
-    if key == "loss" and any(run["paired"][key]["status"] == "different budgets" for run in runs):
-        found.append(f"{name}: runs that end at another token count than {baseline}’s are not in the differences.")
-    if loss["tokens_at_most"]:
-        found.append(
-            f"{name}: its {loss_name} is below {baseline}’s final one at the first validation point already, so its "
-            "share of the tokens is an upper bound."
-        )
-    if arm["is_baseline"] and any(_rose(run, key) for run in runs):
-        found.append(
-            f"{name}: its final {loss_name} is not its lowest. Tokens are counted to where each curve stays at or "
-            "below the final one."
-        )
-    return found
-
-
-def _rose(run: dict[str, Any], key: str) -> bool:
-    curve = read_curve(run, key)
-    return curve.is_finite and curve.losses.min() < curve.losses[-1]
-
-
-def _seed_cautions(report: dict[str, Any]) -> list[str]:
-    counts = [arm["loss"]["difference"]["n"] for arm in report["summary"] if not arm["is_baseline"]]
-    found = []
-    if any(count == 1 for count in counts):
-        found.append("One seed gives no interval: another seed could differ by more than the arms do.")
-    unpaired = dict.fromkeys(run["name"] for run in report["arms"] if run["paired"]["loss"]["status"] == "no baseline")
-    if unpaired and baseline_summary(report):
-        found.append(
-            f"{wording.listed(unpaired)}: seeds without a run of {report['baseline']} are not in the differences."
-        )
-    known = report.get("recorded")
-    if known and known.get("tokens") != _budget(report):
-        found.append(f"The recorded runs have {wording.scaled(known.get('tokens'))} tokens each and are not compared.")
-    return found
-
-
-def _rate_cautions(report: dict[str, Any]) -> list[str]:
-    edge = [entry["arm"] for entry in report.get("sweep") or [] if entry["rates"] and not entry["bracketed"]]
-    if not edge:
-        return []
-    return [
-        f"{wording.listed(edge)}: the best learning rate lies at the edge of those tried; a better one may lie beyond."
-    ]
-
-
-def _speed_cautions(report: dict[str, Any]) -> list[str]:
-    """Arms whose seconds say more about the code or the machine than about the method."""
-    uneven = dict.fromkeys(run["name"] for run in report["arms"] if is_uneven(run))
-    slow = dict.fromkeys(
-        run["name"]
-        for run in report["arms"]
-        if run.get("connection") in ("hc", "mhc") or run.get("options", {}).get("carry_constraint", "none") != "none"
-    )
-    found = []
-    if uneven:
-        found.append(f"{wording.listed(uneven)}: the speed was uneven, so times and speeds are rough.")
-    if slow:
-        found.append(
-            f"{wording.listed(slow)}: these run in plain PyTorch and virtual width on kernels, so speeds compare "
-            "implementations. Sinkhorn’s scaling is not counted in the FLOPs."
-        )
-    return found
-
-
-def _origin_cautions(report: dict[str, Any]) -> list[str]:
-    """Where the runs were not all made by one version on one machine."""
-    changed = []
-    for name in ("versions", "machine"):
-        values = [part.get(name) for part in (report, *(report.get("continued") or []))]
-        changed += [name] if any(value != values[0] for value in values) else []
-    if not changed:
-        return []
-    which = wording.listed(["other versions" if name == "versions" else "another machine" for name in changed])
-    return [f"The comparison was continued with {which}; each run’s own are in its run.json."]
+def _lacks_kernels(run: dict[str, Any]) -> bool:
+    """Whether the connection runs in plain PyTorch."""
+    return run.get("connection") in ("hc", "mhc") or run.get("options", {}).get("carry_constraint", "none") != "none"

@@ -83,3 +83,8 @@ def listed(names: Iterable[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     *head, last = names
     return f"{', '.join(head)} and {last}" if head else last
+
+
+def printable(text: str) -> str:
+    """`text` with a question mark for every character that cannot be printed."""
+    return "".join(character if character.isprintable() or character == "\u00a0" else "?" for character in text)

@@ -9,7 +9,7 @@ from math import inf
 from pathlib import Path
 from typing import Literal
 
-from vwn.common.errors import UserError
+from vwn.common.errors import UserError, require
 from vwn.lab.compare.arms import BASELINE, Arm, check_arms, parse_arm
 from vwn.lab.compare.studies import STUDIES
 from vwn.training.config import (
@@ -20,7 +20,6 @@ from vwn.training.config import (
     SpeedOptions,
     TrainConfig,
     WidthOptions,
-    require,
 )
 
 

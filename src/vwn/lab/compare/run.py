@@ -28,7 +28,7 @@ from vwn.training.config import TrainConfig
 from vwn.training.model import load_backbone
 from vwn.training.presets import PRESETS
 from vwn.training.result import RunResult, stored_result
-from vwn.training.run import train
+from vwn.training.run import check_model, train
 from vwn.training.trainer import Diverged
 
 
@@ -46,6 +46,10 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         run = config.run(arm, config.seeds[0])
         check_device(run.speed)
         start_rate(config, run)
+    for arm in config.parsed:  # sizes of matched arms follow when the vocabulary is known
+        if not arm.matches and "hidden_scale" not in arm.run:
+            size = arm.run.get("hidden_size"), arm.run.get("intermediate_size")
+            check_model(config.run(arm, config.seeds[0], size))
     stored = directory.open_directory(config.out, "compare.json", config.resume)
     shared = shared_settings(config)
     if stored is not None:

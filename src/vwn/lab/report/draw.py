@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vwn.lab.analysis.wording import printable
 from vwn.lab.report.colours import LIGHT
 from vwn.lab.report.figures import Arrow, Figure, Series, finite_runs
 
@@ -102,9 +103,6 @@ def _draw_panel(axes: Any, figure: Figure) -> dict[int, Any]:
         axes.locator_params(axis="x", nbins=5)
     if figure.y.range is not None:
         axes.set_ylim(figure.y.range)
-    if figure.remark:
-        place: Any = {"ha": "right", "va": "top", "transform": axes.transAxes, "fontsize": 7}
-        axes.text(0.98, 0.97, figure.remark, **place)
     if figure.axis_break is not None:
         cut: Any = {
             "ha": "center",
@@ -172,7 +170,7 @@ def _hovers(figure: Figure, axes: Any) -> str:
             left, bottom = axes.transData.transform((x, y))
             if not figure.x.ticks:
                 text = f"{series.name} at {tokens_label(x)} tokens: {text}"
-            title = escape(_printable(text.replace("-", "−")), quote=False)
+            title = escape(printable(text.replace("-", "−")), quote=False)
             found.append(f'<circle cx="{left:.1f}" cy="{height - bottom:.1f}" r="4"><title>{title}</title></circle>')
     return "\n".join(found)
 
@@ -189,10 +187,6 @@ def _rounded(attribute: re.Match[str]) -> str:
     return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), attribute[0])
 
 
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() or character == "\u00a0" else "?" for character in text)
-
-
 def _name(text: str) -> str:
-    clean = _printable(text)
+    clean = printable(text)
     return clean if len(clean) <= LONGEST_NAME else f"{clean[: LONGEST_NAME - 1]}…"

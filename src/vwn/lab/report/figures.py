@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -12,18 +12,14 @@ from vwn.lab.analysis.runs import runs_by_arm
 
 ARM_COLOURS = 7
 DASHES = ("solid", "dash", "dot")
-NAMES = (
-    *("loss-over-tokens", "gap-over-tokens", "speedup-over-tokens", "speedup-over-budget"),
-    *("fewer-tokens", "gain-over-seeds"),
-    *("loss-over-width", "loss-over-fraction-rate", "loss-over-mtp", "sweep"),
-)
+NAMES = ("speedup-over-budget", "fewer-tokens", "loss-over-tokens", "gap-over-tokens", "gain", "loss-over-width")
 # Styles of what belongs to no arm are numbered from here.
 OTHERS = 1000
 
 
 @dataclass(frozen=True)
 class LineStyle:
-    """How an arm is drawn everywhere: its place among the arms, a colour of `page_assets.LIGHT`, and a dash."""
+    """How an arm is drawn everywhere: its place among the arms, a colour of `colours.LIGHT`, and a dash."""
 
     index: int
     colour: str
@@ -97,7 +93,6 @@ class Figure:
         level: where a dotted line is drawn across.
         level_name: what that line is.
         arrow: drawn over the series.
-        remark: a text in the upper right corner.
         axis_break: where the x axis is cut.
     """
 
@@ -111,7 +106,6 @@ class Figure:
     level: float | None = None
     level_name: str = ""
     arrow: Arrow | None = None
-    remark: str = ""
     axis_break: float | None = None
 
     @property
@@ -133,16 +127,6 @@ class Figure:
                 if series.role in roles:
                     shown.setdefault(series.style.index, series)
         return shown
-
-    def explained(self) -> Figure:
-        """The figure, with a caption that tells of points outside the part shown."""
-        if self.y.range is None:
-            return self
-        low, high = self.y.range
-        values = [value for series in self.series for value in series.y if value is not None]
-        if all(low <= value <= high for value in values):
-            return self
-        return replace(self, caption=f"{self.caption} Some points lie outside.".strip())
 
 
 def arm_styles(report: dict[str, Any]) -> dict[str, LineStyle]:

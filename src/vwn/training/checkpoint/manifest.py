@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from vwn.common.errors import UserError
 from vwn.common.files import as_json, read_json, sync, sync_directory, write_json
-from vwn.common.processes import everyones, first_ones, rank, world_size
+from vwn.common.processes import all_gather_object, broadcast, rank, world_size
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -45,19 +45,19 @@ def last_checkpoint(directory: Path) -> Path | None:
 
 def agreed_checkpoint(directory: Path) -> Path | None:
     """As :func:`last_checkpoint`, for all processes of a run together: each reads a share, and all find the same."""
-    steps = first_ones(list(checkpoints(directory)))
+    steps = broadcast(list(checkpoints(directory)))
 
     def damage(checkpoint: Path) -> str | None:
-        return next((d for d in everyones(damage_of(checkpoint, rank(), world_size())) if d), None)
+        return next((d for d in all_gather_object(damage_of(checkpoint, rank(), world_size())) if d), None)
 
     return _newest(directory, steps, damage)
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint is there and undamaged, for all processes of a run together, as in the above."""
-    if not first_ones(checkpoint.is_dir()):
+    if not broadcast(checkpoint.is_dir()):
         return False
-    return not any(everyones(damage_of(checkpoint, rank(), world_size())))
+    return not any(all_gather_object(damage_of(checkpoint, rank(), world_size())))
 
 
 def step_of(checkpoint: Path) -> int:
@@ -144,12 +144,12 @@ def _damage_without_manifest(checkpoint: Path) -> str | None:
 
 def seal(checkpoint: Path, step: int) -> None:
     """Have the disk hold every file of a checkpoint, and list them; all processes together, when all have written."""
-    names = first_ones(sorted(_files(checkpoint)))
+    names = broadcast(sorted(_files(checkpoint)))
     mine = {}
     for name in names[rank() :: world_size()]:
         sync(checkpoint / name)
         mine[name] = {"bytes": (checkpoint / name).stat().st_size, "blake2b": _hash(checkpoint / name)}
-    files = {name: entry for part in everyones(mine) for name, entry in part.items()}
+    files = {name: entry for part in all_gather_object(mine) for name, entry in part.items()}
     if rank() == 0:
         manifest: dict[str, Any] = {"format": FORMAT, "step": step, "world_size": world_size()}
         manifest["files"] = {name: files[name] for name in names}

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from vwn.common.files import CannotWrite, read_json, sync, sync_directory, write_json
-from vwn.common.processes import everyones, first_ones, rank, world_size
+from vwn.common.processes import all_gather_object, broadcast, rank, world_size
 from vwn.training.checkpoint.manifest import MANIFEST, STAGING, checkpoints, publish, rotate, seal
 
 DATA_STATE = "data_state.json"
@@ -79,7 +79,7 @@ class SavingTrainer(Trainer):
             finally:
                 self._staging = None
             self.save_data_state(checkpoint)
-            states = {name: everyones(part.state_dict()) for name, part in self.stateful.items()}
+            states = {name: all_gather_object(part.state_dict()) for name, part in self.stateful.items()}
             if self.args.should_save:
                 write_json(checkpoint / RUN_STATE, states)
             self.accelerator.wait_for_everyone()
@@ -129,7 +129,7 @@ class SavingTrainer(Trainer):
         """
         run_dir = Path(self.args.output_dir)
         staging, need, failure = run_dir / STAGING, self._bytes_to_save(optimiser), None
-        free = first_ones(shutil.disk_usage(run_dir).free)
+        free = broadcast(shutil.disk_usage(run_dir).free)
         if free < need:
             raise CannotWrite(self._no_room(what, "the disk is too full", need, free))
         try:
@@ -139,7 +139,7 @@ class SavingTrainer(Trainer):
                 raise
             failure = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
             free = shutil.disk_usage(run_dir).free
-        failure = next((f for f in everyones(failure) if f), None)
+        failure = next((f for f in all_gather_object(failure) if f), None)
         if failure is not None:
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -176,7 +176,7 @@ def not_finite(model: nn.Module) -> str | None:
         if not torch.isfinite(value).all():
             bad = name
             break
-    return next((name for name in everyones(bad) if name), None)
+    return next((name for name in all_gather_object(bad) if name), None)
 
 
 def _is_of_writing(error: BaseException) -> bool:

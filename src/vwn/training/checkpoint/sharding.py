@@ -25,7 +25,7 @@ from transformers import Trainer
 
 from vwn.common.errors import UserError
 from vwn.common.processes import rank
-from vwn.training.distributed import together
+from vwn.training.distributed import on_all_ranks
 
 MODEL, OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
 """Folders in a checkpoint of a sharded run, by accelerate's names."""
@@ -108,7 +108,7 @@ def _load_whole_weights(model: nn.Module, checkpoint: Path) -> None:
             raise UserError(f"{checkpoint} lacks {len(missing)} weights of the model, such as {missing[0]}")
         return weights
 
-    weights = together(lambda: read() if rank() == 0 else {})
+    weights = on_all_ranks(lambda: read() if rank() == 0 else {})
     set_model_state_dict(model, weights, options=_FROM_FIRST)
 
 

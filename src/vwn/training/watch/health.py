@@ -23,7 +23,7 @@ from vwn.hf import VirtualWidthForCausalLM
 from vwn.hf.measures import SublayerStatistics, split, static_routing, tanh_scales
 from vwn.hf.recording import record, sublayer_names
 from vwn.nn.connection import Connection
-from vwn.training.groups import group_of_parameters
+from vwn.nn.groups import group_of_parameters
 
 FILE = "health.jsonl"
 PROBE_TOKENS = 256
@@ -90,7 +90,7 @@ class HealthLog(TrainerCallback):
 
 def gradient_norms(model: nn.Module) -> dict[str, Any]:
     """2-norm of the gradients: of the backbone's layers (``layers``) and of their connections (``routing``), a number
-    for each layer; of the other parameter groups (:data:`vwn.training.groups.GROUPS`), the rest of the backbone, the
+    for each layer; of the other parameter groups (:data:`vwn.nn.groups.GROUPS`), the rest of the backbone, the
     MTP modules (``mtp``), and all (``total``)."""
     squares: dict[str, Any] = {}
     for name, group in group_of_parameters(model).items():

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from vwn.common.errors import UserError
-from vwn.common.processes import largest
+from vwn.common.processes import all_reduce_max
 
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 """Of the command line: EX_TEMPFAIL of sysexits.h, and a shell's for Ctrl-C."""
@@ -61,7 +61,7 @@ class StopSignals(TrainerCallback):
             os.kill(os.getpid(), number)
 
     def _agree(self, device: Any) -> bool:
-        self.agreed = self.agreed or largest(self.received or 0, device) or None
+        self.agreed = self.agreed or all_reduce_max(self.received or 0, device) or None
         return self.agreed is not None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

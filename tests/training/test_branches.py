@@ -15,8 +15,9 @@ from vwn.common.errors import UserError
 from vwn.lab.compare.config import CompareConfig
 from vwn.lab.compare.run import adopt, compare
 from vwn.training import directory
+from vwn.training.budgets import format_tokens, parse_tokens
 from vwn.training.checkpoint.manifest import checkpoints
-from vwn.training.config import CorpusConfig, OptimConfig, format_tokens, parse_tokens
+from vwn.training.config import CorpusConfig, OptimConfig
 from vwn.training.run import train
 from vwn.training.trainer import VirtualWidthTrainer, cooled_down
 

@@ -1,0 +1,47 @@
+"""Muon for the backbone's matrices and AdamW for everything else, as one optimiser that a Trainer can use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import AdamW, Optimizer
+
+from vwn.common.errors import UserError
+
+
+class MuonWithAdamW(Optimizer):
+    """Both, with one state and one list of parameter groups, Muon's first.
+
+    Args:
+        muon: groups of matrices, each with ``lr`` and ``weight_decay``, as :func:`vwn.parameter_groups` gives them.
+        adamw: groups of the other parameters.
+        betas: of AdamW.
+
+    Raises:
+        UserError: a torch without Muon.
+    """
+
+    def __init__(self, muon: list[dict[str, Any]], adamw: list[dict[str, Any]], betas: tuple[float, float]) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise UserError(f"torch {torch.__version__} has no Muon; use --optimizer adamw, or torch 2.9 or newer")
+        self.parts: tuple[Optimizer, ...] = (
+            torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw"),
+            AdamW(adamw, betas=betas),
+        )
+        self.matrices = len(muon)
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step both; what was loaded or scheduled stands in this optimiser's groups and state."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups[: self.matrices], self.param_groups[self.matrices :]
+        for part, own in zip(self.parts, groups, strict=True):
+            part.param_groups, part.state = own, self.state
+            part.step()
+        return loss
