@@ -15,6 +15,8 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
+FRONT = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 RUNS = re.compile(r"<!-- runs(: on meta)? -->\n```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 MARKED = [(page, *match.groups()) for page in PAGES for match in RUNS.finditer(page.read_text())]
 blocks = runpy.run_path(str(ROOT / "docs" / "tools" / "blocks.py"))
@@ -28,11 +30,72 @@ def test_marked_code_runs(code, on_meta):
         exec(compile(code, "<docs>", "exec"), {})
 
 
+@pytest.mark.parametrize("code", PYTHON.findall(FRONT[0].read_text()))
+def test_code_of_the_readme_runs_as_pasted(code, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    trained = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(trained).save_pretrained(tmp_path)
+    large = "hidden_size=512, intermediate_size" in code
+    with torch.device("meta" if large else "cpu"):
+        exec(compile(code.replace("path/or/hub-id", str(tmp_path)), "<README>", "exec"), {})
+
+
 def test_python_blocks_are_python():
-    for page in PAGES:
-        for code in re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
+    for page in [*PAGES, *FRONT]:
+        for code in PYTHON.findall(page.read_text()):
             compile(code, str(page), "exec")
-    assert len(MARKED) >= 4
+    assert len(MARKED) >= 6
+
+
+@pytest.mark.parametrize("page", FRONT, ids=lambda page: page.stem)
+def test_links_of_the_front_pages_lead_somewhere(page):
+    text = page.read_text()
+    targets = [t for t in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text) for t in t if t and ":" not in t]
+    assert len(targets) >= 5
+    for target in targets:
+        assert (ROOT / target.partition("#")[0]).exists(), target
+
+
+def test_the_map_of_the_code_names_what_there_is():
+    text = FRONT[1].read_text()
+    tree = text[text.index("src/vwn/\n") : text.index("tests/  ")]
+    packages = {path.name for path in (ROOT / "src" / "vwn").iterdir() if (path / "__init__.py").exists()}
+    assert {name for name in packages if f"{name}/" not in tree} == set()
+    files = re.findall(r"[a-z_]+\.py", tree)
+    present = {path.name for path in (ROOT / "src" / "vwn").rglob("*.py")}
+    assert set(files) <= present
+    for name in re.findall(r"`((?:[a-z_]+/)+[a-z_]*(?:\.py)?)`", text):
+        assert (ROOT / name).exists() or (ROOT / "src" / "vwn" / name).exists(), name
+    source = "\n".join(path.read_text() for path in (ROOT / "src" / "vwn").rglob("*.py"))
+    step = text[text.index("## One training step") : text.index("## Where to add")]
+    for row in [line.split("|")[2] for line in step.splitlines() if line.startswith("| ")][2:]:
+        for name in re.findall(r"`([A-Za-z_.]+)`", row):
+            word = name.rpartition(".")[2]
+            assert re.search(rf"(?:def|class) {word}\b", source), name
+
+
+def test_commands_of_the_pages_have_the_options_that_they_are_given():
+    from vwn.cli import COMMANDS
+
+    checked = 0
+    for page in [*PAGES, *FRONT]:
+        for line in re.findall(r"vwn (?:[a-z]+ .*)", page.read_text().replace("\\\n", " ")):
+            command = line.split()[1]
+            if command not in COMMANDS:
+                continue
+            known = {f"--{option.name}" for option in COMMANDS[command].options} | {"--help"}
+            for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", line.split("`")[0].split("|")[0].split("#")[0]):
+                assert option in known, (page.name, line)
+                checked += 1
+    assert checked > 60
+
+
+def test_no_page_promises_a_package_on_an_index():
+    for page in [*PAGES, *FRONT]:
+        assert not re.search(r"pip install [\"']?vwn|vwn\[", page.read_text()), page
+
+
 
 
 @pytest.mark.slow
@@ -58,7 +121,7 @@ def test_our_numbers_are_those_of_the_report():
         for cell, key in zip(row.split("|")[4:6], ("loss", "loss_2"), strict=True):
             if name != "plain":
                 assert estimate(arm[key]["difference"]) in cell
-                assert ("not decided" in cell) == (arm[key]["verdict"] == "undecided")
+                assert ("not significant" in cell) == (arm[key]["verdict"] == "undecided")
     for key in ("loss", "loss_2"):
         assert estimate(summary["4x16"][key]["difference"]) in index
     family = json.loads((ROOT / "results" / "family" / "report.json").read_text())["summary"]
@@ -80,7 +143,7 @@ def test_every_page_is_in_the_navigation():
     ours = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES}
     results = {page.relative_to(ROOT).as_posix() for page in (ROOT / "results").rglob("*.md")}
     assert len(named) == len(set(named))
-    assert set(named) == ours | results
+    assert set(named) == ours | results | {"CONTRIBUTING.md"}
 
 
 @pytest.mark.slow

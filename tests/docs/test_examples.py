@@ -126,6 +126,23 @@ def test_compare(run, text, tmp_path):
     assert (tmp_path / "out" / "report.html").exists()
 
 
+@pytest.mark.slow
+def test_the_notebook(monkeypatch):
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
+    notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+    assert "steps = 300" in cells[0]
+    cells[0] = cells[0].replace("steps = 300", "steps = 5")
+    names = {}
+    for cell in cells:
+        exec(compile(cell, "<notebook>", "exec"), names)
+    assert [len(curve) for curve in names["curves"].values()] == [5, 5]
+    assert names["slots"].shape == (5, 16)
+    for curve in names["curves"].values():
+        assert curve[-1][1] < curve[0][1]
+
+
 def test_widen(run, text, tmp_path):
     printed = run("widen_pretrained", text, tmp_path, "--steps=3", "--window=32", "--batch-size=2")
     change = printed.split("largest change of a logit: ")[1].split()[0]
