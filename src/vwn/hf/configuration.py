@@ -4,7 +4,6 @@ import logging
 from copy import deepcopy
 from difflib import get_close_matches
 from functools import cache
-from operator import attrgetter
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -154,7 +153,7 @@ class VirtualWidthConfig(PreTrainedConfig):
         if getattr(self.backbone, "transformers_weights", None) == NOT_PLAIN:
             del self.backbone.transformers_weights
         for name in READ_FROM_BACKBONE:  # of to_dict()
-            if name in kwargs and kwargs[name] == getattr(self.backbone, name, None):
+            if name in kwargs and kwargs[name] == getattr(self, name, None):
                 del kwargs[name]
         if self.transformers_version is None:  # a saved config may hold what other libraries put there
             self._check_names(kwargs)
@@ -302,7 +301,17 @@ def _delegate(name: str) -> property:
     return property(lambda self: getattr(self.backbone, name), lambda self, value: setattr(self.backbone, name, value))
 
 
+def _of_backbone(name: str) -> property:
+    def get(self: VirtualWidthConfig) -> Any:
+        try:
+            return getattr(self.backbone, name)
+        except RuntimeError as error:  # it differs by layer
+            raise AttributeError(str(error)) from error
+
+    return property(get)
+
+
 for _name in READ_FROM_BACKBONE:
-    setattr(VirtualWidthConfig, _name, property(attrgetter(f"backbone.{_name}")))
+    setattr(VirtualWidthConfig, _name, _of_backbone(_name))
 for _name in (*DELEGATED, *(f"_{name}_internal" for name in IMPLEMENTATIONS)):
     setattr(VirtualWidthConfig, _name, _delegate(_name))

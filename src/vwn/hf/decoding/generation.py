@@ -37,6 +37,24 @@ class NgramGenerationMixin(GenerationMixin):
             return False
         return length > limit and 0 < cache.get_seq_length() <= limit
 
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> bool:
+        """Name a Mamba's cache ``cache_params``, as transformers before 5.24 does by the name of the model's class."""
+        prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if self.base_model.backbone.cache_name == "cache_params" and "past_key_values" in model_kwargs:
+            model_kwargs["cache_params"] = model_kwargs.pop("past_key_values")
+        return prepared
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Keep the cache under one name, whatever the output calls it."""
+        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if "cache_params" in updated:
+            updated.pop("past_key_values", None)
+        return updated
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -55,10 +73,11 @@ class NgramGenerationMixin(GenerationMixin):
         Raises:
             UserError: a cache of tokens whose ids are not given.
         """
-        cache = kwargs.pop(CACHE_FIELD, None)
+        name = "cache_params" if "cache_params" in kwargs else CACHE_FIELD
+        cache = kwargs.pop(name, None)
         if self._switches_rope(input_ids.shape[1], cache):
             cache, kwargs["next_sequence_length"] = None, None
-        given = {CACHE_FIELD: cache, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        given = {name: cache, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **given, **kwargs)
         if cache is not None and cache.is_linear and all(cache.is_linear):  # Mamba masks the padding in a chunk
             chunk = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
