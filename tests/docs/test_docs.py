@@ -34,7 +34,9 @@ def test_marked_code_runs(code, on_meta):
 def test_code_of_the_readme_runs_as_pasted(code, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    trained = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    trained = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
     LlamaForCausalLM(trained).save_pretrained(tmp_path)
     large = "hidden_size=512, intermediate_size" in code
     with torch.device("meta" if large else "cpu"):
@@ -94,8 +96,6 @@ def test_commands_of_the_pages_have_the_options_that_they_are_given():
 def test_no_page_promises_a_package_on_an_index():
     for page in [*PAGES, *FRONT]:
         assert not re.search(r"pip install [\"']?vwn|vwn\[", page.read_text()), page
-
-
 
 
 @pytest.mark.slow
