@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -171,15 +171,9 @@ def _prompts(given: str | None) -> Iterator[str]:
     if given is not None:
         yield given
         return
-    asking = sys.stdin.isatty()
-    if asking:
+    if sys.stdin.isatty():
         print("vwn: type a prompt and press Enter; Ctrl-D ends", file=sys.stderr)
-    while True:
-        if asking:
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
+    for line in iter(sys.stdin.readline, ""):
         if line.strip():
             yield line.rstrip("\n")
 
@@ -251,6 +245,7 @@ def run_cost(config: CostConfig) -> None:
 COMMANDS = {
     "train": Command(
         TrainConfig,
+        run_train,
         "Train one model on text, plain or with virtual width.",
         (
             "train --out runs/wide --m 4 --n 8 --data mytext/ --steps 1000",
@@ -259,10 +254,10 @@ COMMANDS = {
         ),
         ("out", "data", "backbone", "m", "n", "steps"),
         packages=("accelerate", "tensorboard"),
-        presets=True,
     ),
     "compare": Command(
         CompareConfig,
+        run_compare,
         "Train several models that differ in one thing, and write a report.",
         (
             "compare --out runs/widths --arms plain 4x16 --seeds 0 1 2",
@@ -271,16 +266,17 @@ COMMANDS = {
         ("out", "arms", "data", "backbone", "steps", "seeds"),
         packages=("accelerate", "tensorboard", "matplotlib", "jinja2"),
         hidden=("stream", "skip-bad-rows"),
-        presets=True,
     ),
     "generate": Command(
         GenerateConfig,
+        run_generate,
         "Continue a prompt with a trained model.",
         ('generate runs/wide --prompt "def main"', "generate runs/wide"),
         ("checkpoint", "prompt", "max-new-tokens", "temperature"),
     ),
     "inspect": Command(
         InspectCommand,
+        run_inspect,
         "Show what the connections of a trained model do, as figures and numbers.",
         ("inspect runs/wide --out runs/wide-inside",),
         ("checkpoint", "out", "data"),
@@ -288,46 +284,39 @@ COMMANDS = {
     ),
     "eval": Command(
         EvalCommand,
+        run_eval,
         "Measure a trained model: losses on a text, scores on tasks, or both.",
         ("eval runs/wide --data other.txt", "eval runs/wide --tasks piqa lambada --data-dir tasks/"),
         ("checkpoint", "data", "tasks", "data-dir", "out"),
     ),
     "widen": Command(
         WidenConfig,
+        run_widen,
         "Give a trained model virtual width; its logits stay the same.",
         ("widen path/to/model wide --m 4 --n 8",),
         ("model", "out", "m", "n"),
     ),
     "cost": Command(
         CostConfig,
+        run_cost,
         "Count parameters, FLOPs, memory and traffic of models before training, on one device or a cluster.",
         (
             "cost --backbone small --arms plain 2x3 4x16",
             "cost --backbone path/to/config.json --cluster h100:8x16 --arms plain 4x8",
         ),
         ("backbone", "arms", "window", "cluster", "json"),
-        presets=True,
     ),
-}
-RUN: dict[str, Callable[[Any], None]] = {
-    "train": run_train,
-    "compare": run_compare,
-    "generate": run_generate,
-    "inspect": run_inspect,
-    "eval": run_eval,
-    "widen": run_widen,
-    "cost": run_cost,
 }
 
 
 def given_options() -> set[str]:
-    """Names of the options on the command line, as fields: what a resumed run must not take from its record."""
+    """Field names of the options on the command line, which a resumed run must not take from its record."""
     flags = (argument.split("=")[0] for argument in sys.argv[1:] if argument.startswith("--"))
     return {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags}
 
 
 def arguments(name: str, given: list[str]) -> list[str]:
-    """Check the names of a command's options, and write out what tyro cannot read: `train --resume` without a word."""
+    """Check the names of a command's options, and give `train --resume` the value that tyro needs."""
     command, found = COMMANDS[name], []
     known = {option.name for option in command.options if not option.positional}
     known |= {f"no-{option.name}" for option in command.options if option.switch} | {"no-resume"}
@@ -352,7 +341,7 @@ def parse(name: str, given: list[str]) -> Any:
 
 
 def help_text(given: list[str]) -> str | None:
-    """What is printed where the command line asks for help or the version, else None."""
+    """The text to print if the command line asks for help or the version, else None."""
     words = [word for word in given if word not in ("-h", "--help", "help")]
     if (given and not words) or not given:
         return overview(COMMANDS)
@@ -364,12 +353,12 @@ def help_text(given: list[str]) -> str | None:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that speaks, where a launcher started several."""
+    """Whether this is the only process, or the first of several: the one that prints."""
     return int(os.environ.get("RANK") or 0) == 0
 
 
 def show_our_logs() -> None:
-    """Print what a run chose and why (backends) to stderr, where its progress goes too."""
+    """Print the package's log, such as the backends chosen, to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("vwn: %(message)s"))
     logger = logging.getLogger("vwn")
@@ -379,10 +368,10 @@ def show_our_logs() -> None:
 
 def fail(sentence: str, code: int) -> NoReturn:
     """Print the sentence once, whatever the number of processes, and exit."""
-    if is_first_process() or code == os.EX_UNAVAILABLE:  # the first may be the one that is gone
+    if is_first_process() or code == os.EX_UNAVAILABLE:  # the first process may be the one that is lost
         print(sentence, file=sys.stderr)
     else:
-        time.sleep(2)  # the launcher ends all when one has ended, and the first is to have spoken
+        time.sleep(2)  # the launcher ends all processes when one exits; let the first print before
     sys.exit(code)
 
 
@@ -405,15 +394,15 @@ def main() -> None:
                 f"{processes} processes were launched, and only vwn train works in several; start this command without "
                 "a launcher"
             )
-        RUN[name](config)
-    except BrokenPipeError:  # the reader of our output has had enough
+        COMMANDS[name].run(config)
+    except BrokenPipeError:  # the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (ValueError, OSError) as error:
         if os.environ.get("VWN_DEBUG"):
             raise
         full = isinstance(error, OSError) and error.errno in NO_ROOM
-        advice = "; the disk takes no more: make room and go on with --resume, nothing saved is lost" if full else ""
+        advice = "; the disk is full: make room and continue with --resume; nothing saved is lost" if full else ""
         code = CannotWrite.exit_code if full else getattr(error, "exit_code", 2)
         fail(f"vwn: {' '.join(str(error).split())}{advice}", code)
     except KeyboardInterrupt:

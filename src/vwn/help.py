@@ -1,4 +1,4 @@
-"""The text of ``vwn --help``, made from the commands' dataclasses; it needs no torch, so it comes at once."""
+"""The text of ``vwn --help``, made from the commands' dataclasses. It is fast, because it does not import torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import shutil
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
 from itertools import pairwise
@@ -61,21 +61,21 @@ class Command:
 
     Args:
         config: dataclass that its options are made from.
+        run: what is called with such a dataclass.
         purpose: one sentence.
         examples: command lines, without ``vwn``.
-        first: options that everybody needs first.
+        first: options that everybody needs, shown first.
         packages: packages of extras that it needs.
-        hidden: options of a shared part that this command has no use for.
-        presets: whether to list the backbones by name.
+        hidden: options of a shared dataclass that this command does not have.
     """
 
     config: type
+    run: Callable[[Any], None]
     purpose: str
     examples: tuple[str, ...]
     first: tuple[str, ...]
     packages: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
-    presets: bool = False
 
     @property
     def options(self) -> list[Option]:
@@ -98,14 +98,17 @@ def command_help(name: str, command: Command) -> str:
     lines = [f"usage: {' '.join(['vwn', name, needed, '[OPTIONS]'])}", "", _wrap(command.purpose), "", "examples:"]
     lines += [f"  vwn {example}" for example in command.examples]
     by_name = {o.name: o for o in options}
-    groups: dict[str, list[Option]] = {"first": [by_name[o] for o in command.first]}
+    groups: dict[str, list[Option]] = {"main": [by_name[o] for o in command.first]}
     for option in options:
         if option.name not in command.first:
             groups.setdefault(option.group, []).append(option)
     for group, members in groups.items():
         lines += ["", f"{group} options:", *(_row(o.usage, _with_default(o)) for o in members)]
-    if command.presets:
-        lines += ["", "presets for --backbone:", *_preset_lines()]
+    if "backbone" in by_name:
+        lines += ["", "presets for --backbone:"]
+        for preset_name, p in PRESETS.items():
+            experts = f", {p.experts} experts" if p.experts else ""
+            lines.append(_row(preset_name, f"{p.depth} layers, width {p.width}{experts}", 14))
     return "\n".join(lines)
 
 
@@ -126,7 +129,7 @@ def unknown_command(given: str, names: Iterable[str]) -> str:
     return f"there is no command {given!r}; {hint}the commands are {', '.join(names)}"
 
 
-def _options(config: type, group: str = "general") -> Iterator[Option]:
+def _options(config: type, group: str = "other") -> Iterator[Option]:
     texts, hints = _field_texts(config), get_type_hints(config, include_extras=True)
     for field in dataclasses.fields(config):
         inner: Any = hints[field.name]
@@ -187,18 +190,6 @@ def _with_default(option: Option) -> str:
     said = not option.default or "default" in option.text
     text = option.text if said else f"{option.text} [{option.default}]".strip()
     return text + (f" (--no-{option.name} turns it off)" if option.switch and option.default == "on" else "")
-
-
-def _preset_lines() -> Iterator[str]:
-    for name, preset in PRESETS.items():
-        f = preset.fields(vocab_size=1, window=1)
-        width, experts = f["hidden_size"], max(1, preset.experts)
-        kv = f["num_key_value_heads"] / f["num_attention_heads"]
-        layer = (2 + 2 * kv) * width**2 + 3 * width * f["intermediate_size"] * experts
-        kind = f"{preset.depth} layers, width {width}" + (f", {preset.experts} experts" if preset.experts else "")
-        size = preset.depth * layer
-        shown = f"{size / 1e9:.2g} B" if size >= 1e9 else f"{size / 1e6:.3g} M"
-        yield _row(name, f"{kind}: {shown} parameters, and {2 * width / 1000:.3g} M per 1,000 tokens of vocabulary", 14)
 
 
 def _width() -> int:

@@ -34,9 +34,7 @@ def test_marked_code_runs(code, on_meta):
 def test_code_of_the_readme_runs_as_pasted(code, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    trained = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
-    )
+    trained = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     LlamaForCausalLM(trained).save_pretrained(tmp_path)
     large = "hidden_size=512, intermediate_size" in code
     with torch.device("meta" if large else "cpu"):

@@ -225,7 +225,11 @@ def test_hooks_that_change_the_state_in_training(place, change, every):
 
 @HOOKS
 @pytest.mark.parametrize(
-    ("place", "mode"), [*product((after, before_the_next), ("no_grad", "inference_mode")), (after, "compile")]
+    ("place", "mode"),
+    [
+        *product((after, before_the_next), ("no_grad", "inference_mode")),
+        pytest.param(after, "compile", marks=pytest.mark.slow),
+    ],
 )
 def test_hooks_that_change_the_state_in_inference(place, mode, change):
     model = model_of(layers=2, mtp=0).eval()

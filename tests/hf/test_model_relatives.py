@@ -106,6 +106,7 @@ def test_mixed_precision_is_close(kind):
     assert found["loss"] != wanted
 
 
+@pytest.mark.slow
 @EVERY_KIND
 def test_compiles_as_one_graph(kind):
     torch._dynamo.reset()

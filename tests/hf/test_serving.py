@@ -129,6 +129,7 @@ def test_offloading_from_weights_in_memory(checkpoint):
 # Export, compiled decoding, vocabulary
 
 
+@pytest.mark.slow
 @KINDS
 def test_export(kind):
     model = build(vwn_config(kind, 2, 3))
@@ -143,6 +144,7 @@ def test_export(kind):
         torch.testing.assert_close(exported(ids, use_cache=False).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_static_cache_decodes_as_one_graph():
     model = build(vwn_config("llama", 2, 4)).double()  # a padded cache sums in another order
     ids = token_ids(2, 9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,7 +17,7 @@ from vwn.lab.analysis.analyse import add_analysis
 from vwn.lab.analysis.budgets import budget_studies
 from vwn.lab.report.colours import DARK, LIGHT
 from vwn.lab.report.draw import draw, inline, tokens_label
-from vwn.lab.report.figures import NAMES, Figure, Series, finite_runs
+from vwn.lab.report.figures import NAMES, Figure, Series
 from vwn.lab.report.write import report_figures, write_report
 
 ALWAYS = {"fewer-tokens", "loss-over-tokens", "gap-over-tokens", "gain"}
@@ -244,9 +245,12 @@ def test_colours_exist_in_both_modes() -> None:
     assert styles <= LIGHT.keys()
 
 
-def test_bands_are_drawn_piece_by_piece() -> None:
-    assert list(finite_runs([1, None, 2, 3], [1, 1, 2, 3])) == [slice(0, 1), slice(2, 4)]
-    assert list(finite_runs([], [])) == []
+def test_a_band_is_drawn_piece_by_piece() -> None:
+    figure = figures(study("widths"))["loss-over-width"]
+    line = of(figure, "least-squares fit")
+    torn = [None if place == 9 else value for place, value in enumerate(line.low)]
+    pieces = [draw(replace(figure, series=(replace(line, low=low),))).count("M ") for low in (line.low, torn)]
+    assert pieces[1] == pieces[0] + 1
 
 
 @pytest.mark.parametrize(("tokens", "label"), [(0, "0"), (5e5, "500k"), (1.5e6, "1.5M"), (2e9, "2G"), (3e12, "3T")])

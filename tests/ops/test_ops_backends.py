@@ -162,7 +162,7 @@ def test_no_compiler_at_all(forget, monkeypatch, tmp_path):
 def test_a_compiler_that_fails_is_quoted(forget, compiler):
     runs = compiler('echo "In file included from here:" >&2; echo "x.cpp:1:2: error: no such luck" >&2; exit 1')
     with pytest.raises(
-        UserError, match=r"'compiled' cannot run here: .*boundary\.cpp: .*error: no such luck; use 'auto'"
+        UserError, match=r"'compiled' cannot run here: .*write_read\.cpp: .*error: no such luck; use 'auto'"
     ):
         read("compiled")
     count = runs()

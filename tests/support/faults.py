@@ -360,7 +360,7 @@ def cannot_write(lab: Lab, out: Path, sabotage: Callable[[], None]) -> str:
     code, said = lab.run(out, sabotage=sabotage)
     assert code == 74, said[-2000:]
     assert "Traceback" not in said
-    assert "cannot be written" in said.splitlines()[-1] or "takes no more" in said.splitlines()[-1]
+    assert "cannot be written" in said.splitlines()[-1] or "the disk is full" in said.splitlines()[-1]
     assert damage_of(out / NEWEST) is None, "a checkpoint is lost that had been reported as saved"
     assert all(damage_of(path) is None for path in checkpoints(out).values())
     assert not (out / ".incomplete").exists()

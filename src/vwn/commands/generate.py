@@ -16,34 +16,16 @@ from vwn.training.directory import locate
 WARM_UP_TOKENS = 4
 
 
-def generate(
-    checkpoint: str,
-    prompt: str,
-    max_new_tokens: int = 100,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
-    seed: int = 0,
-    tokenizer: str | None = None,
-) -> str:
-    """Return the prompt and its continuation.
+def load(checkpoint: str, tokenizer: str | None = None) -> tuple[Any, Any]:
+    """Load a model, on the GPU if there is one, and its tokenizer.
 
     Args:
         checkpoint: a run directory, one of its checkpoints, or a hub id.
-        prompt: text to continue.
-        max_new_tokens: tokens to add.
-        temperature: sampling temperature; 0 takes the likeliest token each time.
-        top_p: nucleus sampling, the smallest set of tokens with this probability.
-        seed: of the sampling.
         tokenizer: its name, where the checkpoint's folder has none.
 
     Raises:
-        UserError: no checkpoint there, an empty prompt, or a number out of range.
+        UserError: there is no checkpoint or no tokenizer.
     """
-    return continuation(*load(checkpoint, tokenizer), prompt, max_new_tokens, temperature, top_p, seed)
-
-
-def load(checkpoint: str, tokenizer: str | None = None) -> tuple[Any, Any]:
-    """Load a model, on the GPU if there is one, and its tokenizer."""
     from vwn.data import load_checkpoint_tokenizer
     from vwn.hf.loading import load_model
 
@@ -55,7 +37,19 @@ def load(checkpoint: str, tokenizer: str | None = None) -> tuple[Any, Any]:
 def continuation(
     model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int
 ) -> str:
-    """Continue a prompt with a loaded model; the arguments are those of :func:`generate`."""
+    """Return the prompt with its continuation by sampling.
+
+    Args:
+        model, tokenizer: from :func:`load`.
+        prompt: text to continue.
+        max_new_tokens: number of tokens to add.
+        temperature: sampling temperature; 0 takes the likeliest token each time.
+        top_p: nucleus sampling, the smallest set of tokens with this probability.
+        seed: seed of the sampling.
+
+    Raises:
+        UserError: an empty prompt, or a number out of range.
+    """
     require(max_new_tokens >= 1, "max-new-tokens", "at least 1", max_new_tokens)
     require(0 <= temperature < inf, "temperature", "finite and 0 or more", temperature)
     require(0 < top_p <= 1, "top-p", "above 0 and at most 1", top_p)
@@ -69,19 +63,19 @@ def continuation(
 
 @dataclass(frozen=True)
 class DraftedText:
-    """What :func:`generate_with_mtp` returns.
+    """A prompt continued with drafts of the MTP modules, and how well that went.
 
     Args:
         text: the prompt and its continuation.
-        new_tokens: of the continuation.
-        drafted: tokens that the MTP modules drafted.
-        accepted: how many of them the main model kept.
+        new_tokens: number of tokens in the continuation.
+        drafted: number of tokens that the MTP modules drafted.
+        accepted: number of drafted tokens that the main model kept.
         acceptance_rate: accepted over drafted; None where nothing was drafted.
-        forward_passes: of the main model, the prompt's included.
+        forward_passes: forward passes of the main model, the prompt's included.
         tokens_per_pass: new tokens per forward pass of the main model; plain decoding has 1.
-        seconds: of decoding with the MTP modules, the prompt included.
-        greedy_seconds: of plain greedy decoding, right before.
-        equals_greedy: whether both gave the same tokens; in low precision, rounding may part them.
+        seconds: time of decoding with the MTP modules, the prompt included.
+        greedy_seconds: time of plain greedy decoding, right before.
+        equals_greedy: whether both gave the same tokens; in low precision, rounding can make them differ.
     """
 
     text: str
@@ -108,28 +102,18 @@ class DraftedText:
         return ", ".join(parts) + warning
 
 
-def generate_with_mtp(checkpoint: str, prompt: str, max_new_tokens: int = 100) -> DraftedText:
+def continue_with_mtp(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> DraftedText:
     """Decode greedily with drafts of the MTP modules (:mod:`vwn.hf.decoding.mtp`), and compare with plain decoding.
 
-    Args:
-        checkpoint: a run directory, one of its checkpoints, or a hub id; a model with MTP modules.
-        prompt: text to continue.
-        max_new_tokens: tokens to add.
-
     Raises:
-        UserError: no checkpoint there, a model without MTP modules, an empty prompt, or a number out of range.
+        UserError: a model without MTP modules, an empty prompt, or a number out of range.
     """
-    return continue_with_mtp(*load(checkpoint), prompt, max_new_tokens)
-
-
-def continue_with_mtp(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> DraftedText:
-    """Continue a prompt with a loaded model; see :func:`generate_with_mtp`."""
     require(max_new_tokens >= 1, "max-new-tokens", "at least 1", max_new_tokens)
     if not getattr(model.config, "num_mtp_modules", 0):
         raise UserError("the model has no MTP modules to draft with; train with --mtp 1, or drop --mtp")
     ids = _encode(model, tokenizer, prompt)
     options = dict(do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    for use_mtp in (False, True):  # what is set up at the first call is on nobody's account
+    for use_mtp in (False, True):  # the first call of each sets things up, which is not timed
         model.generate(ids, max_new_tokens=WARM_UP_TOKENS, use_mtp=use_mtp, **options)
     greedy, greedy_seconds = timed(model, ids, max_new_tokens=max_new_tokens, **options)
     drafted, seconds = timed(model, ids, max_new_tokens=max_new_tokens, use_mtp=True, **options)
@@ -156,7 +140,7 @@ def timed(model: Any, ids: Tensor, **options: Any) -> tuple[Tensor, float]:
 
 
 def _encode(model: Any, tokenizer: Any, prompt: str) -> Tensor:
-    """The prompt's ids ``[1, T]`` on the model's device."""
+    """Return the prompt's token ids, ``[1, T]``, on the model's device."""
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
     if ids.shape[1] == 0:
         raise UserError("the --prompt is empty; give at least one character")

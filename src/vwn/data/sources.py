@@ -203,11 +203,12 @@ def _open_hub(spec: str, side: Side) -> tuple[HubSource, HubSource | None]:
     wanted = valid if side == "valid" and valid else "train"
     if wanted not in splits:
         raise UserError(f"the data set {spec} has no split 'train' (it has {', '.join(splits)}); use one that has")
-    sources = [
-        HubSource(shown, splits[split], text_column(string_columns(splits[split].features), f"the data set {shown}"))
-        for shown, split in [(spec, wanted), *([(f"{spec} ({valid})", valid)] if valid else [])]
-    ]
-    return sources[0], sources[1] if valid else None
+
+    def source(split: str, name: str) -> HubSource:
+        column = text_column(string_columns(splits[split].features), f"the data set {name}")
+        return HubSource(name, splits[split], column)
+
+    return source(wanted, spec), source(valid, f"{spec} ({valid})") if valid else None
 
 
 @contextmanager

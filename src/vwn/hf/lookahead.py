@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vwn import ops
-from vwn.nn.connection import Connection
+from vwn.nn.connection import Connection, has_hooks
 from vwn.nn.generalized import GeneralizedHyperConnection
 from vwn.ops import NormWeights, RoutingWeights
 from vwn.ops.weights import pack, unpack
@@ -86,9 +86,9 @@ class Lookahead:
     def _note(self, state: Tensor, z: Tensor, connection: Connection, new: Tensor) -> None:
         if self.keep_every > 1 and torch.is_grad_enabled():
             assert isinstance(connection, GeneralizedHyperConnection)
-            assert connection.rewrites
+            assert connection.has_fused_write
             step = self._kept(state).step + 1
-            if step % self.keep_every:
+            if step % self.keep_every and not has_hooks(connection, connection.write):  # which may change the state
                 kept = KeptState(step, None, self._kept(state), z.detach(), connection)
             else:
                 kept = KeptState(step, new.detach())
@@ -191,13 +191,16 @@ def can_read_ahead(layer: Any, following: Any) -> bool:
     """Whether ``layer`` may read for ``following``: with its parameters, outside its ``forward``.
 
     Not where a layer is recomputed on its own (gradient checkpointing), and not where the parameters are elsewhere
-    until that layer runs: sharded (FSDP, ZeRO) or on another device; and not past a hook whose changes in place would
-    not be counted. The bits are the same either way.
+    until that layer runs: sharded (FSDP, ZeRO) or on another device; not where hooks look at the read, and not past a
+    hook whose changes in place would not be counted. The bits are the same either way.
     """
     uncounted = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
     if uncounted and (layer._forward_hooks or following._forward_pre_hooks):
         return False
     if any(getattr(x, "gradient_checkpointing", False) and x.training for x in (layer, following)):
+        return False
+    first = following.connections[0]
+    if has_hooks(first, first.read):
         return False
     return keeps_its_weights(following) and _first_weight(layer).device == _first_weight(following).device
 

@@ -24,7 +24,7 @@ from vwn.hf.lookahead import Lookahead, Reader, can_read_ahead
 from vwn.hf.reading import called_modules, fusable_norm, read_for, take_streams
 from vwn.hf.residual import LayerPass, own_class
 from vwn.hf.sublayers import FoundLayout, ProbePass, meta_copy, run_probe
-from vwn.nn.connection import Connection
+from vwn.nn.connection import Connection, Connections
 from vwn.nn.embedding import repeat_over_slots
 from vwn.nn.generalized import GeneralizedHyperConnection
 from vwn.nn.geometry import Geometry
@@ -39,7 +39,7 @@ _OPTIONAL = ("position_ids", *CACHE_NAMES, "output_hidden_states", "output_atten
 class VirtualWidthLayer:
     """Mixin for a decoder layer: its own ``forward`` on an over-width state, through its connections (eq. 10)."""
 
-    connections: Any  # a ModuleList of connections, one for each sublayer
+    connections: Any  # one for each sublayer
     layout: Any  # a Layout or a FoundLayout; None until it is found
     state_name: str  # of the argument that is the state
 
@@ -54,11 +54,15 @@ class VirtualWidthLayer:
             out = probe.finish(super().forward(probe.stream(state), *args[1:], **context))  # type: ignore[misc]
             self.layout = probe.found()
             return out
-        run = ConnectedPass(self, Lookahead() if lookahead is None else lookahead, state)
         forward: Any = super().forward  # type: ignore[misc]
         if isinstance(self.layout, Layout):
             forward = partial(self.layout.run, self)
-        return run.finish(forward(run.stream(state), *args[1:], **context))
+
+        def run_layer(state: Tensor) -> Any:
+            run = ConnectedPass(self, Lookahead() if lookahead is None else lookahead, state)
+            return run.finish(forward(run.stream(state), *args[1:], **context))
+
+        return self.connections(state, run_layer)
 
     def reader(self, i: int, dtype: torch.dtype) -> Reader:
         """The connection of sublayer ``i``, and its norm where the read takes that on."""
@@ -376,7 +380,7 @@ def build_mtp_layer(config: VirtualWidthConfig, index: int, last: nn.Module) -> 
 
 
 def _widen_layer(layer: Any, layout: Any, config: VirtualWidthConfig, first: int) -> None:
-    layer.connections = nn.ModuleList(_connection(config, first + i) for i in range(len(layout.names)))
+    layer.connections = Connections(_connection(config, first + i) for i in range(len(layout.names)))
     take_residuals(layer, layout)
 
 

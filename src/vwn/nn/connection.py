@@ -1,14 +1,14 @@
-"""The seam at which a residual connection is replaced: state in, sublayer input out; sublayer output in, state out.
+"""A connection between one sublayer and the over-width state (section 3.3): read, run the sublayer, write.
 
 Shapes: ``...`` any leading dimensions, ``n`` slots, ``m`` segments, ``d = D / m`` segment width, ``D' = n d``.
-The state is ``[..., D']``, slot-major: its ``n x d`` matrix is a plain reshape.
+The state is ``[..., D']``, slot-major: its ``n x d`` matrix ``H'`` is a plain reshape.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from vwn.common.errors import UserError
 from vwn.nn.geometry import Geometry
 from vwn.nn.initialisation import StatesItsInitialValues
 from vwn.ops import NormWeights, check_backend, state_dtype
-from vwn.ops.reference import rms_norm
+from vwn.ops.reference import read_slots, rms_norm, write_slots
 
 
 class Routing(NamedTuple):
@@ -29,6 +29,79 @@ class Routing(NamedTuple):
     """``B``, ``[..., m, n]``: what segment ``i`` of the sublayer's output adds to slot ``j``."""
 
 
+class Read(nn.Module):
+    """The read of a connection as a module, so that forward hooks see it: ``X = Åᵀ H'`` (first line of eq. 10).
+
+    ``read(state)`` maps the over-width state ``[..., D']`` to the sublayer's input ``[..., D]`` in the state's dtype.
+    """
+
+    connection: Connection
+
+    def forward(self, state: Tensor, norm: NormWeights | None = None) -> Tensor:
+        """The sublayer's input.
+
+        Args:
+            state: ``[..., D']``.
+            norm: the sublayer's own RMSNorm, to be applied to ``X`` in the same pass.
+
+        Raises:
+            UserError: a state of another width.
+        """
+        return self.connection(state, norm=norm)
+
+
+class Write(nn.Module):
+    """The write of a connection as a module, so that forward hooks see it: ``Bᵀ Z + Âᵀ H'`` (second line of eq. 10).
+
+    ``write(state, z)`` maps the state that was read, ``[..., D']``, and the sublayer's output, ``[..., D]``, to the new
+    state ``[..., D']`` in the state's dtype.
+    """
+
+    connection: Connection
+
+    def forward(self, state: Tensor, z: Tensor) -> Tensor:
+        """The new state.
+
+        Args:
+            state: the state that was read, ``[..., D']``.
+            z: the sublayer's output, ``[..., D]``.
+
+        Raises:
+            UserError: shapes that do not fit, or ``z`` that is not a tensor.
+        """
+        check_output(z)
+        return self.connection(state, z)
+
+
+def check_output(z: Any) -> None:
+    """Raise a ``UserError`` if a sublayer returned something other than one tensor, as attention modules often do."""
+    if not isinstance(z, Tensor):
+        raise UserError(
+            f"the sublayer returned a {type(z).__name__}, and a connection writes one tensor [..., D]; if that is its "
+            "first element, wrap the sublayer: lambda x: sublayer(x)[0]"
+        )
+
+
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether calling one of the modules does more than its ``forward``, so that it has to be called by itself."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
+        for m in modules
+    )
+
+
+class Connections(nn.ModuleList):
+    """The connections of one layer.
+
+    A layer runs inside a call of this module, so that FSDP2 can shard the connections of a layer as one unit, with a
+    dtype of its own: ``fully_shard(layer.connections)``, then ``fully_shard(layer)``.
+    """
+
+    def forward(self, state: Tensor, layer: Callable[[Tensor], Any]) -> Any:
+        """``layer(state)``, which uses the connections."""
+        return layer(state)
+
+
 def _without_autocast(state: Tensor) -> AbstractContextManager:
     """The routing is float32 also under autocast, which the meta device does not know."""
     return nullcontext() if state.is_meta else torch.autocast(state.device.type, enabled=False)
@@ -37,11 +110,12 @@ def _without_autocast(state: Tensor) -> AbstractContextManager:
 class Connection(StatesItsInitialValues):
     """One sublayer's connection to the over-width state (eq. 10), in plain PyTorch.
 
-    A kind of connection says how its matrices come about, in :meth:`read_matrix` and :meth:`write_matrices`.
+    A subclass computes the matrices, in :meth:`read_matrix` and :meth:`write_matrices`. :attr:`read` and :attr:`write`
+    are submodules without parameters, for forward hooks.
 
     Args:
         geometry: ``(D, m, n)``.
-        shapes: of the weights, by name.
+        shapes: shapes of the weights, by name.
         frozen: keep the weights at their initial values, as buffers of the same names.
         backend: what runs the parts that have several, see :mod:`vwn.ops`.
 
@@ -49,8 +123,12 @@ class Connection(StatesItsInitialValues):
         UserError: a ``backend`` that is unknown or that this kind of connection does not have.
     """
 
+    read: Read
+    """``read(state)``: the sublayer's input ``X = Åᵀ H'``."""
+    write: Write
+    """``write(state, z)``: the new state ``Bᵀ Z + Âᵀ H'``."""
     kind: ClassVar[str]
-    """Its name among the configuration's connections."""
+    """Name in the configuration's ``connection``."""
     not_decayed: ClassVar[tuple[str, ...]] = ()
     """Weights that weight decay leaves alone, besides biases, gains and scalars."""
     dynamic: bool = True
@@ -63,6 +141,7 @@ class Connection(StatesItsInitialValues):
     ) -> None:
         super().__init__()
         self.geometry, self.shapes = geometry, shapes
+        self.read, self.write = Read(), Write()
         self.set_backend(backend)
         for name, shape in shapes.items():
             if frozen:
@@ -73,12 +152,12 @@ class Connection(StatesItsInitialValues):
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """The names that :meth:`set_backend` takes."""
+        """Names that :meth:`set_backend` takes."""
         return ("auto", "reference")
 
     @property
-    def rewrites(self) -> bool:
-        """Whether ``ops.write`` with its ``weights`` repeats its write, which rebuilding states takes."""
+    def has_fused_write(self) -> bool:
+        """True if ``ops.write`` with its ``weights`` reproduces this write (needed for ``keep_states_every``)."""
         return False
 
     def set_backend(self, backend: str) -> None:
@@ -103,7 +182,7 @@ class Connection(StatesItsInitialValues):
     def routing_matrices(self, state: Tensor) -> Routing:
         """The matrices ``A`` and ``B`` for a state, in float32 whatever the model's dtype.
 
-        To look at; :meth:`read` and :meth:`write` compute what they need themselves.
+        For inspection: :attr:`read` and :attr:`write` compute what they need themselves.
 
         Args:
             state: over-width state, ``[..., D']``.
@@ -118,38 +197,37 @@ class Connection(StatesItsInitialValues):
         read, carry, beta = (t.expand(*lead, *t.shape[-2:]) for t in (read, carry, beta))
         return Routing(torch.cat([read, carry], dim=-1), beta)
 
-    def read(self, state: Tensor, norm: NormWeights | None = None) -> Tensor:
-        """The sublayer's input ``X = Åᵀ H'`` (first line of eq. 10).
+    def forward(
+        self,
+        state: Tensor,
+        z: Tensor | Callable[[Tensor], Tensor] | None = None,
+        norm: NormWeights | None = None,
+    ) -> Tensor:
+        """Read, run the sublayer, write: ``[..., D'] -> [..., D']`` (eq. 10).
 
         Args:
             state: ``[..., D']``.
-            norm: the sublayer's own RMSNorm, to be applied to ``X`` in the same pass.
-
-        Returns:
-            ``[..., D]`` in the state's dtype.
+            z: the sublayer, ``[..., D] -> [..., D]``, with its own norm and without its residual add. :attr:`read`
+                and :attr:`write` leave it out, or give the sublayer's output, for their part of it.
+            norm: see :class:`Read`.
 
         Raises:
-            UserError: a state of another width.
+            UserError: shapes that do not fit, or a sublayer that does not return one tensor.
         """
+        if z is None:
+            return self._read(state, norm)
+        if callable(z):
+            return self.write(state, z(self.read(state)))
+        return self._write(state, z)
+
+    def _read(self, state: Tensor, norm: NormWeights | None = None) -> Tensor:
         state = state.to(state_dtype(state))
         with _without_autocast(state):
             slots = self._slots(state)
-            x = (self.read_matrix(slots).mT @ slots).flatten(-2).to(state.dtype)
+            x = read_slots(slots, self.read_matrix(slots)).to(state.dtype)  # X = Åᵀ H' (eq. 10)
             return x if norm is None else rms_norm(x, norm)
 
-    def write(self, state: Tensor, z: Tensor) -> Tensor:
-        """The new state ``Bᵀ Z + Âᵀ H'`` (second line of eq. 10).
-
-        Args:
-            state: the state that was read, ``[..., D']``.
-            z: the sublayer's output, ``[..., D]``.
-
-        Returns:
-            ``[..., D']`` in the state's dtype.
-
-        Raises:
-            UserError: shapes that do not fit.
-        """
+    def _write(self, state: Tensor, z: Tensor) -> Tensor:
         if z.shape != (*state.shape[:-1], self.geometry.hidden_size):
             wanted = (*state.shape[:-1], self.geometry.hidden_size)
             raise UserError(f"the sublayer's output must be {wanted} beside the state, got {tuple(z.shape)}")
@@ -158,12 +236,12 @@ class Connection(StatesItsInitialValues):
             slots = self._slots(state)
             segments = z.to(state.dtype).unflatten(-1, (self.geometry.m, -1)).to(slots.dtype)
             carry, beta = self.write_matrices(slots)
-            return (beta.mT @ segments + carry.mT @ slots).flatten(-2).to(state.dtype)
+            return write_slots(slots, segments, carry, beta).to(state.dtype)  # Bᵀ Z + Âᵀ H' (eq. 10)
 
     def write_read(
         self, state: Tensor, z: Tensor, following: Connection, norm: NormWeights | None = None
     ) -> tuple[Tensor, Tensor]:
-        """:meth:`write`, then ``following.read`` of the new state.
+        """:attr:`write`, then ``following.read`` of the new state; in one pass where nothing has hooks on either.
 
         Args:
             state: the state that was read, ``[..., D']``.
@@ -181,10 +259,10 @@ class Connection(StatesItsInitialValues):
         """Whether a read gains from taking on the sublayer's norm."""
         return False
 
-    def forward(self, state: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        """``[..., D'] -> [..., D']``: read, run ``sublayer`` (``[..., D] -> [..., D]``, with its own norm, without its
-        residual add), write."""
-        return self.write(state, sublayer(self.read(state)))
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, Read | Write):  # no submodule of theirs; also where DataParallel puts copies in
+            value.__dict__["connection"] = self
 
     def _slots(self, state: Tensor) -> Tensor:
         g = self.geometry

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vwn.nn.geometry import Geometry
 from vwn.nn.initialisation import StatesItsInitialValues
 from vwn.nn.ngram import NgramEmbedding
+from vwn.ops.reference import inverse_rms
 
 EMBEDDING_FORMS = ("direct", "factorised", "replicated")
 REDUCE_FORMS = ("linear", "sum", "identity")
@@ -223,7 +224,7 @@ class OverWidthReduce(StatesItsInitialValues):
         groups = groups.to(torch.promote_types(state.dtype, torch.float32))
         if self.norm == "group_norm":
             groups = groups - groups.mean(-1, keepdim=True)
-        groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.eps)
+        groups = groups * inverse_rms(groups, self.eps)
         normed = groups.flatten(-2).to(state.dtype) * self.norm_weight
         return normed + self.norm_bias if self.norm == "group_norm" else normed
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vwn import ops
-from vwn.nn.connection import Connection, Routing
+from vwn.nn.connection import Connection, Routing, check_output, has_hooks
 from vwn.nn.geometry import Geometry
 from vwn.ops.reference import coefficients
 from vwn.ops.sinkhorn import ROUNDS, sinkhorn
@@ -117,44 +117,51 @@ class GeneralizedHyperConnection(Connection):
     @property
     def backends(self) -> tuple[str, ...]:
         """All, or those that run a constrained carry."""
-        return ops.BACKENDS if self.rewrites else ("auto", "reference", "compiled")
+        return ops.BACKENDS if self.has_fused_write else ("auto", "reference", "compiled")
 
     @property
-    def rewrites(self) -> bool:
-        """Whether the ops do the write: if the carry is free."""
+    def has_fused_write(self) -> bool:
+        """True if the carry is free: then the ops do the write."""
         return self.carry_constraint == "none"
 
     def read_matrix(self, slots: Tensor) -> Tensor:
-        """``Å`` (eq. 13), ``[..., n, m]``."""
+        """``Å = S_α ∘ tanh(H̄ W_α / τ) + A``, its first ``m`` columns (eq. 13): ``[..., n, m]``."""
         return coefficients(slots, read_columns(self.weights.to_read, slots.dtype))
 
     def write_matrices(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """``Â`` (eq. 13), ``[..., n, n]``, and ``B`` (eq. 14), ``[..., m, n]``."""
+        """``Â``, the other ``n`` columns (eq. 13), and ``B = S_β ∘ tanh(H̄ W_β / τ)ᵀ + B`` (eq. 14): ``[..., n, n]`` and
+        ``[..., m, n]``."""
         g = self.geometry
         carry, beta = coefficients(slots, write_columns(self.weights, slots.dtype)).split([g.n, g.m], dim=-1)
         if self.carry_constraint == "doubly_stochastic":
             carry = sinkhorn(CARRY_SHARPNESS * carry, self.sinkhorn_rounds, exact=True, backend=self.backend)
         return carry, beta.mT
 
-    def read(self, state: Tensor, norm: NormWeights | None = None) -> Tensor:
-        """As :meth:`Connection.read`, by the ops."""
+    def _read(self, state: Tensor, norm: NormWeights | None = None) -> Tensor:
         return ops.read(state, self.weights, norm, self.backend)
 
-    def write(self, state: Tensor, z: Tensor) -> Tensor:
-        """As :meth:`Connection.write`; by the ops if the carry is free."""
-        return ops.write(state, z, self.weights, self.backend) if self.rewrites else super().write(state, z)
+    def _write(self, state: Tensor, z: Tensor) -> Tensor:
+        return ops.write(state, z, self.weights, self.backend) if self.has_fused_write else super()._write(state, z)
 
     def write_read(
         self, state: Tensor, z: Tensor, following: Connection, norm: NormWeights | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`Connection.write_read`; in one pass over the state if the ops do both."""
-        if self.rewrites and isinstance(following, GeneralizedHyperConnection) and following.geometry == self.geometry:
-            return ops.write_read(state, z, self.weights, following.weights, norm, self.backend)
-        return super().write_read(state, z, following, norm)
+        """Like :meth:`Connection.write_read`; in one pass over the state if the ops do both and no hooks look on."""
+        fused = (
+            self.has_fused_write
+            and isinstance(following, GeneralizedHyperConnection)
+            and following.geometry == self.geometry
+            and not has_hooks(self, self.write, following, following.read)
+        )
+        if not fused:
+            return super().write_read(state, z, following, norm)
+        check_output(z)
+        return ops.write_read(state, z, self.weights, following.weights, norm, self.backend)  # type: ignore[arg-type]
 
     def fuses_norm(self, dtype: torch.dtype) -> bool:
-        """Whether a read gains from taking on the sublayer's norm: in Triton alone; else its own bits stay."""
-        return ops.choose(self.backend, self.static_alpha.device, dtype, self.geometry.n) == "triton"
+        """Whether a read gains from taking on the sublayer's norm: with Triton alone, and unless hooks look on."""
+        backend = ops.choose(self.backend, self.static_alpha.device, dtype, self.geometry.n)
+        return backend == "triton" and not has_hooks(self.read)
 
     def _title(self) -> str:
         return f"a carry that is {self.carry_constraint!r}"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vwn.nn.embedding import OverWidthReduce
 from vwn.nn.geometry import Geometry
 from vwn.nn.initialisation import StatesItsInitialValues
+from vwn.ops.reference import inverse_rms
 
 
 class BlockLinear(StatesItsInitialValues):
@@ -90,5 +91,5 @@ class MultiTokenPredictor(StatesItsInitialValues):
     def _slot_norm(self, state: Tensor, gain: Tensor) -> Tensor:
         slots = state.unflatten(-1, (self.geometry.n, self.geometry.segment_size))
         slots = slots.to(torch.promote_types(state.dtype, torch.float32))
-        slots = slots * torch.rsqrt(slots.square().mean(-1, keepdim=True) + self.eps)
+        slots = slots * inverse_rms(slots, self.eps)
         return slots.to(state.dtype) * gain

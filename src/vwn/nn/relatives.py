@@ -12,6 +12,7 @@ from torch import Tensor
 from vwn.common.errors import UserError
 from vwn.nn.connection import Connection
 from vwn.nn.geometry import Geometry
+from vwn.ops.reference import inverse_rms
 from vwn.ops.sinkhorn import ROUNDS, sinkhorn
 
 INITIAL_SCALE = 0.01
@@ -101,8 +102,8 @@ class HyperConnection(Connection):
         if not self.dynamic:
             return carry, beta
         weight = torch.cat([self.dynamic_alpha[:, m:], self.dynamic_beta], dim=1).to(dtype)
-        of_carry, of_beta = torch.tanh(self._normed(slots) @ weight).split([n, m], dim=-1)
-        return self.scale_alpha.to(dtype) * of_carry + carry, self.scale_beta.to(dtype) * of_beta.mT + beta
+        dynamic_carry, dynamic_beta = torch.tanh(self._normed(slots) @ weight).split([n, m], dim=-1)
+        return self.scale_alpha.to(dtype) * dynamic_carry + carry, self.scale_beta.to(dtype) * dynamic_beta.mT + beta
 
     def _normed(self, slots: Tensor) -> Tensor:
         weight, bias = self.norm_weight.to(slots.dtype), self.norm_bias.to(slots.dtype)
@@ -202,8 +203,7 @@ class ManifoldHyperConnection(Connection):
             [getattr(self, f"{name}_{part}").to(slots.dtype) for name in names] for part in ("weight", "bias", "scale")
         )
         flat = slots.flatten(-2)
-        rstd = torch.rsqrt(flat.square().mean(-1, keepdim=True) + self.eps)
-        projected = (flat @ torch.cat(weights, dim=1)) * rstd
+        projected = (flat @ torch.cat(weights, dim=1)) * inverse_rms(flat, self.eps)
         parts = projected.split([w.shape[1] for w in weights], dim=-1)
         return [a * part.unflatten(-1, b.shape) + b for part, a, b in zip(parts, scales, biases, strict=True)]
 

@@ -26,6 +26,11 @@ def unavailable(device: torch.device, dtype: torch.dtype, slots: int = 1) -> str
     return None
 
 
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """``1 / sqrt(mean(x²) + eps)`` over the last dimension, ``[..., d] -> [..., 1]``: the core of every RMSNorm."""
+    return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
 def coefficients(slots: Tensor, columns: Columns) -> Tensor:
     """Columns of the routing matrices (eqs. 12-14).
 
@@ -39,8 +44,37 @@ def coefficients(slots: Tensor, columns: Columns) -> Tensor:
     static, dynamic, scale, gain, eps = columns
     if dynamic is None or scale is None or gain is None:
         return static
-    normed = slots * torch.rsqrt(slots.square().mean(-1, keepdim=True) + eps) * gain
-    return torch.addcmul(static, scale, torch.tanh(normed @ (dynamic / slots.shape[-1] ** 0.5)))  # tau = sqrt(d)
+    tau = slots.shape[-1] ** 0.5
+    normed = slots * inverse_rms(slots, eps) * gain  # H̄ = RMSNorm(H') (eq. 12)
+    return torch.addcmul(static, scale, torch.tanh(normed @ (dynamic / tau)))  # S ∘ tanh(H̄ W / τ) + A (eqs. 13-14)
+
+
+def read_slots(slots: Tensor, read: Tensor) -> Tensor:
+    """``X = Åᵀ H'`` (first line of eq. 10).
+
+    Args:
+        slots: ``H'``, ``[..., n, d]``.
+        read: ``Å``, ``[..., n, m]``.
+
+    Returns:
+        ``[..., D]``.
+    """
+    return (read.mT @ slots).flatten(-2)
+
+
+def write_slots(slots: Tensor, segments: Tensor, carry: Tensor, beta: Tensor) -> Tensor:
+    """``H' <- Bᵀ Z + Âᵀ H'`` (second line of eq. 10).
+
+    Args:
+        slots: ``H'``, ``[..., n, d]``.
+        segments: ``Z``, ``[..., m, d]``.
+        carry: ``Â``, ``[..., n, n]``.
+        beta: ``B``, ``[..., m, n]``.
+
+    Returns:
+        ``[..., D']``.
+    """
+    return (beta.mT @ segments + carry.mT @ slots).flatten(-2)
 
 
 def forward(
@@ -70,10 +104,10 @@ def forward(
             slots = state.unflatten(-1, (write.n, -1)).to(dtype)
             segments = z.unflatten(-1, (write.m, -1)).to(dtype)
             carry, beta = coefficients(slots, write_columns(write, dtype)).split([write.n, write.m], dim=-1)
-            new = (beta @ segments + carry.mT @ slots).flatten(-2).to(state.dtype)
+            new = write_slots(slots, segments, carry, beta.mT).to(state.dtype)
         if read is not None:
             slots = (state if new is None else new).unflatten(-1, (read.n, -1)).to(dtype)
-            x = (coefficients(slots, read_columns(read, dtype)).mT @ slots).flatten(-2).to(state.dtype)
+            x = read_slots(slots, coefficients(slots, read_columns(read, dtype))).to(state.dtype)
             x = x if norm is None else rms_norm(x, norm)
     return new, x
 
@@ -81,7 +115,7 @@ def forward(
 def rms_norm(x: Tensor, norm: NormWeights) -> Tensor:
     """RMSNorm over the last dimension in float32, rounded to the dtype of ``x`` before the gain."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return norm.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)).to(x.dtype)
+    return norm.weight * (wide * inverse_rms(wide, norm.eps)).to(x.dtype)
 
 
 def backward(
@@ -106,19 +140,19 @@ def backward(
     """
     dtype = torch.promote_types(state.dtype, torch.float32)
     new, x = forward(state, z, write, read)
-    of_write: list[Tensor] = []
-    of_read: list[Tensor] = []
-    of_norm: list[Tensor] = []
+    grad_write: list[Tensor] = []
+    grad_read: list[Tensor] = []
+    grad_norm: list[Tensor] = []
     if read is not None and x is not None and grad_x is not None:
         if norm is not None:
-            grad_x, of_norm = rms_norm_backward(grad_x, x, norm)
+            grad_x, grad_norm = rms_norm_backward(grad_x, x, norm)
         slots = (state if new is None else new).unflatten(-1, (read.n, -1)).to(dtype)
         g = grad_x.unflatten(-1, (read.m, -1)).to(dtype)
         columns = read_columns(read, dtype)
         through, gradients = coefficients_backward(slots @ g.mT, slots, columns)
         through = (coefficients(slots, columns) @ g + through).flatten(-2).to(state.dtype)
         grad_state = through if grad_state is None else grad_state + through
-        of_read = read_gradients(gradients, read.n)
+        grad_read = read_gradients(gradients, read.n)
     assert grad_state is not None
     result = [grad_state]
     if write is not None and z is not None:
@@ -131,8 +165,8 @@ def backward(
         through, gradients = coefficients_backward(grad_columns, slots, columns)
         grad_slots = (carry @ g + through).flatten(-2).to(state.dtype)
         result = [grad_slots, (beta.mT @ g).flatten(-2).to(z.dtype)]
-        of_write = write_gradients(gradients, write.m)
-    return [*result, *of_write, *of_read, *of_norm] if needs_weights else result
+        grad_write = write_gradients(gradients, write.m)
+    return [*result, *grad_write, *grad_read, *grad_norm] if needs_weights else result
 
 
 def coefficients_backward(grad: Tensor, slots: Tensor, columns: Columns) -> tuple[Tensor, Columns]:
@@ -151,7 +185,7 @@ def coefficients_backward(grad: Tensor, slots: Tensor, columns: Columns) -> tupl
     if dynamic is None or scale is None or gain is None:
         return torch.zeros_like(slots), Columns(grad_static, None, None, None, eps)
     tau = slots.shape[-1] ** 0.5
-    rstd = torch.rsqrt(slots.square().mean(-1, keepdim=True) + eps)
+    rstd = inverse_rms(slots, eps)
     unit = slots * rstd
     tanh = torch.tanh((unit * gain) @ (dynamic / tau))
     grad_scale = (grad * tanh).flatten(0, -3).sum(0)
@@ -168,7 +202,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, norm: NormWeights) -> tuple[Tenso
     """Gradients of :func:`rms_norm`: of ``x``, and in a list of the weight."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide, g = x.to(dtype), grad.to(dtype)
-    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
-    of_weight = (g * (wide * rstd).to(x.dtype)).flatten(0, -2).sum(0).to(norm.weight.dtype)
+    rstd = inverse_rms(wide, norm.eps)
+    grad_weight = (g * (wide * rstd).to(x.dtype)).flatten(0, -2).sum(0).to(norm.weight.dtype)
     g = g * norm.weight
-    return (rstd * (g - wide * rstd.square() * (g * wide).mean(-1, keepdim=True))).to(x.dtype), [of_weight]
+    return (rstd * (g - wide * rstd.square() * (g * wide).mean(-1, keepdim=True))).to(x.dtype), [grad_weight]

@@ -1,4 +1,4 @@
-"""What an evaluation is, as a typed dataclass."""
+"""The options of `vwn eval`."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ class EvalConfig:
     tokenizer: str | None = None
     """`bytes`, a folder, or a hub id, for --data and --tasks; by default the checkpoint's own."""
     max_tokens: int | None = None
-    """Tokens of text used, evenly spread over it; by default all, or as many as the run's own validation used."""
+    """Tokens of the text to use, evenly spread; by default all, or as many as the run's own validation used."""
     window: int | None = None
-    """Tokens the model sees at once; by default as in its training, else at most 1024. Of tasks: all it can read."""
+    """Tokens that the model reads at once; by default the window of its training, else at most 1024; for tasks by
+    default all its positions."""
     stride: int | None = None
-    """Tokens between the starts of two windows; below the window only the last so many of a window are counted, with
-    the others as context. By default the window."""
+    """Tokens between the starts of two windows; by default the window. If it is less, the last so many tokens of a
+    window are counted and those before them are context."""
     tasks: tuple[str, ...] = ()
     """Tasks of lm-eval to run on local files: lambada, piqa, arc_easy, openbookqa, hellaswag, blimp."""
     data_dir: Path | None = None
     """Folder with the tasks' files, such as piqa.jsonl.xz and blimp.tar.xz."""
     limit: int | None = None
-    """Rows of each task (of each subset of blimp), the first ones; by default all."""
+    """First rows to use of each task (for blimp, of each subset); by default all."""
     batch_size: int = 8
     """Windows, or answers of a task, per forward pass."""
     out: Path | None = None

@@ -20,14 +20,14 @@ from vwn.common.errors import UserError
 from vwn.hf.loading import check_positions
 
 BOOTSTRAP = 1000
-"""Resamples behind the standard error of a perplexity; those of accuracies have a formula."""
+"""Resamples for the standard error of a perplexity; that of an accuracy has a formula."""
 
 
 class LocalModel(HFLM):
-    """A loaded model for lm-eval, which counts the requests that it has to cut and refuses what cannot be scored."""
+    """A loaded model for lm-eval that counts truncated requests and refuses answers longer than its window."""
 
     truncated = 0
-    """Requests whose context lost its beginning, so that the answer fits."""
+    """Number of requests whose context was cut at its beginning, so that the answer fits."""
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         longest = max((len(answer) for _, _, answer in requests), default=0)
@@ -96,7 +96,7 @@ def run_tasks(
 
 
 def _top_level(loaded: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-    """The groups, and the tasks that are in none."""
+    """The groups, and the tasks that belong to no group."""
     inside = {name for names in loaded["group_map"].values() for name in names}
     return list(loaded["groups"].values()), [t for name, t in loaded["tasks"].items() if name not in inside]
 

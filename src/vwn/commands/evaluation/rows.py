@@ -23,8 +23,8 @@ def load_rows(name: str, fields: Sequence[str], data_dir: str | Path | None = No
 
     Args:
         name: the file's name without its ending.
-        fields: what every row must have; others are left out. ``gold`` must be the number of one of ``choices``.
-        data_dir: the folder; lm-eval passes it on from its ``--metadata``, with much else that is passed over.
+        fields: fields that every row must have; others are left out. ``gold`` must be the index of one of ``choices``.
+        data_dir: the folder; lm-eval passes it on from its ``--metadata``, with other keys that are ignored.
 
     Raises:
         UserError: no folder named, no file, a damaged one, or a row without a field.

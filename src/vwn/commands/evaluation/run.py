@@ -10,7 +10,7 @@ from vwn.common.extras import require_packages
 
 
 def evaluate_checkpoint(config: EvalConfig) -> dict[str, Any]:
-    """Losses on a text and scores on tasks; also written to ``config.out``, if that is given.
+    """Measure losses on a text and scores on tasks, and write them to ``config.out`` if that is given.
 
     Returns:
         ``text``, see :func:`~vwn.commands.evaluation.text.measure_text`; ``tasks``, see
@@ -78,9 +78,11 @@ def tasks_table(result: dict[str, Any]) -> str:
             value = _figure(score["value"])
             lines.append(f"{name:<16} {task['n']:>7,}  {metric:<12} {value:>10}   {error}".rstrip())
     if result["truncated_requests"]:
-        lines.append(f"{result['truncated_requests']:,} contexts lost their beginning: they are longer than the window")
+        lines.append(
+            f"{result['truncated_requests']:,} contexts were cut at their beginning: they are longer than the window"
+        )
     return "\n".join(lines)
 
 
 def _figure(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3e}"  # a perplexity may be anything
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3e}"  # a perplexity can be huge

@@ -1,4 +1,4 @@
-"""Losses on a text: which windows, how many bytes they stand for, and the sums over them.
+"""Losses of a model on a text, per token and per byte.
 
 Legend: B windows of a batch, W tokens of a window, V vocabulary.
 """
@@ -27,7 +27,7 @@ DEFAULT_WINDOW = 1024
 
 @dataclass(frozen=True)
 class Text:
-    """A tokenised text. ``bytes`` of UTF-8 are what all its ``tokens`` stand for; ends of documents stand for none."""
+    """A tokenised text; ``bytes`` is its length in UTF-8, to which the ends of documents add nothing."""
 
     name: str
     tokens: np.ndarray
@@ -71,10 +71,10 @@ def load_text(source: Path | str, data: str | None, record: dict[str, Any], toke
 
 
 def byte_lengths(tokenizer: Any) -> np.ndarray:
-    """Bytes of UTF-8 that each token id stands for, ``[largest id + 1]``; none for the end of text.
+    """Length in UTF-8 bytes of each token id, ``[largest id + 1]``; 0 for the end of text.
 
-    Exact for byte-level tokenisers, one character of whose pieces is one byte, also of a character that is split. Of
-    others the piece's own text is counted, which need not be what was written (a space in front, another case).
+    Exact for byte-level tokenisers, whose pieces have one character per byte. For others the piece's own text is
+    counted, which can differ from the text that was tokenised (a leading space, another case).
     """
     decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
     is_byte_level = '"ByteLevel"' in decoder
@@ -103,16 +103,16 @@ def measure_text(
 ) -> dict[str, Any]:
     """Mean losses of a model over the windows of a text.
 
-    A window is read from its first token on, with nothing before it. Of the first window every target is counted, of
-    the others the last ``stride``; a target of the next-but-``k`` head needs ``k + 1`` tokens before it. With a stride
-    as long as the window, the default, these are the windows and targets of a training run's validation.
+    Each window is read without context before it. All targets of the first window are counted, of the others the last
+    ``stride``; a target of the next-but-``k`` head needs ``k + 1`` tokens before it. With a stride as long as the
+    window, the default, these are the windows and targets of a training run's validation.
 
     Args:
         model: a causal language model; with MTP modules, every head is measured.
         text: what to measure it on.
         window: tokens; no longer than the text.
         stride: tokens between the starts of windows.
-        max_tokens: so many tokens of windows, spread evenly; the text's own number by default, or all.
+        max_tokens: limit on the tokens of all windows, which are spread evenly; by default the text's own limit.
         batch_size: windows per forward pass.
 
     Returns:
@@ -167,7 +167,7 @@ def measure_text(
 
 
 def _check_window(model: Any, text: Text, window: int | None, heads: int) -> int:
-    """The window given, else as long as text and model allow, to a limit."""
+    """The window given, else the longest that text and model allow, up to ``DEFAULT_WINDOW``."""
     if window is None:
         window = min(DEFAULT_WINDOW, positions_of(model)[0] or DEFAULT_WINDOW, len(text.tokens))
     check_positions(model, window)
@@ -202,7 +202,7 @@ def _losses(model: Any, ids: Tensor, heads: int) -> Iterator[Tensor]:
     further = {"output_mtp_logits": True} if heads > 1 else {}
     out = model(input_ids=ids, use_cache=False, **further)
     for k, logits in enumerate((out.logits, *(out.mtp_logits if heads > 1 else ()))):
-        pairs = zip(logits, ids, strict=True)  # row by row, for the sake of memory
+        pairs = zip(logits, ids, strict=True)  # row by row, to save memory
         yield torch.stack([F.cross_entropy(row[: -1 - k].float(), t[1 + k :], reduction="none") for row, t in pairs])
 
 

@@ -1,4 +1,4 @@
-"""The options of an inspection, as a typed dataclass."""
+"""The options of `vwn inspect`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model that can be looked at, and the tokens to look at it with."""
+"""The checks of a model and the tokens of an inspection."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEFAULT_WINDOW = 512
 
 
 def refuse_plain(source: Path | str) -> None:
-    """Refuse a model without an over-width state to look at."""
+    """Refuse a model without an over-width state."""
     from transformers import AutoConfig
 
     import vwn.hf  # noqa: F401 - registers the Auto classes
@@ -22,8 +22,8 @@ def refuse_plain(source: Path | str) -> None:
     config = AutoConfig.from_pretrained(source)
     if getattr(config, "connection", "residual") == "residual":
         raise UserError(
-            f"{source} is a plain model ({config.model_type}): its residual connections have no routing to look "
-            "at; give a checkpoint with a virtual width"
+            f"{source} is a plain model ({config.model_type}): its residual connections have no routing to "
+            "inspect; give a checkpoint with a virtual width"
         )
 
 

@@ -58,7 +58,7 @@ def render_page(result: dict[str, Any], figures: dict[str, str]) -> str:
 
 
 def _name(source: str) -> str:
-    """Drop the folders of a path from the root: a page that is passed on tells nothing of the machine."""
+    """Shorten an absolute path to its name, so that a shared page does not show the folders of this machine."""
     path = Path(source)
     if not path.is_absolute():
         return source

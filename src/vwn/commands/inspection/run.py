@@ -47,10 +47,10 @@ def inspect_checkpoint(config: InspectConfig) -> dict[str, Any]:
 
 
 def measure(model: VirtualWidthForCausalLM, ids: Tensor, batch_bytes: int = BATCH_BYTES) -> dict[str, Any]:
-    """Everything that is measured of a model on tokens ``[windows, window]``.
+    """Measure the connections of a model on tokens ``[windows, window]``.
 
     Args:
-        batch_bytes: memory that the paths and outputs of one batch may take; a window is not cut for it.
+        batch_bytes: memory for the paths and outputs of one batch, which holds at least one window.
 
     Returns:
         ``depth``, see :meth:`DepthMap.result`, ``sublayers``, each as :meth:`SublayerStatistics.result` with its
@@ -58,7 +58,7 @@ def measure(model: VirtualWidthForCausalLM, ids: Tensor, batch_bytes: int = BATC
     """
     names, g = sublayer_names(model), model.config.geometry
     depth, statistics = DepthMap(len(names)), [SublayerStatistics() for _ in names]
-    # paths of all sources, twice while they are taken a sublayer on, and what the sources wrote
+    # bytes: the paths of all sources, twice while they advance by a sublayer, and the outputs of the sources
     per_token = 4 * (2 * g.n * (g.n + g.m * len(names)) + g.hidden_size * len(names))
     batch = max(1, batch_bytes // (per_token * ids.shape[1]))
     final_square: Any = 0.0
@@ -83,7 +83,7 @@ def measure(model: VirtualWidthForCausalLM, ids: Tensor, batch_bytes: int = BATC
 def _measure_batch(
     model: VirtualWidthForCausalLM, ids: Tensor, depth: DepthMap, statistics: list[SublayerStatistics]
 ) -> Tensor:
-    """Count one batch; returns its final states, ``[T, n, d]``."""
+    """Add one batch to the measurements; return its final states, ``[T, n, d]``."""
     g = model.config.geometry
     unrolled: list[Unrolled] = []
 

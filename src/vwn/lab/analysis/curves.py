@@ -92,17 +92,13 @@ def loss_at(curve: Curve, tokens: float) -> float | None:
     return _finite((1 - share) * curve.losses[place - 1] + share * curve.losses[place])
 
 
-def mean_curve(curves: Iterable[Curve]) -> tuple[Curve, np.ndarray]:
-    """Mean over the non-empty curves at the token counts they share, and the sample deviations [points].
-
-    A point where any curve is NaN is NaN; the deviations of a single curve are NaN.
-    """
+def mean_curve(curves: Iterable[Curve]) -> Curve:
+    """Mean over the non-empty curves at the token counts they share; a point where any curve is NaN is NaN."""
     filled = [curve for curve in curves if not curve.is_empty]
     if not filled:
-        return EMPTY, np.empty(0)
+        return EMPTY
     shared, losses = _at_shared_tokens(filled)
-    spread = losses.std(axis=0, ddof=1) if len(filled) > 1 else np.full(shared.size, np.nan)
-    return Curve(shared, losses.mean(axis=0)), spread
+    return Curve(shared, losses.mean(axis=0))
 
 
 def gap_curve(curve: Curve, baseline: Curve) -> Curve:

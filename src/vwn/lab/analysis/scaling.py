@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from vwn.lab.analysis.curves import Curve
 from vwn.lab.analysis.estimates import ROUNDING, Estimate
-from vwn.lab.analysis.runs import LOSS_KEYS, Run, has_loss, is_generalized, judged_points, read_curve, runs_by_arm
+from vwn.lab.analysis.runs import LOSS_KEYS, Run, has_loss, is_generalized, read_curve, runs_by_arm
 
 # The paper's fit, next-token loss of MoE-A0.8B at m = 8 after 500 B tokens.
 PAPER = {"slope": -0.0069, "intercept": 1.6212, "r2": 0.9986}
@@ -60,9 +61,11 @@ def fit_family(arms: Arms, key: str) -> dict[str, Any]:
       `reason`              why it is not significant, or why there is no fit; else None
     """
     widths = np.array([runs[0]["r"] for runs in arms.values()], dtype=np.float64)
-    seeds = _shared_seeds(arms)
-    finals = np.array([[_final(runs, seed, key) for runs in arms.values()] for seed in seeds], dtype=np.float64)
-    reason = _no_fit(arms, widths, finals, key)
+    by_seed = [{run["seed"]: run for run in runs} for runs in arms.values()]
+    seeds = [seed for seed in (by_seed[0] if by_seed else {}) if all(seed in runs for runs in by_seed)]
+    curves = [[read_curve(runs[seed], key) for runs in by_seed] for seed in seeds]
+    finals = np.array([[curve.final_loss for curve in row] for row in curves], dtype=np.float64)
+    reason = _no_fit(widths, curves)
     about: dict[str, Any] = {"arms": list(arms), "widths": widths.tolist(), "seeds": seeds}
     if reason is not None:
         empty = ("losses", "slope", "intercept", "r2", "curvature")
@@ -86,37 +89,18 @@ def fit_family(arms: Arms, key: str) -> dict[str, Any]:
     }
 
 
-def _shared_seeds(arms: Arms) -> list[int]:
-    """Seeds that every arm was run with, diverged or not, in the first arm's order."""
-    if not arms:
-        return []
-    first, *others = [[run["seed"] for run in runs] for runs in arms.values()]
-    return [seed for seed in first if all(seed in seeds for seeds in others)]
-
-
-def _run(runs: list[Run], seed: int) -> Run:
-    return next(run for run in runs if run["seed"] == seed)
-
-
-def _final(runs: list[Run], seed: int, key: str) -> float:
-    final = read_curve(_run(runs, seed), key).final_loss
-    return np.nan if final is None else final
-
-
-def _no_fit(arms: Arms, widths: np.ndarray, finals: np.ndarray, key: str) -> str | None:
+def _no_fit(widths: np.ndarray, curves: list[list[Curve]]) -> str | None:
     distinct = np.unique(widths).size
     if distinct < FEWEST_WIDTHS:
         return f"{distinct} different {'width' if distinct == 1 else 'widths'}, where a line needs {FEWEST_WIDTHS}"
-    if finals.size == 0:
+    if not curves:
         return "the arms share no seed"
-    shared = [_run(runs, seed) for runs in arms.values() for seed in _shared_seeds(arms)]
-    if not all(judged_points(run) and has_loss(run, key) for run in shared):
+    every = [curve for row in curves for curve in row]
+    if any(np.isnan(curve.losses).all() for curve in every):
         return "an arm has no data"
-    if not np.isfinite(finals).all():
+    if any(curve.final_loss is None for curve in every):
         return "a run diverged"
-    if len({judged_points(run)[-1]["tokens"] for run in shared}) > 1:
-        return "different budgets"
-    return None
+    return None if len({curve.budget for curve in every}) == 1 else "different budgets"
 
 
 def _r2(x: np.ndarray, losses: np.ndarray) -> float | None:

@@ -164,7 +164,8 @@ def cautions(report: dict[str, Any]) -> list[str]:
     edge = [entry["arm"] for entry in report.get("sweep") or [] if entry["rates"] and not entry["bracketed"]]
     if edge:
         found.append(
-            f"{wording.listed(edge)}: the best learning rate is the lowest or highest tried, so not bracketed."
+            f"{wording.listed(edge)}: the best learning rate lies at the edge of those tried; a better one may lie "
+            "beyond."
         )
     uneven = dict.fromkeys(run["name"] for run in report["arms"] if is_uneven(run))
     if uneven:

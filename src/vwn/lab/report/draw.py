@@ -15,7 +15,7 @@ import numpy as np
 
 from vwn.lab.analysis.wording import printable
 from vwn.lab.report.colours import LIGHT
-from vwn.lab.report.figures import Arrow, Figure, Series, finite_runs
+from vwn.lab.report.figures import Arrow, Figure, Series
 
 # Inches: a column of a paper.
 WIDTH, HEIGHT, LEGEND_LINE = 3.3, 2.45, 0.15
@@ -119,7 +119,7 @@ def _draw_panel(axes: Any, figure: Figure) -> dict[int, Any]:
 
 def _draw_series(axes: Any, series: Series, order: int) -> Any:
     colour = LIGHT[series.style.colour]
-    x, y = np.array(series.x, dtype=float), np.array([np.nan if v is None else v for v in series.y], dtype=float)
+    x, y = np.array(series.x, dtype=float), np.array(series.y, dtype=float)
     look: dict[str, Any] = {"color": colour, "zorder": order, "linestyle": DASHES[series.style.dash]}
     if series.role == "ring":
         return axes.plot(x, y, "o", color=colour, markersize=6, fillstyle="none", zorder=order)[0]
@@ -128,7 +128,7 @@ def _draw_series(axes: Any, series: Series, order: int) -> Any:
     if series.role == "seed":
         return axes.plot(x, y, **look | {"linewidth": 0.5, "alpha": 0.4, "linestyle": "-"})[0]
     if any(value is not None for value in series.low):
-        _draw_bounds(axes, series, x, y, colour)
+        _draw_bounds(axes, series, x, colour)
     is_arm = series.style.index < len(MARKERS)
     marker = MARKERS[series.style.index % len(MARKERS)] if is_arm or series.role == "points" or x.size == 1 else None
     every = max(1, x.size // MARKED_POINTS) if series.role == "mean" else 1
@@ -143,13 +143,13 @@ def _draw_series(axes: Any, series: Series, order: int) -> Any:
     return line
 
 
-def _draw_bounds(axes: Any, series: Series, x: np.ndarray, y: np.ndarray, colour: str) -> None:
-    for part in finite_runs(series.low, series.high):
-        low, high = np.array(series.low[part], dtype=float), np.array(series.high[part], dtype=float)
-        if series.role == "mean":
-            axes.fill_between(x[part], low, high, color=colour, alpha=0.13, linewidth=0, zorder=1)
-        else:
-            axes.vlines(x[part], low, high, color=colour, linewidth=0.9, zorder=1.8)
+def _draw_bounds(axes: Any, series: Series, x: np.ndarray, colour: str) -> None:
+    """The bounds; matplotlib leaves out those that are NaN."""
+    low, high = np.array(series.low, dtype=float), np.array(series.high, dtype=float)
+    if series.role == "mean":
+        axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0, zorder=1)
+    else:
+        axes.vlines(x, low, high, color=colour, linewidth=0.9, zorder=1.8)
 
 
 def _draw_arrow(axes: Any, arrow: Arrow) -> None:

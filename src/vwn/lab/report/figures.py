@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -141,18 +141,6 @@ def arm_styles(report: dict[str, Any]) -> dict[str, LineStyle]:
             styles[name] = LineStyle(index, f"arm-{others % ARM_COLOURS}", dash)
             others += 1
     return styles
-
-
-def finite_runs(*columns: Sequence[float | None]) -> Iterator[slice]:
-    """The stretches in which no column is None: a band is drawn piece by piece."""
-    whole = [all(value is not None for value in row) for row in zip(*columns, strict=True)]
-    start = None
-    for place, fine in enumerate([*whole, False]):
-        if fine and start is None:
-            start = place
-        elif not fine and start is not None:
-            yield slice(start, place)
-            start = None
 
 
 def padded_range(values: Sequence[float | None], room: Sequence[float | None] = ()) -> tuple[float, float] | None:

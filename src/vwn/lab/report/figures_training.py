@@ -11,7 +11,7 @@ import numpy as np
 from vwn.lab.analysis import story
 from vwn.lab.analysis.curves import Curve, mean_curve
 from vwn.lab.analysis.runs import has_loss, read_curve, runs_by_arm
-from vwn.lab.analysis.wording import LOSS_NAMES, PLUS_MINUS, interval
+from vwn.lab.analysis.wording import LOSS_NAMES, interval
 from vwn.lab.report.figures import Arrow, Axis, Figure, LineStyle, Series, arm_styles, padded_range
 
 # The share of the tokens whose steep start is left out of the range: it would flatten everything of interest.
@@ -42,7 +42,7 @@ def loss_figure(report: dict[str, Any], key: str, only: tuple[str, ...] | None =
         for name, runs in runs_by_arm(report).items()
         if only is None or name in only
     }
-    target = mean_curve(arms.get(baseline, []))[0].final_loss
+    target = mean_curve(arms.get(baseline, [])).final_loss
     series: list[Series] = []
     for name, curves in arms.items():
         series += _arm_series(name, [curve for curve in curves if not curve.is_empty], styles[name])
@@ -89,12 +89,9 @@ def _arm_series(name: str, curves: list[Curve], style: LineStyle) -> list[Series
     """The mean over seeds over faint seeds; of one seed its curve alone."""
     if not curves:
         return []
-    mean, spread = mean_curve(curves)
+    mean = mean_curve(curves)
     seeds = [Series(name, "seed", style, curve.tokens.tolist(), _values(curve)) for curve in curves]
-    hover = [
-        "" if not np.isfinite(value) else f"{value:.4f}" + (f"{PLUS_MINUS}{std:.4f}" if np.isfinite(std) else "")
-        for value, std in zip(mean.losses, spread, strict=True)
-    ]
+    hover = [f"{value:.4f}" for value in mean.losses]
     own = Series(name, "mean", style, mean.tokens.tolist(), _values(mean), hover=hover)
     return [*seeds, own] if len(curves) > 1 else [own]
 
