@@ -170,3 +170,29 @@ def test_lora(run, text, tmp_path):
     adapted = ("q_proj", "v_proj", "up_proj", "down_proj")
     assert all(any(part in name for part in (*adapted, ".connections.")) for name in moved)
     assert all(any(part in name for name in moved) for part in (*adapted, "static_alpha", "static_beta"))
+
+
+def test_steering_a_slot(run, tmp_path):
+    from tiny import build, vwn_config
+    from vwn.data.tokenizer import load_tokenizer
+
+    example = module("steer_slots")
+    model = build(vwn_config(n=4, backbone={"vocab_size": 300}))
+    ids = torch.randint(3, 60, (2, 7))
+    states = example.read_slots(model, ids)
+    assert states.shape == (4, 2, 7, 4, 12)
+    plain = model(ids, output_hidden_states=True)
+    assert torch.equal(states[0].flatten(-2), plain.over_width_hidden_states[0])
+    handle = example.steer(model, sublayer=1, slot=3, direction=torch.ones(12))
+    steered = example.read_slots(model, ids)
+    moved = (steered[2] - states[2])[..., 3, :]
+    torch.testing.assert_close(moved, torch.ones_like(moved))
+    assert torch.equal(steered[:2], states[:2])
+    assert (model(ids).logits - plain.logits).abs().max() > 1e-3
+    handle.remove()
+    assert torch.equal(model(ids).logits, plain.logits)
+    model.save_pretrained(tmp_path)
+    load_tokenizer("bytes").save_pretrained(tmp_path)
+    printed = run("steer_slots", tmp_path, "some text", "--sublayer=1", "--slot=3", "--strength=20")
+    assert printed.count("RMS by slot") == 4
+    assert printed.count("next token") == 5

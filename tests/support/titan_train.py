@@ -22,6 +22,7 @@ def put_shim_in_place() -> None:
     accelerator = SimpleNamespace(
         **{name: getattr(torch.cpu, name) for name in ("set_device", "synchronize", "device_count")},
         current_device=lambda: 0,
+        is_available=lambda: True,
         get_device_name=lambda *_: "CPU",
         get_device_properties=lambda *_: SimpleNamespace(total_memory=1, name="CPU"),
         memory_stats=lambda *_: {},

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vwn.hf.residual import own_class
 from vwn.hf.sublayers import FoundLayout, meta_copy
 from vwn.hf.widening import VirtualWidthLayer, take_residuals
+from vwn.nn.connection import Connections
 from vwn.nn.generalized import GeneralizedHyperConnection
 
 D, N = 6, 3
@@ -324,7 +325,7 @@ def widened(layer: Any, layout: FoundLayout | None = None) -> Any:
     layout = layout or found(layer)
     wide = copy.deepcopy(layer)
     connections = [GeneralizedHyperConnection(D, 1, N, dynamic=False, backend="reference") for _ in layout.names]
-    wide.connections = nn.ModuleList(connections).double()
+    wide.connections = Connections(connections).double()
     take_residuals(wide, layout)
     assert isinstance(wide, VirtualWidthLayer)
     assert own_class(wide) is type(layer)

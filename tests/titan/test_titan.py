@@ -12,6 +12,7 @@ import vwn
 
 pytest.importorskip("torchtitan", reason="torchtitan is not installed: vwn[titan]")
 
+from processes import Processes
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.titan import Backbone, VirtualWidth, hf_config
 from vwn.titan.initialisation import ROWS, _draw
@@ -195,3 +196,43 @@ def test_flops_count_matrices_attention_and_connections():
     dense = 2 * (24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 40 + 2 * 24) + 24 * 36 + 24 + 24 * 61
     wide = 4 * (2 * (2 * 2 + 3) * 36 + 2 * (2 + 3) * 36 + 2 * 3 * 24)
     assert flops == 6 * dense + 12 * 2 * 24 * 16 + 3 * wide
+
+
+def mixed_precision_step():
+    """One step of a model that is sharded over one process with bfloat16 for its parameters."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from vwn.titan.parallelize import parallelize
+
+    dist.init_process_group("gloo")
+    _, _, model = build(WIDTHS[0])
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",))
+    dims = SimpleNamespace(
+        tp_enabled=False, ep_enabled=False, dp_replicate_enabled=False, pp_enabled=False, ep=1,
+        get_mesh=lambda names: mesh, get_optional_mesh=lambda names: None,
+    )  # fmt: skip
+    training = SimpleNamespace(
+        mixed_precision_param="bfloat16", mixed_precision_reduce="float32", enable_cpu_offload=False
+    )
+    parallelize(
+        model, parallel_dims=dims, training=training, ac_config=None, dump_folder="",
+        parallelism=SimpleNamespace(fsdp_reshard_after_forward="default", enable_fsdp_symm_mem=False),
+        compile_config=SimpleNamespace(enable=False, components=[]),
+    )  # fmt: skip
+    dtypes = {}
+    block = next(iter(model.layers.values()))
+    block.connections[1].read.register_forward_hook(
+        lambda read, args, x: dtypes.update(state=args[0].dtype, routing=read.connection.static_alpha.dtype)
+    )
+    block.attention_norm.register_forward_hook(lambda norm, args, out: dtypes.update(backbone=norm.weight.dtype))
+    ids = torch.randint(0, 61, (2, 16))
+    sum(x.float().square().mean() for x in model(ids, positions=torch.arange(16).expand(2, 16))).backward()
+    assert dtypes == {"state": torch.bfloat16, "routing": torch.float32, "backbone": torch.bfloat16}, dtypes
+    assert all(p.grad is not None and p.grad.full_tensor().abs().max() > 0 for p in block.connections.parameters())
+    dist.destroy_process_group()
+
+
+def test_mixed_precision_leaves_the_routing_in_float32(tmp_path):
+    with Processes(mixed_precision_step, world=1, shim=False, log=tmp_path / "log") as processes:
+        assert processes.wait() == [0], processes.said()

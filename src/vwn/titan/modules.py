@@ -19,6 +19,7 @@ from torchtitan.models.common.embedding import Embedding
 from torchtitan.models.common.nn_modules import RMSNorm
 from torchtitan.protocols.module import Module, ModuleList
 
+import vwn.nn.connection
 import vwn.nn.embedding
 import vwn.nn.multi_token
 from vwn.nn.embedding import repeat_over_slots
@@ -63,6 +64,14 @@ class Norm(RMSNorm):
         return super().forward(input)
 
 
+class Read(vwn.nn.connection.Read, Part):
+    """The read of a connection, for hooks."""
+
+
+class Write(vwn.nn.connection.Write, Part):
+    """The write of a connection, for hooks."""
+
+
 class Connection(GeneralizedHyperConnection, Part):
     """One sublayer's connection to the over-width state (eq. 10)."""
 
@@ -80,6 +89,11 @@ class Connection(GeneralizedHyperConnection, Part):
         super().__init__(
             g.hidden_size, g.m, g.n, config.dynamic, config.carry_constraint, False, backend=config.backend
         )
+        self.read, self.write = Read(), Write()
+
+
+class Connections(vwn.nn.connection.Connections, ModuleList):
+    """The connections of one block, which FSDP2 shards as a unit of their own: their weights stay float32."""
 
 
 class Reduce(vwn.nn.embedding.OverWidthReduce, Part):
@@ -181,7 +195,7 @@ class Block(TransformerBlock):
         self.attention = config.attention.build()
         self.attention_norm = config.attention_norm.build()
         self.ffn_norm = config.ffn_norm.build()
-        self.connections = ModuleList(connection.build() for connection in config.connections)
+        self.connections = Connections(connection.build() for connection in config.connections)
         self.moe_enabled = config.moe is not None  # the name by which the engine finds experts
         if config.moe is not None:
             self.moe = config.moe.build()
@@ -191,12 +205,17 @@ class Block(TransformerBlock):
 
     def forward(self, state: Tensor, attention_masks: Any, positions: Tensor | None = None) -> Tensor:
         """``[B, S, D'] -> [B, S, D']``: read, run, write, twice (eq. 10); ``S`` is the rank's share of the sequence."""
-        attention, ffn = self.connections
-        x = attention.read(state)
-        z = local(self.attention(self.attention_norm(x), attention_masks, positions))
-        state, x = attention.write_read(state, z, ffn)
-        z = local(self.ffn(self.ffn_norm(x)))
-        return ffn.write(state, z)
+        connections: Any = self.connections
+        attention, ffn = connections
+
+        def run(state: Tensor) -> Tensor:
+            x = attention.read(state)
+            z = local(self.attention(self.attention_norm(x), attention_masks, positions))
+            state, x = attention.write_read(state, z, ffn)
+            z = local(self.ffn(self.ffn_norm(x)))
+            return ffn.write(state, z)
+
+        return connections(state, run)
 
     @property
     def ffn(self) -> nn.Module:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.models.deepseek_v3.mtp import apply_fsdp_to_mtp_decoder
+
+from vwn.titan.modules import Connections
+
+logger = logging.getLogger("vwn.titan")
 
 
 def parallelize(
@@ -30,6 +35,7 @@ def parallelize(
     if compile_config.enable and "model" in compile_config.components:
         apply_compile(model, compile_config=compile_config, parallel_dims=dims)
     outer = ["dp_replicate"] if dims.dp_replicate_enabled else []
+    _shard_connections(model, dims.get_mesh([*outer, "fsdp"]), training, compile_config)
     apply_fsdp_to_mtp_decoder(
         model,
         dims.get_mesh([*outer, "fsdp"]),
@@ -47,3 +53,25 @@ def parallelize(
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def _shard_connections(model: Any, mesh: Any, training: Any, compile_config: Any) -> None:
+    """Shard the connections of each block as a unit of their own, which no policy rounds: routing is float32.
+
+    They are gathered once for forward and backward. A block that is compiled as one graph cannot gather a part of
+    itself; there they remain in the block's unit.
+    """
+    if compile_config.enable and "model" in compile_config.components:
+        if training.mixed_precision_param != "float32":
+            logger.warning(
+                "torch.compile: the routing weights are rounded to mixed_precision_param = %s with the rest of a block",
+                training.mixed_precision_param,
+            )
+        return
+    policy = MixedPrecisionPolicy(
+        reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce], cast_forward_inputs=False
+    )
+    offload: Any = {"offload_policy": CPUOffloadPolicy()} if training.enable_cpu_offload else {}
+    for module in list(model.modules()):
+        if isinstance(module, Connections):
+            fully_shard(module, mesh=mesh, reshard_after_forward=False, mp_policy=policy, **offload)

@@ -32,14 +32,17 @@ def start_outputs(model: PreTrainedModel, how: OutputInit) -> None:
     Args:
         model: just initialised by its config; plain or of virtual width.
         how: ``"zero"``; ``"depth"``, which scales them by ``(2 L)^-1/2`` in a backbone of ``L`` layers; or
-            ``"config"``, which leaves them.
+            ``"config"``, which leaves them. The latter two also divide by ``sqrt(n / m)`` where Hyper-Connections sum
+            their streams, which keeps the sum's scale (arXiv 2409.19606).
 
     Raises:
         UserError: the output matrices cannot be told.
     """
-    if how == "config":
+    factor = {"zero": 0.0, "depth": (2 * model.config.get_text_config().num_hidden_layers) ** -0.5, "config": 1.0}[how]
+    if getattr(model.config, "connection", None) == "hc" and model.config.reduce == "sum":
+        factor *= model.config.geometry.ratio**-0.5
+    if factor == 1:
         return
-    factor = 0.0 if how == "zero" else (2 * model.config.get_text_config().num_hidden_layers) ** -0.5
     for parameter in output_matrices(model).values():
         parameter.mul_(factor)
 
