@@ -143,7 +143,7 @@ def test_gap_and_speedup_grow_over_budgets(
     ((name, numbers, word),) = claim["rows"]
     assert (name, word) == ("4x16", expected)
     change = (gaps[1] - gaps[0]) * sum(factors) / len(factors)
-    assert numbers.startswith(f"{change:+.4f} (")
+    assert numbers.startswith(f"next-token loss: gap {change:+.4f} (")
     if expected == HELD:
         # Beyond the last budget the fit is the law itself, so that the speed-up is exact.
         start, end = (
@@ -151,7 +151,7 @@ def test_gap_and_speedup_grow_over_budgets(
             for t, gap in ((1e6, gaps[0]), (8e6, gaps[1]))
         )
         grown = sum(end) / len(end) - sum(start) / len(start)
-        assert float(numbers.split("; ")[1].split()[0]) == pytest.approx(grown, abs=0.1)
+        assert float(numbers.split("speed-up ")[1].split()[0]) == pytest.approx(grown, abs=0.1)
 
 
 def test_one_validation_curve_tells_nothing_about_growth() -> None:

@@ -148,19 +148,18 @@ GROWTH = (
 
 
 def _growth(arm: Summary, studies: dict[str, BudgetStudy]) -> Part:
-    parts: list[Part] = []
+    words, numbers = [], []
     for key, study in studies.items():
         points = [point.equal["tokens"] for point in study.arms.get(arm["name"], [])]
         if len(points) < 2:
             continue
         first, last = points[0], points[-1]
-        parts.append(_change(first.gap, last.gap, -1, "+.4f"))
-        parts.append(_change(first.speedup, last.speedup, 1, "+.2f"))
+        gap_word, gap = _change(first.gap, last.gap, -1, "+.4f")
+        speedup_word, speedup = _change(first.speedup, last.speedup, 1, "+.2f")
         verdict = "unknown" if arm[key] is None else arm[key]["verdict"]
-        parts.append(({"lower": SUPPORTED, "higher": CONTRADICTED}.get(verdict, INCONCLUSIVE), f"ends {verdict}"))
-    if not parts:
-        return UNTESTED, "fewer than two budgets"
-    return combined(word for word, _ in parts), "; ".join(numbers for _, numbers in parts)
+        words += [gap_word, speedup_word, {"lower": SUPPORTED, "higher": CONTRADICTED}.get(verdict, INCONCLUSIVE)]
+        numbers.append(f"{LOSS_NAMES[key]}: gap {gap}, speed-up {speedup}")
+    return (combined(words), "; ".join(numbers)) if numbers else (UNTESTED, "fewer than two budgets")
 
 
 def _change(first: Measured, last: Measured, sign: int, form: str) -> Part:
