@@ -69,7 +69,9 @@ def test_it_is_the_plain_models(model_type):
 
 @pytest.mark.parametrize("model_type", ["bloom", "gptj", "gemma2", "mamba"])
 def test_a_refusal_names_the_type(model_type):
-    with pytest.raises(UserError, match=f'`attn_implementation="sdpa"` is not supported by a backbone of type {model_type};'):
+    with pytest.raises(
+        UserError, match=f'`attn_implementation="sdpa"` is not supported by a backbone of type {model_type};'
+    ):
         built(
             VirtualWidthForCausalLM,
             VirtualWidthConfig(backbone=zoo.tiny_config(model_type), m=2, n=4, tie_word_embeddings=False),

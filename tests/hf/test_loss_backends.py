@@ -65,7 +65,7 @@ def test_the_kernel_really_ran(monkeypatch):
     model.loss_backend = "liger"
     calls, heads = [], []
     fused = loss_module.fused_cross_entropy
-    monkeypatch.setattr("vwn.hf.model.fused_cross_entropy", lambda *a: (calls.append(1), fused(*a))[1])
+    monkeypatch.setattr("vwn.hf.causal_lm.fused_cross_entropy", lambda *a: (calls.append(1), fused(*a))[1])
     linear = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: (heads.append(self), linear(self, x))[1])
     model(token_ids(), labels=token_ids())
@@ -103,7 +103,7 @@ def test_what_cannot_run_is_refused(monkeypatch):
     with pytest.raises(UserError, match="auto, torch, liger; got 'cuda'"):
         choose_loss("cuda", torch.device("cpu"))
     monkeypatch.setattr(loss_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"not installed \(pip install 'vwn\[liger\]'\)"):
+    with pytest.raises(UserError, match=r"not installed \(pip install liger-kernel\)"):
         choose_loss("liger", torch.device("cpu"))
     loss_module._choose_loss.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET")

@@ -21,4 +21,4 @@ def test_every_import_of_torchtitan_is_in_one_package():
 def test_without_torchtitan_one_sentence():
     code = "import sys; sys.modules['torchtitan'] = None; import vwn.titan"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stderr.splitlines()[-1] == "ImportError: vwn.titan needs torchtitan 0.3; install vwn[titan]"
+    assert done.stderr.splitlines()[-1] == "ImportError: vwn.titan needs torchtitan 0.3; pip install torchtitan==0.3.0"

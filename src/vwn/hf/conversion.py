@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vwn.common.errors import UserError
+from vwn.hf.causal_lm import VirtualWidthForCausalLM
 from vwn.hf.checkpoint.saving import check_weight_files
 from vwn.hf.configuration import VirtualWidthConfig
-from vwn.hf.model import VirtualWidthForCausalLM
 from vwn.hf.widening import base_model_class, build_mtp_layer, refuse_family
 from vwn.nn.connection import Connection
 from vwn.nn.initialisation import StatesItsInitialValues

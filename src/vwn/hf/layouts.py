@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vwn.common.errors import UserError
-from vwn.hf.residual import ResidualStream, own_class
+from vwn.hf.on_demand import own_class
+from vwn.hf.residual import ResidualStream
 
 
 @dataclass(frozen=True)

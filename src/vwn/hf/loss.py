@@ -56,7 +56,7 @@ def _liger_unavailable(device_type: str, interpreted: bool) -> str | None:
     if device_type != "cuda" and not (interpreted and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"it runs on a GPU, not on {device_type}"
     if importlib.util.find_spec("liger_kernel") is None:
-        return "it is not installed (pip install 'vwn[liger]')"
+        return "it is not installed (pip install liger-kernel)"
     return None
 
 

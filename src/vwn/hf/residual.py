@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vwn.common.errors import UserError
+from vwn.hf.on_demand import own_class
 
 _ADDS, _MULTIPLIES = ("add", "__add__", "__radd__"), ("mul", "multiply", "__mul__", "__rmul__")
 _CASTS, _COPIES, _VIEWS = ("to", "float", "half", "bfloat16", "type_as"), ("contiguous", "clone"), ("view", "reshape")
@@ -387,8 +388,3 @@ ResidualStream.__hash__ = object.__hash__  # type: ignore[method-assign]
 def _read_all(values: Any) -> Any:
     """Read every stream in nested lists, tuples and dicts."""
     return tree_map(lambda v: v.read() if isinstance(v, ResidualStream) else v, values)
-
-
-def own_class(module: Any) -> Any:
-    """The class that a module had before it was widened."""
-    return getattr(type(module), "widened_from", type(module))

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from vwn.common.errors import UserError
+from vwn.hf.on_demand import own_class
 from vwn.hf.reading import ReadingNorm, called_modules
-from vwn.hf.residual import LayerPass, own_class
+from vwn.hf.residual import LayerPass
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 try:
     import torchtitan  # noqa: F401
 except ImportError as error:
-    raise ImportError("vwn.titan needs torchtitan 0.3; install vwn[titan]") from error
+    raise ImportError("vwn.titan needs torchtitan 0.3; pip install torchtitan==0.3.0") from error
 
 from vwn.titan.sizes import Backbone, VirtualWidth, hf_config
 from vwn.titan.trainer import VirtualWidthTrainer, adamw, model_spec
