@@ -29,10 +29,10 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     loss_backend: str = "auto"
-    """What computes the training loss: ``"liger"`` keeps no logits (and returns none), ``"torch"``, or ``"auto"``."""
+    """Backend of the training loss: ``"liger"`` keeps no logits (and returns none), ``"torch"``, or ``"auto"``."""
 
     output_mtp_logits: bool = False
-    """Whether outputs have the MTP modules' logits when ``forward`` is not told, for :meth:`mtp_loss`."""
+    """Default of ``forward``'s argument: outputs have the MTP modules' logits, for :meth:`mtp_loss`."""
 
     def __init__(self, config: VirtualWidthConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -165,7 +165,7 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
         return scaled_logits(self.lm_head(self.unembed_expand(scaled_hidden(hidden, backbone))), backbone)
 
     def _fuses_loss(self) -> bool:
-        """Whether the training loss is computed without the logits; only for an unembedding and a loss as they come."""
+        """Return whether the loss is computed without logits: only with the model's own unembedding and loss."""
         backend = choose_loss(self.loss_backend, self.lm_head.weight.device)
         as_they_come = type(self.lm_head) is nn.Linear and not has_hooks(self.lm_head)
         as_they_come &= not hasattr(self, "_loss_function") and self.lm_head.bias is None

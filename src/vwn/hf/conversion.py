@@ -28,12 +28,12 @@ PROBE_SHAPE = (2, 19)
 
 OPTIONS = ("connection", "dynamic", "carry_constraint", "num_mtp_modules", "mtp_loss_weight")
 
-# where every bit is to stay the same in float32
+# types whose logits stay the same to the bit in float32
 _EXACT = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "olmo", "seed_oss", "smollm3", "internlm3")
 
 _log = logging.getLogger("vwn.hf")
 
-# of the largest logit, per rounding step of the dtype: what the order of sums may change in a forward
+# tolerance for the order of sums, in rounding steps of the largest logit
 _ROUNDINGS, _ROUNDINGS_16_BIT = 64, 8
 
 

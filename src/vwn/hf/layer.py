@@ -32,7 +32,7 @@ class VirtualWidthLayer(OnDemand):
     state_name: str  # of the argument that is the state
 
     def forward(self, *args: Any, lookahead: Lookahead | None = None, **context: Any) -> Any:
-        """What the layer returns, on a state ``[B, S, D']``; the other arguments are what the backbone hands it."""
+        """Run the layer on a state ``[B, S, D']``; the other arguments are the backbone's, and so is the output."""
         state = args[0] if args else context.pop(self.state_name, None)
         if not isinstance(state, Tensor):
             name = own_class(self).__name__

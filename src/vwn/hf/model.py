@@ -37,7 +37,7 @@ from vwn.ops import choose, state_dtype
 
 _log = logging.getLogger("vwn.hf")
 
-# what transformers goes by when it chooses an attention implementation, compiles, or exports
+# transformers reads these when it chooses an attention implementation, compiles, or exports
 _BACKBONES_FLAGS = (
     "_supports_sdpa",
     "_supports_flash_attn",
@@ -52,7 +52,7 @@ _BACKBONES_FLAGS = (
 
 
 class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
-    """What the two models share: flags, initialisation, access to the embedding table."""
+    """Base of all models: flags, initialisation, access to the embedding table."""
 
     config: VirtualWidthConfig
     config_class = VirtualWidthConfig
@@ -71,7 +71,7 @@ class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the embedding table, as single weights of a backbone may be kept in float32."""
+        """Dtype of the embedding table; single weights of a backbone may be kept in float32."""
         table = getattr(self.base_model, "embed_tokens", None)
         return super().dtype if table is None else table.table.weight.dtype
 
@@ -86,11 +86,11 @@ class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """No: initialisation leaves alone what was loaded, and the buffers that are not saved have to have it."""
+        """Return False: initialisation leaves loaded weights alone, and buffers that are not saved need it."""
         return False
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """What to run for a request: the same, or where there is none ``"sdpa"``, if the backbone supports that.
+        """Return the attention to run: the requested one, or without a request ``"sdpa"`` if the backbone supports it.
 
         Raises:
             UserError: the backbone does not support it.
@@ -104,7 +104,7 @@ class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
                 f"{kind}; leave it away, or set it to 'eager'"
             ) from error
 
-    # of the class, which knows no backbone; an instance has its backbone's, as with the flags
+    # The class knows no backbone; an instance has its backbone's answers, like its flags.
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True

@@ -92,14 +92,14 @@ def fusable_norm(norm: Any, dtype: torch.dtype) -> NormWeights | None:
 
 
 def has_hooks(module: Any) -> bool:
-    """Whether something besides a :class:`HandOver` is to happen when the module runs, so that it must be run."""
+    """Return whether a module has hooks besides a :class:`HandOver`, or a replaced ``forward``, and so must be run."""
     hooks = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
     before = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, HandOver)]
     return any(hooks) or bool(before) or "forward" in vars(module)
 
 
 def _is_plain_rms_norm(norm: Any) -> bool:
-    """Whether a norm computes Llama's ``weight * round(x / rms(x))``; others have, say, a gain of ``1 + weight``."""
+    """Return whether a norm computes Llama's ``weight * round(x / rms(x))``; some have a gain of ``1 + weight``."""
     kind = type(norm)
     if kind is LlamaRMSNorm:
         return True
@@ -113,7 +113,7 @@ _RMS_NORMS: dict[type, bool] = {}
 
 
 def _computes_rms_norm(kind: type, norm: Any) -> bool:
-    """Whether a norm gives Llama's bits for random numbers, in two dtypes; found out once for a class."""
+    """Return whether a norm gives Llama's bits for random numbers, in two dtypes; tried once for a class."""
     if kind not in _RMS_NORMS:
         generator = torch.Generator().manual_seed(0)
         probe = copy.copy(norm)

@@ -86,7 +86,7 @@ class LayerPass:
         """The layer adds to its stream; called before the write, which waits until the sum is used."""
 
     def finish(self, out: Any) -> Any:
-        """What the layer returned, with the state in place of the stream.
+        """Return the layer's output, with the state in place of the stream.
 
         Raises:
             UserError: the layer does not return its residual stream, or did not write to it as often as it should.
@@ -185,7 +185,7 @@ class _Node:
         return self.state
 
     def read(self) -> Tensor:
-        """What the layer sees of it, ``[..., D]``."""
+        """Read it: the layer's view, ``[..., D]``."""
         self.run.check()
         self.used = True
         if self.x is None and self.factor is not None:
@@ -203,7 +203,7 @@ class _Node:
 
 
 class ResidualStream:
-    """What a decoder layer takes for its residual stream ``[..., D]``.
+    """Stand-in for a decoder layer's residual stream ``[..., D]``.
 
     ``stream + z`` and ``stream * factor`` are streams again; so is a stream that is cast, copied or viewed in another
     shape. Any other use takes what the next sublayer's connection reads.
@@ -247,7 +247,7 @@ class ResidualStream:
             run.refuse(f"it hands on its residual stream in the shape {tuple(self.shape)}, not {tuple(run.shape)}")
         return state
 
-    # what a tensor has
+    # attributes of a tensor
 
     @property
     def shape(self) -> torch.Size:
@@ -267,11 +267,11 @@ class ResidualStream:
         self._node.run.refuse("its residual stream is changed in place by setting its attribute 'data'")
 
     def size(self, dim: int | None = None) -> Any:
-        """As of a tensor."""
+        """Shape, or its entry ``dim``."""
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
-        """As of a tensor."""
+        """Number of dimensions."""
         return len(self.shape)
 
     ndim = property(dim)

@@ -1,4 +1,4 @@
-"""What the layers of a backbone consist of, found by one forward pass without numbers.
+"""Sublayers of a backbone's layers, found by one forward pass without numbers.
 
 A copy of the backbone on the meta device runs once. Its layers add to a :class:`~vwn.hf.residual.ResidualStream`,
 which counts the sums: each is one sublayer.

@@ -44,7 +44,7 @@ class VirtualWidthBackbone(OnDemand):
     cache_name: str  # what its forward calls a cache
 
     def run(self, cache: Any = None, **arguments: Any) -> Any:
-        """Its forward, without what it has no argument for and could not use, such as positions beside ALiBi."""
+        """Run its forward without arguments that it does not know and could not use, such as positions beside ALiBi."""
         arguments[self.cache_name] = cache
         if self.arguments is not None:
             arguments = {k: v for k, v in arguments.items() if k in self.arguments or k not in _OPTIONAL}
@@ -165,7 +165,7 @@ def _take_ends(config: VirtualWidthConfig, model: Any) -> tuple[nn.Module, nn.Em
 
 
 def find_layouts(model: Any) -> list[Layout | FoundLayout]:
-    """What each layer of a base model consists of: as registered or told by its family, or else found by a probe.
+    """Find each layer's layout: registered, told by its family, or found by a probe.
 
     Raises:
         UserError: a layer that does not just add to its residual stream, or lacks what its layout names.
@@ -272,7 +272,7 @@ def _widen_front(config: VirtualWidthConfig, model: Any) -> None:
 
 
 def _arguments(model: nn.Module) -> tuple[frozenset[str] | None, str]:
-    """What a backbone's ``forward`` takes (None if anything), and its name for a cache."""
+    """Find the arguments of a backbone's ``forward`` (None if any), and its name for a cache."""
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     cache_name = next((name for name in CACHE_NAMES if name in parameters), "past_key_values")
