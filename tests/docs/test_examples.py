@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import vwn
@@ -141,6 +142,20 @@ def test_the_notebook(monkeypatch):
     assert names["slots"].shape == (5, 16)
     for curve in names["curves"].values():
         assert curve[-1][1] < curve[0][1]
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo", "reward"])
+def test_trl(run, tmp_path, monkeypatch, task):
+    pytest.importorskip("trl")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert f"{task}: 3 steps" in run("with_trl", task, tmp_path)
+    if task == "dpo":
+        assert (tmp_path / "adapter_model.safetensors").exists()
+        return
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "start", tmp_path))
+    moved = {name for name, value in after.items() if name in before and not torch.equal(before[name], value)}
+    for part in (".connections.", ".mtp.") if task == "sft" else (".connections.",):
+        assert any(part in name for name in moved)
 
 
 def test_widen(run, text, tmp_path):

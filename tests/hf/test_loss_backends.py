@@ -54,7 +54,7 @@ def test_the_kernel_really_ran(monkeypatch):
     model.loss_backend = "liger"
     calls, heads = [], []
     fused = loss_module.fused_cross_entropy
-    monkeypatch.setattr("vwn.hf.model.fused_cross_entropy", lambda *a: (calls.append(1), fused(*a))[1])
+    monkeypatch.setattr("vwn.hf.causal_lm.fused_cross_entropy", lambda *a: (calls.append(1), fused(*a))[1])
     linear = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: (heads.append(self), linear(self, x))[1])
     model(token_ids(), labels=token_ids())

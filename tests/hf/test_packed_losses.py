@@ -200,6 +200,8 @@ def test_modules_that_no_loss_trains_are_named_once(caplog):
     frozen(ids)
     build(vwn_config(num_mtp_modules=0)).train()(ids)
     assert not caplog.records
+    build(vwn_config(num_mtp_modules=1)).train().base_model(ids)  # what TRL runs, with a head of its own
+    assert "are not trained" in caplog.text
 
 
 def test_a_loss_from_outside_can_train_them():

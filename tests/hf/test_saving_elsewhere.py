@@ -43,7 +43,7 @@ assert not [name for name in sys.modules if name.split(".")[0] == "vwn"]
 for path in sys.argv[1:]:
     expected = torch.load(path + "/expected.pt")
     model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-    assert type(model).__module__ == "vwn.hf.model", type(model).__module__
+    assert type(model).__module__ == "vwn.hf.causal_lm", type(model).__module__
     assert torch.equal(model(expected["ids"]).logits, expected["logits"]), path
     base = AutoModel.from_pretrained(path, trust_remote_code=True)
     assert torch.equal(base(expected["ids"]).last_hidden_state, expected["hidden"]), path

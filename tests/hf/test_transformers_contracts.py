@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import sys
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 from unittest import TestCase
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,7 +29,10 @@ pytestmark = pytest.mark.slow
 
 SOURCE = Path(__file__).parents[2] / f".cache/transformers-{transformers.__version__}/tests"
 if not (SOURCE / "test_modeling_common.py").is_file():
-    pytest.skip(f"no source distribution of transformers {transformers.__version__} in .cache", allow_module_level=True)
+    pytest.skip(
+        f"the source distribution of transformers {transformers.__version__} is not in .cache (make .venv fetches it)",
+        allow_module_level=True,
+    )
 pytest.importorskip("parameterized", reason="transformers' tests need parameterized")
 
 
@@ -78,6 +83,7 @@ class TinyModels:
 
     batch_size, seq_length, is_training = 5, 7, True
     hidden_size, num_hidden_layers, num_attention_heads = 32, 2, 2
+    num_hidden_states_types = 2  # of width D and over-width
 
     def __init__(self, config: VirtualWidthConfig) -> None:
         self.config = config
@@ -91,14 +97,39 @@ class TinyModels:
 
 
 class Contracts(model_test_module.ModelTesterMixin):
-    """transformers' tests and what is adapted in them."""
+    """transformers' tests, and what is adapted in them."""
 
     all_model_classes = (VirtualWidthModel, VirtualWidthForCausalLM)
-    # the tests of generation are not in the source distribution, and one test asks for them
+    # One test demands those of generation, which the source distribution lacks.
     test_generation_tester_mixin_inheritance = None
 
     def setUp(self):
         self.model_tester = TinyModels(self.make_config())
+
+    @contextmanager
+    def incomplete_checkpoints(self):
+        """Load what is missing as transformers does, where a test looks at what it lists; ours refuse to."""
+        with patch("vwn.hf.checkpoint.saving._check_complete"):
+            yield
+
+    def test_correct_missing_keys(self):
+        with self.incomplete_checkpoints():
+            super().test_correct_missing_keys()
+
+    def test_model_weights_reload_no_missing_tied_weights(self):
+        with self.incomplete_checkpoints():
+            super().test_model_weights_reload_no_missing_tied_weights()
+
+    def test_retain_grad_hidden_states_attentions(self):
+        """Gradients pass through the over-width states; `hidden_states` are reduced from them, beside the graph."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        model = VirtualWidthModel._from_config(config, attn_implementation="eager")
+        out = model(**inputs, output_hidden_states=True, output_attentions=True)
+        kept = (out.over_width_hidden_states[0], out.attentions[0])
+        for tensor in kept:
+            tensor.retain_grad()
+        out.last_hidden_state.flatten()[0].backward()
+        assert all(tensor.grad is not None for tensor in kept)
 
 
 class TestLlama(Contracts, TestCase):
@@ -116,6 +147,12 @@ class TestLlama(Contracts, TestCase):
 class TestLlamaWithMtp(Contracts, TestCase):
     def make_config(self):
         return VirtualWidthConfig(backbone=LlamaConfig(**SIZES), m=4, n=8, num_mtp_modules=1)
+
+
+for name in [name for name in dir(Contracts) if name.startswith("test_eager_matches_batched_and_grouped")]:
+    # of experts; our class, asked whether it has any, knows no backbone
+    setattr(TestLlama, name, None)
+    setattr(TestLlamaWithMtp, name, None)
 
 
 class TestMixtureOfExperts(Contracts, TestCase):

@@ -66,7 +66,14 @@ def test_nothing_deprecated_is_used(capfd):
     assert "deprecated" not in capfd.readouterr().err
 
 
-@pytest.mark.slow
+def test_no_index_is_said_to_have_the_package():
+    """The name is not ours on any index yet, so `pip install vwn` would install nothing or something else."""
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("src/**/*.py"), *ROOT.glob("examples/**/*.py")]
+    found = [page.name for page in pages if re.search(r"install ['\"`]*vwn\b", page.read_text(encoding="utf-8"))]
+    assert not found
+
+
+@pytest.mark.install
 def test_the_install_lines_of_the_readme_in_a_fresh_environment(tmp_path):
     """Its `pip install` lines give a package that imports, runs a model and has a command."""
     lines = re.findall(r"^pip install [^#\n]+", (ROOT / "README.md").read_text(), re.M)

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vwn.hf.residual import own_class
+from vwn.hf.layer import VirtualWidthLayer, take_residuals
+from vwn.hf.on_demand import own_class
 from vwn.hf.sublayers import FoundLayout, meta_copy
-from vwn.hf.widening import VirtualWidthLayer, take_residuals
 from vwn.nn.connection import Connections
 from vwn.nn.generalized import GeneralizedHyperConnection
 

@@ -14,6 +14,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from vwn.hf.causal_lm import VirtualWidthForCausalLM
 from vwn.hf.configuration import VirtualWidthConfig
 from vwn.hf.conversion import widen, widen_checkpoint
 from vwn.hf.heads import (
@@ -22,12 +23,8 @@ from vwn.hf.heads import (
     VirtualWidthForTokenClassification,
 )
 from vwn.hf.layouts import Layout, Sublayer, layout_of, register_layout
-from vwn.hf.model import (
-    VirtualWidthCausalLMOutput,
-    VirtualWidthForCausalLM,
-    VirtualWidthModel,
-    VirtualWidthModelOutput,
-)
+from vwn.hf.model import VirtualWidthModel
+from vwn.hf.outputs import VirtualWidthCausalLMOutput, VirtualWidthModelOutput
 from vwn.hf.trainer_mixin import MultiTokenTrainerMixin
 
 AutoConfig.register("virtual_width", VirtualWidthConfig)

@@ -93,13 +93,13 @@ def find_anatomy(model: Any) -> Anatomy:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether a module says that it is a norm, has no modules inside, and no weights but vectors."""
+    """Return whether a module is called a norm, has no modules inside, and no weights but vectors."""
     named = "norm" in type(module).__name__.lower() or isinstance(module, nn.Identity)
     return named and not any(module.children()) and all(p.ndim == 1 for p in module.parameters())
 
 
 def _inside(stack: tuple[str, str, list[str]], other: tuple[str, str, list[str]]) -> bool:
-    """Whether a list of modules belongs to a layer of another, as a layer's experts do."""
+    """Return whether a list of modules belongs to a layer of another list, like a layer's experts."""
     prefix = f"{other[0]}.{other[1]}.".lstrip(".")
     return stack[0].startswith(prefix)
 
@@ -124,7 +124,7 @@ def _body(stack: nn.Module) -> list[ast.stmt]:
 
 
 def _runs_over(node: ast.AST, layers_name: str) -> bool:
-    """Whether a node is a loop over ``self.layers``, a slice of it, or ``enumerate`` and the like of it."""
+    """Return whether a node is a loop over ``self.layers``, also over a slice or ``enumerate`` of it."""
     if not isinstance(node, ast.For):
         return False
     named = (n for n in ast.walk(node.iter) if isinstance(n, ast.Attribute) and n.attr == layers_name)
@@ -132,7 +132,7 @@ def _runs_over(node: ast.AST, layers_name: str) -> bool:
 
 
 def _calls(stack: nn.Module, name: str) -> int:
-    """How often a module is called in the stack's forward."""
+    """Count the calls of a module in the stack's forward."""
     nodes = (node for statement in _body(stack) for node in ast.walk(statement))
     return sum(isinstance(n, ast.Call) and ast.unparse(n.func) == f"self.{name}" for n in nodes)
 
@@ -146,7 +146,7 @@ def _modules(stack: nn.Module, statements: list[ast.stmt]) -> list[str]:
 
 
 def _in_order(node: ast.AST) -> Iterator[ast.AST]:
-    """What an expression is made of before the expression."""
+    """Yield the parts of an expression before the expression."""
     for child in ast.iter_child_nodes(node):
         yield from _in_order(child)
     yield node

@@ -1,4 +1,4 @@
-"""What a backbone's own causal LM adds to the next-token loss: for balanced routers, and for small logits."""
+"""Losses that a backbone's own causal LM adds to the next-token loss: for balanced routers, and for small logits."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 def routes_experts(config: Any) -> bool:
-    """Whether the type's own causal LM adds a loss for its routers."""
+    """Return whether the type's own causal LM adds a loss for its routers."""
     if family_of(config).no_aux_loss or not getattr(config, "is_moe", True):
         return False
     return any(hasattr(config, name) for name in _COEFFICIENTS)
 
 
 def router_loss_weight(config: Any) -> float:
-    """What the routers' loss is multiplied by; the config's field for it."""
+    """Return the weight of the routers' loss, a field of the config."""
     return next(getattr(config, name) for name in _COEFFICIENTS if hasattr(config, name))
 
 
 def router_loss(router_logits: tuple[Tensor, ...], config: Any, attention_mask: Any = None) -> Tensor:
-    """How unevenly the tokens are spread over the experts; a scalar, ``k`` where they are spread evenly.
+    """Compute the load-balancing loss, a scalar: ``k`` where the tokens are spread evenly over the experts.
 
     Args:
         router_logits: for each layer with experts ``[B * S, experts]``; for Doge ``[2, B * S, keys]``.
@@ -58,7 +58,7 @@ def router_loss(router_logits: tuple[Tensor, ...], config: Any, attention_mask: 
 
 
 def penalises_logits(config: Any) -> bool:
-    """Whether the type's own causal LM adds a loss for large logits (Bamba)."""
+    """Return whether the type's own causal LM adds a loss for large logits (Bamba)."""
     return getattr(config, "z_loss_coefficient", 0) > 0
 
 

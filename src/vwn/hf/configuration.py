@@ -16,15 +16,15 @@ from vwn.nn.geometry import Geometry
 
 _log = logging.getLogger("vwn.hf")
 
-# In a saved backbone's config, where a plain class would look for the name of its weights; see vwn.hf.checkpoint.saving
+# A plain class finds this in a saved backbone's config, where its weights' name would be (vwn.hf.checkpoint.saving).
 NOT_PLAIN = "these are weights of a model with virtual width; `import vwn.hf` and load it with AutoModelForCausalLM"
 
 CONNECTIONS = ("ghc", "hc", "mhc", "residual")
 
-# What trainers, generation and evaluation harnesses read from, or set on, the outer config.
+# Trainers, generation and evaluation harnesses read these from the outer config, or set them on it.
 DELEGATED = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "use_cache")
 
-# What others read from it; to change them, give another backbone.
+# Others read these from it; to change them, give another backbone.
 READ_FROM_BACKBONE = (
     "num_attention_heads",
     "num_key_value_heads",
@@ -39,7 +39,7 @@ _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads
 
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
-# What else may be given: attributes of any config of transformers that are no fields of PreTrainedConfig.
+# Other options that may be given: attributes of any config that are no fields of PreTrainedConfig.
 _OTHERS = {
     "attn_implementation",
     "auto_map",
@@ -57,7 +57,7 @@ _OTHERS = {
     *TOKEN_IDS,
 }
 
-# What the command line and other libraries call an option.
+# Names of options on the command line and in other libraries.
 _ALIASES = {
     "mtp": "num_mtp_modules",
     "mtp_modules": "num_mtp_modules",
@@ -68,7 +68,7 @@ _ALIASES = {
     "tie_embeddings": "tie_word_embeddings",
 }
 
-# What transformers chooses when a model is made; there is one choice, the backbone's.
+# transformers chooses these when a model is made; the choice is the backbone's.
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 
 
@@ -247,18 +247,18 @@ class VirtualWidthConfig(PreTrainedConfig):
 
     @base_model_tp_plan.setter
     def base_model_tp_plan(self, plan: Any) -> None:
-        """Nothing: transformers before 5.18 sets what it finds, and here it follows from the backbone."""
+        """Ignore the value, which transformers before 5.18 sets; here it follows from the backbone."""
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Nothing: a class of an installed package is imported, its source is not copied into checkpoints."""
+        """Do nothing: classes of an installed package are imported, their source is not copied into checkpoints."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, with the backbone's sizes that other libraries look for here."""
+        """Return all fields, and the backbone's sizes that other libraries look for here."""
         return super().to_dict() | {name: getattr(self, name) for name in _SIZES if hasattr(self, name)}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is saved: the sizes are in the backbone."""
+        """Return the fields that are saved; the sizes are in the backbone."""
         return {name: value for name, value in super().to_diff_dict().items() if name not in _SIZES}
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:

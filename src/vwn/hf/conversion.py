@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vwn.common.errors import UserError
+from vwn.hf.causal_lm import VirtualWidthForCausalLM
 from vwn.hf.checkpoint.saving import check_weight_files
 from vwn.hf.configuration import VirtualWidthConfig
-from vwn.hf.model import VirtualWidthForCausalLM
 from vwn.hf.widening import base_model_class, build_mtp_layer, refuse_family
 from vwn.nn.connection import Connection
 from vwn.nn.initialisation import StatesItsInitialValues
@@ -28,12 +28,12 @@ PROBE_SHAPE = (2, 19)
 
 OPTIONS = ("connection", "dynamic", "carry_constraint", "num_mtp_modules", "mtp_loss_weight")
 
-# where every bit is to stay the same in float32
+# types whose logits stay the same to the bit in float32
 _EXACT = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "olmo", "seed_oss", "smollm3", "internlm3")
 
 _log = logging.getLogger("vwn.hf")
 
-# of the largest logit, per rounding step of the dtype: what the order of sums may change in a forward
+# tolerance for the order of sums, in rounding steps of the largest logit
 _ROUNDINGS, _ROUNDINGS_16_BIT = 64, 8
 
 

@@ -1,4 +1,4 @@
-"""What the model types of transformers do outside their decoder layers, and which cannot be widened.
+"""Facts about model types of transformers: what stands around their layers, and which cannot be widened.
 
 The layers explain themselves (:mod:`vwn.hf.sublayers`); what stands in front of and behind them is told here, by the
 names that the types' configs and modules have.
@@ -123,7 +123,7 @@ def family_of(config: Any) -> Family:
 
 
 def has_head_bias(config: Any) -> bool:
-    """Whether the unembedding has a bias."""
+    """Return whether the unembedding has a bias."""
     return family_of(config).head_bias or bool(getattr(config, "lm_head_bias", False))
 
 
@@ -134,7 +134,7 @@ def scaled_embedding(state: Tensor, config: Any) -> Tensor:
 
 
 def scaled_hidden(hidden: Tensor, config: Any) -> Tensor:
-    """What the unembedding gets: the final hidden state ``[..., D]``, divided if the model type does that."""
+    """Return the unembedding's input: the final hidden state ``[..., D]``, divided if the model type does that."""
     name = family_of(config).divides_hidden
     return hidden / getattr(config, name) if name else hidden
 
@@ -152,7 +152,7 @@ def scaled_logits(logits: Tensor, config: Any) -> Tensor:
 
 
 def scales_logits(config: Any) -> bool:
-    """Whether :func:`scaled_hidden` or :func:`scaled_logits` do anything."""
+    """Return whether :func:`scaled_hidden` or :func:`scaled_logits` change anything."""
     family = family_of(config)
     scaled = family.divides_hidden or family.divides_logits or family.multiplies_logits
     return bool(scaled) or any(getattr(config, name, None) for name in _SOFTCAPS)

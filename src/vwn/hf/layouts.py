@@ -1,4 +1,4 @@
-"""What a decoder layer consists of: its sublayers, each a pre-norm, a core and a post-norm.
+"""Layouts of decoder layers: their sublayers, each a pre-norm, a core and a post-norm.
 
 That is all that virtual width needs to know of a layer. The residual adds are not part of it: they are what the
 connections replace. Layers of transformers need no layout, theirs is found (:mod:`vwn.hf.sublayers`).
@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vwn.common.errors import UserError
-from vwn.hf.residual import ResidualStream, own_class
+from vwn.hf.on_demand import own_class
+from vwn.hf.residual import ResidualStream
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def register_layout(decoder_layer: type | str, layout: Iterable[Sublayer]) -> No
 
 
 def layout_of(layer: nn.Module) -> Any:
-    """What a decoder layer consists of: of a widened layer what was found, of another what is registered or ``None``.
+    """Return a layer's layout: the one found if it is widened, else the one registered, or ``None``.
 
     Raises:
         UserError: it lacks what its layout names, or two classes have the name that was registered.

@@ -53,7 +53,7 @@ class Lookahead:
         return None
 
     def read(self, state: Tensor, reader: Reader) -> Tensor:
-        """What ``reader`` reads from ``state``: ``[..., D'] -> [..., D]``; there already if the last write did it."""
+        """Read for ``reader``, ``[..., D'] -> [..., D]``, or return what the last write has read for it."""
         self.used = True
         ahead, self._read_ahead = self._read_ahead, None
         if ahead is not None:
@@ -188,7 +188,7 @@ class KeptState:
 
 
 def can_read_ahead(layer: Any, following: Any) -> bool:
-    """Whether ``layer`` may read for ``following``: with its parameters, outside its ``forward``.
+    """Return whether ``layer`` may read for ``following``: with its parameters, outside its ``forward``.
 
     Not where a layer is recomputed on its own (gradient checkpointing), and not where the parameters are elsewhere
     until that layer runs: sharded (FSDP, ZeRO) or on another device; not where hooks look at the read, and not past a
@@ -206,7 +206,7 @@ def can_read_ahead(layer: Any, following: Any) -> bool:
 
 
 def keeps_its_weights(layer: Any) -> bool:
-    """Whether a layer's weights are there outside its ``forward`` as well: not sharded by FSDP or ZeRO."""
+    """Return whether a layer's weights are there outside its ``forward``: not sharded by FSDP or ZeRO."""
     weight, shape = _first_weight(layer), next(iter(layer.connections[0].shapes.values()))
     sharded = hasattr(layer, "unshard") or hasattr(weight, "device_mesh") or hasattr(weight, "ds_id")
     return not sharded and weight.shape == shape

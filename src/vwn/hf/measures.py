@@ -1,4 +1,4 @@
-"""What is measured of the routing matrices, summed up batch by batch.
+"""Measures of the routing matrices, summed up batch by batch.
 
 Shapes: ``T`` tokens, ``n`` slots, ``m`` segments, ``d = D / m`` segment width, ``L`` sublayers. All in the dtype of the
 routing: float32, or float64 for a float64 model.
@@ -40,7 +40,7 @@ class Unrolled:
 
 
 class DepthMap:
-    """How much of every source reaches every reader, averaged over tokens.
+    """Share of every source that reaches every reader, averaged over tokens.
 
     The readers are the sublayers and, last, the final state; the sources are the embedding ``H'_0`` and the sublayers.
     """

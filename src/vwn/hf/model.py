@@ -1,4 +1,9 @@
-"""``VirtualWidthModel`` and ``VirtualWidthForCausalLM``: over-width embedding, widened backbone, reduce, MTP, loss."""
+"""``VirtualWidthModel``: over-width embedding, widened backbone, reduce, MTP modules (sections 3.2-3.4).
+
+The way from its ``forward`` to eq. 10: the backbone's own loop over its layers; :mod:`vwn.hf.layer`, which reads and
+writes where a layer's ``forward`` uses its residual stream; :mod:`vwn.hf.lookahead`, which joins a write and the next
+read; :class:`vwn.nn.connection.Connection`; :mod:`vwn.ops`.
+"""
 
 import logging
 from typing import Any
@@ -10,19 +15,15 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from vwn.common.errors import UserError
-from vwn.hf.auxiliary_loss import logit_loss, penalises_logits, router_loss, router_loss_weight, routes_experts
 from vwn.hf.checkpoint.saving import SavingMixin
 from vwn.hf.configuration import VirtualWidthConfig
-from vwn.hf.decoding.mtp import MtpGenerationMixin
 from vwn.hf.documents import number_documents
-from vwn.hf.families import has_head_bias, scaled_embedding, scaled_hidden, scaled_logits, scales_logits
+from vwn.hf.families import scaled_embedding
+from vwn.hf.layer import VirtualWidthLayer
 from vwn.hf.lookahead import Lookahead, keeps_its_weights
-from vwn.hf.loss import choose_loss, denominator, fused_cross_entropy, targets_of_heads
-from vwn.hf.outputs import CACHE_FIELD, VirtualWidthCausalLMOutput, VirtualWidthModelOutput
-from vwn.hf.reading import has_hooks
+from vwn.hf.outputs import CACHE_FIELD, VirtualWidthModelOutput
 from vwn.hf.widening import (
     CACHE_NAMES,
-    VirtualWidthLayer,
     base_model_class,
     build_backbone,
     build_mtp_layer,
@@ -30,13 +31,13 @@ from vwn.hf.widening import (
     widen_backbone,
 )
 from vwn.nn.connection import Connection
-from vwn.nn.embedding import OverWidthEmbedding, OverWidthReduce, UnembeddingExpand
+from vwn.nn.embedding import OverWidthEmbedding, OverWidthReduce
 from vwn.nn.multi_token import MultiTokenPredictor
 from vwn.ops import choose, state_dtype
 
 _log = logging.getLogger("vwn.hf")
 
-# what transformers goes by when it chooses an attention implementation, compiles, or exports
+# transformers reads these when it chooses an attention implementation, compiles, or exports
 _BACKBONES_FLAGS = (
     "_supports_sdpa",
     "_supports_flash_attn",
@@ -51,7 +52,7 @@ _BACKBONES_FLAGS = (
 
 
 class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
-    """What the two models share: flags, initialisation, access to the embedding table."""
+    """Base of all models: flags, initialisation, access to the embedding table."""
 
     config: VirtualWidthConfig
     config_class = VirtualWidthConfig
@@ -70,7 +71,7 @@ class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the embedding table, as single weights of a backbone may be kept in float32."""
+        """Dtype of the embedding table; single weights of a backbone may be kept in float32."""
         table = getattr(self.base_model, "embed_tokens", None)
         return super().dtype if table is None else table.table.weight.dtype
 
@@ -85,11 +86,11 @@ class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """No: initialisation leaves alone what was loaded, and the buffers that are not saved have to have it."""
+        """Return False: initialisation leaves loaded weights alone, and buffers that are not saved need it."""
         return False
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """What to run for a request: the same, or where there is none ``"sdpa"``, if the backbone supports that.
+        """Return the attention to run: the requested one, or without a request ``"sdpa"`` if the backbone supports it.
 
         Raises:
             UserError: the backbone does not support it.
@@ -103,7 +104,7 @@ class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
                 f"{kind}; drop it, or set it to 'eager'"
             ) from error
 
-    # of the class, which knows no backbone; an instance has its backbone's, as with the flags
+    # The class knows no backbone; an instance has its backbone's answers, like its flags.
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True
@@ -139,6 +140,8 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
     outputs: ``(r / K + 1) D`` saved numbers per token and sublayer, at the price of one more write each. Not through
     ``torch.compile``: with ``fullgraph=True`` it is refused, otherwise the graph breaks around the layers. Nor with
     layers that are sharded or wrapped, whose weights are elsewhere in the backward. MTP layers keep their states."""
+
+    _warned_untrained = False
 
     def __init__(self, config: VirtualWidthConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -186,6 +189,7 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
         padding_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         cache_params: Cache | None = None,
+        predicts_further: bool = False,
         **kwargs: Any,
     ) -> VirtualWidthModelOutput:
         """``input_ids`` ``[B, S]`` or ``inputs_embeds`` to hidden states ``[B, S, D]``.
@@ -198,8 +202,11 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
                 there is none.
             padding_mask: 0 at padding, ``[B, S]``; n-grams take it from a two-dimensional ``attention_mask`` otherwise.
             past_key_values, cache_params: other names for ``cache``, those of transformers before 5.24.
+            predicts_further: whether :meth:`predict_further` follows; in training a missing one is warned of.
         """
-        cache = _the_cache(cache, past_key_values, cache_params)
+        cache = one_cache(cache, past_key_values, cache_params)
+        if not predicts_further:
+            self._warn_untrained_modules()
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         state: Any
@@ -290,6 +297,18 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
             hidden.append(h)
         return hidden, router_logits
 
+    def _warn_untrained_modules(self) -> None:
+        """Warn once if gradients are wanted and no loss of the MTP modules is."""
+        if self._warned_untrained or torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
+            return
+        if any(p.requires_grad for p in self.mtp.parameters()):
+            self._warned_untrained = True
+            _log.warning(
+                "the MTP modules (num_mtp_modules = %d) are not trained: the model got no labels, or the trainer "
+                "computes the loss outside of it; see docs/train.md, or set num_mtp_modules to 0",
+                self.config.num_mtp_modules,
+            )
+
     def _keep_every(self) -> int:
         every = self.keep_states_every
         if not isinstance(every, int) or every < 1:
@@ -337,236 +356,7 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
         )
 
 
-class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
-    """A causal language model with virtual width and, optionally, multi-token prediction."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.table.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
-
-    loss_backend: str = "auto"
-    """What computes the training loss: ``"liger"`` keeps no logits (and returns none), ``"torch"``, or ``"auto"``."""
-
-    output_mtp_logits: bool = False
-    """Whether outputs have the MTP modules' logits when ``forward`` is not told, for :meth:`mtp_loss`."""
-
-    _said_untrained = False
-
-    def __init__(self, config: VirtualWidthConfig, backbone: PreTrainedModel | None = None) -> None:
-        super().__init__(config)
-        self.model = VirtualWidthModel(config, backbone)
-        k = config.table_factor
-        self.unembed_expand = UnembeddingExpand(config.hidden_size, k) if k > 1 else nn.Identity()
-        self.lm_head = nn.Linear(k * config.hidden_size, config.vocab_size, bias=has_head_bias(config.backbone))
-        self._is_stateful = self.model.backbone._is_stateful  # whether its cache can be rolled back
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        output_router_logits: bool | None = None,
-        output_mtp_logits: bool | None = None,
-        output_over_width_state: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-        preceding_ids: Tensor | None = None,
-        padding_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        cache_params: Cache | None = None,
-        **kwargs: Any,
-    ) -> VirtualWidthCausalLMOutput:
-        """Logits ``[B, S, V]`` and, with ``labels`` ``[B, S]`` (ids, not shifted, -100 ignored), the loss.
-
-        In training with Liger-Kernel (:attr:`loss_backend`) there are no logits.
-
-        Args:
-            shift_labels: with ``labels``, the next token's targets as they are, ``[B, S]``; they replace what would
-                follow from ``labels``.
-            output_mtp_logits: also return the MTP modules' logits; they run anyway when there are labels. The default
-                is the attribute of that name.
-            output_over_width_state: also return ``H'_L``, which the first MTP module starts from.
-            num_items_in_batch: number of targets over all accumulated batches, the loss's denominator: a scalar for
-                the next token, to which each MTP module's is in the proportion of this batch, or ``[1 + modules]``.
-            preceding_ids, padding_mask: for n-grams, see :meth:`VirtualWidthModel.forward`.
-            past_key_values, cache_params: other names for ``cache``, those of transformers before 5.24.
-        """
-        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            raise ValueError(
-                f"labels need the logits of every position; leave logits_to_keep at 0, got {logits_to_keep}"
-            )
-        if output_mtp_logits is None:
-            output_mtp_logits = self.output_mtp_logits
-        if labels is None and not output_mtp_logits:
-            self._say_untrained_modules()
-        if shift_labels is not None and (self.config.num_mtp_modules or self.config.ngram_order > 1):
-            _check_whole(position_ids, attention_mask, past_key_values if cache is None else cache)
-        b = self.config.backbone
-        if routes_experts(b) and output_router_logits is None:
-            output_router_logits = b.output_router_logits
-        if output_router_logits is not None:
-            kwargs["output_router_logits"] = output_router_logits
-        out = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=_the_cache(cache, past_key_values, cache_params),
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            preceding_ids=preceding_ids,
-            padding_mask=padding_mask,
-            **kwargs,
-        )
-        fused = labels is not None and self.training and self._fuses_loss()
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = None if fused else self._unembed(out.last_hidden_state[:, keep])
-
-        heads = [out.last_hidden_state]
-        mtp_logits: list[Tensor] = []
-        mtp_router_logits: list[Tensor] = []
-        if len(self.model.mtp) and (labels is not None or output_mtp_logits):
-            recorded = dict.fromkeys(("output_hidden_states", "output_attentions"), False)
-            hidden, mtp_router_logits = self.model.predict_further(
-                out.over_width_state,
-                out.initial_state,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **kwargs | recorded,
-            )
-            heads += hidden
-            mtp_logits = [] if fused and not output_mtp_logits else [self._unembed(h) for h in hidden]
-
-        loss = losses = aux_loss = None
-        if labels is not None:
-            documents = None
-            if len(heads) > 1:
-                documents = number_documents(labels.shape, attention_mask, position_ids, **kwargs)
-            targets = targets_of_heads(len(heads), labels, shift_labels, documents)
-            losses, loss = self._losses(heads, None if fused else [logits, *mtp_logits], targets, num_items_in_batch)
-            if logits is not None and penalises_logits(b):
-                loss = loss + logit_loss(logits, b)
-        if kwargs.get("output_router_logits") and routes_experts(b):
-            aux_loss = router_loss((*(out.router_logits or ()), *mtp_router_logits), b, attention_mask)
-            if loss is not None:
-                loss = loss + router_loss_weight(b) * aux_loss
-        return VirtualWidthCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            **{CACHE_FIELD: getattr(out, CACHE_FIELD)},
-            hidden_states=out.hidden_states,
-            over_width_hidden_states=out.over_width_hidden_states,
-            attentions=out.attentions,
-            router_logits=out.router_logits,
-            aux_loss=aux_loss,
-            losses=losses,
-            mtp_logits=tuple(mtp_logits) if output_mtp_logits else None,
-            over_width_state=out.over_width_state if output_over_width_state else None,
-        )
-
-    @property
-    def keep_states_every(self) -> int:
-        """See :attr:`VirtualWidthModel.keep_states_every`."""
-        return self.model.keep_states_every
-
-    @keep_states_every.setter
-    def keep_states_every(self, every: int) -> None:
-        self.model.keep_states_every = every
-
-    def _unembed(self, hidden: Tensor) -> Tensor:
-        backbone = self.config.backbone
-        return scaled_logits(self.lm_head(self.unembed_expand(scaled_hidden(hidden, backbone))), backbone)
-
-    def _fuses_loss(self) -> bool:
-        """Whether the training loss is computed without the logits; only for an unembedding and a loss as they come."""
-        backend = choose_loss(self.loss_backend, self.lm_head.weight.device)
-        as_they_come = type(self.lm_head) is nn.Linear and not has_hooks(self.lm_head)
-        as_they_come &= not hasattr(self, "_loss_function") and self.lm_head.bias is None
-        as_they_come &= not scales_logits(self.config.backbone) and not penalises_logits(self.config.backbone)
-        if self.loss_backend == "liger" and not as_they_come:
-            raise UserError("loss backend 'liger' needs the model's own unembedding and loss function; use 'torch'")
-        return backend == "liger" and as_they_come
-
-    def _losses(
-        self,
-        heads: list[Tensor],
-        logits: list[Any] | None,
-        targets: list[Tensor],
-        num_items_in_batch: Tensor | int | None,
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Each head's mean cross-entropy, and next-token + λ · (sum of the further ones) for the optimiser."""
-        losses: list[Tensor] = []
-        objective: Any = 0.0
-        counts = [(t != -100).sum() for t in targets]
-        for k, hidden in enumerate(heads):
-            if logits is None:
-                total = fused_cross_entropy(self.unembed_expand(hidden), self.lm_head, targets[k])
-            else:
-                total = self._summed_loss(logits[k], targets[k])
-            losses.append((total / counts[k]).detach())
-            mean = total / denominator(k, counts, num_items_in_batch)
-            objective = objective + mean * (1.0 if k == 0 else self.config.mtp_loss_weight)
-        return tuple(losses), objective
-
-    def _summed_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return self.loss_function(logits, targets, self.config.vocab_size, shift_labels=targets, num_items_in_batch=1)
-
-    def mtp_loss(
-        self,
-        mtp_logits: tuple[Tensor, ...],
-        labels: Tensor,
-        num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
-        documents: Tensor | None = None,
-    ) -> Tensor:
-        """Compute what MTP modules add to a loss that is computed outside the model: λ · (sum of their means).
-
-        Args:
-            mtp_logits: of the output, see :attr:`output_mtp_logits`.
-            labels, num_items_in_batch, shift_labels: as in :meth:`forward`.
-            documents: numbers of the documents in packed rows, ``[B, S]``; no target is in another document.
-        """
-        targets = targets_of_heads(1 + len(mtp_logits), labels, shift_labels, documents)
-        counts = [(t != -100).sum() for t in targets]
-        further = zip(range(1, len(targets)), mtp_logits, targets[1:], strict=True)
-        sums = [self._summed_loss(logits, t) / denominator(k, counts, num_items_in_batch) for k, logits, t in further]
-        return self.config.mtp_loss_weight * torch.stack(sums).sum()
-
-    def _say_untrained_modules(self) -> None:
-        """Warn once if gradients are wanted and no loss of the MTP modules is."""
-        if self._said_untrained or torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
-            return
-        if any(p.requires_grad for p in self.model.mtp.parameters()):
-            self._said_untrained = True
-            _log.warning(
-                "the MTP modules (num_mtp_modules = %d) are not trained: the model got no labels, and a loss computed "
-                "outside of it leaves them out; add model.mtp_loss(...) to it, or set num_mtp_modules to 0",
-                self.config.num_mtp_modules,
-            )
-
-
-def _check_whole(position_ids: Tensor | None, attention_mask: Any, cache: Cache | None) -> None:
-    """Refuse rows that hold parts of sequences, which context parallelism makes of them."""
-    if position_ids is None or cache is not None or torch.compiler.is_compiling():
-        return
-    documents = number_documents(position_ids.shape, attention_mask, position_ids)
-    if documents is None:
-        return
-    begins = F.pad(documents.diff(dim=-1), (1, 0), value=1) != 0
-    if first := int(position_ids[begins].max()):
-        raise UserError(
-            f"a row begins at position {first}, so its n-grams and targets of MTP modules would miss tokens; give "
-            "whole sequences, without context parallelism, or a model without n-grams and MTP modules"
-        )
-
-
-def _the_cache(*named: Cache | None) -> Cache | None:
+def one_cache(*named: Cache | None) -> Cache | None:
     """The cache that is given under one of its names."""
     given = [cache for cache in named if cache is not None]
     if len(given) > 1:

@@ -1,4 +1,4 @@
-"""What the models return."""
+"""Outputs of the models."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""What transformers calls a cache in outputs: ``"cache"`` from 5.24 on."""
+"""Field of outputs that holds the cache: ``"cache"`` from transformers 5.24 on."""
 
 
 @dataclass

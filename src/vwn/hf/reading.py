@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from vwn.hf.residual import ResidualStream, own_class
+from vwn.hf.on_demand import OnDemand, mix_in
+from vwn.hf.residual import ResidualStream
 from vwn.ops import NormWeights
 from vwn.ops.reference import rms_norm
 
@@ -41,9 +41,8 @@ def read_for(module: nn.Module) -> None:
     """Have one module take what is read for a stream: by a hook, or, if it is an RMSNorm that reads can do, itself."""
     if not any(isinstance(hook, HandOver) for hook in module._forward_pre_hooks.values()):
         module.register_forward_pre_hook(HandOver(module), prepend=True, with_kwargs=True)
-    kind: Any = type(module)
     if not isinstance(module, ReadingNorm) and "forward" not in vars(module) and _is_plain_rms_norm(module):
-        module.__class__ = reading_norm_class(kind)
+        mix_in(ReadingNorm, module)
 
 
 class HandOver:
@@ -73,28 +72,16 @@ def _read(value: Any) -> Any:
     return value.read() if isinstance(value, ResidualStream) else value
 
 
-class ReadingNorm:
+class ReadingNorm(OnDemand):
     """Mixin for an RMSNorm that the read of a stream can do in the same operation."""
+
+    prefix = "Reading"
 
     def forward(self, hidden_states: Any) -> Tensor:
         """The normalised ``[..., D]``."""
         if isinstance(hidden_states, ResidualStream):
             return hidden_states.read(norm=self)  # type: ignore[arg-type]
         return super().forward(hidden_states)  # type: ignore[misc]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _new_norm, (own_class(self),), self.__dict__
-
-
-@cache
-def reading_norm_class(norm_class: Any) -> Any:
-    """Subclass of an RMSNorm's class that takes a stream."""
-    return type(f"Reading{norm_class.__name__}", (ReadingNorm, norm_class), {"widened_from": norm_class})
-
-
-def _new_norm(norm_class: type) -> Any:
-    cls = reading_norm_class(norm_class)
-    return cls.__new__(cls)
 
 
 def fusable_norm(norm: Any, dtype: torch.dtype) -> NormWeights | None:
@@ -105,14 +92,14 @@ def fusable_norm(norm: Any, dtype: torch.dtype) -> NormWeights | None:
 
 
 def has_hooks(module: Any) -> bool:
-    """Whether something besides a :class:`HandOver` is to happen when the module runs, so that it must be run."""
+    """Return whether a module has hooks besides a :class:`HandOver`, or a replaced ``forward``, and so must be run."""
     hooks = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
     before = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, HandOver)]
     return any(hooks) or bool(before) or "forward" in vars(module)
 
 
 def _is_plain_rms_norm(norm: Any) -> bool:
-    """Whether a norm computes Llama's ``weight * round(x / rms(x))``; others have, say, a gain of ``1 + weight``."""
+    """Return whether a norm computes Llama's ``weight * round(x / rms(x))``; some have a gain of ``1 + weight``."""
     kind = type(norm)
     if kind is LlamaRMSNorm:
         return True
@@ -126,7 +113,7 @@ _RMS_NORMS: dict[type, bool] = {}
 
 
 def _computes_rms_norm(kind: type, norm: Any) -> bool:
-    """Whether a norm gives Llama's bits for random numbers, in two dtypes; found out once for a class."""
+    """Return whether a norm gives Llama's bits for random numbers, in two dtypes; tried once for a class."""
     if kind not in _RMS_NORMS:
         generator = torch.Generator().manual_seed(0)
         probe = copy.copy(norm)

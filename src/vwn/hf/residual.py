@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vwn.common.errors import UserError
+from vwn.hf.on_demand import own_class
 
 _ADDS, _MULTIPLIES = ("add", "__add__", "__radd__"), ("mul", "multiply", "__mul__", "__rmul__")
 _CASTS, _COPIES, _VIEWS = ("to", "float", "half", "bfloat16", "type_as"), ("contiguous", "clone"), ("view", "reshape")
@@ -85,7 +86,7 @@ class LayerPass:
         """The layer adds to its stream; called before the write, which waits until the sum is used."""
 
     def finish(self, out: Any) -> Any:
-        """What the layer returned, with the state in place of the stream.
+        """Return the layer's output, with the state in place of the stream.
 
         Raises:
             UserError: the layer does not return its residual stream, or did not write to it as often as it should.
@@ -184,7 +185,7 @@ class _Node:
         return self.state
 
     def read(self) -> Tensor:
-        """What the layer sees of it, ``[..., D]``."""
+        """Read it: the layer's view, ``[..., D]``."""
         self.run.check()
         self.used = True
         if self.x is None and self.factor is not None:
@@ -202,7 +203,7 @@ class _Node:
 
 
 class ResidualStream:
-    """What a decoder layer takes for its residual stream ``[..., D]``.
+    """Stand-in for a decoder layer's residual stream ``[..., D]``.
 
     ``stream + z`` and ``stream * factor`` are streams again; so is a stream that is cast, copied or viewed in another
     shape. Any other use takes what the next sublayer's connection reads.
@@ -246,7 +247,7 @@ class ResidualStream:
             run.refuse(f"it hands on its residual stream in the shape {tuple(self.shape)}, not {tuple(run.shape)}")
         return state
 
-    # what a tensor has
+    # attributes of a tensor
 
     @property
     def shape(self) -> torch.Size:
@@ -266,11 +267,11 @@ class ResidualStream:
         self._node.run.refuse("its residual stream is changed in place by setting its attribute 'data'")
 
     def size(self, dim: int | None = None) -> Any:
-        """As of a tensor."""
+        """Shape, or its entry ``dim``."""
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
-        """As of a tensor."""
+        """Number of dimensions."""
         return len(self.shape)
 
     ndim = property(dim)
@@ -387,8 +388,3 @@ ResidualStream.__hash__ = object.__hash__  # type: ignore[method-assign]
 def _read_all(values: Any) -> Any:
     """Read every stream in nested lists, tuples and dicts."""
     return tree_map(lambda v: v.read() if isinstance(v, ResidualStream) else v, values)
-
-
-def own_class(module: Any) -> Any:
-    """The class that a module had before it was widened."""
-    return getattr(type(module), "widened_from", type(module))

@@ -1,4 +1,4 @@
-"""What the layers of a backbone consist of, found by one forward pass without numbers.
+"""Sublayers of a backbone's layers, found by one forward pass without numbers.
 
 A copy of the backbone on the meta device runs once. Its layers add to a :class:`~vwn.hf.residual.ResidualStream`,
 which counts the sums: each is one sublayer.
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from vwn.common.errors import UserError
+from vwn.hf.on_demand import own_class
 from vwn.hf.reading import ReadingNorm, called_modules
-from vwn.hf.residual import LayerPass, own_class
+from vwn.hf.residual import LayerPass
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ whatever transformers does by class (recording outputs, checkpointing, parallel 
 """
 
 import inspect
-from functools import cache, partial, reduce
 from typing import Any
 
 import torch
@@ -19,11 +18,10 @@ from vwn.common.errors import UserError
 from vwn.hf.anatomy import Anatomy, find_anatomy
 from vwn.hf.configuration import VirtualWidthConfig
 from vwn.hf.families import family_of
+from vwn.hf.layer import VirtualWidthLayer, take_residuals
 from vwn.hf.layouts import Layout, registered_layout
-from vwn.hf.lookahead import Lookahead, Reader, can_read_ahead
-from vwn.hf.reading import called_modules, fusable_norm, read_for, take_streams
-from vwn.hf.residual import LayerPass, own_class
-from vwn.hf.sublayers import FoundLayout, ProbePass, meta_copy, run_probe
+from vwn.hf.on_demand import OnDemand, mix_in, mixed_class, own_class
+from vwn.hf.sublayers import FoundLayout, meta_copy, run_probe
 from vwn.nn.connection import Connection, Connections
 from vwn.nn.embedding import repeat_over_slots
 from vwn.nn.generalized import GeneralizedHyperConnection
@@ -36,100 +34,17 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 _OPTIONAL = ("position_ids", *CACHE_NAMES, "output_hidden_states", "output_attentions", "lookahead")
 
 
-class VirtualWidthLayer:
-    """Mixin for a decoder layer: its own ``forward`` on an over-width state, through its connections (eq. 10)."""
-
-    connections: Any  # one for each sublayer
-    layout: Any  # a Layout or a FoundLayout; None until it is found
-    state_name: str  # of the argument that is the state
-
-    def forward(self, *args: Any, lookahead: Lookahead | None = None, **context: Any) -> Any:
-        """What the layer returns, on a state ``[B, S, D']``; the other arguments are what the backbone hands it."""
-        state = args[0] if args else context.pop(self.state_name, None)
-        if not isinstance(state, Tensor):
-            name = own_class(self).__name__
-            raise UserError(f"{name} takes its state first, or by the name {self.state_name!r}; got {state!r}")
-        if self.layout is None:
-            probe = ProbePass(self, state)  # type: ignore[arg-type]
-            out = probe.finish(super().forward(probe.stream(state), *args[1:], **context))  # type: ignore[misc]
-            self.layout = probe.found()
-            return out
-        forward: Any = super().forward  # type: ignore[misc]
-        if isinstance(self.layout, Layout):
-            forward = partial(self.layout.run, self)
-
-        def run_layer(state: Tensor) -> Any:
-            run = ConnectedPass(self, Lookahead() if lookahead is None else lookahead, state)
-            return run.finish(forward(run.stream(state), *args[1:], **context))
-
-        return self.connections(state, run_layer)
-
-    def reader(self, i: int, dtype: torch.dtype) -> Reader:
-        """The connection of sublayer ``i``, and its norm where the read takes that on."""
-        connection, name = self.connections[i], self.layout.norms[i]
-        if name is None or not connection.fuses_norm(dtype):
-            return Reader(connection)
-        return Reader(connection, fusable_norm(reduce(getattr, name.split("."), self), dtype))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module) and name != "connections":
-            for module in called_modules(nn.ModuleList([value])).values():
-                read_for(module)
-        super().__setattr__(name, value)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _new, (widened_layer_class, own_class(self)), self.__dict__
-
-
-class ConnectedPass(LayerPass):
-    """One forward pass of a layer whose sublayers have connections.
-
-    Args:
-        layer: a virtual-width layer.
-        lookahead: of the forward pass of the backbone.
-        state: ``[..., D']``.
-    """
-
-    def __init__(self, layer: Any, lookahead: Lookahead, state: Tensor) -> None:
-        self._connections, self._lookahead = list(layer.connections), lookahead
-        self._geometry = self._connections[0].geometry
-        shape = torch.Size((*state.shape[:-1], self._geometry.hidden_size))
-        super().__init__(layer, shape, len(self._connections))
-
-    def read(self, i: int, state: Tensor) -> Tensor:
-        return self._lookahead.read(state, Reader(self._connections[i]))
-
-    def read_normed(self, i: int, state: Tensor, norm: nn.Module) -> Tensor | None:
-        connection = self._connections[i]
-        weights = fusable_norm(norm, state.dtype) if connection.fuses_norm(state.dtype) else None
-        return None if weights is None else self._lookahead.read(state, Reader(connection, weights))
-
-    def write(self, i: int, state: Tensor, z: Tensor) -> Tensor:
-        last = i + 1 == self.sublayers
-        ahead = self._next_layers_reader(state.dtype) if last else self.layer.reader(i + 1, state.dtype)
-        return self._lookahead.write(state, z.to(state.dtype), self._connections[i], ahead)
-
-    def scale(self, state: Tensor, factor: Any) -> Tensor:
-        if isinstance(factor, Tensor) and factor.ndim and factor.shape[-1] == self._geometry.hidden_size > 1:
-            factor = repeat_over_slots(factor, self._geometry)
-        return state * factor
-
-    def _next_layers_reader(self, dtype: torch.dtype) -> Reader | None:
-        following = self._lookahead.after(self.layer)
-        if isinstance(following, VirtualWidthLayer) and can_read_ahead(self.layer, following):
-            return following.reader(0, dtype)  # not for a wrapper, which may run its layer twice
-        return None
-
-
-class VirtualWidthBackbone:
+class VirtualWidthBackbone(OnDemand):
     """Mixin for a backbone: initialises our modules among its own, and takes the arguments that it knows."""
+
+    prefix = "VirtualWidth"
 
     anatomy: Anatomy
     arguments: frozenset[str] | None  # that its forward takes; None if it takes any
     cache_name: str  # what its forward calls a cache
 
     def run(self, cache: Any = None, **arguments: Any) -> Any:
-        """Its forward, without what it has no argument for and could not use, such as positions beside ALiBi."""
+        """Run its forward without arguments that it does not know and could not use, such as positions beside ALiBi."""
         arguments[self.cache_name] = cache
         if self.arguments is not None:
             arguments = {k: v for k, v in arguments.items() if k in self.arguments or k not in _OPTIONAL}
@@ -148,21 +63,17 @@ class VirtualWidthBackbone:
     def _can_set_experts_implementation(cls) -> bool:
         return cls.widened_from._can_set_experts_implementation()  # type: ignore[attr-defined]
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _new, (widened_backbone_class, own_class(self)), self.__dict__
 
-
-class RepeatedOverSlots:
+class RepeatedOverSlots(OnDemand):
     """Mixin for a module whose output of width ``D`` is added to the embedding, such as positions."""
+
+    prefix = "Repeated"
 
     geometry: Geometry
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., D']``: the module's output, once in every slot (slot ``j`` = segment ``j mod m``)."""
         return repeat_over_slots(super().forward(*args, **kwargs), self.geometry)  # type: ignore[misc]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _new, (repeated_class, own_class(self)), self.__dict__
 
 
 class NoPositions(nn.Module):
@@ -174,8 +85,10 @@ class NoPositions(nn.Module):
         return torch.zeros((), device=like.device)
 
 
-class NormedInBlocks:
+class NormedInBlocks(OnDemand):
     """Mixin for a norm of width ``D`` over the embedding: it normalises every ``D`` numbers, the last partly again."""
+
+    prefix = "InBlocks"
 
     geometry: Geometry
 
@@ -187,43 +100,6 @@ class NormedInBlocks:
         blocks[-1] = torch.cat([blocks[-1], blocks[0][..., g.hidden_size - missing :]], dim=-1)
         normed = [super(NormedInBlocks, self).forward(block) for block in blocks]  # type: ignore[misc]
         return torch.cat(normed, dim=-1)[..., : g.over_width]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _new, (normed_class, own_class(self)), self.__dict__
-
-
-@cache
-def widened_layer_class(layer_class: Any) -> Any:
-    """Subclass of a decoder layer class that runs through its connections."""
-    return type(f"VirtualWidth{layer_class.__name__}", (VirtualWidthLayer, layer_class), {"widened_from": layer_class})
-
-
-@cache
-def widened_backbone_class(backbone_class: Any) -> Any:
-    """Subclass of a backbone class that knows how our modules start."""
-    return type(
-        f"VirtualWidth{backbone_class.__name__}",
-        (VirtualWidthBackbone, backbone_class),
-        {"widened_from": backbone_class},
-    )
-
-
-@cache
-def repeated_class(module_class: Any) -> Any:
-    """Subclass of a module class that fills all slots."""
-    return type(f"Repeated{module_class.__name__}", (RepeatedOverSlots, module_class), {"widened_from": module_class})
-
-
-@cache
-def normed_class(module_class: Any) -> Any:
-    """Subclass of a norm's class that normalises block by block."""
-    return type(f"InBlocks{module_class.__name__}", (NormedInBlocks, module_class), {"widened_from": module_class})
-
-
-def _new(make_class: Any, base: type) -> Any:
-    """Unpickle an instance of a class that is made on demand."""
-    cls = make_class(base)
-    return cls.__new__(cls)
 
 
 def init_virtual_width(module: nn.Module) -> None:
@@ -247,7 +123,7 @@ def build_backbone(config: VirtualWidthConfig, backbone: PreTrainedConfig) -> tu
         UserError: a backbone that cannot be widened, with the reason.
     """
     refuse_family(backbone)
-    return widen_backbone(config, widened_backbone_class(base_model_class(backbone))(backbone))
+    return widen_backbone(config, mixed_class(VirtualWidthBackbone, base_model_class(backbone))(backbone))
 
 
 def widen_backbone(config: VirtualWidthConfig, model: Any) -> tuple[Any, nn.Module, nn.Embedding]:
@@ -266,8 +142,7 @@ def widen_backbone(config: VirtualWidthConfig, model: Any) -> tuple[Any, nn.Modu
     """
     refuse_family(model.config)
     if not isinstance(model, VirtualWidthBackbone):
-        kind: Any = type(model)
-        model.__class__ = widened_backbone_class(kind)
+        mix_in(VirtualWidthBackbone, model)
         with torch.device("meta"):  # transformers notes what a class can record when one of it is made
             type(model)(model.config)
     model.anatomy, (model.arguments, model.cache_name) = find_anatomy(model), _arguments(model)
@@ -290,7 +165,7 @@ def _take_ends(config: VirtualWidthConfig, model: Any) -> tuple[nn.Module, nn.Em
 
 
 def find_layouts(model: Any) -> list[Layout | FoundLayout]:
-    """What each layer of a base model consists of: as registered or told by its family, or else found by a probe.
+    """Find each layer's layout: registered, told by its family, or found by a probe.
 
     Raises:
         UserError: a layer that does not just add to its residual stream, or lacks what its layout names.
@@ -352,7 +227,7 @@ def build_mtp_layer(config: VirtualWidthConfig, index: int, last: nn.Module) -> 
     try:
         if reason is None:
             backbone, depth = config.mtp_backbone(), config.backbone.num_hidden_layers
-            model = widened_backbone_class(base_model_class(backbone))(backbone)
+            model = mixed_class(VirtualWidthBackbone, base_model_class(backbone))(backbone)
             model.anatomy, (model.arguments, model.cache_name) = find_anatomy(model), _arguments(model)
             norm, _ = _take_ends(config, model)
             layer = own_class(last)(config.backbone, depth - 1)
@@ -384,28 +259,20 @@ def _widen_layer(layer: Any, layout: Any, config: VirtualWidthConfig, first: int
     take_residuals(layer, layout)
 
 
-def take_residuals(layer: Any, layout: Layout | FoundLayout | None) -> None:
-    """Make a decoder layer a virtual-width layer, in place; without a layout it finds it when it first runs."""
-    take_streams(layer)
-    layer.layout, layer.state_name = layout, next(iter(inspect.signature(layer.forward).parameters))
-    kind: Any = type(layer)
-    layer.__class__ = widened_layer_class(kind)
-
-
 def _widen_front(config: VirtualWidthConfig, model: Any) -> None:
     """Fit what stands between embedding and layers to the over-width state."""
     if config.geometry.n == config.geometry.m:
         return
     family, stack = family_of(model.config), model.anatomy.stack(model)
-    for names, make_class in ((family.positions, repeated_class), ((family.embedding_norm,), normed_class)):
+    for names, mixin in ((family.positions, RepeatedOverSlots), ((family.embedding_norm,), NormedInBlocks)):
         for name in filter(None, names):
             module: Any = getattr(stack, name)
-            kind: Any = type(module)
-            module.geometry, module.__class__ = config.geometry, make_class(kind)
+            module.geometry = config.geometry
+            mix_in(mixin, module)
 
 
 def _arguments(model: nn.Module) -> tuple[frozenset[str] | None, str]:
-    """What a backbone's ``forward`` takes (None if anything), and its name for a cache."""
+    """Find the arguments of a backbone's ``forward`` (None if any), and its name for a cache."""
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     cache_name = next((name for name in CACHE_NAMES if name in parameters), "past_key_values")

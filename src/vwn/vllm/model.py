@@ -11,7 +11,7 @@ from vwn.vllm.plugin import prepare
 
 
 class VirtualWidthForCausalLM(TransformersForCausalLM):
-    """Its base model is our ``VirtualWidthModel``, whose output is ``D`` wide; the head is vLLM's."""
+    """vLLM's head on our ``VirtualWidthModel``, whose output is ``D`` wide."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         prepare(vllm_config.model_config.hf_config, vllm_config.parallel_config.pipeline_parallel_size)
@@ -19,7 +19,7 @@ class VirtualWidthForCausalLM(TransformersForCausalLM):
         self.skip_prefixes.append("model.mtp.")
 
     def init_parameters(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
-        """As in vLLM, with the routing in float32 whatever the model's dtype."""
+        """Give the parameters memory, the routing in float32 whatever the model's dtype."""
         for connection in (m for m in module.modules() if isinstance(m, Connection)):
             super().init_parameters(connection, torch.float32)
         super().init_parameters(module, dtype)

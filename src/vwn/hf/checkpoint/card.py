@@ -26,7 +26,7 @@ PLAIN = "A causal language model of transformers with its own residual connectio
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """What a training run tells the card.
+    """Facts about a training run for the card.
 
     Args:
         data: name of the text.

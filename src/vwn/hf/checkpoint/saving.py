@@ -40,7 +40,7 @@ class SavingMixin:
     new_weights: tuple[str, ...] = ()
     """Prefixes of weights that start afresh where a checkpoint lacks them: those of another task's head."""
     training_facts: TrainingFacts | None = None
-    """What the model card says of the training; a training run sets it."""
+    """Facts about the training for the model card; a training run sets them."""
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
         """Save safetensors and ``config.json`` as transformers does, and a model card where there is no ``README.md``.
@@ -80,7 +80,7 @@ class SavingMixin:
             model_card(self, self.training_facts).save(folder / CARD)
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, files_timestamps: Any, **kwargs: Any) -> Any:
-        """What every push ends in; transformers has put the hub's card, or an empty template, over ours."""
+        """Restore our card before a push: transformers has put the hub's card, or an empty template, over it."""
         folder = Path(working_dir)
         if (folder / CARD).exists() and _TEMPLATE in (folder / CARD).read_text(encoding="utf-8"):
             tags = ModelCard.load(folder / CARD).data.tags or []
@@ -109,7 +109,7 @@ class SavingMixin:
         use_safetensors: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers, from safetensors alone, and the whole model: nothing is left at its initial value.
+        """Load the whole model, from safetensors alone: no weight is left at its initial value.
 
         Args:
             ignore_mismatched_sizes: let weights that are missing, or of another shape, start afresh, and leave out
@@ -161,7 +161,7 @@ class SavingMixin:
             )
 
     def post_init(self) -> None:
-        """As in transformers, with routing in float32 (section 4), and no plans that an over-width state breaks."""
+        """Keep the routing in float32 (section 4), and drop the parallel plans that an over-width state breaks."""
         for connection in (m for m in self.modules() if isinstance(m, Connection)):  # type: ignore[attr-defined]
             if any(t.dtype in (torch.float16, torch.bfloat16) for t in connection.state_dict().values()):
                 connection.float()
@@ -174,7 +174,7 @@ class SavingMixin:
 
 
 def check_weight_files(folder: Path, variant: str | None = None) -> None:
-    """Whether the safetensors files of a checkpoint are all there and can be read, as far as their headers tell.
+    """Check that the safetensors files of a checkpoint are all there and that their headers can be read.
 
     Raises:
         UserError: no weights, only pickled ones, a missing shard, or a damaged file.

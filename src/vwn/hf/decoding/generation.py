@@ -1,4 +1,4 @@
-"""What ``generate()`` hands a model: what the backbone's own causal LM would, and n-grams' ids before the chunk."""
+"""Inputs of the model in ``generate()``: those of the backbone's own causal LM, and n-grams' ids before the chunk."""
 
 import inspect
 from functools import partial
@@ -22,7 +22,7 @@ class NgramGenerationMixin(GenerationMixin):
 
     @property
     def create_masks_for_generate(self) -> Any:
-        """How the backbone's own causal LM makes masks for a cache of fixed length, if it has a way of its own."""
+        """Function that makes masks for a cache of fixed length, the backbone's own if it has one."""
         causal_class = AutoModelForCausalLM._model_mapping.get(type(self.config.backbone), None)
         own = inspect.getattr_static(causal_class, "create_masks_for_generate", None)
         if own is None:
@@ -31,7 +31,7 @@ class NgramGenerationMixin(GenerationMixin):
         return lambda config, **given: make(config=config.get_text_config(decoder=True), **given)
 
     def _switches_rope(self, length: int, cache: Cache | None) -> bool:
-        """Whether this is where the rotary embedding changes for long texts (Phi-3), so that the cache is void."""
+        """Return whether the rotary embedding changes for long texts here (Phi-3), so that the cache is void."""
         limit = getattr(self.config.backbone, "original_max_position_embeddings", None)
         if cache is None or limit is None or self.config.backbone.model_type not in ("phi3", "phimoe"):
             return False
@@ -64,7 +64,7 @@ class NgramGenerationMixin(GenerationMixin):
         preceding_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers, and with n-grams the ids before the chunk and its padding, whatever form the mask takes.
+        """Add the ids before the chunk and its padding for n-grams, whatever form the mask takes.
 
         Args:
             input_ids: all ids so far, ``[B, T]``; transformers cuts them to the chunk that the cache does not hold.

@@ -24,7 +24,7 @@ from vwn.hf.decoding.generation import NgramGenerationMixin, ngram_inputs
 
 @dataclass
 class DraftCounts:
-    """What drafting achieved in one call of ``generate``.
+    """Counts of drafted and accepted tokens in one call of ``generate``.
 
     Args:
         drafted: tokens that each MTP module drafted.
@@ -168,7 +168,7 @@ class MtpGenerationMixin(NgramGenerationMixin):
     """``generate(use_mtp=True)``: the tokens of plain decoding in fewer passes of the main model."""
 
     draft_counts: DraftCounts | None = None
-    """Of the last call of ``generate`` with ``use_mtp=True``."""
+    """Counts of the last call of ``generate`` with ``use_mtp=True``."""
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_generation_config(*args, **kwargs)

@@ -1,0 +1,34 @@
+"""Classes made when they are needed: a mixin of ours in front of a class of transformers."""
+
+from functools import cache
+from typing import Any, ClassVar
+
+
+class OnDemand:
+    """Base of such mixins. A pickle names the mixin and the class behind it, as the class itself has no module."""
+
+    prefix: ClassVar[str]  # of the names of the classes
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _new, (type(self)._mixin, own_class(self)), self.__dict__  # type: ignore[attr-defined]
+
+
+@cache
+def mixed_class(mixin: Any, base: Any) -> Any:
+    """Subclass of ``base`` with ``mixin`` in front."""
+    return type(f"{mixin.prefix}{base.__name__}", (mixin, base), {"widened_from": base, "_mixin": mixin})
+
+
+def mix_in(mixin: type[OnDemand], module: Any) -> None:
+    """Put ``mixin`` in front of the class of ``module``, in place."""
+    module.__class__ = mixed_class(mixin, type(module))
+
+
+def own_class(module: Any) -> Any:
+    """The class that a module had before it was widened."""
+    return getattr(type(module), "widened_from", type(module))
+
+
+def _new(mixin: type, base: type) -> Any:
+    cls = mixed_class(mixin, base)
+    return cls.__new__(cls)
