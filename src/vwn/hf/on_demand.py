@@ -19,9 +19,10 @@ def mixed_class(mixin: Any, base: Any) -> Any:
     return type(f"{mixin.prefix}{base.__name__}", (mixin, base), {"widened_from": base, "_mixin": mixin})
 
 
-def mix_in(mixin: type[OnDemand], module: Any) -> None:
+def mix_in(mixin: Any, module: Any) -> None:
     """Put ``mixin`` in front of the class of ``module``, in place."""
-    module.__class__ = mixed_class(mixin, type(module))
+    kind: Any = type(module)
+    module.__class__ = mixed_class(mixin, kind)
 
 
 def own_class(module: Any) -> Any:
