@@ -83,9 +83,7 @@ def test_the_install_lines_of_the_readme_in_a_fresh_environment(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     for line in lines:
         done = subprocess.run([python, "-m", *line.split()], cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode and re.search(
-            "No matching distribution|Connection|Temporary failure", done.stderr
-        ):
+        if done.returncode and re.search("No matching distribution|Connection|Temporary failure", done.stderr):
             pytest.skip(f"pip cannot reach a package index: {done.stderr.strip().splitlines()[-1]}")
         assert not done.returncode, done.stderr
     program = """
