@@ -17,7 +17,17 @@ from vwn.common.extras import EXTRAS
 
 ROOT = Path(vwn.__file__).parent
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
-CORE = {"torch", "transformers", "safetensors", "huggingface_hub", "tokenizers", "numpy", "filelock", "tqdm"}
+CORE = {
+    "torch",
+    "transformers",
+    "safetensors",
+    "huggingface_hub",
+    "tokenizers",
+    "numpy",
+    "packaging",
+    "filelock",
+    "tqdm",
+}
 ELSEWHERE = {"vllm"}  # a plug-in that vLLM loads
 SMALL = """
 from transformers import LlamaConfig
