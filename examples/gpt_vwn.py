@@ -109,7 +109,7 @@ class GPT(nn.Module):
 
 
 def optimiser(model: nn.Module, rate: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only, and tuned rates for table, reduce and routing."""
+    """AdamW with weight decay on matrices only."""
     return torch.optim.AdamW(parameter_groups(model, rate), betas=(0.9, 0.95))
 
 

@@ -319,7 +319,7 @@ def test_tasks_are_checked_before_the_model_is_loaded(tasks, sentence, tmp_path,
 
 
 def test_without_lm_eval_there_is_one_sentence(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr("vwn.commands.evaluation.run.find_spec", lambda name: None)
+    monkeypatch.setattr("vwn.common.extras.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install '\.\[eval\]'"):
         evaluate_checkpoint(EvalConfig("nowhere", tasks=("piqa",), data_dir=tmp_path))
 

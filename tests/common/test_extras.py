@@ -24,8 +24,8 @@ CORE = {
     "huggingface_hub",
     "tokenizers",
     "numpy",
-    "filelock",
     "packaging",
+    "filelock",
     "tqdm",
 }
 ELSEWHERE = {"vllm"}  # a plug-in that vLLM loads
