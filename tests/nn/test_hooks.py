@@ -37,7 +37,10 @@ def test_hooks_see_every_operation_once_and_change_no_bit(fields, grad):
     with torch.set_grad_enabled(grad):
         plain = model(IDS, labels=IDS)
         for name, module in operations(model).items():
-            note = lambda module, args, out, name=name: seen.append((name, args[0], out))
+
+            def note(module, args, out, name=name):
+                seen.append((name, args[0], out))
+
             hooks.append(module.register_forward_hook(note))
         looked_at = model(IDS, labels=IDS)
     assert torch.equal(looked_at.logits, plain.logits)
@@ -122,7 +125,10 @@ def test_copies_read_with_their_own_weights():
 def test_a_sublayer_that_returns_a_tuple_is_refused_with_a_way_out():
     connection, other = (vwn.GeneralizedHyperConnection(12, 2, 3) for _ in range(2))
     state = torch.randn(5, 18)
-    attention = lambda x: (x, None)
+
+    def attention(x):
+        return x, None
+
     for call in (
         lambda: connection(state, attention),
         lambda: connection.write(state, attention(state)),
