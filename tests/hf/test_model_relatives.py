@@ -208,7 +208,7 @@ def test_a_kind_without_a_cost_is_refused():
 
 
 def test_output_matrices_of_hyper_connections_start_smaller_by_the_root_of_the_streams():
-    """arXiv 2409.19606 sums the streams; the sum keeps its scale. Nothing else moves, nor do other connections' models."""
+    """The sum of the streams keeps its scale (arXiv 2409.19606); nothing else moves, nor another kind of model."""
     from vwn.training.output_init import output_matrices, start_outputs
 
     fields = {"m": 1, "n": 4, "embedding": "replicated", "reduce": "sum"}
