@@ -206,3 +206,16 @@ def test_cost_of_a_model(kind):
 def test_a_kind_without_a_cost_is_refused():
     with pytest.raises(UserError, match="kind 'dense' is not known"):
         connection_cost(make("hc").geometry, kind="dense")
+
+
+def test_output_matrices_of_hyper_connections_start_smaller_by_the_root_of_the_streams():
+    """The sum of the streams keeps its scale (arXiv 2409.19606); nothing else moves, nor another kind of model."""
+    from vwn.training.output_init import output_matrices, start_outputs
+
+    fields = {"m": 1, "n": 4, "embedding": "replicated", "reduce": "sum"}
+    for connection, factor in (("hc", 0.5), ("ghc", 1.0)):
+        model = build(vwn_config(connection=connection, **fields))
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        start_outputs(model, "config")
+        for name, p in model.named_parameters():
+            assert torch.equal(p, before[name] * (factor if name in output_matrices(model) else 1.0)), name

@@ -1,4 +1,4 @@
-"""FSDP2 with connections as units of their own: float32 routing in a bfloat16 model, one process's gradients."""
+"""FSDP2 with connections as units of their own: float32 routing in a bfloat16 model, the gradients of one process."""
 
 from __future__ import annotations
 

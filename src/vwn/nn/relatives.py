@@ -1,4 +1,4 @@
-"""Relatives of virtual width at the same seam, as their papers have them: Hyper-Connections, Frac-Connections, mHC.
+"""Relatives of virtual width behind the same interface: Hyper-Connections, Frac-Connections, mHC, as in their papers.
 
 Shapes: ``...`` any leading dimensions, ``n`` slots (streams), ``m`` segments (fractions), ``d = D / m``. Plain PyTorch.
 """
