@@ -16,7 +16,10 @@ from transformers.cache_utils import DynamicCache
 
 from tiny import build, token_ids, vwn_config
 from vwn import UserError
+from vwn.hf import VirtualWidthCausalLMOutput, VirtualWidthConfig, VirtualWidthModelOutput
+from vwn.hf.outputs import CACHE_FIELD
 from vwn.hf.versions import FIRST_UNTESTED, OLDEST, check_transformers
+from vwn.hf.widening import CACHE_NAMES
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +57,13 @@ def test_a_cache_goes_by_all_names_that_transformers_had_for_it(name):
     torch.testing.assert_close(model.lm_head(second.last_hidden_state), wanted[:, 5:])
     with pytest.raises(ValueError, match="names of one argument"):
         model(ids[:, 5:], past_key_values=cache, cache_params=cache)
+
+
+def test_trainer_does_not_gather_a_cache_as_a_prediction():
+    outputs = (VirtualWidthModelOutput, VirtualWidthCausalLMOutput)
+    caches = {name for output in outputs for name in CACHE_NAMES if name in output.__dataclass_fields__}
+    assert CACHE_FIELD in caches
+    assert {*caches, *CACHE_NAMES} <= {*VirtualWidthConfig.keys_to_ignore_at_inference}
 
 
 @pytest.mark.filterwarnings("error")

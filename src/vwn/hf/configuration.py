@@ -106,6 +106,7 @@ class VirtualWidthConfig(PreTrainedConfig):
     model_type = "virtual_width"
     sub_configs = {"backbone": AutoConfig}
     keys_to_ignore_at_inference = [
+        "cache",
         "past_key_values",
         "cache_params",
         "over_width_state",

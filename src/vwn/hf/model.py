@@ -119,7 +119,7 @@ class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
         Raises:
             UserError: unknown, unable to run on the device that the model is on, or unable to run this connection.
         """
-        choose(backend, self.device, self.dtype)
+        choose(backend, self.device, self.dtype, self.config.n)
         for module in self.modules():
             if isinstance(module, Connection):
                 module.set_backend(backend)
