@@ -32,7 +32,7 @@ def seen(monkeypatch) -> list[torch.dtype]:
 
         monkeypatch.setattr(owner, name, run)
 
-    for name in ("read", "write", "write_read"):
+    for name in ("_read", "_write", "write_read"):
         for owner in (Connection, GeneralizedHyperConnection):
             watch(owner, name)
     return found
