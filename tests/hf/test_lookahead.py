@@ -26,7 +26,8 @@ from conftest import perturb
 from tiny import build, token_ids, vwn_config
 from vwn import GeneralizedHyperConnection, ops
 from vwn.common.errors import UserError
-from vwn.hf import VirtualWidthForCausalLM, widening
+from vwn.hf import VirtualWidthForCausalLM
+from vwn.hf import layer as layer_module
 from vwn.hf.lookahead import Lookahead, Reader
 from vwn.ops import backends
 
@@ -72,7 +73,7 @@ def unfused():
         return new, self.read(new, reader)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(widening, "can_read_ahead", lambda *_: False)
+        patch.setattr(layer_module, "can_read_ahead", lambda *_: False)
         patch.setattr(Lookahead, "write_read", write_read)
         yield
 
@@ -104,7 +105,7 @@ def test_fused_and_unfused_agree_to_the_bit(kind, m, n, dtype, dynamic, backend)
     with unfused():
         assert same_bits(step(model), fused)
     with pytest.MonkeyPatch.context() as patch:  # within a layer fused, between layers not
-        patch.setattr(widening, "can_read_ahead", lambda *_: False)
+        patch.setattr(layer_module, "can_read_ahead", lambda *_: False)
         assert same_bits(step(model), fused)
 
 
@@ -277,7 +278,9 @@ def test_checkpointing_by_torchs_own_wrapper_changes_no_bit(how):
     model = model_of(mtp=0)
     wanted = step(model)
     wrap = partial(checkpoint_wrapper, checkpoint_impl=how)
-    apply_activation_checkpointing(model, wrap, check_fn=lambda module: isinstance(module, widening.VirtualWidthLayer))
+    apply_activation_checkpointing(
+        model, wrap, check_fn=lambda module: isinstance(module, layer_module.VirtualWidthLayer)
+    )
     found = {name.replace("_checkpoint_wrapped_module.", ""): x for name, x in step(model).items()}
     assert same_bits(found, wanted)
 

@@ -119,9 +119,8 @@ def test_offloading_from_weights_in_memory(checkpoint):
     places = {f"model.{name}": "cpu" for name in HERE} | {"lm_head": "cpu", "unembed_expand": "cpu"}
     places["model.backbone.layers.1"] = "disk"
     dispatch_model(again, places, main_device="cpu", state_dict=waiting, offload_index={})
-    with pytest.raises((UserError, RuntimeError, NotImplementedError)):
-        again(token_ids())
-    _keep_routing_weights_placed(again)
+    assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)  # the connections are module calls
+    _keep_routing_weights_placed(again)  # and are brought in once for good
     assert again.model.backbone.layers[1].mlp.up_proj.weight.is_meta
     assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
 

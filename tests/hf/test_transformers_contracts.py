@@ -140,6 +140,11 @@ class TestLlama(Contracts, TestCase):
         VirtualWidthForQuestionAnswering,
     )
 
+    def test_attention_outputs(self):
+        """The heads of other tasks return the hidden states of width D alone."""
+        self.all_model_classes = Contracts.all_model_classes
+        super().test_attention_outputs()
+
     def make_config(self):
         return VirtualWidthConfig(backbone=LlamaConfig(**SIZES), m=2, n=3)
 

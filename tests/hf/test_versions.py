@@ -79,7 +79,7 @@ def test_nothing_deprecated_is_used(capfd):
 def test_no_index_is_said_to_have_the_package():
     """The name is not ours on any index yet, so `pip install vwn` would install nothing or something else."""
     pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("src/**/*.py"), *ROOT.glob("examples/**/*.py")]
-    found = [page.name for page in pages if re.search(r"install ['\"`]*vwn\b", page.read_text(encoding="utf-8"))]
+    found = [page.name for page in pages if re.search(r"pip install ['\"`]*vwn\b", page.read_text(encoding="utf-8"))]
     assert not found
 
 

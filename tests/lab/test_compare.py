@@ -65,7 +65,7 @@ def test_an_arm_that_diverges_does_not_stop_the_others(tmp_path, text):
     plain, wide = report["arms"]
     assert plain["curve"][-1]["loss"] is None
     assert wide["curve"][-1]["loss"] < wide["curve"][0]["loss"]
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["arms"][1]["tokens_to_baseline"] is None
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["arms"][1]["paired"]["loss"]["tokens"] is None
     again = compare(dataclasses.replace(diverging, resume=True))
     assert [a["curve"] for a in again["arms"]] == [a["curve"] for a in report["arms"]]
 

@@ -229,6 +229,8 @@ def build_mtp_layer(config: VirtualWidthConfig, index: int, last: nn.Module) -> 
             backbone, depth = config.mtp_backbone(), config.backbone.num_hidden_layers
             model = mixed_class(VirtualWidthBackbone, base_model_class(backbone))(backbone)
             model.anatomy, (model.arguments, model.cache_name) = find_anatomy(model), _arguments(model)
+            if len(model.anatomy.layers(model)) != 1:
+                raise ValueError("its number of layers is not that of its config's num_hidden_layers")
             norm, _ = _take_ends(config, model)
             layer = own_class(last)(config.backbone, depth - 1)
     except (

@@ -241,7 +241,7 @@ class TrainConfig:
     """Run directory; it must not exist yet, unless --resume."""
     backbone: str = "tiny"
     """A preset (micro, nano, tiny, small, medium, large, tiny-moe), a transformers config (file or folder), or a hub
-    id: the sizes alone, its weights start afresh. --init-from starts from weights."""
+    id: its sizes only; the weights start new. --init-from starts from weights."""
     init_from: str | None = None
     """Train on from these weights, plain or widened (`vwn widen`): a folder or a hub id. It decides sizes, width and,
     without --tokenizer, the tokenizer."""

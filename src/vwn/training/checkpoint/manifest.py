@@ -198,11 +198,6 @@ def clear_rests(directory: Path) -> None:
         shutil.rmtree(rest, ignore_errors=True)
 
 
-def size_of(checkpoint: Path) -> int:
-    """Bytes of all its files."""
-    return sum((checkpoint / name).stat().st_size for name in _files(checkpoint))
-
-
 def _files(checkpoint: Path) -> set[str]:
     """Names of all files but the manifest, below the checkpoint, those of sharded states in their folders too."""
     return {p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if p.is_file()} - {MANIFEST}
