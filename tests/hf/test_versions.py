@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 from transformers.cache_utils import DynamicCache
 
 from tiny import build, token_ids, vwn_config
@@ -57,6 +58,17 @@ def test_a_cache_goes_by_all_names_that_transformers_had_for_it(name):
     torch.testing.assert_close(model.lm_head(second.last_hidden_state), wanted[:, 5:])
     with pytest.raises(ValueError, match="names of one argument"):
         model(ids[:, 5:], past_key_values=cache, cache_params=cache)
+
+
+def test_trainer_evaluates_with_labels_alone(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    rows = [{"input_ids": row, "labels": row} for row in token_ids()]
+    seen = []
+    trainer = Trainer(
+        build(vwn_config()), arguments, eval_dataset=rows, compute_metrics=lambda p: seen.append(p.predictions) or {}
+    )
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert seen[0].shape[:2] == token_ids().shape
 
 
 def test_trainer_does_not_gather_a_cache_as_a_prediction():

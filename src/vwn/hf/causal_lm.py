@@ -52,7 +52,6 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
@@ -80,6 +79,7 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
             preceding_ids, padding_mask: for n-grams, see :meth:`VirtualWidthModel.forward`.
             past_key_values, cache_params: other names for ``cache``, those of transformers before 5.24.
         """
+        shift_labels = kwargs.pop("shift_labels", None)  # Trainer wants every label that the signature names
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError(
                 f"labels need the logits of every position; leave logits_to_keep at 0, got {logits_to_keep}"
