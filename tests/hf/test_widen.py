@@ -396,3 +396,14 @@ def test_a_cache_of_fixed_length(model_type):
     torch.testing.assert_close(
         generated(widen(model, m=2, n=3), **static), generated(model, **static), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}])
+def test_rotary_embeddings_that_look_at_the_positions(rope):
+    config = zoo.tiny_config("llama")
+    config.max_position_embeddings, config.rope_parameters = 8, {"rope_theta": 1e4, **rope}
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = ids_of(length=40)  # longer than what widen checks: a dynamic embedding keeps the scale of the longest
+    with torch.no_grad():
+        plain = model(ids).logits
+        assert torch.equal(widen(model, m=2, n=3)(ids).logits, plain)

@@ -101,6 +101,10 @@ def meta_copy(model: Any) -> Any:
         vars(module).pop("forward", None)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             hooks.clear()
+        if isinstance(kinds := getattr(module, "rope_type", None), dict):  # others look at the positions
+            module.rope_type = dict.fromkeys(kinds, "default")
+        elif kinds is not None:
+            module.rope_type = "default"
     attention = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
     for config in {id(c): c for c in (getattr(m, "config", None) for m in found.modules()) if c is not None}.values():
         if getattr(config, "_experts_implementation", None) is not None:
