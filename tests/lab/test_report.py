@@ -18,6 +18,7 @@ from vwn.common.errors import UserError
 from vwn.lab.analysis.analyse import add_analysis
 from vwn.lab.analysis.story import cautions, headline, read_recorded, recorded_runs, recorded_sentence
 from vwn.lab.analysis.wording import estimate, scaled
+from vwn.lab.compare.finished import read_report
 from vwn.lab.report.write import format_table, readme_tables, renew, write_report
 
 HOSTILE = "<img src=x onerror=\"console.error('in')\"></style><!--<b>'&amp;%{x}"
@@ -338,7 +339,7 @@ def test_a_folder_is_renewed_from_its_json(tmp_path: Path) -> None:
     before = contents(tmp_path)
     (tmp_path / "README.md").write_text("# Title\n<!-- made by vwn report -->\nold\n<!-- end -->\nkept\n")
     (tmp_path / "report.html").unlink()
-    renew(tmp_path)
+    renew(read_report(tmp_path), tmp_path)
     readme = (tmp_path / "README.md").read_text()
     difference = estimate(add_analysis(realistic())["summary"][2]["loss"]["difference"], signed=True)
     assert "old" not in readme

@@ -12,12 +12,9 @@ from safetensors.torch import load_file
 
 from runs import config, without_seconds
 from vwn.common.errors import UserError
-from vwn.lab.compare.config import CompareConfig
-from vwn.lab.compare.run import adopt, compare
 from vwn.training import directory
 from vwn.training.budgets import format_tokens, parse_tokens
 from vwn.training.checkpoint.manifest import checkpoints
-from vwn.training.config import CorpusConfig, OptimConfig
 from vwn.training.run import train
 from vwn.training.trainer import VirtualWidthTrainer, cooled_down
 
@@ -219,26 +216,3 @@ def test_refusals(tmp_path, text, optim, message):
     with pytest.raises(UserError, match=message):
         train(branched(tmp_path / "run", text, optim=optim))
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_a_comparison_carries_the_decayed_losses_and_takes_more_budgets(tmp_path, text):
-    def asked(*budgets):
-        return CompareConfig(
-            out=tmp_path / "out",
-            backbone="nano",
-            arms=("plain", "1x1"),
-            corpus=CorpusConfig(data=str(text), window=32, max_valid_tokens=512),
-            optim=OptimConfig(batch_size=4, learning_rate=1e-2, schedule="wsd", budgets=tuple(map(str, budgets))),
-            resume=(tmp_path / "out").exists(),
-        )
-
-    first = compare(asked(5 * STEP))
-    again = compare(adopt(asked(10 * STEP), {"budgets"}))
-    assert [len(arm["decayed"]) for arm in first["arms"]] == [1, 1]
-    for before, arm in zip(first["arms"], again["arms"], strict=True):
-        assert [p["tokens"] for p in arm["decayed"]] == [5 * STEP, 10 * STEP]
-        assert arm["decayed"][0] == before["decayed"][0]
-        assert arm["curve"][-1]["tokens"] == 8 * STEP
-        assert arm["step_seconds_median"] > 0
-    assert again["config"]["steps"] == 10

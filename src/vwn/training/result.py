@@ -47,15 +47,24 @@ class RunResult:
     step_seconds_median: float | None = None
     step_seconds_p90: float | None = None
 
-    def is_whole(self, config: TrainConfig) -> bool:
-        """Whether it is of all that a run was asked for, which may have become longer; one that diverged is."""
-        last = self.curve[-1]
-        if last["loss"] is None or any(point["loss"] is None for point in self.decayed):
+    @property
+    def has_diverged(self) -> bool:
+        """Whether the run, or a branch of it, ended with a loss that is not finite."""
+        return any(point["loss"] is None for point in (*self.curve[-1:], *self.decayed))
+
+    def is_whole(self, config: TrainConfig, budgets: int | None = None) -> bool:
+        """Whether it is of all that a run was asked for, which may have become longer; one that diverged is.
+
+        Args:
+            config: the run.
+            budgets: how many of its budgets are asked for, the smallest first; by default all.
+        """
+        if self.has_diverged:
             return True
         if config.branches:
-            asked = [branch.steps * config.tokens_per_step for branch in config.branches]
-            return [point["tokens"] for point in self.decayed] == asked
-        return int(last["tokens"] or 0) >= config.optim.steps * config.tokens_per_step
+            asked = {branch.steps * config.tokens_per_step for branch in config.branches[:budgets]}
+            return asked <= {point["tokens"] for point in self.decayed}
+        return int(self.curve[-1]["tokens"] or 0) >= config.optim.steps * config.tokens_per_step
 
 
 def stored_result(out: Path) -> RunResult | None:

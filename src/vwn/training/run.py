@@ -49,7 +49,9 @@ EPOCHS = 4
 """Passes over a text up to which a repeated token is worth about as much as a new one (arXiv 2305.16264)."""
 
 
-def train(config: TrainConfig, corpus: Corpus | None = None, label: Label | None = None) -> RunResult:
+def train(
+    config: TrainConfig, corpus: Corpus | None = None, label: Label | None = None, budgets: int | None = None
+) -> RunResult:
     """Train one model and leave in ``config.out`` its weights, tokenizer, checkpoints, logs, and ``result.json``.
 
     With several budgets the model is that of the largest, and every budget's is in ``branches``.
@@ -58,6 +60,7 @@ def train(config: TrainConfig, corpus: Corpus | None = None, label: Label | None
         config: the run; with ``resume``, exactly the one that was started, or a longer one.
         corpus: its data, where that is prepared already.
         label: what the progress bar says, or what gives it from the steps taken in this process.
+        budgets: how many of the budgets are trained now, the smallest first; by default all.
 
     Raises:
         UserError: input that cannot be used, or a run directory that exists (without ``resume``) or belongs to another
@@ -74,7 +77,7 @@ def train(config: TrainConfig, corpus: Corpus | None = None, label: Label | None
     check_device(config.speed)
     join(timedelta(minutes=config.reliability.distributed_timeout))
     parallel = resolve(config)
-    stored, result = broadcast(on_all_ranks(lambda: _open(config, corpus) if rank() == 0 else (None, None)))
+    stored, result = broadcast(on_all_ranks(lambda: _open(config, corpus, budgets) if rank() == 0 else (None, None)))
     if result is not None:
         return result
     if stored is not None:
@@ -99,10 +102,12 @@ def train(config: TrainConfig, corpus: Corpus | None = None, label: Label | None
             print(f"vwn: {line}", file=sys.stderr)
     with ExitStack() as stack:
         on_all_ranks(lambda: _begin(stack, run) if rank() == 0 else None)
-        return train_branches(run) if config.branches else run.train(config, model=model)
+        return train_branches(run, budgets) if config.branches else run.train(config, model=model)
 
 
-def _open(config: TrainConfig, corpus: Corpus | None) -> tuple[dict[str, Any] | None, RunResult | None]:
+def _open(
+    config: TrainConfig, corpus: Corpus | None, budgets: int | None
+) -> tuple[dict[str, Any] | None, RunResult | None]:
     """The record of the run in ``config.out`` and, if it has ended, its result; None for what is not there."""
     stored = directory.open_directory(config.out, "run.json", bool(config.resume))
     if stored is None and config.resume is True:
@@ -113,7 +118,7 @@ def _open(config: TrainConfig, corpus: Corpus | None) -> tuple[dict[str, Any] | 
     if corpus is not None:
         directory.check_same_text(config.out, stored, corpus.fingerprint)
     result = stored_result(config.out)
-    return stored, result if result is not None and result.is_whole(config) else None
+    return stored, result if result is not None and result.is_whole(config, budgets) else None
 
 
 def _begin(stack: ExitStack, run: Run) -> None:

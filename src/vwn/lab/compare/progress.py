@@ -27,6 +27,10 @@ class Progress:
         """More steps of an arm are to come."""
         self._planned[arm] += steps
 
+    def skip(self, arm: str, steps: int) -> None:
+        """So many of its steps had been taken before."""
+        self._done[arm] += steps
+
     def start(self, arm: str) -> None:
         """A run of this arm begins."""
         self._running = arm, time.monotonic(), 0

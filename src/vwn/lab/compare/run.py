@@ -17,23 +17,25 @@ from vwn.data import Corpus, prepare
 from vwn.lab.analysis.analyse import add_analysis
 from vwn.lab.compare.arms import BASELINE, Arm
 from vwn.lab.compare.config import CompareConfig
+from vwn.lab.compare.finished import facts, finished_runs
 from vwn.lab.compare.models import Sizes, arm_models
 from vwn.lab.compare.progress import Progress
-from vwn.lab.compare.studies import STUDIES
 from vwn.lab.compare.sweep import Losses, as_given, first_rates, outcome, sweep, sweep_run
 from vwn.lab.report.write import format_table, write_report
 from vwn.training import directory
 from vwn.training.arguments import check_device, learning_rate_of
+from vwn.training.branches import finished
 from vwn.training.config import TrainConfig
 from vwn.training.model import load_backbone
 from vwn.training.presets import PRESETS
 from vwn.training.result import RunResult, stored_result
 from vwn.training.run import check_model, train
 from vwn.training.trainer import Diverged
+from vwn.training.watch.preemption import Stopped
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
-    """Run the comparison; write ``report.json``, ``curves.csv`` and ``report.html`` after every arm; return the report.
+    """Run the comparison; return the report, which is written whenever a run, or a budget of one, has ended.
 
     An arm that diverges is reported as such and does not keep the others from being trained. With ``resume``, arms,
     seeds and their learning rates may be added; everything else must be as it was.
@@ -97,7 +99,10 @@ class Comparison:
         self.swept = {a.name for a in config.parsed if config.sweeps and a.name not in config.rates}
 
     def run(self) -> dict[str, Any]:
-        """Sweep, train and report; the report."""
+        """Sweep, train and report; the report.
+
+        With budgets, all arms and seeds are trained to the first, then all to the next, and so on.
+        """
         config = self.config
         for arm in config.parsed:
             if arm.name in self.swept:
@@ -107,30 +112,25 @@ class Comparison:
             self.progress.plan(arm.name, planned * len(config.seeds))
         sweeps = [self._rate(arm) for arm in config.parsed]
         rates = {entry["arm"]: entry["best"] for entry in sweeps}
-        about = {
-            **{name: self.record.get(name) for name in ("command", "created", "versions", "machine")},
-            "continued": self.record.get("continued", []),
-            "study": config.study,
-            "question": STUDIES[config.study].question if config.study else None,
-            "config": describe(config, self.corpus),
-            "baseline": config.baseline,
-            "sweep": sweeps,
-        }
-        runs = [
-            (arm, seed, self._measured(arm, seed, rates[arm.name])) for seed in config.seeds for arm in config.parsed
-        ]
-        # What had ended comes first, so that a report never holds less than the one before it.
-        ended = [item for item in runs if has_ended(item[2])]
-        runs = ended + [item for item in runs if item not in ended]
-        results: dict[tuple[int, str], dict[str, Any]] = {}
-        report: dict[str, Any] = {}
-        for number, (arm, seed, run) in enumerate(runs, 1):
-            result = self._train(arm.name, run, f"[{number}/{len(runs)}] {arm.name} seed {seed}")
-            results[seed, arm.name] = {**dataclasses.asdict(result), "name": arm.name, "options": arm.own}
-            if number >= len(ended):
-                order = [(seed, arm.name) for seed in config.seeds for arm in config.parsed]
-                report = add_analysis({**about, "arms": [results[key] for key in order if key in results]})
+        about = {**facts(config, self.record), "config": describe(config, self.corpus), "sweep": sweeps}
+
+        def written() -> dict[str, Any]:
+            report = add_analysis({**about, "arms": finished_runs(config)})
+            if report["arms"]:
                 write_report(report, config.out)
+            return report
+
+        runs = [(arm, seed) for seed in config.seeds for arm in config.parsed]
+        report = written()
+        for budgets in range(1, 1 + max(1, len(config.optim.budgets))):
+            for number, (arm, seed) in enumerate(runs, 1):
+                run = self._measured(arm, seed, rates[arm.name])
+                steps = steps_of_round(run, budgets)
+                if has_ended(run, budgets):
+                    self.progress.skip(arm.name, steps)
+                else:
+                    self._train(arm.name, run, steps, f"[{number}/{len(runs)}] {arm.name} seed {seed}", budgets)
+                    report = written()
         print(format_table(report))
         print(f"\nreport: {config.out / 'report.html'}")
         return report
@@ -152,15 +152,23 @@ class Comparison:
             run = sweep_run(self.config, measured, arm.name, rate)
             if rate not in planned:
                 self.progress.plan(arm.name, run.optim.steps)
-            result = self._train(arm.name, run, f"[sweep] {arm.name} rate {rate:.3g}")
+            result = self._train(arm.name, run, run.optim.steps, f"[sweep] {arm.name} rate {rate:.3g}")
             for path in (*run.out.glob("checkpoint-*"), *run.out.glob("*.safetensors")):  # only the result is of use
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             return outcome(result, run.width.mtp_loss_weight)
 
         return sweep(self.config, arm, start, final_loss)
 
-    def _train(self, name: str, run: TrainConfig, label: str) -> RunResult:
-        """The result of one run, also of one that diverged, or of one that had ended before."""
+    def _train(self, name: str, run: TrainConfig, steps: int, label: str, budgets: int | None = None) -> RunResult:
+        """Train one run, all of it or so many of its budgets; its result, also if it diverged or had ended before.
+
+        Args:
+            name: of the arm.
+            run: its configuration.
+            steps: that are counted as done at the end.
+            label: of the progress bar.
+            budgets: how many of its budgets are trained now, by default all.
+        """
         self.progress.start(name)
 
         def shown(steps: int) -> str:
@@ -168,19 +176,32 @@ class Comparison:
             return f"{label} ({self.progress.text()})"
 
         try:
-            result = train(dataclasses.replace(run, resume="auto"), self.corpus, shown)
+            result = train(dataclasses.replace(run, resume="auto"), self.corpus, shown, budgets)
+        except Stopped:
+            if (self.config.out / "report.html").exists():
+                print(f"vwn: what has ended is in {self.config.out / 'report.html'}", file=sys.stderr)
+            raise
         except Diverged as diverged:
             print(f"vwn: {label}: {diverged}", file=sys.stderr)
             directory.write_json(run.out / "result.json", dataclasses.asdict(diverged.result))
             result = diverged.result
-        self.progress.finish(run.planned_steps)
+        self.progress.finish(steps)
         return result
 
 
-def has_ended(run: TrainConfig) -> bool:
-    """Whether a run has been trained to the end that it has now."""
-    result = stored_result(run.out)
-    return result is not None and result.is_whole(run)
+def has_ended(run: TrainConfig, budgets: int) -> bool:
+    """Whether a run has been trained to the end that it has now, or so many of its budgets have."""
+    is_last = budgets >= len(run.branches)
+    result = stored_result(run.out) if is_last else finished(run.out)
+    return result is not None and result.is_whole(run, budgets)
+
+
+def steps_of_round(run: TrainConfig, budgets: int) -> int:
+    """Optimiser steps of a run from where the branch of the budget before leaves the trunk to the end of this one."""
+    if not run.branches:
+        return run.optim.steps
+    before = run.branches[budgets - 2].leaves if budgets > 1 else 0
+    return run.branches[budgets - 1].steps - before
 
 
 def check_same_study(config: CompareConfig, stored: dict[str, Any]) -> None:

@@ -69,8 +69,16 @@ def budget_table(report: dict[str, Any], studies: dict[str, BudgetStudy], key: s
             gap, *gaps = (_measured(point.equal[cost].gap, point.equal[cost].reason, "+.4f") for cost in COSTS)
             speedups = (_measured(point.equal[cost].speedup, point.equal[cost].reason, ".2f", "×") for cost in COSTS)
             slope = Cell(wording.fixed(slopes[point.tokens], ".3f"))
-            rows.append((_arm(report, name), Cell(wording.scaled(point.tokens)), gap, slope, *speedups, *gaps))
-    heads = ("Arm", "Budget", "Gap at equal tokens", f"Slope of {report.get('baseline')}", "Speed-up in tokens")
+            seeds = Cell(str(point.equal["tokens"].gap.over_seeds.n))
+            rows.append((_arm(report, name), Cell(wording.scaled(point.tokens)), seeds, gap, slope, *speedups, *gaps))
+    heads = (
+        "Arm",
+        "Budget",
+        "Seeds",
+        "Gap at equal tokens",
+        f"Slope of {report.get('baseline')}",
+        "Speed-up in tokens",
+    )
     more = ("in FLOPs", "in seconds", "Gap at equal FLOPs", "at equal seconds")
     return Table(f"Decayed losses, {LOSS_NAMES[key]}", (*heads, *more), tuple(rows))
 

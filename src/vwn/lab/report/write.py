@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 import textwrap
 from pathlib import Path
@@ -52,9 +51,8 @@ def write_report(report: dict[str, Any], directory: Path) -> None:
         (folder / f"{name}.svg").unlink(missing_ok=True)
 
 
-def renew(directory: Path) -> None:
-    """Make everything in `directory` again from its report.json, and the tables that its README.md marks."""
-    report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+def renew(report: dict[str, Any], directory: Path) -> None:
+    """Write `report` into `directory`, and the tables that its README.md marks."""
     write_report(report, directory)
     readme = directory / "README.md"
     if readme.exists():
