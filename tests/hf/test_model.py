@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +16,6 @@ from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
 
 KINDS = pytest.mark.parametrize("kind", BACKBONES)
 PLAIN = {"residual": {"connection": "residual"}, "frozen": {"dynamic": False, "frozen": True}}
-WIDTHS = [(1, 1), (1, 3), (3, 3), (2, 3), (2, 4), (4, 10), (8, 64)]
 
 
 def plain_and_stock(kind: str, setting: str, **backbone) -> tuple[torch.nn.Module, VirtualWidthForCausalLM]:
@@ -35,21 +36,19 @@ def left_padded(ids: Tensor, pad: int = 3) -> dict[str, Tensor]:
 
 @KINDS
 @pytest.mark.parametrize("setting", PLAIN)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_width_one_is_the_backbone_to_the_bit(kind, setting, dtype):
+def test_width_one_is_the_backbone_to_the_bit(kind, setting):
     theirs, ours = plain_and_stock(kind, setting)
-    theirs, ours = theirs.to(dtype), ours.to(dtype)
     ids = token_ids(2, 9)
     right_mask = torch.ones_like(ids)
     right_mask[0, 6:] = 0
-    for inputs in ({"input_ids": ids}, left_padded(ids), {"input_ids": ids, "attention_mask": right_mask}):
-        wanted, actual = theirs(**inputs, labels=ids), ours(**inputs, labels=ids)
+    masked = left_padded(ids), {"input_ids": ids, "attention_mask": right_mask}
+    for dtype, inputs in product((torch.float32, torch.bfloat16), ({"input_ids": ids}, *masked)):
+        wanted, actual = (model.to(dtype)(**inputs, labels=ids) for model in (theirs, ours))
         assert torch.equal(actual.logits, wanted.logits)
         assert torch.equal(actual.loss, wanted.loss)
 
 
-@KINDS
-@pytest.mark.parametrize("setting", PLAIN)
+@pytest.mark.parametrize(("kind", "setting"), [("llama", "frozen"), ("mixtral", "residual")])
 def test_width_one_trains_as_the_backbone(kind, setting):
     theirs, ours = plain_and_stock(kind, setting)
     ids = token_ids(2, 9)
@@ -74,35 +73,6 @@ def test_attention_variants_of_the_backbone_survive():
     ids = token_ids(2, 12)
     assert torch.equal(ours(ids).logits, theirs(ids).logits)
     assert not torch.allclose(stock("qwen3", attention_bias=True, head_dim=8)(ids).logits, theirs(ids).logits)
-
-
-# The function-preserving start
-
-
-@KINDS
-@pytest.mark.parametrize(("m", "n"), WIDTHS)
-@pytest.mark.parametrize("dynamic", [True, False])
-def test_replicated_start_computes_the_backbones_function(kind, m, n, dynamic):
-    theirs = stock(kind)
-    norm = "rms_norm" if n % m == 0 and n > m else "none"
-    config = vwn_config(
-        kind, m, n, dynamic=dynamic, embedding="replicated", reduce_norm=norm, reduce_init="first_slots"
-    )
-    ours = copy_stock_weights(theirs, VirtualWidthForCausalLM(config)).eval()
-    inputs = left_padded(token_ids(2, 9))
-    seen = inputs["attention_mask"].bool()
-    assert_close(ours(**inputs).logits[seen], theirs(**inputs).logits[seen], rtol=1e-3, atol=1e-4)
-
-
-def test_tied_replicated_start_computes_the_backbones_function():
-    theirs = stock("llama", tie_word_embeddings=True)
-    config = vwn_config(
-        "llama", 2, 4, {"tie_word_embeddings": True}, embedding="replicated", reduce_norm="rms_norm",
-        reduce_init="first_slots",
-    )  # fmt: skip
-    ours = copy_stock_weights(theirs, VirtualWidthForCausalLM(config)).eval()
-    assert ours.lm_head.weight is ours.model.embed_tokens.table.weight
-    assert_close(ours(token_ids()).logits, theirs(token_ids()).logits, rtol=1e-3, atol=1e-4)
 
 
 # The whole model against the reference
@@ -137,10 +107,9 @@ def test_a_layer_reads_runs_and_writes_around_each_sublayer(m, n, embedding):
 # Causality
 
 
-@KINDS
-@pytest.mark.parametrize(("m", "n"), [(2, 3), (4, 8)])
-def test_no_logit_sees_a_later_token(kind, m, n):
-    model = build(vwn_config(kind, m, n, num_mtp_modules=2))
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_no_logit_sees_a_later_token(kind):
+    model = build(vwn_config(kind, 2, 4, num_mtp_modules=2))
     ids = token_ids(1, 8)
     before = model(ids, output_mtp_logits=True)
     for t in (3, 7):
@@ -158,9 +127,8 @@ def test_no_logit_sees_a_later_token(kind, m, n):
 
 
 @KINDS
-@pytest.mark.parametrize(("m", "n"), [(1, 1), (2, 3), (4, 8)])
-def test_decoding_with_a_cache_equals_decoding_without(kind, m, n):
-    model = build(vwn_config(kind, m, n))
+def test_decoding_with_a_cache_equals_decoding_without(kind):
+    model = build(vwn_config(kind, 2, 3))
     ids = token_ids(2, 9, seed=2)  # where no token is so near to other experts that rounding decides
     wanted = model(ids, use_cache=False).logits
     out = model(ids[:, :4], use_cache=True)
@@ -184,7 +152,7 @@ def test_a_chunk_may_follow_a_cached_prefix():
 # Padding
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(kind, side):
     model = build(vwn_config(kind, 2, 4, num_mtp_modules=1))
@@ -209,12 +177,10 @@ def test_four_dimensional_masks_reach_attention():
 # Inputs
 
 
-@pytest.mark.parametrize("embedding", ["direct", "factorised", "replicated"])
-def test_over_width_embeddings_may_be_given(embedding):
-    model = build(vwn_config("llama", 2, 4, embedding=embedding, num_mtp_modules=1))
+def test_over_width_embeddings_may_be_given():
+    model = build(vwn_config("llama", 2, 4, embedding="factorised", num_mtp_modules=1))
     ids = token_ids()
-    embeds = model.model.embed_tokens(ids)
-    wanted, actual = model(ids, labels=ids), model(inputs_embeds=embeds, labels=ids)
+    wanted, actual = model(ids, labels=ids), model(inputs_embeds=model.model.embed_tokens(ids), labels=ids)
     assert torch.equal(actual.logits, wanted.logits)
     assert torch.equal(actual.loss, wanted.loss)
 
@@ -237,22 +203,10 @@ def test_logits_to_keep():
     assert_close(model(ids, logits_to_keep=torch.tensor([1, 4])).logits, wanted[:, [1, 4]])
 
 
-@pytest.mark.parametrize("return_dict", [True, False])
-def test_return_dict(return_dict):
-    model = build(vwn_config())
-    ids = token_ids()
-    wanted = model(ids, labels=ids)
-    out = model(ids, labels=ids, return_dict=return_dict)
-    assert isinstance(out, tuple) is not return_dict
-    assert torch.equal(out[0], wanted.loss)
-    assert torch.equal(out[1], wanted.logits)
-
-
 # Sizes
 
 
-@KINDS
-@pytest.mark.parametrize(("m", "n"), [(2, 3), (4, 8)])
+@pytest.mark.parametrize(("kind", "m", "n"), [("llama", 2, 3), ("qwen3_moe", 4, 8)])
 def test_the_backbone_keeps_its_width(kind, m, n):
     """Everything of the stock model but the embedding is there in its own shape, under its own name."""
     model = VirtualWidthForCausalLM(vwn_config(kind, m, n))
@@ -294,12 +248,3 @@ def test_any_backbone_config_object_or_dict_gives_the_same_model():
     torch.manual_seed(0)
     two = VirtualWidthForCausalLM(VirtualWidthConfig(backbone=config.to_dict(), m=2, n=3))
     assert torch.equal(one(token_ids()).logits, two(token_ids()).logits)
-
-
-@pytest.mark.parametrize("dynamic", [True, False])
-def test_the_configs_choice_of_routing_reaches_every_connection(dynamic):
-    model = VirtualWidthForCausalLM(vwn_config("llama", 2, 4, dynamic=dynamic, num_mtp_modules=1))
-    connections = [m for m in model.modules() if isinstance(m, GeneralizedHyperConnection)]
-    assert len(connections) == 2 * 3
-    assert all(connection.dynamic is dynamic for connection in connections)
-    assert all(hasattr(connection, "dynamic_alpha") is dynamic for connection in connections)

@@ -107,7 +107,7 @@ def test_mixed_precision_is_close(kind):
 
 
 @pytest.mark.slow
-@EVERY_KIND
+@pytest.mark.parametrize("kind", ["hc", "mhc", "ghc_ds"])
 def test_compiles_as_one_graph(kind):
     torch._dynamo.reset()
     model = model_of(kind)
