@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from torch.testing import assert_close
 from transformers import CONFIG_MAPPING, DynamicCache, GPT2Config
 
 from conftest import perturb
+from runs import run_vwn
 from tiny import build, token_ids, vwn_config
 from vwn import UserError
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
@@ -153,10 +152,9 @@ def check_against_greedy(model, scripted, padding: int) -> None:
             assert_close(logits, further[k][:, length - 2], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("length", [1, 2])
-def test_prompts_shorter_than_the_chain_of_modules(scripted, length):
+def test_prompts_shorter_than_the_chain_of_modules(scripted):
     model = build(vwn_config("llama", 2, 3, num_mtp_modules=3))
-    ids = token_ids(1, length)
+    ids = token_ids(1, 1)
     wanted = generate(model, ids)
     scripted(Script(wanted, 3))
     assert torch.equal(generate(model, ids, use_mtp=True), wanted)
@@ -310,8 +308,8 @@ def test_other_drafts_are_left_to_transformers():
     assert model.draft_counts is None
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
+@pytest.fixture
+def checkpoints(tmp_path):
     """A run directory's worth of files: a model with MTP modules and one without, over bytes."""
     from vwn.data.tokenizer import load_tokenizer
 
@@ -319,29 +317,14 @@ def checkpoints(tmp_path_factory):
     folders = {}
     for modules in (0, 2):
         config = vwn_config("llama", 2, 3, {"vocab_size": len(tokenizer)}, num_mtp_modules=modules)
-        folders[modules] = tmp_path_factory.mktemp("mtp") / "run" / "checkpoint-1"
+        folders[modules] = tmp_path / str(modules) / "checkpoint-1"
         agreeing(config).save_pretrained(folders[modules])
         tokenizer.save_pretrained(folders[modules])
     return folders
 
 
-@pytest.fixture
-def vwn(capsys, monkeypatch):
-    from vwn.cli import main
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["vwn", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
-def test_the_command_line(vwn, checkpoints):
+def test_the_command_line(capsys, monkeypatch, checkpoints):
+    vwn = partial(run_vwn, capsys, monkeypatch)
     common = ("generate", checkpoints[2], "--prompt", "sea", "--max-new-tokens", "12")
     greedy = vwn(*common, "--temperature", "0")[1]
     code, out, err = vwn(*common, "--mtp")
@@ -380,20 +363,3 @@ def test_paths_that_are_not_there_are_not_asked_of_the_hub(tmp_path, monkeypatch
     assert locate("owner/name") == "owner/name"
     (tmp_path / "models" / "config.json").write_text("{}")
     assert str(locate("models")) == "models"
-
-
-@pytest.mark.slow
-def test_the_benchmark(tmp_path):
-    out = tmp_path / "mtp.json"
-    command = [sys.executable, "-m", "benchmarks.mtp_decoding", "--quick", "--device", "cpu", "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    rows = json.loads(out.read_text())["rows"]
-    assert [(row["who"], row["modules"]) for row in rows] == [("plain", 1), ("plain", 2), ("4x16", 1), ("4x16", 2)]
-    for row in rows:
-        assert row["same_tokens"] == 1
-        assert len(row["acceptance_of_each_module"]) == row["modules"]
-        assert 1 <= row["tokens_per_pass"] <= 1 + row["modules"]
-        assert row["speed_up"] == pytest.approx(row["greedy_ms_per_token"] / row["ms_per_token"])
-        assert row["lowest_speed_up"] <= row["speed_up"] <= row["highest_speed_up"]

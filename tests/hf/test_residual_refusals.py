@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools  # noqa: F401 - for the toys
-import itertools
-import linecache
 import operator  # noqa: F401
 import textwrap
 from operator import iadd  # noqa: F401
@@ -19,8 +17,6 @@ import toy_layers
 from conftest import perturb
 from toy_layers import D, run_plain, run_wide, widened
 from vwn import UserError
-
-_count = itertools.count()
 
 
 def scaling(x: Tensor, residual: Tensor) -> Tensor:
@@ -64,13 +60,11 @@ class AddsItself(nn.Module):
 
 def toy(body: str) -> Any:
     """A layer whose forward is ``body``: ``h`` is the stream, ``z`` a sublayer's output and ``q`` something plain."""
-    name = f"<toy {next(_count)}>"
     source = "class Toy(Layer):\n    def forward(self, h, mask=None, items=(1, 2)):\n" + textwrap.indent(
         f"q = torch.ones(())\nz = self.attn(self.norm1(h))[0]\n{textwrap.dedent(body).strip()}\n", " " * 8
     )
-    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     names = {**vars(toy_layers), **globals(), "__name__": __name__}
-    exec(compile(source, name, "exec"), names)
+    exec(source, names)
     layer = names["Toy"]()
     layer.adds_itself = AddsItself()
     return perturb(layer).double().eval()

@@ -41,12 +41,6 @@ def test_block_linear_is_one_small_matrix_on_every_slot(geometry):
     assert_close(block(joined).flatten(-2).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_block_linear_with_one_slot_is_the_dense_linear():
-    block = BlockLinear(12, 6)
-    x = torch.randn(4, 1, 12)
-    assert torch.equal(block(x)[:, 0], x[:, 0] @ block.weight.T)
-
-
 def test_block_linear_keeps_the_variance():
     assert abs(float(BlockLinear(256, 128)(torch.randn(500, 256)).detach().std()) - 1) < 0.05
 

@@ -42,10 +42,10 @@ def run(module: nn.Module, forward: Callable[[Tensor], Tensor], state: Tensor) -
 
 
 # Against other authors' code: the package `hyper-connections` (lucidrains), whose fractions are GHC with tied rows.
-# Its slot is a pair (fraction f, stream s); ours is j = s * m + f, so that j mod m is the fraction. Its columns are, for
-# each fraction of the result, first the branch input and then the streams. Its static B is one number per slot, so the
-# rows of our B are tied. With more than one fraction its dynamic B is indexed by the source fraction, where the paper
-# (eq. 14) has the slot written to: no choice of our parameters equals it, and it is compared at zero.
+# Its slot is a pair (fraction f, stream s); ours is j = s * m + f, so j mod m is the fraction. Its columns are, for
+# each fraction of the result, the branch input and then the streams. Its static B is one number per slot: the rows of
+# our B are tied. With more than one fraction its dynamic B is indexed by the source fraction, where the paper (eq. 14)
+# has the slot written to: no choice of our parameters equals it, and it is compared at zero.
 
 
 def columns(streams: int, fractions: int) -> list[int]:
