@@ -83,7 +83,7 @@ check: lint
 
 # Leave the machine alone meanwhile. On a machine with a GPU each measures that.
 bench: $(STAMP)
-	for name in accuracy memory connections scaling training_step mtp_decoding; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in accuracy memory connections decoding training_step mtp_decoding; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 # A warning is an error. The site takes nothing from the network, nor does its reader's browser.
 docs: $(STAMP)
