@@ -66,15 +66,6 @@ def test_width_one_trains_as_the_backbone(kind, setting):
     assert checked == len(wanted)
 
 
-def test_attention_variants_of_the_backbone_survive():
-    """Sliding and full attention in turn, biases, an own head size: the layers get their own masks."""
-    qwen = {"use_sliding_window": True, "sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]}
-    theirs, ours = plain_and_stock("qwen3", "frozen", **qwen, attention_bias=True, head_dim=8)
-    ids = token_ids(2, 12)
-    assert torch.equal(ours(ids).logits, theirs(ids).logits)
-    assert not torch.allclose(stock("qwen3", attention_bias=True, head_dim=8)(ids).logits, theirs(ids).logits)
-
-
 # The whole model against the reference
 
 
@@ -141,14 +132,6 @@ def test_decoding_with_a_cache_equals_decoding_without(kind):
     assert len(out.past_key_values.layers) == model.config.num_hidden_layers
 
 
-def test_a_chunk_may_follow_a_cached_prefix():
-    model = build(vwn_config())
-    ids = token_ids(2, 9)
-    first = model(ids[:, :4], use_cache=True)
-    second = model(ids[:, 4:], past_key_values=first.past_key_values)
-    assert_close(second.logits, model(ids).logits[:, 4:], rtol=1e-4, atol=1e-4)
-
-
 # Padding
 
 
@@ -165,13 +148,6 @@ def test_padding_changes_nothing(kind, side):
     real = slice(3, 9) if side == "left" else slice(0, 6)
     assert_close(actual.logits[:, real], wanted.logits, rtol=1e-4, atol=1e-4)
     assert_close(actual.mtp_logits[0][:, real][:, :-1], wanted.mtp_logits[0][:, :-1], rtol=1e-4, atol=1e-4)
-
-
-def test_four_dimensional_masks_reach_attention():
-    model = build(vwn_config(num_mtp_modules=1))
-    ids = token_ids(1, 6)
-    causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
-    assert_close(model(ids, attention_mask=causal).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 # Inputs
@@ -204,21 +180,6 @@ def test_logits_to_keep():
 
 
 # Sizes
-
-
-@pytest.mark.parametrize(("kind", "m", "n"), [("llama", 2, 3), ("qwen3_moe", 4, 8)])
-def test_the_backbone_keeps_its_width(kind, m, n):
-    """Everything of the stock model but the embedding is there in its own shape, under its own name."""
-    model = VirtualWidthForCausalLM(vwn_config(kind, m, n))
-    ours = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    for name, parameter in stock(kind).named_parameters():
-        if "embed_tokens" not in name:
-            name = name.replace("model.layers.", "model.backbone.layers.")
-            assert ours.pop(name) == tuple(parameter.shape), name
-    left = {name.split(".connections.")[0] if "connections" in name else name for name in ours}
-    norms = {"model.reduce.norm_weight", "model.reduce.norm_bias"} if n % m == 0 else set()
-    layers = {"model.backbone.layers.0", "model.backbone.layers.1"}
-    assert left == {"model.embed_tokens.table.weight", "model.reduce.weight"} | norms | layers
 
 
 def test_two_connections_for_each_layer_and_none_shared():

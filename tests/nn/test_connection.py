@@ -236,16 +236,6 @@ def test_half_precision_states_are_routed_in_float32(D, m, n, dtype, dynamic):
     assert ulps(new, right["state"]) < 0.55
 
 
-def test_half_precision_parameters_are_still_routed_in_float32():
-    connection = make(12, 2, 3, True).bfloat16()
-    state = random_state(12, 2, 3, 4, dtype=torch.bfloat16)
-    x, routing = connection.read(state), connection.routing_matrices(state)
-    assert routing.alpha.dtype == routing.beta.dtype == torch.float32
-    right = expected(connection, state, lambda x: x)
-    assert_close(routing.alpha.double(), right["A"], rtol=1e-5, atol=1e-5)
-    assert ulps(x, right["x"]) < 0.55
-
-
 @MODES
 def test_autocast_leaves_the_routing_in_float32(dynamic):
     connection = make(12, 2, 3, dynamic)
@@ -257,16 +247,6 @@ def test_autocast_leaves_the_routing_in_float32(dynamic):
     assert routing.alpha.dtype == routing.beta.dtype == torch.float32
     assert x.dtype == torch.bfloat16
     assert torch.equal(mixed, plain)
-
-
-def test_gradients_reach_float32_parameters_from_a_bfloat16_state():
-    connection = make(12, 2, 3, True)
-    state = random_state(12, 2, 3, 4, dtype=torch.bfloat16).requires_grad_()
-    connection(state, torch.tanh).float().sum().backward()
-    assert state.grad.dtype == torch.bfloat16
-    for name, parameter in connection.named_parameters():
-        assert parameter.grad.dtype == torch.float32, name
-        assert parameter.grad.abs().max() > 0, name
 
 
 def test_a_slot_of_zeros_is_finite_forward_and_backward():

@@ -97,33 +97,6 @@ def test_the_hash_does_not_depend_on_the_batch():
     assert hash_ngrams(ids.view(2, 2, 11), 4, 1009).shape == (2, 2, 8, 3)
 
 
-@pytest.mark.parametrize(("buckets", "stride"), [(1024, 256), (4099, 1), (30_000, 256)])
-def test_collisions_are_as_many_as_chance_makes(buckets, stride):
-    """All pairs of 150 ids, also ids that differ in high bits only: the buckets' sum of squared counts."""
-    one = torch.arange(150) * stride
-    pairs = torch.cartesian_prod(one, one)
-    counts = torch.bincount(hash_ngrams(pairs, 2, buckets).flatten(), minlength=buckets).double()
-    assert len(counts) == buckets
-    mean = len(pairs) / buckets
-    chi_square = float(((counts - mean) ** 2).sum() / mean)
-    assert abs(chi_square - (buckets - 1)) < 4.5 * (2 * buckets) ** 0.5
-
-
-def test_orders_collide_independently():
-    """Trigrams whose bigrams share a bucket share their own no more often than any others."""
-    buckets = 64
-    grams = torch.randint(0, 5000, (60_000, 3), generator=torch.Generator().manual_seed(1))
-    rows = hash_ngrams(grams, 3, buckets).squeeze(1)
-    counts = torch.bincount(rows[:, 0] * buckets + rows[:, 1], minlength=buckets**2).double()
-    mean = len(grams) / buckets**2
-    assert abs(float(((counts - mean) ** 2).sum() / mean) - buckets**2) < 4.5 * (2 * buckets**2) ** 0.5
-
-
-def test_order_and_absence_matter():
-    grams = torch.tensor([[3, 4], [4, 3], [NO_TOKEN, 4], [0, 4], [NO_TOKEN, NO_TOKEN]])
-    assert len(set(hash_ngrams(grams, 2, 2**40).flatten().tolist())) == 5
-
-
 # Context and padding
 
 
