@@ -58,7 +58,6 @@ STEPS = (
     Step("accuracy", "benchmarks.accuracy"),
     Step("memory", "benchmarks.memory"),
     Step("training_step_moe", "benchmarks.training_step", ("--families", "moe")),
-    Step("mtp_decoding", "benchmarks.mtp_decoding"),
 )
 
 

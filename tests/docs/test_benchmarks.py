@@ -177,7 +177,7 @@ def test_gpu_steps_within_a_time_limit(tmp_path):
     assert lines.pop("memory").startswith("stopped")
     assert set(lines.values()) == {"done"}
     assert limits["connections"] == pytest.approx(0.3 * 9 * 60)
-    assert limits["mtp_decoding"] == pytest.approx(9 * 60, abs=5)
+    assert limits["training_step_moe"] == pytest.approx(9 * 60, abs=5)
     command = commands["decoding"][0]
     assert command[command.index("--out") + 1] == str(tmp_path / "decoding-cuda.json")
     assert command[command.index("--shapes") + 1] == "2x3"

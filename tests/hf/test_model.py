@@ -10,7 +10,19 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import reference
-from tiny import BACKBONES, VOCAB, backbone_config, build, copy_stock_weights, stock, token_ids, vwn_config
+from tiny import (
+    BACKBONES,
+    NEW,
+    VOCAB,
+    backbone_config,
+    build,
+    copy_stock_weights,
+    generate,
+    greedy_by_hand,
+    stock,
+    token_ids,
+    vwn_config,
+)
 from vwn import GeneralizedHyperConnection
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
 
@@ -209,3 +221,50 @@ def test_any_backbone_config_object_or_dict_gives_the_same_model():
     torch.manual_seed(0)
     two = VirtualWidthForCausalLM(VirtualWidthConfig(backbone=config.to_dict(), m=2, n=3))
     assert torch.equal(one(token_ids()).logits, two(token_ids()).logits)
+
+
+# Generation
+
+
+@KINDS
+def test_greedy_equals_a_loop_without_cache(kind):
+    model = build(vwn_config(kind, 2, 3), seed=2)
+    ids = token_ids(2, 5)
+    wanted = greedy_by_hand(model, ids)
+    assert torch.equal(generate(model, ids), wanted)
+    assert torch.equal(generate(model, ids, use_cache=False), wanted)
+    assert len(set(wanted[0, 5:].tolist())) > 1
+
+
+def test_multi_token_modules_do_not_disturb_generation():
+    with_mtp = build(vwn_config("llama", 2, 3, num_mtp_modules=2))
+    without = build(vwn_config("llama", 2, 3))
+    without.load_state_dict({k: v for k, v in with_mtp.state_dict().items() if ".mtp." not in k})
+    assert torch.equal(generate(with_mtp, token_ids()), generate(without, token_ids()))
+
+
+def test_generation_stops_at_the_backbones_end_token():
+    model = build(vwn_config("llama", 2, 4))
+    ids = token_ids(1, 5)
+    end = int(generate(model, ids)[0, 5 + 2])
+    config = vwn_config("llama", 2, 4, {"eos_token_id": end})
+    again = build(config)
+    assert again.generation_config.eos_token_id == end
+    out = again.generate(ids, max_new_tokens=NEW, do_sample=False)
+    assert out[0, -1] == end
+    assert end not in out[0, 5:-1].tolist()
+    assert out.shape[1] <= 5 + 3
+
+
+def test_outputs_of_generation():
+    model = build(vwn_config("llama", 2, 4, attn_implementation="eager"))
+    ids = token_ids(2, 5)
+    out = generate(
+        model, ids, return_dict_in_generate=True, output_hidden_states=True, output_attentions=True, output_logits=True
+    )
+    assert len(out.hidden_states) == len(out.attentions) == NEW
+    assert out.hidden_states[0][0].shape == (2, 5, 24)
+    assert out.hidden_states[1][-1].shape == (2, 1, 24)
+    assert out.attentions[1][0].shape == (2, 4, 1, 6)
+    wanted = model(out.sequences).logits[:, 4:-1]
+    assert_close(torch.stack(out.logits, dim=1), wanted, rtol=1e-4, atol=1e-4)

@@ -11,14 +11,13 @@ from transformers import AutoModelForCausalLM
 import reference
 from conftest import perturb
 from counted import LENGTH, backbone, build_counted, counted_flops_per_token
-from tiny import build, token_ids, vwn_config
+from tiny import NEW, build, generate, greedy_by_hand, token_ids, vwn_config
 from vwn import Geometry, OverWidthEmbedding
 from vwn.common.errors import UserError
 from vwn.cost import model_cost
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
 from vwn.nn.ngram import NO_TOKEN, NgramEmbedding, hash_ngrams, with_context
 
-NEW = 6
 GOLDEN = [[[910060, 916760], [253507, 605688], [378809, 782473], [956610, 858037]]]
 FORMS = pytest.mark.parametrize("form", ["direct", "factorised", "replicated"])
 NGRAMS = {"ngram_order": 3, "ngram_buckets": 37}
@@ -145,17 +144,6 @@ def test_ngrams_of_nothing_are_refused(order, buckets):
 
 def ngram_model(form: str = "direct", m: int = 2, n: int = 4, **fields) -> VirtualWidthForCausalLM:
     return build(vwn_config("llama", m, n, embedding=form, **NGRAMS | fields))
-
-
-def generate(model, ids: Tensor | None, **options) -> Tensor:
-    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
-    return model.generate(ids, **options)
-
-
-def greedy_by_hand(model, ids: Tensor) -> Tensor:
-    for _ in range(NEW):
-        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-    return ids
 
 
 @FORMS
