@@ -57,7 +57,7 @@ test-faults: $(STAMP)
 
 # The model's fast tests with the oldest and the newest supported transformers, each in front of the one in .venv.
 TRANSFORMERS := 5.17.0 5.24.0
-MODEL_TESTS := $(addprefix tests/hf/test_,versions.py model.py model_generation.py model_losses.py)
+MODEL_TESTS := $(addprefix tests/hf/test_,versions.py model.py model_losses.py)
 
 build/transformers-%/.installed: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) transformers==$*
@@ -83,7 +83,7 @@ check: lint
 
 # Leave the machine alone meanwhile. On a machine with a GPU each measures that.
 bench: $(STAMP)
-	for name in accuracy memory connections scaling training_step mtp_decoding; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in accuracy memory connections decoding training_step; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 # A warning is an error. The site takes nothing from the network, nor does its reader's browser.
 docs: $(STAMP)

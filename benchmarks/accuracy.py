@@ -8,16 +8,16 @@ error relative to the largest gradient of the same tensor.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.report import NOT_MEASURED, Report, parser
+from benchmarks.rivals import Inputs
 from vwn import ops
 from vwn.common.errors import UserError
-from vwn.ops import ReadWeights, RoutingWeights
+from vwn.ops import RoutingWeights
 from vwn.ops.weights import pack, unpack
 
 SHAPES = ((2, 3), (4, 8), (4, 16), (8, 64))
@@ -45,68 +45,37 @@ def main() -> None:
             for dtype in DTYPES:
                 row = {"backend": backend, "connection": [m, n], "dtype": str(dtype).removeprefix("torch.")}
                 try:
-                    report.add(row | errors(backend, m, n, dtype, width, tokens, options))
+                    inputs = Inputs(m, n, width, tokens, dtype, torch.device(options.device))
+                    report.add(row | errors(backend, inputs))
                 except UserError as error:
                     report.add(row | {NOT_MEASURED: str(error)})
     report.done()
 
 
-def errors(
-    backend: str, m: int, n: int, dtype: torch.dtype, width: int, tokens: int, options: argparse.Namespace
-) -> dict[str, Any]:
+def errors(backend: str, inputs: Inputs) -> dict[str, Any]:
     """Distances of one backend from float64 for one shape and dtype."""
-    draw = torch.Generator().manual_seed(0)
-
-    def random(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=draw) * scale).to(options.device)
-
-    d = width // m
-    written, following = (
-        RoutingWeights(
-            random(n, m + n, scale=0.3),
-            random(m, n, scale=0.3),
-            random(d, m + n),
-            random(d, m),
-            random(n, m + n, scale=0.5),
-            random(m, n, scale=0.5),
-            1 + random(d, scale=0.3),
-        )
-        for _ in range(2)
-    )
-    state, z, grad_state, grad_x = (random(tokens, w).to(dtype) for w in (n * d, width, n * d, width))
-    ours = run(backend, state, z, written, following, grad_state, grad_x)
-    exact = run("reference", *(t.double() for t in (state, z)), written, following, grad_state, grad_x)
-    counts = 4 + len(pack(written)) + len(pack(following.to_read))
-    assert len(ours) == len(exact) == counts
-    doubled = unpack(ReadWeights, [t.double() for t in pack(following.to_read)], following.eps)
-    exact_x = ops.read(ours[0].double(), doubled, backend="reference")
+    draw = torch.Generator(inputs.device).manual_seed(1)
+    gradients = [torch.randn(t.shape, generator=draw, device=t.device).to(t) for t in (inputs.state, inputs.z)]
+    ours = run(backend, inputs, gradients, inputs.dtype)
+    exact = run("reference", inputs, gradients, torch.float64)
+    exact_x = ops.read(ours[0].double(), _doubled(inputs.weights), backend="reference")
     return {
-        "routing_rms": routing_rms(backend, state, written),
+        "routing_rms": routing_rms(backend, inputs.state.detach(), inputs.weights),
         "output_ulp": max(ulps(ours[0], exact[0]), ulps(ours[1], exact_x)),
         "gradient_inputs": max(relative(a, b) for a, b in zip(ours[2:4], exact[2:4], strict=True)),
         "gradient_weights": max(relative(a, b) for a, b in zip(ours[4:], exact[4:], strict=True)),
     }
 
 
-def run(
-    backend: str,
-    state: Tensor,
-    z: Tensor,
-    written: RoutingWeights,
-    following: RoutingWeights,
-    grad_state: Tensor,
-    grad_x: Tensor,
-) -> list[Tensor]:
-    """New state, what is read, and the gradients of state, ``z`` and all weights; float64 inputs make all float64."""
-    compute = torch.promote_types(state.dtype, torch.float32)
-    leaves = [t.detach().to(compute).requires_grad_() for t in (*pack(written), *pack(following.to_read))]
-    inputs = [t.detach().requires_grad_() for t in (state, z)]
-    count = len(pack(written))
-    w = unpack(RoutingWeights, leaves[:count], written.eps)
-    r = unpack(ReadWeights, leaves[count:], following.eps)
-    new, x = ops.write_read(*inputs, w, r, backend=backend)
-    grads = (grad_state.to(new.dtype), grad_x.to(x.dtype))
-    return [new.detach(), x.detach(), *torch.autograd.grad((new, x), (*inputs, *leaves), grads)]
+def run(backend: str, inputs: Inputs, gradients: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """New state, what is read, and the gradients of state, ``z`` and all weights."""
+    compute = torch.promote_types(dtype, torch.float32)
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (inputs.state, inputs.z)]
+    leaves += [t.detach().to(compute).requires_grad_() for t in pack(inputs.weights)]
+    w = unpack(RoutingWeights, leaves[2:], inputs.weights.eps)
+    outputs = ops.write_read(*leaves[:2], w, w, backend=backend)
+    given = [g.to(dtype) for g in gradients]
+    return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, given)]
 
 
 def routing_rms(backend: str, state: Tensor, w: RoutingWeights) -> float:
@@ -122,14 +91,13 @@ def routing_rms(backend: str, state: Tensor, w: RoutingWeights) -> float:
         z = torch.zeros(wide.shape[0], m, d, device=wide.device)
         z[:, segment, 0] = 1
         got = ops.write(wide, z.flatten(1), still, backend=backend)
-        exact = _in_float64(still, wide, z.flatten(1))
+        exact = ops.write(wide.double(), z.flatten(1).double(), _doubled(still), backend="reference")
         squares.append((got.double() - exact).unflatten(-1, (w.n, d))[..., 0].square())
     return float(torch.stack(squares).mean().sqrt())
 
 
-def _in_float64(w: RoutingWeights, state: Tensor, z: Tensor) -> Tensor:
-    doubled = unpack(RoutingWeights, [t.double() for t in pack(w)], w.eps)
-    return ops.write(state.double(), z.double(), doubled, backend="reference")
+def _doubled(w: RoutingWeights) -> RoutingWeights:
+    return unpack(RoutingWeights, [t.double() for t in pack(w)], w.eps)
 
 
 def ulps(actual: Tensor, exact: Tensor) -> float:

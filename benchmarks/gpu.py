@@ -52,14 +52,12 @@ STEPS = (
     Step("connections", "benchmarks.connections", ("--widths", ",".join(map(str, WIDTHS))), share=0.3),
     Step("training_step", "benchmarks.training_step", ("--families", "dense", "--modes", "eager"), share=0.3),
     Step("training_step_compiled", "benchmarks.training_step", ("--families", "dense", "--modes", "compiled")),
-    Step("decoding", "benchmarks.scaling", ("--series", "decoding")),
+    Step("decoding", "benchmarks.decoding"),
     Step("train_plain", "vwn.cli", TRAIN),
     Step("train_4x16", "vwn.cli", (*TRAIN, "--m", "4", "--n", "16")),
     Step("accuracy", "benchmarks.accuracy"),
     Step("memory", "benchmarks.memory"),
-    Step("scaling", "benchmarks.scaling", ("--series", "tokens,slots,depth")),
     Step("training_step_moe", "benchmarks.training_step", ("--families", "moe")),
-    Step("mtp_decoding", "benchmarks.mtp_decoding"),
 )
 
 

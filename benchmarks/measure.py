@@ -193,9 +193,3 @@ def memory_of(call: Callable[[], Result], device: torch.device) -> tuple[Result,
         live += event.nbytes()
         peak = max(peak, live)
     return result, Memory(live, peak)
-
-
-def exponent(sizes: list[int], seconds: list[float]) -> float:
-    """``p`` of the best fit ``seconds ~ sizes ** p``: 1 is linear."""
-    x, y = [math.log(s) for s in sizes], [math.log(s) for s in seconds]
-    return statistics.linear_regression(x, y).slope

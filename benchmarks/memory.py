@@ -88,7 +88,7 @@ def _chain(shape: tuple[int, int], who: str, keep: int, options: argparse.Namesp
     labels = {"where": "chain", "connection": list(shape), "width": width, "who": who, "keep_states_every": keep}
     try:
         if who != "listing":
-            ops.choose(who, device, dtype)
+            ops.choose(who, device, dtype, shape[1])
     except UserError as error:
         return labels | {NOT_MEASURED: str(error)}
     backend = "auto" if who == "listing" else who

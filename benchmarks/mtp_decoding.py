@@ -1,31 +1,23 @@
 """Self-speculative decoding with the MTP modules: how many drafts are accepted, and how much faster it is.
 
-Each model is trained here for a short time, plain and with a virtual width. The prompts are from the text's held-out
-side. For each, plain greedy decoding and decoding with the modules take turns, and must give the same tokens.
+The models are trained checkpoints, such as those of ``vwn train --mtp 1``. The prompts are pieces of a text that they
+have not seen. For each, plain greedy decoding and decoding with the modules take turns, and must give the same tokens.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from benchmarks import measure
-from benchmarks.report import FOLDER, NOT_MEASURED, Report, parser
-from vwn.commands.generate import timed
+from benchmarks.report import NOT_MEASURED, Report, parser
+from vwn.commands.generate import load, timed
 from vwn.common.errors import UserError
-from vwn.data import Corpus
-from vwn.training.config import CorpusConfig, OptimConfig, TrainConfig, WidthOptions
-from vwn.training.run import load_corpus, train
 
-SHAPES = [(4, 16)]
-WINDOW = 256
 NOTES = {
     "acceptance": "accepted over drafted tokens, of all modules, and of each",
     "tokens per pass": "new tokens per forward pass of the main model, the prompt's included; plain decoding has 1",
@@ -34,10 +26,8 @@ NOTES = {
     "precision": "float32, batch size 1",
 }
 COLUMNS = {
-    "who": "8s",
+    "who": "24s",
     "modules": "7d",
-    "loss": "7.3f",
-    "loss_2": "7.3f",
     "acceptance": "10.3f",
     "tokens_per_pass": "15.3f",
     "greedy_ms_per_token": "19.2f",
@@ -50,84 +40,36 @@ COLUMNS = {
 
 
 def main() -> None:
-    """Train, measure, show, write."""
+    """Measure, show, write."""
     p = parser("mtp_decoding", __doc__)
-    p.add_argument("--data", help="as of `vwn train`; by default the Python standard library's sources")
-    p.add_argument("--tokenizer", help="as of `vwn train`; by default bpe:2048")
-    p.add_argument("--backbone", help="as of `vwn train`; by default tiny, and medium on a GPU")
-    p.add_argument("--steps", type=int, help="of training, of 8 windows of 256 tokens; by default 600")
-    p.add_argument("--modules", type=lambda text: [int(k) for k in text.split(",")], help="chain lengths; default 1,2")
-    p.add_argument("--prompts", type=int, help="by default 20")
-    p.add_argument("--new-tokens", type=int, help="for each prompt; by default 128")
-    options = _with_defaults(p.parse_args())
+    p.add_argument("checkpoints", nargs="+", help="run directories or checkpoints of models with MTP modules")
+    p.add_argument("--text", type=Path, required=True, help="file that prompts are cut from")
+    p.add_argument("--prompts", type=int, default=20)
+    p.add_argument("--prompt-tokens", type=int, default=64)
+    p.add_argument("--new-tokens", type=int, default=128, help="for each prompt")
+    options = p.parse_args()
+    if options.quick:
+        options.prompts, options.prompt_tokens, options.new_tokens = 2, 8, 8
     report = Report(options, NOTES, COLUMNS)
     measure.settle(1 if options.device == "cpu" else torch.get_num_threads())
-    with tempfile.TemporaryDirectory() as folder:
-        corpus = CorpusConfig(
-            data=options.data or _small_text(Path(folder)),
-            tokenizer=options.tokenizer,
-            window=32 if options.quick else WINDOW,
-            max_valid_tokens=256 if options.quick else 65_536,
-        )
-        for shape in (None, *(options.shapes or SHAPES)):
-            for modules in options.modules:
-                config = TrainConfig(
-                    out=Path(folder) / f"{shape}-{modules}",
-                    backbone=options.backbone,
-                    m=shape[0] if shape else None,
-                    n=shape[1] if shape else None,
-                    corpus=corpus,
-                    width=WidthOptions(mtp=modules),
-                    optim=OptimConfig(steps=options.steps, batch_size=8),
-                    eval_every=options.steps,
-                    save_every=options.steps,
-                )
-                report.add({"who": config.name, "modules": modules} | _row(config, options))
+    for checkpoint in options.checkpoints:
+        try:
+            model, tokenizer = load(checkpoint)
+            if options.backend != "auto":
+                model.set_connection_backend(options.backend)
+            ids = tokenizer(options.text.read_text(encoding="utf-8"), return_tensors="pt").input_ids
+            prompts = _prompts(ids.to(model.device), options.prompts, options.prompt_tokens)
+            row = {"modules": model.config.num_mtp_modules, **_decoding(model, prompts, options.new_tokens)}
+        except UserError as error:
+            row = {NOT_MEASURED: str(error)}
+        report.add({"who": checkpoint} | row)
     report.done()
 
 
-def _with_defaults(options: argparse.Namespace) -> argparse.Namespace:
-    quick, gpu = options.quick, options.device == "cuda"
-    defaults: dict[str, Any] = {
-        "data": None if quick else "stdlib",
-        "tokenizer": "bytes" if quick else "bpe:2048",
-        "backbone": "nano" if quick else "medium" if gpu else "tiny",
-        "steps": 3 if quick else 600,
-        "modules": [1, 2],
-        "prompts": 2 if quick else 20,
-        "new_tokens": 8 if quick else 128,
-    }
-    for name, value in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    return options
-
-
-def _small_text(folder: Path) -> str:
-    """The benchmarks' own sources, to see that it runs."""
-    path = folder / "text.txt"
-    path.write_text("".join(source.read_text() for source in sorted(FOLDER.glob("*.py"))))
-    return str(path)
-
-
-def _row(config: TrainConfig, options: argparse.Namespace) -> dict[str, Any]:
-    try:
-        corpus = load_corpus(config)
-        last = train(config, corpus).curve[-1]
-        model = AutoModelForCausalLM.from_pretrained(config.out).eval().to(options.device)
-        if config.m is not None:
-            model.set_connection_backend(options.backend)
-    except UserError as error:
-        return {NOT_MEASURED: str(error)}
-    losses = {"loss": last["loss"], "loss_2": last["loss_2"], "train_seconds": last["seconds"]}
-    return losses | _decoding(model, _prompts(corpus, options), options.new_tokens)
-
-
-def _prompts(corpus: Corpus, options: argparse.Namespace) -> list[Tensor]:
-    """The beginnings of held-out windows, spread evenly over the text, ``[1, window / 4]``."""
-    windows, count = corpus.valid, min(options.prompts, len(corpus.valid))
-    ids = [torch.as_tensor(windows[i * len(windows) // count]["input_ids"]) for i in range(count)]
-    return [window[None, : len(window) // 4].long().to(options.device) for window in ids]
+def _prompts(ids: Tensor, count: int, length: int) -> list[Tensor]:
+    """Pieces ``[1, length]``, spread evenly over the text."""
+    starts = torch.linspace(0, max(0, ids.shape[1] - length), count).long().tolist()
+    return [ids[:, start : start + length] for start in starts]
 
 
 def _decoding(model: Any, prompts: list[Tensor], new_tokens: int) -> dict[str, Any]:

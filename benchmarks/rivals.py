@@ -83,7 +83,7 @@ def ours(i: Inputs, backend: str) -> Iterator[Rival]:
         new = ops.write(i.state, i.z, w, backend)
         return new, ops.read(new, w, backend=backend)
 
-    chosen = ops.choose(backend, i.device, i.dtype)
+    chosen = ops.choose(backend, i.device, i.dtype, i.n)
     yield Rival("ours", fused(backend), leaves, f"write, then read of the next: backend {chosen!r}")
     yield Rival("ours, separate", separate, leaves, "the same, in two operations")
     yield Rival("ours, with the norm", fused(backend, i.norm), [*leaves, i.norm.weight], "and the next one's RMSNorm")

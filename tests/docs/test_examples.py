@@ -120,14 +120,6 @@ def test_trainer(run, text, tmp_path):
 
 
 @pytest.mark.slow
-def test_compare(run, text, tmp_path):
-    options = ["--steps=2", "--seeds", "0", "--window=32", "--batch-size=2", "--arms", "plain", "2x3"]
-    printed = run("compare_arms", text, tmp_path / "out", *options)
-    assert printed.splitlines()[-1].startswith("2x3: ")
-    assert (tmp_path / "out" / "report.html").exists()
-
-
-@pytest.mark.slow
 def test_the_notebook(monkeypatch):
     monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
     notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text())

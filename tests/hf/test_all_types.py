@@ -1,27 +1,36 @@
-"""Every causal language model of the installed transformers, widened: logits, gauge, generation. One model of each."""
+"""Every causal language model of the installed transformers, widened, on one model of each: all it does stays right."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.testing import assert_close
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import supported_models
 import zoo
-from vwn import UserError, VirtualWidthForCausalLM, widen
+from vwn import UserError, VirtualWidthConfig, VirtualWidthForCausalLM, widen
 from vwn.nn.generalized import GeneralizedHyperConnection
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 WAYS: dict[str, dict[str, Any]] = {
-    "without a cache": {"use_cache": False},
     "beams": {"num_beams": 2},
     "fixed cache": {"cache_implementation": "static", "disable_compile": True},
     "drafts": {"prompt_lookup_num_tokens": 2},
 }
+FLAGS = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend")
+FLAGS += ("_can_compile_fullgraph", "_compatible_flash_implementations", "_supports_context_parallel")
+ADDED_LOSSES: dict[str, dict[str, Any]] = {
+    "bamba": {"z_loss_coefficient": 0.1},
+    "doge": {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 4},
+}
+MTP_TYPES = ("llama", "gpt2", "gemma3_text", "deepseek_v3", "qwen3_next", "bamba", "mamba")
 
 
 def ids_of(rows: int = 2, length: int = 9) -> Tensor:
@@ -51,11 +60,16 @@ def test_a_type(model_type: str) -> None:
     assert "WRONG" not in row
     if f"transformers\n{transformers.__version__}," in text:  # else the page is of another version
         assert row in text.splitlines()
+    check_mtp_from_a_config(model_type)
     if isinstance(wide, UserError):
         assert "\n" not in str(wide)
         return
     check_gauge(model_type, model)
     check_generation(model, wide)
+    check_attention(model_type)
+    if model_type in ADDED_LOSSES:
+        model = zoo.tiny_causal_lm(model_type, **ADDED_LOSSES[model_type])
+    check_loss(model_type, model)
 
 
 def change_gauge(wide: VirtualWidthForCausalLM, spread: float = 0.3) -> None:
@@ -96,7 +110,7 @@ def check_gauge(model_type: str, model: Any) -> None:
     change_gauge(wide)
     with torch.no_grad():
         plain, ours = model(ids_of()).logits, wide(ids_of()).logits
-    torch.testing.assert_close(ours, plain, rtol=2e-3, atol=2e-3 * plain.abs().max().item())
+    assert_close(ours, plain, rtol=2e-3, atol=2e-3 * plain.abs().max().item())
     with torch.no_grad():  # and it is a test: one read out of place shows
         wide.model.layers[1].connections[0].static_alpha[1, 0] += 0.5
         moved = wide(ids_of()).logits
@@ -104,15 +118,135 @@ def check_gauge(model_type: str, model: Any) -> None:
 
 
 def check_generation(model: Any, wide: Any) -> None:
-    """The plain model's tokens: greedy, padded batches, beams, caches, drafts."""
+    """The plain model's tokens: greedy in a padded batch, beams, a fixed cache, drafts."""
     mask = torch.ones_like(ids_of())
     mask[0, :3] = 0
     runs = [(name, ids_of(1), options) for name, options in WAYS.items()]
-    runs += [("greedy", ids_of(1), {}), ("padded", ids_of(), {"attention_mask": mask})]
+    runs.append(("padded", ids_of(), {"attention_mask": mask}))
     for name, ids, options in runs:
         try:
             plain = model.generate(ids, **GREEDY | options)
         except Exception:  # what transformers cannot do, it need not do for us
-            assert name not in ("greedy", "padded")
+            assert name != "padded"
             continue
         assert torch.equal(wide.generate(ids, **GREEDY | options), plain), name
+
+
+def check_mtp_from_a_config(model_type: str) -> None:
+    """It trains, or one sentence says why not."""
+    fields = {"m": 2, "n": 4, "num_mtp_modules": 1, "embedding": "replicated", "tie_word_embeddings": False}
+    try:
+        wide = VirtualWidthForCausalLM(VirtualWidthConfig(backbone=zoo.tiny_config(model_type), **fields))
+    except ValueError as error:
+        refusal = str(error)
+    else:
+        refusal = ""
+    if refusal:
+        assert "\n" not in refusal
+        assert model_type not in MTP_TYPES
+        return
+    out = wide(ids_of(), labels=ids_of())
+    assert len(out.losses) == 2
+    assert out.loss.isfinite()
+
+
+def check_loss(model_type: str, model: Any) -> None:
+    """The plain model's training loss, with all that it adds to the cross-entropy."""
+    coefficient = next((n for n in ("router_aux_loss_coef", "aux_loss_coef") if hasattr(model, n)), None)
+    if coefficient is not None:  # large enough to show
+        setattr(model, coefficient, 0.7)
+        setattr(model.config, coefficient, 0.7)
+    wide = widen(model.train(), m=2, n=3)
+    mask = torch.ones_like(ids_of())
+    mask[0, :3] = 0
+    for options in ({}, {"output_router_logits": True}, {"output_router_logits": True, "attention_mask": mask}):
+        plain, ours = outputs_of(model, **options), outputs_of(wide, **options)
+        assert_close(ours.loss, plain.loss, rtol=1e-5, atol=1e-5)
+        aux_loss = getattr(plain, "aux_loss", None)
+        if aux_loss is not None:
+            assert_close(ours.aux_loss, aux_loss, rtol=1e-5, atol=1e-5)
+    if coefficient is not None and not model_type.startswith("llama4"):
+        assert aux_loss is not None
+
+
+def outputs_of(model: torch.nn.Module, **options: Any) -> Any:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return model(ids_of(), labels=ids_of(), **options)
+
+
+def built(model_class: Any, config: Any, **options: Any) -> PreTrainedModel:
+    with torch.device("meta"):
+        return model_class._from_config(copy.deepcopy(config), **options)
+
+
+def outcome(model_class: Any, config: Any, **options: Any) -> str:
+    """The implementations that a model of the config takes, or the kind of error."""
+    try:
+        model = built(model_class, config, **options)
+    except ValueError:
+        return "refused"
+    except ImportError:
+        return "not installed"
+    inner = model.config.get_text_config()
+    assert model.config._attn_implementation == inner._attn_implementation
+    assert model.config._experts_implementation == inner._experts_implementation
+    return f"{inner._attn_implementation}, {inner._experts_implementation}"
+
+
+def check_attention(model_type: str) -> None:
+    """What the backbone's own causal LM would take, said by both configs, or refused as there."""
+    plain_config = zoo.tiny_config(model_type)
+    fields = {"m": 1, "n": 2, "embedding": "replicated", "tie_word_embeddings": False}
+    config = VirtualWidthConfig(backbone=plain_config, **fields)
+    plain_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(plain_config)]
+    for request in (None, "flash_attention_2", "no_such_attention"):
+        options = {} if request is None else {"attn_implementation": request}
+        wanted = outcome(plain_class, plain_config, **options)
+        assert outcome(VirtualWidthForCausalLM, config, **options) == wanted, request
+    models = built(plain_class, plain_config), built(VirtualWidthForCausalLM, config)
+    for flag in FLAGS:
+        assert len({str(getattr(model, flag, None)) for model in models}) == 1, flag
+    for request in ("eager", "sdpa"):
+        taken = []
+        for model in models:
+            try:
+                model.set_attn_implementation(request)
+            except ValueError:
+                taken.append("refused")
+            else:
+                taken.append(model.config._attn_implementation)
+                assert model.config.get_text_config()._attn_implementation == taken[-1]
+        assert taken[0] == taken[1], request
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "mamba"])
+def test_a_refused_attention_names_the_type(model_type: str) -> None:
+    config = VirtualWidthConfig(backbone=zoo.tiny_config(model_type), m=2, n=4, tie_word_embeddings=False)
+    refusal = f'`attn_implementation="sdpa"` is not supported by a backbone of type {model_type};'
+    with pytest.raises(UserError, match=refusal):
+        built(VirtualWidthForCausalLM, config, attn_implementation="sdpa")
+
+
+def test_a_plain_model_that_runs_eager_is_widened_so(tmp_path: Any) -> None:
+    plain = zoo.tiny_causal_lm("llama")
+    plain.set_attn_implementation("eager")
+    wide = widen(plain, m=2, n=4)
+    assert wide.config._attn_implementation == wide.model.backbone.config._attn_implementation == "eager"
+    assert torch.equal(wide(ids_of()).logits, plain(ids_of()).logits)
+    wide.save_pretrained(tmp_path)
+    assert "attn_implementation" not in (tmp_path / "config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+def test_what_is_added_for_large_logits_shows_and_trains() -> None:
+    losses = {}
+    for weight in (0.0, 0.1):
+        wide = widen(zoo.tiny_causal_lm("bamba", z_loss_coefficient=weight), m=2, n=3, num_mtp_modules=1).train()
+        torch.manual_seed(0)
+        losses[weight] = wide(ids_of(), labels=ids_of())
+    assert losses[0.1].losses[0] == losses[0.0].losses[0]
+    with torch.no_grad():
+        added = 0.1 * wide(ids_of()).logits.exp().sum(-1).log().square().mean()
+    head = losses[0.1].losses[0] + added
+    assert_close(losses[0.1].loss - wide.config.mtp_loss_weight * losses[0.1].losses[1], head, rtol=1e-5, atol=1e-5)

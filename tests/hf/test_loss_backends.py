@@ -11,7 +11,6 @@ from torch import nn
 from torch.testing import assert_close
 
 from conftest import perturb
-from losses import with_and_without_logits
 from tiny import build, token_ids, vwn_config
 from vwn.common.errors import UserError
 from vwn.hf import loss as loss_module
@@ -25,17 +24,35 @@ def _choose_afresh():
     loss_module._choose_loss.cache_clear()
 
 
-@pytest.mark.parametrize("mtp", [0, 2])
-@pytest.mark.parametrize("kind", ["llama", "mixtral"])
-def test_loss_and_gradients_are_those_with_logits(kind, mtp):
-    model = perturb(build(vwn_config(kind, 2, 4, num_mtp_modules=mtp))).train()
+def with_and_without_logits(model, **inputs):
+    """Output and gradients with logits and without."""
+    results = []
+    for backend in ("torch", "liger"):
+        model.loss_backend = backend
+        model.zero_grad()
+        out = model(**inputs)
+        out.loss.backward()
+        results.append((out, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+    return results
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("mixtral", {"m": 2, "n": 4}),
+        ("llama", {"m": 2, "n": 4, "num_mtp_modules": 2}),
+        ("llama", {"m": 1, "n": 1, "connection": "residual", "table_factor": 2, "num_mtp_modules": 1}),
+    ],
+)
+def test_loss_and_gradients_are_those_with_logits(kind, fields):
+    model = perturb(build(vwn_config(kind, **fields))).train()
     ids = token_ids()
     labels = ids.clone()
     labels[0, :3] = -100
     (with_logits, wanted), (without, actual) = with_and_without_logits(model, input_ids=ids, labels=labels)
     assert with_logits.logits is not None
     assert without.logits is None
-    assert len(without.losses) == 1 + mtp
+    assert len(without.losses) == 1 + fields.get("num_mtp_modules", 0)
     assert_close(without.loss, with_logits.loss, rtol=1e-5, atol=1e-5)
     assert_close(torch.stack(without.losses), torch.stack(with_logits.losses), rtol=1e-5, atol=1e-5)
     assert actual.keys() == wanted.keys()

@@ -42,12 +42,6 @@ def test_rows_of_the_table_stand_for_their_tokens(fields):
     assert torch.equal(new, model.generate(ids, **greedy)[:, 9:])
 
 
-def test_a_row_of_no_known_width_is_refused():
-    model = build(vwn_config("llama", 2, 3, embedding="factorised"))
-    with pytest.raises(ValueError, match="D' = 36 numbers per token, or rows of the table, of 24; got 30"):
-        model(inputs_embeds=torch.zeros(1, 4, 30))
-
-
 def test_prompt_tuning_asks_for_no_sizes():
     peft = pytest.importorskip("peft")
     model = widen(AutoModelForCausalLM.from_config(backbone_config()), m=2, n=3)

@@ -10,7 +10,6 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, OpenAIGPTConfig, PreTrainedModel
 
 from tiny import (
-    BACKBONES,
     MOE_BACKBONES,
     VOCAB,
     backbone_config,
@@ -23,14 +22,13 @@ from tiny import (
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM, layout_of, register_layout
 from vwn.hf.configuration import _say_untied
 
-KINDS = pytest.mark.parametrize("kind", BACKBONES)
-
-
 # Recorded outputs
 
 
-@KINDS
-@pytest.mark.parametrize("how", ["argument", "config"])
+HOW = pytest.mark.parametrize(("kind", "how"), [("llama", "argument"), ("mixtral", "config")])
+
+
+@HOW
 def test_hidden_states_are_as_wide_as_the_backbone_and_end_in_the_last(kind, how):
     model = build(
         vwn_config(kind, 2, 4, num_mtp_modules=1, **({"output_hidden_states": True} if how == "config" else {}))
@@ -51,8 +49,7 @@ def test_hidden_states_are_as_wide_as_the_backbone_and_end_in_the_last(kind, how
     assert len(base.hidden_states) == 3
 
 
-@KINDS
-@pytest.mark.parametrize("how", ["argument", "config"])
+@HOW
 def test_attentions_with_eager_attention(kind, how):
     fields = {"output_attentions": True} if how == "config" else {}
     model = build(vwn_config(kind, 2, 4, num_mtp_modules=1, attn_implementation="eager", **fields))
@@ -62,13 +59,6 @@ def test_attentions_with_eager_attention(kind, how):
     assert_close(out.attentions[0].sum(-1), torch.ones(2, 4, 9))
     assert not out.attentions[0].triu(1).any()
     assert model(ids, output_attentions=False).attentions is None
-
-
-def test_recording_leaves_nothing_behind():
-    model = build(vwn_config())
-    model(token_ids(), output_hidden_states=True)
-    assert model(token_ids()).hidden_states is None
-    assert len(model(token_ids(), output_hidden_states=True).hidden_states) == 3
 
 
 # Settings on the outer config reach the inner models
@@ -136,8 +126,7 @@ def test_the_backbones_initializer_range_is_used_everywhere():
         assert abs(float(weight.detach().std()) - 0.5) < 0.05
 
 
-@pytest.mark.parametrize("connection", ["ghc", "residual"])
-@KINDS
+@pytest.mark.parametrize(("kind", "connection"), [("llama", "ghc"), ("qwen3_moe", "residual")])
 def test_layers_that_must_not_be_split_are_named_as_they_are(kind, connection):
     """Device maps and FSDP look for these class names among the model's modules."""
     config = vwn_config(kind, 1, 1, connection=connection, num_mtp_modules=1)
@@ -148,56 +137,21 @@ def test_layers_that_must_not_be_split_are_named_as_they_are(kind, connection):
 
 
 @pytest.mark.parametrize("kind", MOE_BACKBONES)
-def test_experts_run_by_the_implementation_the_stock_model_takes(monkeypatch, kind):
-    """transformers decides by the source of the model's class; what it found for the stock class must not matter."""
+def test_experts_run_by_the_implementation_the_stock_model_takes(kind):
     wanted = stock(kind).model.layers[0].mlp.experts.config._experts_implementation
-    for cls in {cls for module in build(vwn_config(kind, num_mtp_modules=1)).modules() for cls in type(module).__mro__}:
-        if "_can_set_experts_implementation_cached_value" in vars(cls):
-            monkeypatch.delattr(cls, "_can_set_experts_implementation_cached_value")
-    model = build(vwn_config(kind, num_mtp_modules=1))
-    experts = [m for m in model.modules() if type(m).__name__.endswith("Experts")]
-    assert len(experts) == 3
-    assert {m.config._experts_implementation for m in experts} == {wanted}
-    for choice in ("eager", "grouped_mm"):
-        chosen = AutoModelForCausalLM.from_config(vwn_config(kind), experts_implementation=choice)
-        experts = [m for m in chosen.modules() if type(m).__name__.endswith("Experts")]
-        assert {m.config._experts_implementation for m in experts} == {choice}
-
-
-# Gradient checkpointing
-
-
-@KINDS
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_changes_nothing(kind, reentrant):
-    model = build(vwn_config(kind, 2, 4, num_mtp_modules=1)).train()
-    ids = token_ids()
-
-    def losses_and_gradients():
-        model.zero_grad()
-        out = model(ids, labels=ids)
-        out.loss.backward()
-        return out.loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
-
-    wanted, gradients = losses_and_gradients()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert model.is_gradient_checkpointing
-    runs = [0]
-    core = model.model.mtp[0].layer.layers[0].mlp
-    core.register_forward_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
-    actual, again = losses_and_gradients()
-    assert runs[0] == 2, "the module's layer is not recomputed"
-    assert torch.equal(actual, wanted)
-    for name, gradient in gradients.items():
-        assert_close(again[name], gradient, rtol=1e-5, atol=1e-7, msg=lambda s, k=name: f"{k}: {s}")
+    for choice in (None, "eager", "grouped_mm"):
+        options = {} if choice is None else {"experts_implementation": choice}
+        model = AutoModelForCausalLM.from_config(vwn_config(kind, num_mtp_modules=1), **options)
+        experts = [m for m in model.modules() if type(m).__name__.endswith("Experts")]
+        assert len(experts) == 3
+        assert {m.config._experts_implementation for m in experts} == {choice or wanted}
 
 
 # Compilation
 
 
-@pytest.mark.parametrize(
-    ("kind", "m", "n"), [("llama", 2, 4), *(pytest.param(kind, 2, 3, marks=pytest.mark.slow) for kind in BACKBONES[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "m", "n"), [("llama", 2, 4), ("mixtral", 2, 3)])
 def test_compiles_as_one_graph(kind, m, n):
     if kind in MOE_BACKBONES and Version(transformers.__version__) < Version("5.23"):
         pytest.skip("the experts of this transformers do not compile as one graph on a CPU")
@@ -224,40 +178,18 @@ def test_inputs_can_require_gradients():
     assert out.loss.requires_grad
 
 
-# Resizing
-
-
-@pytest.mark.parametrize(("embedding", "tied"), [("direct", False), ("factorised", False), ("replicated", True)])
-@pytest.mark.parametrize("size", [VOCAB + 5, VOCAB - 11])
-def test_resizing_the_vocabulary(tmp_path, embedding, tied, size):
-    model = build(vwn_config("llama", 2, 4, {"tie_word_embeddings": tied}, embedding=embedding, num_mtp_modules=1))
-    before = model(token_ids() % 50).logits
-    model.resize_token_embeddings(size, mean_resizing=False)
-    assert model.config.vocab_size == model.config.backbone.vocab_size == size
-    assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied
-    ids = token_ids() % 50
-    ids[0, 0] = size - 1
-    out = model(ids, labels=ids)
-    assert out.logits.shape == (2, 9, size)
-    assert torch.isfinite(out.loss)
-    assert_close(model(token_ids() % 50).logits[..., :50], before[..., :50])
-    model.save_pretrained(tmp_path)
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, out.logits)
-
-
 # Refusals
 
 
-GEMMA = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 6}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+SIZES = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 6}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
 POST_NORM = {
     "Block": OpenAIGPTConfig(vocab_size=VOCAB, n_embd=24, n_layer=2, n_head=4),
     "Bert": BertConfig(vocab_size=VOCAB, hidden_size=24, num_hidden_layers=1, num_attention_heads=4),
 }
 
 
-@pytest.mark.parametrize("name", POST_NORM)
-@pytest.mark.parametrize("connection", ["ghc", "residual"])
+@pytest.mark.parametrize(("name", "connection"), [("Block", "ghc"), ("Bert", "residual")])
 def test_backbones_that_are_no_sums_are_refused(name, connection):
     """Plain ones too, so that a baseline is what it is compared with."""
     config = VirtualWidthConfig(backbone=POST_NORM[name], connection=connection, tie_word_embeddings=False)
@@ -312,28 +244,21 @@ def test_a_tied_backbone_with_a_wide_table_is_untied_and_says_so(caplog):
     assert not vwn_config("llama", 2, 4, tied, tie_word_embeddings=False).tie_word_embeddings
 
 
-def test_a_whole_number_is_a_loss_weight():
-    assert vwn_config(mtp_loss_weight=1).mtp_loss_weight == 1
-
-
-def test_a_registered_layout_goes_before_what_would_be_found():
+def test_a_registered_layout_goes_before_what_would_be_found(monkeypatch):
     """Mistral's layer is Llama's; a user may say so, and what the user says is taken."""
     from transformers import MistralConfig
 
     from vwn.hf import layouts
 
-    config = MistralConfig(**GEMMA, **HEADS)
+    config = MistralConfig(**SIZES)
+    monkeypatch.setattr(layouts, "_LAYOUTS", {})
     register_layout("MistralDecoderLayer", layouts.PRE_NORM)
-    try:
-        torch.manual_seed(0)
-        theirs = AutoModelForCausalLM.from_config(config).eval()
-        frozen = VirtualWidthConfig(backbone=config, dynamic=False, frozen=True)
-        ours = copy_stock_weights(theirs, VirtualWidthForCausalLM(frozen)).eval()
-        assert layout_of(stock("llama").model.layers[0]) is None
-        assert ours.model.layers[0].layout is layouts._LAYOUTS["MistralDecoderLayer"]
-        assert torch.equal(ours(token_ids()).logits, theirs(token_ids()).logits)
-        register_layout("MistralDecoderLayer", layouts.PRE_NORM[:1])  # wrong: no FFN
-        wrong = copy_stock_weights(theirs, VirtualWidthForCausalLM(frozen)).eval()
-        assert not torch.equal(wrong(token_ids()).logits, theirs(token_ids()).logits)
-    finally:
-        del layouts._LAYOUTS["MistralDecoderLayer"]
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(config).eval()
+    frozen = VirtualWidthConfig(backbone=config, dynamic=False, frozen=True)
+    ours = copy_stock_weights(theirs, VirtualWidthForCausalLM(frozen)).eval()
+    assert layout_of(stock("llama").model.layers[0]) is None
+    assert torch.equal(ours(token_ids()).logits, theirs(token_ids()).logits)
+    register_layout("MistralDecoderLayer", layouts.PRE_NORM[:1])  # wrong: no FFN
+    wrong = copy_stock_weights(theirs, VirtualWidthForCausalLM(frozen)).eval()
+    assert not torch.equal(wrong(token_ids()).logits, theirs(token_ids()).logits)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from processes import free_port
 from tiny import BACKBONES, backbone_config, build, token_ids, vwn_config
 from vwn.hf import VirtualWidthConfig
 
@@ -49,16 +49,10 @@ dist.destroy_process_group()
 """
 
 
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
 def run_two(config: str, paths: list[str]) -> None:
     """The script above on two gloo processes."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": free_port(), "LOCAL_WORLD_SIZE": "2"}  # fmt: skip
+                        "MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": "2"}  # fmt: skip
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", TWO, config, *paths],
@@ -99,8 +93,7 @@ def test_two_processes_equal_one(tmp_path, config):
         assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
 
 
-@pytest.mark.parametrize("kind", BACKBONES)
-@pytest.mark.parametrize("connection", ["ghc", "residual"])
+@pytest.mark.parametrize(("kind", "connection"), [(kind, "ghc") for kind in BACKBONES] + [("llama", "residual")])
 def test_the_plan_is_the_backbones(kind, connection):
     width = (1, 1) if connection == "residual" else (2, 4)
     model = build(vwn_config(kind, *width, connection=connection, num_mtp_modules=1))

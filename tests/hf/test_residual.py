@@ -56,20 +56,12 @@ def test_keeps_the_arguments_of_the_layer() -> None:
         (toys.PreNorm, ("attn", "mlp")),
         (toys.Sandwich, ("attn", "mlp")),
         (toys.PostNormInside, ("attn", "mlp")),
-        (toys.ParallelOneSum, ("attn",)),
-        (toys.ParallelTwoSums, ("attn",)),
         (toys.Helpers, ("adding_attention", "mlp", "adding")),
         (toys.Casts, ("attn", "mlp")),
     ],
 )
 def test_sublayers_have_names(layer_class: Any, names: tuple[str, ...]) -> None:
     assert toys.found(layer_class()).names == names
-
-
-@pytest.mark.parametrize("layer_class", toys.REFUSED)
-def test_changes_in_place_are_refused(layer_class: Any) -> None:
-    with pytest.raises(UserError, match=f"{layer_class.__name__} cannot be widened by itself"):
-        toys.found(layer_class())
 
 
 def test_a_copied_and_a_pickled_layer_run_the_same() -> None:
@@ -105,7 +97,7 @@ def test_a_module_put_in_later_reads_too() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["gpt2", "gemma3_text", "opt", "bloom", "cohere"])
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma3_text", "cohere"])
 def test_compiles_in_one_graph(model_type: str) -> None:
     plain = tiny_causal_lm(model_type)
     wide = perturb(widen(plain, m=2, n=3), scale=0.05).eval()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools  # noqa: F401 - for the toys
-import itertools
-import linecache
 import operator  # noqa: F401
 import textwrap
 from operator import iadd  # noqa: F401
@@ -19,8 +17,6 @@ import toy_layers
 from conftest import perturb
 from toy_layers import D, run_plain, run_wide, widened
 from vwn import UserError
-
-_count = itertools.count()
 
 
 def scaling(x: Tensor, residual: Tensor) -> Tensor:
@@ -64,13 +60,11 @@ class AddsItself(nn.Module):
 
 def toy(body: str) -> Any:
     """A layer whose forward is ``body``: ``h`` is the stream, ``z`` a sublayer's output and ``q`` something plain."""
-    name = f"<toy {next(_count)}>"
     source = "class Toy(Layer):\n    def forward(self, h, mask=None, items=(1, 2)):\n" + textwrap.indent(
         f"q = torch.ones(())\nz = self.attn(self.norm1(h))[0]\n{textwrap.dedent(body).strip()}\n", " " * 8
     )
-    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     names = {**vars(toy_layers), **globals(), "__name__": __name__}
-    exec(compile(source, name, "exec"), names)
+    exec(source, names)
     layer = names["Toy"]()
     layer.adds_itself = AddsItself()
     return perturb(layer).double().eval()
@@ -159,6 +153,8 @@ REFUSED = {
     "z += h\nreturn z": "write 'z = z + h' for 'z += h'",
     "h = h + z\nh += self.mlp(h)\nreturn h": IN_PLACE,
     "h.detach().mul_(2)\nreturn h + z": IN_PLACE,
+    "a = h + z\nh *= self.scale\nreturn a + self.mlp(h)": IN_PLACE,
+    "r = h\nh += z\nh += self.mlp(self.norm2(r))\nreturn r": IN_PLACE,
     "return h.view(-1, D) + z": "viewed as (8, 6)",
     "return h.view(-1, D) + z.view(-1, D)": "in the shape (8, 6)",
     "return torch.add(h, z, alpha=2)": HANDED_ON,
@@ -178,6 +174,14 @@ def test_is_refused(body: str) -> None:
 
 
 RIGHT = [
+    "return z + self.mlp(h) + h",
+    "return (h + z) + self.mlp(self.norm2(h))",
+    "r = h\nh = r + z\nreturn h + self.mlp(self.norm2(r))",
+    "return self.mlp(self.norm2(h := h + z)) + h",
+    "h = self.gain * h + z\nr = h\nh = r * self.scale + self.mlp(self.norm2(h))\nh *= self.gain\nreturn h",
+    "r = h * self.scale + z\nreturn r + self.mlp(self.norm2(r))",
+    "r = h\nh = r + z.view(r.shape)\nz = self.mlp(self.norm2(h).view(-1, D))\nreturn h + z.reshape(h.size())",
+    "h = add(z, h, self.scale, training=False)\nreturn add(self.mlp(self.norm2(h)), h)",
     "return h + self.mlp(*[h]) + z",
     "return h + self.adds_itself(h)",
     "r = h\ndel h\nreturn r + z",
@@ -228,14 +232,16 @@ RIGHT = [
 
 @pytest.mark.parametrize("body", RIGHT)
 def test_is_right(body: str) -> None:
-    """Values and gradients."""
+    """Values, and gradients of the input and of every weight."""
     layer = toy(body)
     wide, weight = widened(layer), torch.randn(2, 4, D).double()
     results = []
     for run, module in ((run_plain, layer), (run_wide, wide)):
         h = torch.randn(2, 4, D, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
         out = run(module, h)[0]
-        results.append((out.detach(), torch.autograd.grad((out * weight).sum(), h)[0]))
+        leaves = [h, *(module.get_parameter(name) for name, _ in layer.named_parameters())]
+        gradients = torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True, materialize_grads=True)
+        results.append((out.detach(), *gradients))
     for plain, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
 

@@ -11,8 +11,7 @@ import sys
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 import vwn
 from conftest import perturb
@@ -45,6 +44,9 @@ for path in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
     assert type(model).__module__ == "vwn.hf.causal_lm", type(model).__module__
     assert torch.equal(model(expected["ids"]).logits, expected["logits"]), path
+    pickled = torch.load(path + "/pickled.pt", weights_only=False)
+    assert torch.equal(pickled(expected["ids"]).logits, expected["logits"]), path
+    assert type(pickled.model.backbone.layers[0]) is type(model.model.backbone.layers[0])
     base = AutoModel.from_pretrained(path, trust_remote_code=True)
     assert torch.equal(base(expected["ids"]).last_hidden_state, expected["hidden"]), path
     model.save_pretrained(path + "/again")
@@ -61,7 +63,7 @@ print("all equal")
 
 
 @pytest.mark.slow
-def test_a_process_that_never_imported_us_loads_what_it_trusts(tmp_path, with_code):
+def test_a_process_that_never_imported_us_loads_and_unpickles_what_it_trusts(tmp_path, with_code):
     built = {kind: (build(vwn_config(kind, 2, 3, num_mtp_modules=1)), {}) for kind in ("llama", "qwen3_moe")}
     tied = {"tie_word_embeddings": True, "embedding": "factorised"}
     built["tied"] = (build(vwn_config("llama", 2, 4, **tied)), {"max_shard_size": "5KB"})
@@ -72,6 +74,7 @@ def test_a_process_that_never_imported_us_loads_what_it_trusts(tmp_path, with_co
         hidden = model.model(ids).last_hidden_state.detach()
         saved = {"ids": ids, "logits": model(ids).logits.detach(), "hidden": hidden}
         torch.save(saved, tmp_path / name / "expected.pt")
+        torch.save(model, tmp_path / name / "pickled.pt")
     assert len(list((tmp_path / "tied").glob("*.safetensors"))) > 1
     paths = [str(tmp_path / name) for name in built]
     env = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
@@ -89,28 +92,7 @@ def with_code(monkeypatch):
     VirtualWidthForCausalLM.register_for_auto_class()
 
 
-def test_a_tokenizer_loads_without_us_and_without_a_question(tmp_path):
-    """Nothing in the folder has transformers ask whether it may run code; standard input stays open, for it waits."""
-    build(vwn_config()).save_pretrained(tmp_path)
-    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
-    program = (
-        "import sys, transformers\n"
-        f"print(transformers.AutoTokenizer.from_pretrained({str(tmp_path)!r})('b').input_ids)\n"
-        "assert not [name for name in sys.modules if name.startswith('vwn')]"
-    )
-    never = subprocess.Popen(["sleep", "600"], stdout=subprocess.PIPE)
-    try:
-        run = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, stdin=never.stdout, timeout=100
-        )
-    finally:
-        never.kill()
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split("\n")[:-1] == ["[1]"]  # a question would be there as well
-
-
-@pytest.mark.parametrize("trust", [None, False, True])
+@pytest.mark.parametrize("trust", [None, True])
 def test_once_imported_the_installed_classes_are_taken_without_a_word(tmp_path, monkeypatch, capfd, trust, with_code):
     model = build(vwn_config())
     model.save_pretrained(tmp_path)
@@ -170,10 +152,9 @@ def test_registering_for_an_auto_class_does_not_turn_our_source_into_remote_code
     assert {p.name for p in tmp_path.glob("*.py")} == {"modeling_virtual_width.py"}
 
 
-@pytest.mark.parametrize("kind", ["llama", "mixtral"])
-def test_a_plain_class_does_not_load_a_widened_checkpoint(tmp_path, kind):
+def test_a_plain_class_does_not_load_a_widened_checkpoint(tmp_path):
     """It would find its config inside ours, and start all its layers afresh."""
-    model = build(vwn_config(kind, 1, 1, embedding="replicated"))
+    model = build(vwn_config("llama", 1, 1, embedding="replicated"))
     model.save_pretrained(tmp_path)
     plain = type(AutoModelForCausalLM.from_config(model.config.backbone))
     assert plain.__name__ != "VirtualWidthForCausalLM"
@@ -285,8 +266,9 @@ class FakeHub:
                 self.files[operation.path_in_repo] = file.read()
 
 
-@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained", "save_pretrained twice"])
-@pytest.mark.parametrize("own_card", [True, False])
+@pytest.mark.parametrize(
+    ("way", "own_card"), [("push_to_hub", False), ("save_pretrained", True), ("save_pretrained twice", False)]
+)
 def test_a_push_carries_a_card(tmp_path, monkeypatch, way, own_card):
     from huggingface_hub.errors import EntryNotFoundError
 

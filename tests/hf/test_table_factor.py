@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
 
 from conftest import perturb
 from counted import LENGTH, backbone, build_counted, counted_flops_per_token
-from losses import with_and_without_logits
-from tiny import VOCAB, build, stock, token_ids, vwn_config
+from tiny import VOCAB, build, generate, greedy_by_hand, stock, token_ids, vwn_config
 from vwn import Geometry, OverWidthEmbedding, no_weight_decay
 from vwn.cost import model_cost
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
-from vwn.hf import loss as loss_module
-from vwn.nn.embedding import UnembeddingExpand
 
 PLAIN = {"m": 1, "n": 1, "connection": "residual"}
 
 
-def with_factor(k: int = 3, kind: str = "llama", **fields) -> VirtualWidthForCausalLM:
-    return build(vwn_config(kind, **PLAIN, table_factor=k, **fields))
+def with_factor(k: int = 3, **fields) -> VirtualWidthForCausalLM:
+    return build(vwn_config(**PLAIN, table_factor=k, **fields))
 
 
-@pytest.mark.parametrize(("k", "geometry"), [(2, Geometry(6, 1, 1)), (5, Geometry(6, 1, 1)), (2, Geometry(6, 2, 3))])
+@pytest.mark.parametrize(("k", "geometry"), [(5, Geometry(6, 1, 1)), (2, Geometry(6, 2, 3))])
 def test_the_embedding_is_a_wide_table_and_one_linear(k, geometry):
     embedding = perturb(OverWidthEmbedding(geometry, 11, table_factor=k, ngram_order=2, ngram_buckets=7))
     out_width, width = geometry.over_width, k * geometry.over_width
@@ -39,13 +34,11 @@ def test_the_embedding_is_a_wide_table_and_one_linear(k, geometry):
     assert_close(embedding(ids).double(), rows @ embedding.contract_weight.detach().double().T, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("k", [2, 3])
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_it_is_the_stock_model_with_the_products_as_tables(kind, k):
+def test_it_is_the_stock_model_with_the_products_as_tables():
     """Forward and backward in float64; by the chain rule a factor's gradient is the product's times the other."""
-    model = with_factor(k, kind).double()
+    model = with_factor(3).double()
     embedding, expand, head = model.model.embed_tokens, model.unembed_expand.weight, model.lm_head.weight
-    theirs = stock(kind).double()
+    theirs = stock().double()
     weights = {n.replace(".backbone.", "."): v for n, v in model.state_dict().items() if "embed" not in n}
     weights["model.embed_tokens.weight"] = embedding.table.weight @ embedding.contract_weight.T
     weights["lm_head.weight"] = head @ expand
@@ -101,60 +94,14 @@ def test_rows_and_logits_start_at_the_plain_models_scale(k, tied):
     assert scales[1] == pytest.approx(scales[0], rel=0.05)
 
 
-def test_the_expansion_keeps_norms():
-    expand = UnembeddingExpand(64, 8)
-    hidden = torch.randn(500, 64)
-    assert float(expand(hidden).detach().norm() / hidden.norm()) == pytest.approx(1, rel=0.05)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_save_and_load(tmp_path, tied):
-    model = with_factor(2, num_mtp_modules=1, tie_word_embeddings=tied)
-    model.save_pretrained(tmp_path)
-    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert again.config.table_factor == 2
-    assert (again.lm_head.weight is again.get_input_embeddings().weight) == tied
-    assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
-
-
-def test_the_head_is_what_transformers_expects():
-    model = with_factor(2)
-    assert type(model.get_output_embeddings()) is nn.Linear
-    before = model(token_ids()).logits
-    model.resize_token_embeddings(VOCAB + 3)
-    assert model.lm_head.weight.shape == model.get_input_embeddings().weight.shape == (VOCAB + 3, 48)
-    assert_close(model(token_ids()).logits[..., :VOCAB], before)
-    assert type(build(vwn_config()).unembed_expand) is nn.Identity
-
-
 def test_generation():
     model, ids = with_factor(2, ngram_order=3, ngram_buckets=37), token_ids(2, 5)
-    new = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
-    for _ in range(6):
-        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(new, ids)
-
-
-def test_the_loss_without_logits_goes_through_the_factors():
-    loss_module._choose_loss.cache_clear()
-    model = with_factor(2, num_mtp_modules=1).train()
-    try:
-        (with_logits, wanted), (without, actual) = with_and_without_logits(
-            model, input_ids=token_ids(), labels=token_ids()
-        )
-    finally:
-        loss_module._choose_loss.cache_clear()
-    assert without.logits is None
-    assert_close(without.loss, with_logits.loss, rtol=1e-5, atol=1e-5)
-    assert actual.keys() == wanted.keys()
-    for name, grad in wanted.items():
-        assert_close(actual[name], grad, rtol=1e-4, atol=1e-5 * float(1 + grad.abs().max()), msg=name)
+    assert torch.equal(generate(model, ids), greedy_by_hand(model, ids))
 
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"num_mtp_modules": 1}, {"tie_word_embeddings": True}, {"ngram_order": 2, "ngram_buckets": 9}],
+    [{"num_mtp_modules": 1}, {"tie_word_embeddings": True, "ngram_order": 2, "ngram_buckets": 9}],
     ids=str,
 )
 def test_cost_is_that_of_the_model(fields):

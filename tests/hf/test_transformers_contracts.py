@@ -151,18 +151,12 @@ class TestLlama(Contracts, TestCase):
         return VirtualWidthConfig(backbone=LlamaConfig(**SIZES), m=2, n=3)
 
 
-class TestLlamaWithMtp(Contracts, TestCase):
-    def make_config(self):
-        return VirtualWidthConfig(backbone=LlamaConfig(**SIZES), m=4, n=8, num_mtp_modules=1)
-
-
 for name in [name for name in dir(Contracts) if name.startswith("test_eager_matches_batched_and_grouped")]:
     # of experts; our class, asked whether it has any, knows no backbone
     setattr(TestLlama, name, None)
-    setattr(TestLlamaWithMtp, name, None)
 
 
-class TestMixtureOfExperts(Contracts, TestCase):
+class TestMixtureOfExpertsWithMtp(Contracts, TestCase):
     def make_config(self):
         experts = dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
-        return VirtualWidthConfig(backbone=Qwen3MoeConfig(**SIZES, **experts), m=2, n=3)
+        return VirtualWidthConfig(backbone=Qwen3MoeConfig(**SIZES, **experts), m=4, n=8, num_mtp_modules=1)

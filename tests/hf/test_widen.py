@@ -2,31 +2,24 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import vwn
 import zoo
 from conftest import perturb
+from runs import run_vwn
 from vwn import UserError, VirtualWidthConfig, VirtualWidthForCausalLM, widen
-from vwn.cli import main
-
-LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "internlm3", "olmo", "seed_oss")
-LLAMA_LIKE = [kind for kind in LLAMA_FAMILY if kind in zoo.CAUSAL_TYPES]  # older versions have fewer
 
 
 def ids_of(rows: int = 2, length: int = 9) -> torch.Tensor:
     return torch.randint(1, 90, (rows, length), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("model_type", LLAMA_LIKE)
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (1, 3), (2, 3), (4, 16), (8, 8)])
-def test_the_llama_family_keeps_every_bit(model_type, m, n):
-    model = zoo.tiny_causal_lm(model_type)
+def test_every_width_keeps_every_bit(m, n):
+    model = zoo.tiny_causal_lm("qwen3_moe")
     with torch.no_grad():
         before = model(ids_of()).logits
         assert torch.equal(widen(model, m=m, n=n)(ids_of()).logits, before)
@@ -47,7 +40,7 @@ def test_the_reduce_may_have_a_norm(model_type):
         widen(model, m=2, n=3, reduce_norm="rms_norm")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi", "bamba", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["gpt2", "bamba"])
 def test_the_new_weights_learn(model_type):
     """Routing weights of the further slots have gradients at once, and some steps change what the slots do."""
     model = zoo.tiny_causal_lm(model_type)
@@ -86,9 +79,7 @@ def test_tables_tied_and_not(tied, embedding, tmp_path):
     assert (loaded.model.embed_tokens.table.weight is loaded.lm_head.weight) == (tied and embedding == "replicated")
 
 
-@pytest.mark.parametrize(
-    "model_type", ["gemma3_text", "gpt2", "bloom", "falcon_h1", "granite", "phi", "mamba", "qwen3_next", "deepseek_v3"]
-)
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt2", "bloom", "falcon_h1", "granite", "mamba", "deepseek_v3"])
 def test_saved_and_loaded_and_built_anew(model_type, tmp_path):
     """The config says all that the loader has to know; every weight perturbed, so that nothing is at its start."""
     wide = perturb(widen(zoo.tiny_causal_lm(model_type), m=2, n=3)).eval()
@@ -221,39 +212,28 @@ def test_a_model_that_does_more_than_it_shows_is_refused(monkeypatch):
 
 
 def test_on_the_command_line(tmp_path, capsys, monkeypatch):
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["vwn", "widen", *map(str, arguments)])
-        try:
-            main()
-        except SystemExit as stop:
-            return int(stop.code or 0)
-        return 0
+    def run(*arguments: object) -> tuple[int, str, str]:
+        return run_vwn(capsys, monkeypatch, "widen", *arguments)
 
     model = zoo.tiny_causal_lm("gpt2")
     model.save_pretrained(tmp_path / "plain")
-    assert run(tmp_path / "plain", tmp_path / "wide", "--m", 2, "--n", 4) == 0
-    assert "gpt2, m = 2, n = 4" in capsys.readouterr().out
+    code, out, _ = run(tmp_path / "plain", tmp_path / "wide", "--m", 2, "--n", 4)
+    assert code == 0
+    assert "gpt2, m = 2, n = 4" in out
     assert json.loads((tmp_path / "wide/config.json").read_text())["backbone"]["model_type"] == "gpt2"
-    code = (
-        "import sys, torch, vwn.hf; from transformers import AutoModelForCausalLM as A;"
-        "torch.save(A.from_pretrained(sys.argv[1])(torch.tensor([[1, 2, 3]])).logits, sys.argv[2])"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "wide"), str(tmp_path / "logits.pt")], check=True)
     with torch.no_grad():
-        assert torch.equal(torch.load(tmp_path / "logits.pt"), model(torch.tensor([[1, 2, 3]])).logits)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "wide")
+        assert torch.equal(loaded(ids_of()).logits, model(ids_of()).logits)
     for arguments, message in (
         ((tmp_path / "plain", tmp_path / "wide"), "not empty"),
         ((tmp_path / "none", tmp_path / "new"), "no model at"),
         ((tmp_path / "wide", tmp_path / "new"), "virtual width already"),
         ((tmp_path / "plain", tmp_path / "new", "--m", 3, "--n", 6), "3"),
     ):
-        assert run(*arguments) == 2
-        assert message in capsys.readouterr().err
+        code, _, err = run(*arguments)
+        assert code == 2
+        assert message in err
     assert not (tmp_path / "new").exists()
-
-
-def test_it_is_at_the_top_of_the_package():
-    assert vwn.widen is vwn.hf.widen
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "bloom"])
@@ -268,7 +248,7 @@ def test_what_needs_the_stream_says_so_where_it_does_not_reach_the_layers(model_
         wide(ids_of(), labels=ids_of())
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "gemma3_text", "qwen3_next", "mistral", "granite", "cohere2"])
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma3_text", "qwen3_next", "cohere2"])
 def test_the_stream_reaches_the_layers_of_others(model_type):
     """Rebuilt states give the same gradients, and every sublayer can be looked into."""
     from vwn.hf.recording import record, sublayer_names
@@ -284,27 +264,6 @@ def test_the_stream_reaches_the_layers_of_others(model_type):
         wide(ids_of(), labels=ids_of()).loss.backward()
         gradients.append({n: p.grad.clone() for n, p in wide.named_parameters() if p.grad is not None})
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model_type", zoo.CAUSAL_TYPES)
-def test_multi_token_prediction_from_a_config(model_type):
-    """It trains, or one sentence says why not."""
-    config = zoo.tiny_config(model_type)
-    table = {"embedding": "replicated", "tie_word_embeddings": False}
-    try:
-        wide = VirtualWidthForCausalLM(VirtualWidthConfig(backbone=config, m=2, n=4, num_mtp_modules=1, **table))
-    except ValueError as refusal:
-        message = str(refusal)
-    else:
-        message = ""
-    if message:
-        assert "\n" not in message
-        assert model_type not in ("llama", "gpt2", "gemma3_text", "deepseek_v3", "qwen3_next", "bamba", "mamba")
-        return
-    out = wide(ids_of(), labels=ids_of())
-    assert len(out.losses) == 2
-    assert out.loss.isfinite()
 
 
 def test_a_config_of_several_modalities_is_refused():
@@ -359,26 +318,6 @@ def test_an_mtp_module_is_one_layer_without_a_front(model_type):
     assert not any("wpe" in name or "embed_positions" in name or "word_embeddings" in name for name in names)
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "falcon_mamba", "llama", "gpt2", "qwen3_next"])
-def test_left_padded_batches_generate_what_the_plain_model_does(model_type):
-    model = zoo.tiny_causal_lm(model_type)
-    wide = widen(model, m=2, n=4)
-    ids, mask = ids_of(), torch.ones_like(ids_of())
-    mask[0, :3] = 0
-    options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
-    plain = model.generate(ids, attention_mask=mask, **options)
-    ours = wide.generate(ids, attention_mask=mask, **options)
-    assert torch.equal(ours.sequences, plain.sequences)
-    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-4)
-
-
-def generated(model, length=5, **options):
-    """Logits ``[T, V]`` of greedy decoding."""
-    options = dict(max_new_tokens=length, do_sample=False, pad_token_id=0, eos_token_id=None) | options
-    out = model.generate(ids_of(1, 7), output_logits=True, return_dict_in_generate=True, **options)
-    return torch.cat(out.logits)
-
-
 def test_where_the_rotary_embedding_changes_for_long_texts():
     """Phi-3 computes its cache anew at that length."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 10}
@@ -386,16 +325,10 @@ def test_where_the_rotary_embedding_changes_for_long_texts():
     lengths = {"original_max_position_embeddings": 10, "max_position_embeddings": 64}
     model = zoo.tiny_causal_lm("phi3", rope_parameters=rope, **lengths)
     wide = widen(model, m=2, n=3)
-    torch.testing.assert_close(generated(wide, 10), generated(model, 10), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("model_type", ["bloom", "gemma3_text", "nemotron_h", "gpt2"])
-def test_a_cache_of_fixed_length(model_type):
-    model = zoo.tiny_causal_lm(model_type)
-    static = {"cache_implementation": "static", "disable_compile": True}
-    torch.testing.assert_close(
-        generated(widen(model, m=2, n=3), **static), generated(model, **static), rtol=1e-4, atol=1e-4
-    )
+    options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    ours, plain = (torch.cat(m.generate(ids_of(1, 7), **options).logits) for m in (wide, model))
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rope", [{"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}])

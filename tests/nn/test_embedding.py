@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 import reference
 from conftest import perturb
 from vwn import Geometry, OverWidthEmbedding, OverWidthReduce
-from vwn.nn.embedding import repeat_over_slots
 
 V = 11
 GEOMETRIES = [
@@ -62,17 +60,6 @@ def test_replicated_repeats_segments_cyclically(geometry):
     rows = embedding.table.weight[IDS]
     assert {k: tuple(v.shape) for k, v in embedding.named_parameters()} == {"table.weight": (V, geometry.hidden_size)}
     assert torch.equal(embedding(IDS), reference.replicate(rows, geometry.m, geometry.n))
-    slots = embedding(IDS).unflatten(-1, (geometry.n, -1))
-    segments = rows.unflatten(-1, (geometry.m, -1))
-    for j in range(geometry.n):
-        assert torch.equal(slots[..., j, :], segments[..., j % geometry.m, :])
-
-
-@EACH
-def test_repeat_over_slots_of_any_leading_shape(geometry):
-    for lead in [(), (0,), (2, 3)]:
-        hidden = torch.randn(*lead, geometry.hidden_size)
-        assert torch.equal(repeat_over_slots(hidden, geometry), reference.replicate(hidden, geometry.m, geometry.n))
 
 
 def test_all_forms_start_at_the_same_scale():
@@ -126,27 +113,12 @@ def test_linear_reduce_equals_the_reference_with_gradients(geometry, norm):
         assert_close(parameters[name].grad.double(), copy.grad, rtol=1e-4, atol=5e-5)
 
 
-@pytest.mark.parametrize("geometry", WHOLE, ids=str)
-def test_group_norm_equals_torch(geometry):
-    reduce = perturb(OverWidthReduce(geometry, "linear", "group_norm"))
-    theirs = nn.GroupNorm(geometry.n // geometry.m, geometry.over_width, eps=reduce.eps)
-    theirs.load_state_dict({"weight": reduce.norm_weight, "bias": reduce.norm_bias})
-    state = state_for(geometry, 5)
-    assert_close(reduce(state), theirs(state) @ reduce.weight.T, rtol=1e-5, atol=1e-5)
-
-
 @EACH
 def test_sum_adds_the_replicas(geometry):
     reduce = OverWidthReduce(geometry, "sum")
     assert not list(reduce.parameters())
     state = state_for(geometry, 2, 3)
     assert_close(reduce(state), reference.sum_replicas(state, geometry.m, geometry.n), rtol=1e-6, atol=1e-6)
-
-
-def test_sum_of_hyper_connections_adds_the_streams():
-    state = torch.randn(3, 24)
-    wanted = state[:, :6] + state[:, 6:12] + state[:, 12:18] + state[:, 18:]
-    assert_close(OverWidthReduce(Geometry(6, 1, 4), "sum")(state), wanted)
 
 
 def test_identity_returns_the_state():
@@ -187,23 +159,6 @@ def test_norm_statistics_are_float32_for_half_states(norm):
     out = reduce.bfloat16()(state)
     assert out.dtype == torch.bfloat16
     assert (out.double() - wanted).abs().max() < 0.02 * wanted.abs().max()
-
-
-@pytest.mark.parametrize("lead", [(), (0,), (2, 0), (3, 1, 2)])
-@pytest.mark.parametrize("form", ["linear", "sum"])
-def test_reduce_of_any_leading_shape(form, lead):
-    geometry = Geometry(6, 2, 4)
-    reduce = perturb(OverWidthReduce(geometry, form))
-    state = state_for(geometry, *lead)
-    out = reduce(state)
-    assert out.shape == (*lead, 6)
-    for index in torch.ones(lead).nonzero().tolist():
-        assert_close(out[tuple(index)], reduce(state[tuple(index)]), rtol=1e-5, atol=1e-5)
-
-
-def test_reduce_gradcheck():
-    reduce = perturb(OverWidthReduce(Geometry(4, 2, 4))).double()
-    assert torch.autograd.gradcheck(reduce, torch.randn(2, 8, dtype=torch.float64, requires_grad=True))
 
 
 @pytest.mark.parametrize(

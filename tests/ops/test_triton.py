@@ -59,8 +59,9 @@ def test_norm(m, n, d, dtype):
     assert_close(x, case.exact_forward()[1], ulps=6 if truncated else 3)  # rounded three times
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 5, 33])
-@pytest.mark.parametrize("dynamic", [(False, True), (True, False), (False, False)])
+@pytest.mark.parametrize(
+    ("tokens", "dynamic"), [(0, (True, False)), (1, (False, True)), (33, (False, False)), (5, (True, False))]
+)
 def test_static_routing_and_any_number_of_tokens(tokens, dynamic):
     case = Case(2, 3, 12, tokens=tokens, dynamic=dynamic)
     assert_all_close(case.forward(), case.exact_forward())
@@ -91,7 +92,7 @@ def test_backward_of_each_half(write, read, grad_state, needs_weights):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("m", "n", "d"), [(1, 1, 5), (2, 3, 70), (4, 16, 33), (8, 64, 40)])
+@pytest.mark.parametrize(("m", "n", "d"), [(1, 1, 5), (4, 16, 33), (8, 64, 5)])
 @pytest.mark.parametrize("half", ["write", "read"])
 def test_backward_in_half_precision(m, n, d, dtype, half):
     case = Case(m, n, d, dtype, write=half == "write", read=half == "read", norm=False)
@@ -178,15 +179,6 @@ def test_through_the_ops():
         results.append([new, x, state.grad, z.grad, *(t.grad for w in weights for t in w[:-1])])
     for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="a compiled kernel does not see the change")
-def test_the_result_is_the_kernels(monkeypatch):
-    case = Case(2, 3, 12)
-    right = case.forward()
-    mix_rows = forward_kernel.mix_rows
-    monkeypatch.setattr(forward_kernel, "mix_rows", lambda *arguments: mix_rows(*arguments) * 2)
-    assert (right[1] != case.forward()[1]).any()
 
 
 @pytest.fixture

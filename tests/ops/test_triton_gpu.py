@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 from triton_cases import Case, assert_all_close, assert_close, assert_same
 from vwn import ops
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
+from vwn.nn.ngram import hash_ngrams
 
 SHAPES = [(2, 3), (4, 8), (4, 16), (8, 64)]
 
@@ -70,6 +71,11 @@ def test_the_tiles_that_were_measured_to_be_fastest(m, n):
     assert_all_close(c.forward(), c.exact_forward(), relative=1e-4)
     assert_all_close(c.backward(), c.exact_backward(), relative=1e-4)
     assert_same(c.backward(), c.backward())
+
+
+def test_the_hash_of_ngrams_is_that_of_a_cpu():
+    ids = torch.randint(0, 2**31, (3, 1000))
+    assert torch.equal(hash_ngrams(ids.cuda(), 4, 99_991).cpu(), hash_ngrams(ids, 4, 99_991))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -26,6 +26,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from processes import free_port
 from runs import without_seconds
 from vwn.common.processes import all_gather_object, all_present
 from vwn.training.checkpoint.manifest import checkpoints, damage_of
@@ -516,14 +517,6 @@ def lost_process(lab: Lab) -> Iterator[Case]:
                 return STOPPED
 
             yield f"process {lost} by {signal.Signals(how).name}", fault
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def other_world_size(lab: Lab) -> Iterator[Case]:

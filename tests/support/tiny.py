@@ -14,6 +14,7 @@ from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
 VOCAB = 61
 BACKBONES = ("llama", "qwen3", "mixtral", "qwen3_moe")
 MOE_BACKBONES = ("mixtral", "qwen3_moe")
+NEW = 6  # tokens of `generate`
 
 _DENSE = {
     "vocab_size": VOCAB,
@@ -82,3 +83,16 @@ def token_ids(batch: int = 2, length: int = 9, seed: int = 0) -> Tensor:
     """Random ids without the special ones, ``[batch, length]``."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (batch, length), generator=generator)
+
+
+def generate(model, ids: Tensor | None, **options) -> Any:
+    """Generate without an end token, so that all rows get the same number of new tokens."""
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
+    return model.generate(ids, **options)
+
+
+def greedy_by_hand(model, ids: Tensor) -> Tensor:
+    """The same by a loop over full passes."""
+    for _ in range(NEW):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    return ids

@@ -105,10 +105,6 @@ def tiny_mtp():
     return tiny(num_mtp_modules=1)
 
 
-def tiny_factorised():
-    return tiny(embedding="factorised", n=4, carry_constraint="doubly_stochastic")
-
-
 def tiny_experts():
     c = tiny()
     c.backbone.num_experts = 4

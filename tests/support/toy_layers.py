@@ -119,105 +119,12 @@ class PostNormInside(Layer):
         return r + h
 
 
-class ParallelOneSum(Layer):
-    def forward(self, h: Tensor) -> Tensor:
-        r = h
-        h = self.norm1(h)
-        a, _ = self.attn(h)
-        f = self.mlp(h)
-        return a + f + r
-
-
-class ParallelStreamFirst(Layer):
-    def forward(self, h: Tensor) -> Tensor:
-        a, _ = self.attn(self.norm1(h))
-        f = self.mlp(self.norm2(h))
-        return (h + a) + f
-
-
-class ParallelTwoSums(Layer):
-    def forward(self, h: Tensor) -> Tensor:
-        r = h
-        a = self.attn(self.norm1(h))[0]
-        f = self.mlp(self.norm2(r))
-        h = r + a
-        return h + f
-
-
-class WithoutSaving(Layer):
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))[0]
-        return self.mlp(self.norm2(x)) + x
-
-
-class NestedSum(Layer):
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.mlp(self.norm2(y := self.attn(self.norm1(x))[0]) + self.norm3(x + y))
-        return x + y + z
-
-
-class InPlace(Layer):
-    def forward(self, x: Tensor) -> Tensor:
-        saved = x
-        x += self.attn(self.norm1(x))[0]
-        x += self.mlp(self.norm2(saved))
-        return saved
-
-
-class OutputInPlace(Layer):
-    def forward(self, h: Tensor) -> Tensor:
-        r = h
-        h, _ = self.attn(self.norm1(h))
-        h += r
-        r = h
-        h = self.mlp(self.norm2(h))
-        h += r
-        return h
-
-
-class ScaledResidual(Layer):
-    def forward(self, h: Tensor) -> Tensor:
-        r = h
-        h, _ = self.attn(self.norm1(h))
-        h = self.gain * r + h
-        r = h
-        h = self.mlp(self.norm2(h))
-        h = r * self.scale + h
-        h *= self.gain
-        return h
-
-
-class ScaledBetween(Layer):
-    def forward(self, h: Tensor) -> Tensor:
-        a, _ = self.attn(self.norm1(h))
-        h *= self.scale
-        b = self.mlp(self.norm1(h))
-        return h + a + b
-
-
-class ReadsUnscaled(Layer):
-    def forward(self, h: Tensor) -> Tensor:
-        r = h * self.scale + self.attn(h)[0]
-        return r + self.mlp(self.norm2(h))
-
-
 class Helpers(Layer):
     def forward(self, h: Tensor, mask: Any = None) -> tuple[Tensor, Tensor]:
         h, weight = self.adding_attention(self.norm1(h), h, mask=mask)
         h = add_where_there_is_one(self.mlp(h), self.mlp.bias, residual=h)
         h = self.adding(self.norm2(h), h)
         return h, weight
-
-
-class HelperFromPlace(Layer):
-    def forward(self, h: Tensor) -> Tensor:
-        r = h
-        h, _ = self.attn(self.norm1(h))
-        h = add(h, r, self.scale, training=False)
-        return self._finish(self.mlp(self.norm2(h)), h)
-
-    def _finish(self, x: Tensor, residual: Tensor) -> Tensor:
-        return add(x, residual)
 
 
 class Casts(Layer):
@@ -242,16 +149,6 @@ class Flattened(Layer):
         batch = h.shape[0]
         assert batch == shape[0]
         return h
-
-
-class Shapes(Layer):
-    def forward(self, h: Tensor) -> Tensor:
-        r = h
-        h, _ = self.attn(self.norm1(h))
-        h = r + h.view(r.shape)
-        r = h
-        h = self.mlp(self.norm2(h).view(-1, D))
-        return r + h.reshape(r.size())
 
 
 class Branches(Layer):
@@ -290,25 +187,7 @@ class NoStream(Layer):
         return args[0] + self.mlp(args[0])
 
 
-REFUSED = [InPlace, OutputInPlace, ScaledBetween]
-WIDENED = [
-    PreNorm,
-    Sandwich,
-    PostNormInside,
-    ParallelOneSum,
-    ParallelStreamFirst,
-    ParallelTwoSums,
-    WithoutSaving,
-    ScaledResidual,
-    ReadsUnscaled,
-    Helpers,
-    HelperFromPlace,
-    Casts,
-    Flattened,
-    Shapes,
-    Branches,
-    Arguments,
-]
+WIDENED = [PreNorm, Sandwich, PostNormInside, Helpers, Casts, Flattened, Branches, Arguments]
 
 
 def found(layer: Any) -> FoundLayout:

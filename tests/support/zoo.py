@@ -1,14 +1,10 @@
-"""A tiny causal language model of every model type of the installed transformers, or the reason why there is none.
-
-`python tests/support/zoo.py` prints how each one is built: its classes, layers, embedding, final norm and head.
-"""
+"""A tiny causal language model of every model type of the installed transformers, or the reason why there is none."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -260,45 +256,3 @@ def _perturb(model: PreTrainedModel, seed: int, scale: float = 0.1) -> PreTraine
     for tensor in [*model.parameters(), *buffers]:
         tensor.add_(scale * torch.randn(tensor.shape, generator=generator))
     return model
-
-
-def _path(model: PreTrainedModel, module: object) -> str:
-    return next((name for name, other in model.named_modules() if other is module), "-")
-
-
-def anatomy(model: PreTrainedModel, ids: Tensor) -> dict[str, str]:
-    """Where `model` keeps its parts; the final norm is the first norm that runs after the last decoder layer."""
-    called: list[str] = []
-    hooks = [m.register_forward_hook(lambda *_, name=n: called.append(name)) for n, m in model.named_modules()]
-    with torch.no_grad():
-        model(ids)
-    for hook in hooks:
-        hook.remove()
-    stacks = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and f"{n}.0" in called]
-    stacks = [n for n in stacks if not any(n.startswith(f"{other}.") for other in stacks)]
-    stack = max(stacks, key=lambda n: sum(p.numel() for p in model.get_submodule(n).parameters()))
-    layers = model.get_submodule(stack)
-    last = max(i for i, name in enumerate(called) if name.rpartition(".")[0] == stack)
-    norms = (n for n in called[last + 1 :] if "norm" in type(model.get_submodule(n)).__name__.lower())
-    return {
-        "class": type(model).__name__,
-        "base": type(model.base_model).__name__,
-        "layer classes": " ".join(dict.fromkeys(type(layer).__name__ for layer in layers)),
-        "layers": stack,
-        "embedding": _path(model, model.get_input_embeddings()),
-        "final norm": next(norms, "-"),
-        "head": _path(model, model.get_output_embeddings()),
-    }
-
-
-def main() -> None:
-    ids = torch.arange(3, 10)[None]
-    print("| type |", " | ".join(anatomy(tiny_causal_lm("llama"), ids)), "|")
-    for model_type in CAUSAL_TYPES:
-        print(f"| {model_type} |", " | ".join(anatomy(tiny_causal_lm(model_type), ids).values()), "|")
-    for model_type, reason in NOT_DECODERS.items():
-        print(f"{model_type}: {reason}")
-
-
-if __name__ == "__main__":
-    main()
