@@ -99,18 +99,6 @@ def test_memory(tmp_path):
         assert saved > loss["torch"]["logits_bytes"]
 
 
-def test_memory_of_a_loss_that_cannot_run_is_not_measured(tmp_path, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    rows = run(tmp_path, "memory", "--shapes", "2x3")["rows"]
-    [liger] = [row for row in rows if row.get("who") == "liger"]
-    assert "it runs on a GPU, not on cpu" in liger["not measured"]
-
-
-def test_exponent_of_known_powers():
-    assert measure.exponent([1, 2, 4], [3.0, 6.0, 12.0]) == pytest.approx(1)
-    assert measure.exponent([1, 2, 4], [1.0, 4.0, 16.0]) == pytest.approx(2)
-
-
 def test_rivals_take_turns():
     seen: list[str] = []
     calls = {name: lambda name=name: seen.append(name) for name in "ab"}

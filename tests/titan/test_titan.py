@@ -15,6 +15,7 @@ pytest.importorskip("torchtitan", reason="torchtitan is not installed: vwn[titan
 from torchtitan.components.optimizer import ParamGroupConfig
 
 from processes import Processes
+from vwn.cost import model_cost
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.titan import Backbone, VirtualWidth, hf_config
 from vwn.titan.initialisation import ROWS, _draw
@@ -214,14 +215,12 @@ def test_experts_are_not_converted_while_training():
         spec.state_dict_adapter(spec.model, None).to_hf({})
 
 
-def test_flops_count_matrices_attention_and_connections():
-    config = model_config(Backbone(**SIZES), VirtualWidth(m=2, n=3))
-    model = config.build()
-    parameters, flops = config.get_nparams_and_flops(model, 16)
+def test_parameters_and_flops_are_counted_on_the_transformers_model():
+    backbone, width = Backbone(**SIZES), VirtualWidth(m=2, n=3)
+    config = model_config(backbone, width)
+    parameters, flops = config.get_nparams_and_flops(model := config.build(), 16)
     assert parameters == sum(p.numel() for p in model.parameters())
-    dense = 2 * (24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 40) + 24 * 36 + 24 * 61
-    wide = 4 * (2 * (2 * 2 + 3) * 36 + 2 * (2 + 3) * 36 + 2 * 3 * 24)
-    assert flops == 6 * dense + 12 * 2 * 24 * 16 + 3 * wide
+    assert flops == model_cost(hf_config(backbone, width), sequence_length=16).training_flops_per_token
 
 
 def mixed_precision_step():
