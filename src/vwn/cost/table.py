@@ -74,11 +74,11 @@ def _model_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 def _legend(sequence_length: int) -> list[str]:
     return [
-        f"FLOPs: forward matrix products, attention over {sequence_length} tokens, MTP modules included; training is 3 "
-        "times that. k M G: 10^3 10^6 10^9.",
+        f"FLOPs: forward matrix products, attention over {sequence_length} tokens, MTP; training takes 3 times that.",
         "GHC: the connections' share of the FLOPs; ends: share of embedding expand, reduce and MTP fuse.",
         "active: top-k of the experts, embedding tables whole. activations: bytes per token, 34·D + 4·η·r·D, η = ½.",
         "traffic: least bytes that a connection moves per token, forward and backward, (5·r + 5)·2·D.",
+        "k M G: 10^3 10^6 10^9.",
     ]
 
 
