@@ -118,8 +118,8 @@ def plan_text(found: Mapping[str, Plan]) -> str:
         f"{'fused loss' if o.fused_loss else 'logits in memory'}",
     ]
     legend = [
-        f"state: parameters, gradients, AdamW. buffers: gathered parameters, whole gradients. fits: in {USABLE:.0%} of memory.",
-        "sent: by a GPU for each micro-batch. Experts are spread evenly; there is no expert parallelism.",
+        "state: parameters, gradients, AdamW. buffers: gathered parameters, whole gradients.",
+        f"fits: in {USABLE:.0%} of memory. sent: by a GPU for each micro-batch; experts evenly, no expert parallelism.",
     ]
     return "\n".join([*heading, "", *align(rows), *([""] if notes else []), *notes, "", *legend])
 
