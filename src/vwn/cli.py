@@ -214,9 +214,8 @@ def run_widen(config: WidenConfig) -> None:
 def run_cost(config: CostConfig) -> None:
     """`vwn cost`."""
     from vwn.cost import cost_table
-    from vwn.cost.cluster.hardware import parse_cluster
-    from vwn.cost.cluster.plan import plans
-    from vwn.cost.cluster.table import plan_rows, plan_text
+    from vwn.cost.cluster.layout import parse_cluster
+    from vwn.cost.cluster.plan import plan_rows, plan_text, plans
     from vwn.lab.compare.models import arm_models
     from vwn.training.model import load_backbone
     from vwn.training.presets import PRESETS

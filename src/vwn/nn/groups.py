@@ -81,7 +81,7 @@ def parameter_groups(
     by_muon = {name for name, p in parameters if kinds[name] == "backbone" and p.ndim == 2 and name not in spared}
 
     def groups(names: set[str]) -> list[Group]:
-        """By decay, then by rate; the order is part of what an optimiser's checkpoint means."""
+        """Group by decay, then by rate; the order is part of what an optimiser's checkpoint means."""
         found: dict[tuple[bool, float], list[Tensor]] = {}
         for is_spared in (False, True):
             for name, p in parameters:
@@ -116,7 +116,7 @@ def group_of_parameters(model: nn.Module) -> dict[str, str]:
 
 
 def _kind(module: nn.Module) -> str | None:
-    if isinstance(module, OverWidthEmbedding):
+    if isinstance(module, OverWidthEmbedding) or getattr(module, "parameter_group", None) == "expansion":
         return "expansion"
     if isinstance(module, UnembeddingExpand):
         return "head"

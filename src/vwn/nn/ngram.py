@@ -15,7 +15,7 @@ _INCREMENT, _FACTORS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111
 
 
 class NgramEmbedding(StatesItsInitialValues):
-    """For each order ``k = 2..K`` the row of a table that the last ``k`` token ids hash to; their sum.
+    """Sum over the orders ``k = 2..K`` of the row of a table that the last ``k`` token ids hash to.
 
     The tables of all orders are one parameter, ``(K-1) buckets x width``, so that looking up is one operation. They
     start at zero: the model then starts exactly as without them, whatever the scale of the table they add to, and a

@@ -16,7 +16,7 @@ from vwn.ops.reference import inverse_rms
 from vwn.ops.sinkhorn import ROUNDS, sinkhorn
 
 INITIAL_SCALE = 0.01
-"""Of what depends on the token, in both papers."""
+"""Scale of the part that depends on the token, in both papers."""
 
 
 class HyperConnection(Connection):

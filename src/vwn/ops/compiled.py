@@ -134,7 +134,7 @@ def forward(
     read: ReadWeights | None,
     norm: NormWeights | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As :func:`vwn.ops.reference.forward`, for contiguous ``[T, D']`` and ``[T, D]``."""
+    """Compute :func:`vwn.ops.reference.forward` for contiguous ``[T, D']`` and ``[T, D]``."""
     call = _Call(state, z, write, read, norm)
     new = torch.empty_like(state) if write is not None else None
     x = state.new_empty(state.shape[0], call.hidden_size) if read is not None else None
@@ -152,7 +152,7 @@ def backward(
     norm: NormWeights | None,
     needs_weights: bool,
 ) -> list[Tensor]:
-    """As :func:`vwn.ops.reference.backward`, for contiguous ``[T, D']`` and ``[T, D]``."""
+    """Compute :func:`vwn.ops.reference.backward` for contiguous ``[T, D']`` and ``[T, D]``."""
     call = _Call(state, z, write, read, norm)
     gradients = [torch.empty_like(state), *([] if z is None else [torch.empty_like(z)])]
     of_norm = torch.empty_like(norm.weight, dtype=call.compute) if norm is not None and needs_weights else None

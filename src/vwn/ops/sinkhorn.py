@@ -15,7 +15,7 @@ from vwn.common.errors import UserError
 from vwn.ops.backends import check_backend
 
 ROUNDS = 20
-"""Of mHC (arXiv 2512.24880)."""
+"""Rounds that mHC takes (arXiv 2512.24880)."""
 EXACT_EPS = 1e-12
 """Keeps the squares of sums in float32's range, and is lost beside every coefficient that matters."""
 

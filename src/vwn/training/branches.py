@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from vwn.training.run import Run
 
 FOLDER = "branches"
-"""In the run directory, with a folder for each budget."""
+"""Name of the folder in the run directory that holds a folder for each budget."""
 
 
 def train_branches(run: Run, budgets: int | None = None) -> RunResult:

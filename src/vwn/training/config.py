@@ -78,7 +78,7 @@ class WidthOptions:
     ngram_buckets: int = 0
     """Rows of the table of each order of n-grams."""
     table_factor: int = 1
-    """Of a plain model: embedding and unembedding so many times wider than the backbone, behind a linear each."""
+    """Embedding and unembedding of a plain model are so many times wider than the backbone, behind a linear each."""
 
     def check(self) -> None:
         """Refuse what no run can do."""

@@ -142,7 +142,7 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """As the Trainer's; remembers what the guard looks at, and shows complete gradients to the health log."""
+        """Do the Trainer's step, keep the losses for the guard, and show complete gradients to the health log."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.step_losses.append(loss)
         self.step_inputs.append(inputs["input_ids"])

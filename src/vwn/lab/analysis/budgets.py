@@ -91,7 +91,7 @@ class BudgetStudy:
     baseline: list[BaselinePoint]
     law: Law | None
     arms: dict[str, list[BudgetPoint]]
-    """By arm, without the baseline; only budgets that the arm and the baseline share a seed at."""
+    """Points of each arm but the baseline; only budgets that the arm and the baseline share a seed at."""
     widths: list[dict[str, Any]]
     """The fit of `fit_family` to the decayed losses of each budget, with its `tokens`."""
 

@@ -19,7 +19,7 @@ from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights
 MOST_SLOTS = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)
-"""Of the GPU: Ampere, the first with TF32 and bfloat16."""
+"""Compute capability of Ampere, the first with TF32 and bfloat16."""
 _LEAST_TRITON = (3, 6)
 """The oldest version the kernels were compiled with."""
 _PROGRAMS = 264

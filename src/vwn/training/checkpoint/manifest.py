@@ -44,7 +44,7 @@ def last_checkpoint(directory: Path) -> Path | None:
 
 
 def agreed_checkpoint(directory: Path) -> Path | None:
-    """As :func:`last_checkpoint`, for all processes of a run together: each reads a share, and all find the same."""
+    """Find the :func:`last_checkpoint` with all processes of a run: each reads a share, and all agree."""
     steps = broadcast(list(checkpoints(directory)))
 
     def damage(checkpoint: Path) -> str | None:

@@ -28,7 +28,7 @@ class Stateful(Protocol):
     """Something of which a run must know again where it was: the data, a guard."""
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON; floats come back to the bit, and must be finite."""
+        """Return values for JSON; floats come back to the bit, and must be finite."""
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         """Take up what every process of the run had said, by rank; there may have been more or fewer than now."""
@@ -154,7 +154,7 @@ class SavingTrainer(Trainer):
         )
 
     def _bytes_to_save(self, optimiser: bool) -> int:
-        """Of the weights and the optimiser's state; little else is written."""
+        """Count the bytes of the weights and the optimiser's state; little else is written."""
         tensors: list[Any] = list(self.model.state_dict().values())
         if optimiser:
             tensors += [t for state in self.optimizer.state.values() for t in state.values()]

@@ -47,7 +47,7 @@ class ShardingTrainer(Trainer):
             plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's; of a sharded model the whole weights, but for a checkpoint, which has them in parts."""
+        """Save the whole weights of a sharded model, except in a checkpoint, which keeps them in parts."""
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
         elif not _internal_call:

@@ -27,7 +27,7 @@ SPAN = 100
 HISTORY = 128
 """Good steps that a spike is measured against, of which half must have been seen."""
 FOLDER = "skipped"
-"""Of the run directory: ``step-N.json`` says why, ``step-N-rankR.safetensors`` holds the batch."""
+"""Folder in the run directory: ``step-N.json`` says why, ``step-N-rankR.safetensors`` holds the batch."""
 
 
 class StepGuard(TrainerCallback):

@@ -29,7 +29,7 @@ FILE = "health.jsonl"
 PROBE_TOKENS = 256
 """Validation tokens that the state is looked at with, always the same."""
 ROUTED_TOKENS = 32
-"""Of these, evenly spread, those whose routing matrices are looked at."""
+"""Number of these, evenly spread, whose routing matrices are looked at."""
 LARGEST_STATE = 1e6
 """RMS above which a state is reported; sound runs stay below 2e5 (results/stability)."""
 logger = logging.getLogger(__name__)
