@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from vwn.common.errors import UserError
 from vwn.common.processes import world_size
@@ -60,10 +62,22 @@ def training_arguments(
         ignore_data_skip=bool(config.corpus.stream),  # a stream is opened where it stands
         label_names=["labels"],
         disable_tqdm=True,
-        report_to=[],
+        report_to=[name for name in config.report_to if name not in ("none", "tensorboard")],
+        run_name=config.out.name,
         ddp_timeout=round(60 * config.reliability.distributed_timeout),
         **parallel,
     )
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Refuse trackers that transformers does not know, or whose package is missing."""
+    if "none" in names and len(names) > 1:
+        raise UserError(f"--report-to none stands alone, got {' '.join(names)}")
+    for name in set(names) - {"none"}:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UserError(f"--report-to knows no {name!r}; give {', '.join(INTEGRATION_TO_CALLBACK)}, or none")
+        if name not in get_available_reporting_integrations():
+            raise UserError(f"--report-to {name} needs a package that is not installed: pip install {name}")
 
 
 def check_device(speed: SpeedOptions) -> None:

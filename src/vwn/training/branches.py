@@ -50,6 +50,7 @@ def train_branches(run: Run) -> RunResult:
     config, label = run.config, _StepsSoFar(run.label)
     trunk: RunResult | None = None
     decayed: list[Point] = []
+    sample: str | None = None
     for branch in config.branches:
         out = config.out / FOLDER / branch.name
         ended = _stored(out)
@@ -69,8 +70,9 @@ def train_branches(run: Run) -> RunResult:
             for path in checkpoints(out).values():  # nothing goes on from a model that has cooled down
                 discard(path)
         decayed.append(ended.curve[-1])
+        sample = ended.sample
     trunk = trunk or run.train(_trunk(config, config.branches[-1]), label=label.of("trunk"), is_trunk=True)
-    result = dataclasses.replace(trunk, decayed=decayed)
+    result = dataclasses.replace(trunk, decayed=decayed, sample=sample)
     if rank() == 0:
         _copy_model(config.out / FOLDER / config.branches[-1].name, config.out)
         directory.write_json(config.out / "result.json", dataclasses.asdict(result))
@@ -123,7 +125,7 @@ def _copy_model(source: Path, target: Path) -> None:
     clear_rests(target)
     staging = target / STAGING
     staging.mkdir()
-    ours = {"run.json", "result.json", "health.jsonl"}
+    ours = {"run.json", "result.json", "health.jsonl", "samples.jsonl"}
     for path in source.iterdir():
         if path.is_file() and path.name not in ours and not path.name.startswith("."):
             shutil.copyfile(path, staging / path.name)

@@ -30,7 +30,7 @@ LOCK = ".lock"
 PARTIAL = re.compile(r"\..*\.partial")  # what a killed process had begun to write
 
 # Settings that a run may be continued with others of: the batches are the same, but for rows that cannot be read.
-FREE = ("corpus.workers", "corpus.skip_bad_rows")
+FREE = ("corpus.workers", "corpus.skip_bad_rows", "sample_tokens", "report_to")
 
 
 @contextmanager
@@ -121,6 +121,7 @@ def settings(config: TrainConfig) -> dict[str, Any]:
     for name, value in dataclasses.asdict(config).items():
         flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
     flat["optim.budgets"] = tuple(format_tokens(parse_tokens(text)) for text in config.optim.budgets)
+    flat["corpus.tokenizer"] = config.corpus.tokenizer or "bytes"
     return {name: value for name, value in flat.items() if name not in ("out", "parallel", "resume")}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vwn.common.errors import UserError
@@ -156,9 +156,25 @@ def start_from(checkpoint: str, vocab_size: int, window: int) -> PreTrainedModel
     if model.config.vocab_size < vocab_size:
         raise UserError(
             f"{checkpoint!r} knows {model.config.vocab_size} tokens, the tokenizer has {vocab_size}; "
-            "leave --tokenizer away to take its own"
+            "drop --tokenizer to use its own"
         )
     check_positions(model, window)
+    return model
+
+
+def record_start(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Write what :func:`recorded_start` and the text need to continue a run without the weights it started from."""
+    tokenizer.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    model.config.save_pretrained(folder)  # last: it makes the folder whole
+
+
+def recorded_start(folder: Path) -> PreTrainedModel:
+    """The model of :func:`start_from` with new weights, for those of a checkpoint."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).float()
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 

@@ -39,7 +39,7 @@ def start_outputs(model: PreTrainedModel, how: OutputInit) -> None:
         UserError: the output matrices cannot be told.
     """
     factor = {"zero": 0.0, "depth": (2 * model.config.get_text_config().num_hidden_layers) ** -0.5, "config": 1.0}[how]
-    if getattr(model.config, "connection", None) == "hc" and model.config.reduce == "sum":
+    if _sums_streams(model):
         factor *= model.config.geometry.ratio**-0.5
     if factor == 1:
         return
@@ -105,8 +105,12 @@ def _outputs(sublayer: nn.Module, width: int) -> list[nn.Parameter]:
     return found
 
 
-def _unknown(model: nn.Module, why: str) -> UserError:
-    return UserError(
-        f"the output matrices of {type(model).__name__} cannot be told ({why}); use --output-init config, which leaves "
-        "them as they start"
-    )
+def _unknown(model: Any, why: str) -> UserError:
+    advice = "use --output-init config, which leaves them as they start"
+    if _sums_streams(model):
+        advice = "they have to be scaled where Hyper-Connections sum their streams; use --connection ghc or mhc"
+    return UserError(f"the output matrices of {type(model).__name__} cannot be told ({why}); {advice}")
+
+
+def _sums_streams(model: Any) -> bool:
+    return getattr(model.config, "connection", None) == "hc" and model.config.reduce == "sum"

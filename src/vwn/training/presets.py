@@ -33,6 +33,13 @@ class Preset:
     experts: int = 0
     swept: bool = False
 
+    def parameters(self, vocab_size: int = 32_768) -> int:
+        """The number of parameters of the plain model."""
+        c = self.fields(vocab_size, 0)
+        attention, ffn = 4 * self.width**2, 3 * self.width * c["intermediate_size"]
+        experts = self.experts * (ffn + self.width) if self.experts else ffn  # with the router's row for each
+        return 2 * vocab_size * self.width + self.depth * (attention + experts + 2 * self.width) + self.width
+
     def fields(self, vocab_size: int, window: int) -> dict[str, Any]:
         """Keyword arguments of the transformers config."""
         head_dim = 32 if self.width <= 256 else 64
@@ -70,4 +77,5 @@ PRESETS = {
     "small": Preset(depth=6, width=256, learning_rate=3e-3, wide_learning_rate=3e-3),
     "medium": Preset(depth=12, width=384, learning_rate=2e-3, wide_learning_rate=2e-3),
     "large": Preset(depth=12, width=768, learning_rate=1e-3, wide_learning_rate=1e-3),
+    "xl": Preset(depth=24, width=1024, learning_rate=6e-4, wide_learning_rate=6e-4),
 }

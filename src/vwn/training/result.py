@@ -26,7 +26,8 @@ class RunResult:
     and ``decayed`` holds the same of the end of each budget's branch, the smallest first, its seconds with those of the
     trunk before it. ``peak_memory_bytes`` is the GPU's where there is one, else the process's.
     ``step_seconds_median`` and ``step_seconds_p90`` are the median and the 90th percentile of the time of an optimiser
-    step; where they differ much, something else was at work on the machine.
+    step; where they differ much, something else was at work on the machine. ``sample`` is the last text of
+    ``samples.jsonl``, the prompt included.
     """
 
     name: str
@@ -46,6 +47,7 @@ class RunResult:
     decayed: list[Point] = field(default_factory=list)
     step_seconds_median: float | None = None
     step_seconds_p90: float | None = None
+    sample: str | None = None
 
     def is_whole(self, config: TrainConfig) -> bool:
         """Whether it is of all that a run was asked for, which may have become longer; one that diverged is."""

@@ -5,7 +5,6 @@ Every measurement is a line of ``health.jsonl`` in the run directory; what is wo
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -17,13 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from vwn.common.errors import UserError
-from vwn.common.files import finite
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.hf.measures import SublayerStatistics, split, static_routing, tanh_scales
 from vwn.hf.recording import record, sublayer_names
 from vwn.nn.connection import Connection
 from vwn.nn.groups import group_of_parameters
+from vwn.training.watch.lines import StepLines
 
 FILE = "health.jsonl"
 PROBE_TOKENS = 256
@@ -46,7 +44,7 @@ class HealthLog(TrainerCallback):
 
     def __init__(self, trainer: Any, every: int) -> None:
         self.trainer, self.every = trainer, every
-        self.path = Path(trainer.args.output_dir) / FILE
+        self.lines = StepLines(Path(trainer.args.output_dir) / FILE)
         self.warned: set[str] = set()
         self.gradients: dict[str, Any] = {}
         self.unlogged: dict[str, float] = {}
@@ -62,11 +60,8 @@ class HealthLog(TrainerCallback):
             self.gradients = gradient_norms(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.path.exists():  # a resumed run takes its last steps once more
-            lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= state.global_step]
-            partial = self.path.with_name(f".{self.path.name}.partial")
-            partial.write_text("".join(f"{line}\n" for line in lines))
-            partial.replace(self.path)  # a kill in between loses no line
+        if state.is_world_process_zero:
+            self.lines.forget_after(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.is_due(state.global_step):
@@ -79,8 +74,7 @@ class HealthLog(TrainerCallback):
             "state": measure_state(self.trainer.model, seen),
         }
         if state.is_world_process_zero:
-            with self.path.open("a") as file:
-                file.write(json.dumps(finite(entry), allow_nan=False) + "\n")
+            self.lines.append(entry)
             for name, sentence in concerns(entry).items():
                 if name not in self.warned:
                     logger.warning("step %d: %s", state.global_step, sentence)
@@ -235,26 +229,9 @@ def concerns(entry: dict[str, Any]) -> dict[str, str]:
 
 
 def read_health(directory: Path) -> list[dict[str, Any]]:
-    """The measurements of a run, in the order of its steps; none where none were made.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    path = directory / FILE
-    if not path.exists():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it or restore it") from error
+    """The measurements of a run, in the order of its steps; none where none were made."""
+    return StepLines(directory / FILE).read()
 
 
 def _rms(values: Tensor) -> float:
     return float(values.float().square().mean().sqrt())
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # cut off by a kill
