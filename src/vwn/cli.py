@@ -171,7 +171,7 @@ def run_generate(config: GenerateConfig) -> None:
 
 
 def _prompts(given: str | None) -> Iterator[str]:
-    """The prompt, or the lines of standard input as they come."""
+    """Yield the prompt, or the lines of standard input as they come."""
     if given is not None:
         yield given
         return
@@ -321,7 +321,7 @@ def given_options() -> set[str]:
 
 
 def _option(word: str) -> str:
-    """The name of an option as it is typed; empty for any other word."""
+    """Return the name of an option as it is typed; empty for any other word."""
     return word.split("=")[0].removeprefix("--").replace("_", "-") if word.startswith("--") else ""
 
 
@@ -357,7 +357,7 @@ def parse(name: str, given: list[str]) -> Any:
 
 
 def help_text(given: list[str]) -> str | None:
-    """The text to print if the command line asks for help or the version, else None."""
+    """Return the text to print if the command line asks for help or the version, else None."""
     words = [word for word in given if word not in ("-h", "--help", "help")]
     if (given and not words) or not given:
         return overview(COMMANDS)
@@ -369,7 +369,7 @@ def help_text(given: list[str]) -> str | None:
 
 
 def is_first_process() -> bool:
-    """Whether this is the only process, or the first of several: the one that prints."""
+    """Return whether this is the only process, or the first of several: the one that prints."""
     return int(os.environ.get("RANK") or 0) == 0
 
 

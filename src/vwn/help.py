@@ -49,7 +49,7 @@ class Option:
 
     @property
     def usage(self) -> str:
-        """The option as it is typed."""
+        """Return the option as it is typed."""
         if self.positional:
             return self.metavar
         return f"--{self.name} {self.metavar}".strip()
@@ -81,7 +81,7 @@ class Command:
 
     @property
     def options(self) -> list[Option]:
-        """All options, those of nested dataclasses by their group."""
+        """Return all options, those of nested dataclasses by their group."""
         return [option for option in _options(self.config) if option.name not in self.hidden]
 
 

@@ -23,7 +23,7 @@ from vwn.training.presets import PRESETS
 def training_arguments(
     config: TrainConfig, learning_rate: float, resumed: bool, parallel: dict[str, Any]
 ) -> TrainingArguments:
-    """The Trainer's settings for a run; ``parallel`` is what they say of its processes."""
+    """Return the Trainer's settings for a run; ``parallel`` holds those of its processes."""
     o = config.optim
     log, evaluate, save = config.intervals
     if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
@@ -88,13 +88,9 @@ def check_device(speed: SpeedOptions) -> None:
 
 
 def apply_speed(model: Any, speed: SpeedOptions, device: torch.device, whole: bool = True) -> None:
-    """Set up a model for the options of a run.
+    """Set up a model for the options of a run on ``device``.
 
-    Args:
-        model: wherever it is now.
-        speed: the options.
-        device: that it will run on.
-        whole: whether its weights will all be there in one process; a fused loss needs the unembedding's.
+    ``whole`` says whether all its weights will be in one process, as a fused loss needs the unembedding's.
     """
     if isinstance(model, VirtualWidthForCausalLM):
         choose_loss(speed.loss_backend, device)
@@ -115,7 +111,7 @@ def apply_speed(model: Any, speed: SpeedOptions, device: torch.device, whole: bo
 
 
 def learning_rate_of(config: TrainConfig) -> float:
-    """The rate given, else the preset's, for plain and wide models separately."""
+    """Return the rate given, else the preset's, for plain and wide models separately."""
     if config.optim.learning_rate is not None:
         return config.optim.learning_rate
     if config.backbone not in PRESETS:

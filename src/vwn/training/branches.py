@@ -143,7 +143,7 @@ class _StepsSoFar:
         self.label, self.before, self.now = label, 0, 0
 
     def of(self, part: str) -> Callable[[int], str]:
-        """The label of the next part."""
+        """Return the label of the next part."""
         self.before, self.now = self.before + self.now, 0
 
         def say(steps: int) -> str:

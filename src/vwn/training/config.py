@@ -95,12 +95,12 @@ class WidthOptions:
 
     @property
     def shape(self) -> WidthOptions:
-        """The options that only a width has a use for."""
+        """Return the options that only a width has a use for."""
         return replace(self, **{name: getattr(WidthOptions(), name) for name in PLAIN_OPTIONS})
 
     @property
     def of_plain(self) -> WidthOptions:
-        """The options that a plain model has a use for."""
+        """Return the options that a plain model has a use for."""
         return WidthOptions(**{name: getattr(self, name) for name in PLAIN_OPTIONS})
 
 
@@ -160,7 +160,7 @@ class OptimConfig:
         require(0 <= self.final_learning_rate <= 1, "final-learning-rate", "from 0 to 1", self.final_learning_rate)
         require(0 < self.cooldown < 1, "cooldown", "above 0 and below 1", self.cooldown)
         if self.schedule != "wsd" and self.cooldown != OptimConfig.cooldown:
-            raise UserError(f"--cooldown goes with --schedule wsd; with {self.schedule} leave it away")
+            raise UserError(f"--cooldown goes with --schedule wsd; drop it with {self.schedule}")
         if self.budgets:
             self._check_budgets()
         elif self.warmup_steps is not None:
@@ -176,7 +176,7 @@ class OptimConfig:
         if self.schedule != "wsd":
             raise UserError(f"--budgets are cool-downs of one trunk; use --schedule wsd with them, not {self.schedule}")
         if self.steps != OptimConfig.steps:
-            raise UserError(f"--budgets says how long to train; leave --steps {self.steps} away")
+            raise UserError(f"--budgets says how long to train; drop --steps {self.steps}")
         if self.warmup_steps is not None:
             require(self.warmup_steps >= 0, "warmup-steps", "0 or more", self.warmup_steps)
         for text in self.budgets:
@@ -207,7 +207,7 @@ class SpeedOptions:
 
     @property
     def of_plain(self) -> SpeedOptions:
-        """The options that a plain model has a use for."""
+        """Return the options that a plain model has a use for."""
         return replace(self, connection_backend="auto", keep_states_every=1)
 
 
@@ -351,7 +351,7 @@ class TrainConfig:
         }
         if options := [name for name, is_given in given.items() if is_given]:
             raise UserError(
-                f"--init-from {self.init_from} decides the model; leave {', '.join(options)} away, or widen the "
+                f"--init-from {self.init_from} decides the model; drop {', '.join(options)}, or widen the "
                 "checkpoint first (vwn widen)"
             )
         if self.optim.learning_rate is None:

@@ -13,9 +13,8 @@ from vwn.common.errors import UserError
 def read_options(path: Path) -> dict[str, list[str]]:
     """Return the options of a file as ``{name: words of the command line}``.
 
-    Args:
-        path: a run directory, its ``run.json``, or a ``.json``, ``.yaml`` or ``.yml`` file with a mapping of option
-            names to values. Names may be nested or dotted (``optim.steps``), the last part counts; null is the default.
+    The file is a run directory, its ``run.json``, or a ``.json``, ``.yaml`` or ``.yml`` file of options and values.
+    Names may be nested or dotted (``optim.steps``), the last part counts; null is the default.
 
     Raises:
         UserError: a file that cannot be read, or holds something else.
@@ -24,7 +23,7 @@ def read_options(path: Path) -> dict[str, list[str]]:
     try:
         content = _parse(path, path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the options in {str(path)!r}: {error}") from error
+        raise UserError(f"cannot read the options in {str(path)!r}: {getattr(error, 'strerror', error)}") from error
     if isinstance(content, dict) and isinstance(content.get("config"), dict):
         content = content["config"]  # of a run.json
     if not isinstance(content, dict) or not content:

@@ -15,15 +15,9 @@ EMBEDDING_STD = 1.0
 
 @dataclass(frozen=True)
 class Preset:
-    """A small Llama (or, with experts, Mixtral) and its peak learning rates.
+    """A small Llama (or, with experts, of which 2 are active, a Mixtral) and its peak learning rates, plain and wide.
 
-    Args:
-        depth: layers.
-        width: hidden size; heads are 32 wide up to width 256, else 64.
-        experts: 0 for a dense FFN, else the number of experts, 2 of which are active.
-        learning_rate: of the plain backbone.
-        wide_learning_rate: of the same with a virtual width.
-        swept: whether the rates come from a sweep.
+    Heads are 32 wide up to width 256, else 64. ``swept`` says whether the rates come from a sweep.
     """
 
     depth: int
@@ -34,7 +28,7 @@ class Preset:
     swept: bool = False
 
     def parameters(self, vocab_size: int = 32_768) -> int:
-        """The number of parameters of the plain model."""
+        """Return the number of parameters of the plain model."""
         c = self.fields(vocab_size, 0)
         attention, ffn = 4 * self.width**2, 3 * self.width * c["intermediate_size"]
         experts = self.experts * (ffn + self.width) if self.experts else ffn  # with the router's row for each

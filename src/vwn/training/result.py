@@ -50,7 +50,7 @@ class RunResult:
     sample: str | None = None
 
     def is_whole(self, config: TrainConfig) -> bool:
-        """Whether it is of all that a run was asked for, which may have become longer; one that diverged is."""
+        """Return whether it is of all that a run was asked for, which may have become longer; one that diverged is."""
         last = self.curve[-1]
         if last["loss"] is None or any(point["loss"] is None for point in self.decayed):
             return True
@@ -61,7 +61,7 @@ class RunResult:
 
 
 def stored_result(out: Path) -> RunResult | None:
-    """The result of a run that has ended."""
+    """Return the result of a run that has ended."""
     path = out / "result.json"
     if not path.exists():
         return None
@@ -72,7 +72,7 @@ def stored_result(out: Path) -> RunResult | None:
 
 
 def training_facts(config: TrainConfig, result: RunResult, record: dict[str, Any]) -> TrainingFacts:
-    """What the model card says of a finished run, from its configuration, result and ``run.json``."""
+    """Say for the model card what was trained, from its configuration, result and ``run.json``."""
     last = result.curve[-1]
     losses = {"next-token loss": last["loss"], "next-2-token loss": last["loss_2"]}
     return TrainingFacts(

@@ -67,13 +67,12 @@ def train(config: TrainConfig, corpus: Corpus | None = None, label: Label | None
     With several budgets the model is that of the largest, and every budget's is in ``branches``.
 
     Args:
-        config: the run; with ``resume``, exactly the one that was started, or a longer one.
+        config: the run; with ``resume``, the one that was started, or a longer one.
         corpus: its data, where that is prepared already.
-        label: what the progress bar says, or what gives it from the steps taken in this process.
+        label: text of the progress bar, or a function that makes it from the steps taken in this process.
 
     Raises:
-        UserError: input that cannot be used, or a run directory that exists (without ``resume``) or belongs to another
-            configuration or text (with it).
+        UserError: unusable input, or a run directory that exists (without ``resume``) or belongs to another run.
         Diverged: the loss or the weights became non-finite; its ``curve`` ends there.
         Stopped: SIGTERM or Ctrl-C; a checkpoint is written.
         CannotWrite: the disk is full; what was saved is untouched.
@@ -116,10 +115,10 @@ def train(config: TrainConfig, corpus: Corpus | None = None, label: Label | None
 
 
 def _open(config: TrainConfig, corpus: Corpus | None) -> tuple[dict[str, Any] | None, RunResult | None]:
-    """The record of the run in ``config.out`` and, if it has ended, its result; None for what is not there."""
+    """Return the record of the run in ``config.out``, and its result if it has ended."""
     stored = directory.open_directory(config.out, "run.json", bool(config.resume))
     if stored is None and config.resume is True:
-        raise UserError(f"there is no run in {config.out} to continue; leave --resume away, or use --resume auto")
+        raise UserError(f"there is no run in {config.out} to continue; drop --resume, or use --resume auto")
     if stored is None:
         return None, None
     directory.check_same(config.out, stored.get("config", {}), directory.settings(config))
@@ -139,15 +138,7 @@ def _begin(stack: ExitStack, run: Run, model: Any) -> None:
 
 
 class Run:
-    """A run under way: what is the same for its trunk and its branches.
-
-    Args:
-        config: of the run.
-        corpus: its data.
-        learning_rate: the peak.
-        label: what the progress bar says, or what gives it from the steps taken in this process.
-        parallel: as :func:`vwn.training.distributed.resolve` gives it.
-    """
+    """A run under way: what its trunk and its branches share."""
 
     def __init__(self, config: TrainConfig, corpus: Corpus, learning_rate: float, label: Label, parallel: str) -> None:
         self.config, self.corpus, self.learning_rate, self.label = config, corpus, learning_rate, label
@@ -155,7 +146,7 @@ class Run:
         self.rate_factors: dict[str, float] = {}
 
     def build(self) -> Any:
-        """The model as it starts."""
+        """Return the model as it starts."""
         c = self.config
         if c.init_from is not None:
             if (c.out / START / "config.json").exists() and checkpoints(c.out):
@@ -294,13 +285,7 @@ class Run:
 
 
 def rate_factors(config: TrainConfig, model: Any, record: dict[str, Any] | None = None) -> dict[str, float]:
-    """The factors given, and the defaults for the other groups.
-
-    Args:
-        config: of the run.
-        model: as it starts.
-        record: ``run.json`` of a run that goes on, which keeps the factors that it began with.
-    """
+    """Return the factors given and the defaults for the other groups; a run that goes on keeps its ``record``'s."""
     given = parse_factors(config.optim.rate_factors)
     if record is None:
         return default_factors(model) | given
@@ -310,7 +295,7 @@ def rate_factors(config: TrainConfig, model: Any, record: dict[str, Any] | None 
 
 
 def load_corpus(config: TrainConfig) -> Corpus:
-    """The run's text, tokenised and packed, or to be streamed."""
+    """Return the run's text, tokenised and packed, or to be streamed."""
     c = config.corpus
     shared: dict[str, Any] = {"valid": c.valid, "window": c.window, "control_tokens": c.control_tokens}
     shared["tokenizer"] = c.tokenizer or BYTES
@@ -325,7 +310,7 @@ def load_corpus(config: TrainConfig) -> Corpus:
 
 
 def with_tokenizer(config: TrainConfig) -> TrainConfig:
-    """The run with a tokenizer where none is given: its record's, that of the weights it starts from, or bytes."""
+    """Fill in the tokenizer where none is given: the record's, that of the weights to start from, or bytes."""
     if config.corpus.tokenizer is not None:
         return config
     record, name = config.out / "run.json", BYTES
@@ -349,7 +334,7 @@ def check_model(config: TrainConfig) -> None:
 def summary(
     config: TrainConfig, corpus: Corpus, model: Any, learning_rate: float, rate_factors: dict[str, float]
 ) -> list[str]:
-    """What a run is going to do, in a few lines."""
+    """Say in a few lines what a run is going to do."""
     o = config.optim
     steps = config.branches[-1].steps if config.branches else o.steps
     tokens = steps * config.tokens_per_step
@@ -379,6 +364,6 @@ def tensorboard(logs: Path) -> TensorBoardCallback:
 
 
 def spread(dataset: Any, count: int) -> Any:
-    """At most ``count`` items (at least one), evenly spread, always the same."""
+    """Choose at most ``count`` items (at least one), evenly spread, always the same."""
     count = max(1, min(count, len(dataset)))
     return Subset(dataset, [i * len(dataset) // count for i in range(count)])

@@ -35,12 +35,7 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 class HealthLog(TrainerCallback):
-    """Measures every ``every`` steps, and at the first and the last; training itself is not changed by it.
-
-    Args:
-        trainer: whose model, validation text and log are used.
-        every: steps between two measurements.
-    """
+    """Measures every ``every`` steps, and at the first and the last; training itself is not changed by it."""
 
     def __init__(self, trainer: Any, every: int) -> None:
         self.trainer, self.every = trainer, every
@@ -51,7 +46,7 @@ class HealthLog(TrainerCallback):
         """What is worst of the last measurement, for the next training log to take along."""
 
     def is_due(self, step: int) -> bool:
-        """Whether the optimiser step ``step``, counted from 1, is measured."""
+        """Return whether the optimiser step ``step``, counted from 1, is measured."""
         return step == 1 or step % self.every == 0 or step == self.trainer.args.max_steps
 
     def see_gradients(self, model: nn.Module) -> None:
@@ -110,18 +105,14 @@ def gradient_norms(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure_state(model: nn.Module, ids: Tensor) -> dict[str, Any]:
-    """The state on some tokens, in evaluation mode.
-
-    Args:
-        model: any causal language model; what is plain has no routing to look at.
-        ids: ``[1, S]``.
+    """Measure the state on the tokens ``ids``, ``[1, S]``, in evaluation mode.
 
     Returns:
-        ``rms``: of the state that each sublayer reads and, last, of the final one (where the model is plain, of what
-        each layer reads); and for every sublayer its ``name``, ``spectral_radius`` of the carry (mean over tokens),
-        ``saturated`` (share of the dynamic routing whose tanh is above 0.99 in magnitude, the largest of read, carry
-        and write; None without one), ``effective_slots`` (of ``n``: how many directions the slots span) and
-        ``weakest_slot`` (RMS of the smallest slot over that of all).
+        ``rms`` of the state that each sublayer reads and, last, of the final one (of a plain model, of what each layer
+        reads); and for every sublayer its ``name``, ``spectral_radius`` of the carry (mean over tokens), ``saturated``
+        (share of the dynamic routing whose tanh is above 0.99 in magnitude, the largest of read, carry and write; None
+        without one), ``effective_slots`` (of ``n``: how many directions the slots span) and ``weakest_slot`` (RMS of
+        the smallest slot over that of all).
     """
     training = model.training
     model.eval()
@@ -177,14 +168,9 @@ def _measure_sublayers(model: VirtualWidthForCausalLM, ids: Tensor) -> dict[str,
 
 
 def effective_slots(slots: Tensor) -> float:
-    """How many independent slots a state amounts to: from 1, where all are multiples of one, to ``min(n, d)``.
+    """Return how many independent slots a state ``[T, n, d]`` amounts to, from 1 to ``min(n, d)``.
 
-    Args:
-        slots: ``[T, n, d]``.
-
-    Returns:
-        ``(tr G)² / ‖G‖²`` with ``G`` the slots' Gram matrix, the participation ratio of its eigenvalues, mean over
-        tokens.
+    It is ``(tr G)² / ‖G‖²`` with ``G`` the slots' Gram matrix, the participation ratio of its eigenvalues.
     """
     gram = slots @ slots.mT
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -192,7 +178,7 @@ def effective_slots(slots: Tensor) -> float:
 
 
 def worst(entry: dict[str, Any]) -> dict[str, float]:
-    """What to watch of a measurement: the extreme over the layers of each number, those only that are known."""
+    """Return the extreme over the layers of each number of a measurement that is known."""
     state, gradients = entry["state"], entry["gradient_norm"]
     chosen = {
         "layer_grad_norm_max": (max, gradients.get("layers")),
@@ -208,7 +194,7 @@ def worst(entry: dict[str, Any]) -> dict[str, float]:
 
 
 def concerns(entry: dict[str, Any]) -> dict[str, str]:
-    """What of a measurement the user should hear about, a sentence each, by a name of its own."""
+    """Return what the user should hear about a measurement, a sentence each, by a name of its own."""
     found, seen = {}, worst(entry)
     radius = seen.get("spectral_radius_max")
     if not all(rms < LARGEST_STATE for rms in entry["state"]["rms"]):  # NaN too
@@ -229,7 +215,7 @@ def concerns(entry: dict[str, Any]) -> dict[str, str]:
 
 
 def read_health(directory: Path) -> list[dict[str, Any]]:
-    """The measurements of a run, in the order of its steps; none where none were made."""
+    """Return the measurements of a run, in the order of its steps; none where none were made."""
     return StepLines(directory / FILE).read()
 
 

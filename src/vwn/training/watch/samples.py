@@ -22,12 +22,7 @@ logger = logging.getLogger(__name__)
 class SampleLog(TrainerCallback):
     """Continues the beginning of the validation text at each validation; training is not changed by it.
 
-    The sampling has a seed of its own, so that samples differ by the weights alone.
-
-    Args:
-        trainer: whose model, tokenizer and validation text are used.
-        tokens: to generate, within a window.
-        board: TensorBoard's callback, if there is one.
+    The sampling has a seed of its own, so that samples differ by the weights alone. ``board`` is TensorBoard's.
     """
 
     def __init__(self, trainer: Any, tokens: int, board: Any = None) -> None:
@@ -89,6 +84,6 @@ class SampleLog(TrainerCallback):
 
 
 def last_sample(directory: Path) -> str | None:
-    """The text of the last sample of a run, its prompt included; None if it has none."""
+    """Return the text of the last sample of a run, its prompt included; None if it has none."""
     entries = StepLines(directory / FILE).read()
     return entries[-1]["prompt"] + entries[-1]["text"] if entries else None
