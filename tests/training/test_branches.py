@@ -204,7 +204,7 @@ def test_names_of_budgets(tokens, name):
     [
         ({"budgets": ("1X",)}, "--budgets takes numbers of tokens.*'1X'"),
         ({"budgets": ("1M",), "schedule": "cosine", "cooldown": 0.2}, "use --schedule wsd"),
-        ({"budgets": ("1M",), "steps": 20}, "leave --steps 20 away"),
+        ({"budgets": ("1M",), "steps": 20}, "drop --steps 20"),
         ({"budgets": ("1M", "999999")}, r"--budgets 1M and 999999 are the same in whole steps of 128 tokens"),
         ({"budgets": ("10k",), "warmup_steps": 60}, "10K is 78 steps and leaves the trunk after 55, within the 60"),
         ({"cooldown": 1.0}, "--cooldown must be above 0 and below 1"),

@@ -49,7 +49,7 @@ class PackedWindows(Dataset[dict[str, torch.Tensor]]):
 
 
 def smallest_dtype(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The smallest unsigned NumPy type that holds every id of the tokeniser."""
+    """Return the smallest unsigned NumPy type that holds every id of the tokeniser."""
     return np.min_scalar_type(max(tokenizer.get_vocab().values())).name
 
 

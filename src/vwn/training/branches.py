@@ -147,7 +147,7 @@ def _copy_model(source: Path, target: Path) -> None:
     clear_rests(target)
     staging = target / STAGING
     staging.mkdir()
-    ours = {"run.json", "result.json", "health.jsonl"}
+    ours = {"run.json", "result.json", "health.jsonl", "samples.jsonl"}
     for path in source.iterdir():
         if path.is_file() and path.name not in ours and not path.name.startswith("."):
             shutil.copyfile(path, staging / path.name)
@@ -165,7 +165,7 @@ class _StepsSoFar:
         self.label, self.before, self.now = label, 0, 0
 
     def of(self, part: str) -> Callable[[int], str]:
-        """The label of the next part."""
+        """Return the label of the next part."""
         self.before, self.now = self.before + self.now, 0
 
         def say(steps: int) -> str:

@@ -25,8 +25,9 @@ class CorpusConfig:
     stream: tuple[str, ...] = ()
     """Training text in place of --data that is read, tokenised and packed while the model trains: files, folders,
     patterns (`shards/*.parquet`) or hub ids, each with `=WEIGHT` for its share of the tokens. Needs --valid."""
-    tokenizer: str = "bytes"
-    """`bytes`, `bpe:SIZE` (trained on the corpus), a path, or a hub id."""
+    tokenizer: str | None = None
+    """`bytes`, `bpe:SIZE` (trained on the corpus), a path, or a hub id; by default bytes, and with --init-from the
+    checkpoint's own."""
     control_tokens: bool = False
     """Give control tokens that are written in the text (`<|im_start|>`, `</s>`) their ids; otherwise they are text."""
     window: int = 256
@@ -55,7 +56,7 @@ class WidthOptions:
     """How the width is made, whatever its size, and multi-token prediction, which plain models have too."""
 
     mtp: int = 0
-    """Multi-token prediction modules; 1 also predicts the next token but one."""
+    """Multi-token prediction modules (num_mtp_modules in Python); 1 also predicts the next token but one."""
     mtp_loss_weight: float = 0.3
     """Weight of each further token's loss."""
     connection: Literal["ghc", "hc", "mhc"] = "ghc"
@@ -64,7 +65,7 @@ class WidthOptions:
     carry_constraint: Literal["none", "doubly_stochastic"] = "none"
     """Constraint on the carry matrix of `ghc`."""
     static: bool = False
-    """Static routing matrices instead of token-dependent ones."""
+    """Static routing matrices instead of token-dependent ones (dynamic=False in Python)."""
     embedding: Literal["direct", "factorised", "replicated"] | None = None
     """Form of the over-width embedding; by default direct, and replicated for hc and mhc."""
     reduce: Literal["linear", "sum", "identity"] | None = None
@@ -94,12 +95,12 @@ class WidthOptions:
 
     @property
     def shape(self) -> WidthOptions:
-        """The options that only a width has a use for."""
+        """Return the options that only a width has a use for."""
         return replace(self, **{name: getattr(WidthOptions(), name) for name in PLAIN_OPTIONS})
 
     @property
     def of_plain(self) -> WidthOptions:
-        """The options that a plain model has a use for."""
+        """Return the options that a plain model has a use for."""
         return WidthOptions(**{name: getattr(self, name) for name in PLAIN_OPTIONS})
 
 
@@ -159,7 +160,7 @@ class OptimConfig:
         require(0 <= self.final_learning_rate <= 1, "final-learning-rate", "from 0 to 1", self.final_learning_rate)
         require(0 < self.cooldown < 1, "cooldown", "above 0 and below 1", self.cooldown)
         if self.schedule != "wsd" and self.cooldown != OptimConfig.cooldown:
-            raise UserError(f"--cooldown goes with --schedule wsd; with {self.schedule} leave it away")
+            raise UserError(f"--cooldown goes with --schedule wsd; drop it with {self.schedule}")
         if self.budgets:
             self._check_budgets()
         elif self.warmup_steps is not None:
@@ -175,7 +176,7 @@ class OptimConfig:
         if self.schedule != "wsd":
             raise UserError(f"--budgets are cool-downs of one trunk; use --schedule wsd with them, not {self.schedule}")
         if self.steps != OptimConfig.steps:
-            raise UserError(f"--budgets says how long to train; leave --steps {self.steps} away")
+            raise UserError(f"--budgets says how long to train; drop --steps {self.steps}")
         if self.warmup_steps is not None:
             require(self.warmup_steps >= 0, "warmup-steps", "0 or more", self.warmup_steps)
         for text in self.budgets:
@@ -206,7 +207,7 @@ class SpeedOptions:
 
     @property
     def of_plain(self) -> SpeedOptions:
-        """The options that a plain model has a use for."""
+        """Return the options that a plain model has a use for."""
         return replace(self, connection_backend="auto", keep_states_every=1)
 
 
@@ -240,11 +241,10 @@ class TrainConfig:
     out: Path
     """Run directory; it must not exist yet, unless --resume."""
     backbone: str = "tiny"
-    """A preset (micro, nano, tiny, small, medium, large, tiny-moe), a transformers config (file or folder), or a hub
-    id: its sizes only; the weights start new. --init-from starts from weights."""
+    """A preset (micro, nano, tiny, small, medium, large, xl, tiny-moe), or a transformers config (file, folder or hub
+    id): its sizes only; the weights start new. --init-from starts from weights."""
     init_from: str | None = None
-    """Train on from these weights, plain or widened (`vwn widen`): a folder or a hub id. It decides sizes, width and,
-    without --tokenizer, the tokenizer."""
+    """Train on from these weights, plain or widened (`vwn widen`): a folder or a hub id. It decides sizes and width."""
     m: int | None = None
     """Fraction rate: the backbone's width is cut into m segments. Without --m and --n the plain backbone is trained."""
     n: int | None = None
@@ -269,6 +269,12 @@ class TrainConfig:
     """Steps between validations; by default 5 % of all."""
     save_every: int | None = None
     """Steps between checkpoints; by default 10 % of all."""
+    sample_tokens: int = 64
+    """Tokens of the text that the model writes at each validation (samples.jsonl, and TensorBoard), at most one for
+    every 1024 validation tokens; 0 for none."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Trackers that the logs go to, out of transformers' integrations (`tensorboard`, `wandb`, `trackio`, `mlflow`,
+    ...), or `none`."""
     health_every: int | None = None
     """Steps between measurements of gradients, state and routing (health.jsonl, and the logs); by default those
     between validations, 0 for none."""
@@ -316,6 +322,7 @@ class TrainConfig:
             value = getattr(self, name)
             require(value is None or value >= 1, name, "at least 1", value)
         require(self.health_every is None or self.health_every >= 0, "health-every", "0 or more", self.health_every)
+        require(self.sample_tokens >= 0, "sample-tokens", "0 or more", self.sample_tokens)
         self._check_branches()
 
     def _check_branches(self) -> None:
@@ -344,7 +351,7 @@ class TrainConfig:
         }
         if options := [name for name, is_given in given.items() if is_given]:
             raise UserError(
-                f"--init-from {self.init_from} decides the model; leave {', '.join(options)} away, or widen the "
+                f"--init-from {self.init_from} decides the model; drop {', '.join(options)}, or widen the "
                 "checkpoint first (vwn widen)"
             )
         if self.optim.learning_rate is None:

@@ -26,7 +26,8 @@ class RunResult:
     and ``decayed`` holds the same of the end of each budget's branch, the smallest first, its seconds with those of the
     trunk before it. ``peak_memory_bytes`` is the GPU's where there is one, else the process's.
     ``step_seconds_median`` and ``step_seconds_p90`` are the median and the 90th percentile of the time of an optimiser
-    step; where they differ much, something else was at work on the machine.
+    step; where they differ much, something else was at work on the machine. ``sample`` is the last text of
+    ``samples.jsonl``, the prompt included.
     """
 
     name: str
@@ -46,6 +47,7 @@ class RunResult:
     decayed: list[Point] = field(default_factory=list)
     step_seconds_median: float | None = None
     step_seconds_p90: float | None = None
+    sample: str | None = None
 
     @property
     def has_diverged(self) -> bool:
@@ -68,7 +70,7 @@ class RunResult:
 
 
 def stored_result(out: Path) -> RunResult | None:
-    """The result of a run that has ended."""
+    """Return the result of a run that has ended."""
     path = out / "result.json"
     if not path.exists():
         return None
@@ -79,7 +81,7 @@ def stored_result(out: Path) -> RunResult | None:
 
 
 def training_facts(config: TrainConfig, result: RunResult, record: dict[str, Any]) -> TrainingFacts:
-    """What the model card says of a finished run, from its configuration, result and ``run.json``."""
+    """Say for the model card what was trained, from its configuration, result and ``run.json``."""
     last = result.curve[-1]
     losses = {"next-token loss": last["loss"], "next-2-token loss": last["loss_2"]}
     return TrainingFacts(

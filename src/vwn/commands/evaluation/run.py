@@ -70,7 +70,7 @@ def text_line(result: dict[str, Any]) -> str:
 
 
 def tasks_table(result: dict[str, Any]) -> str:
-    """The scores with their standard errors, one line each; a group's subsets are in the JSON only."""
+    """Return the scores with their standard errors, one line each; a group's subsets are in the JSON only."""
     lines = [f"{'task':<16} {'rows':>7}  {'metric':<12} {'value':>10}   standard error"]
     for name, task in result["tasks"].items():
         for metric, score in task["scores"].items():

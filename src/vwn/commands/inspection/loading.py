@@ -30,17 +30,10 @@ def refuse_plain(source: Path | str) -> None:
 def load_tokens(
     source: Path | str, data: str | None, tokens: int, positions: int | None, tokenizer: str | None = None
 ) -> tuple[Tensor, str]:
-    """Windows of a text, spread evenly over it, and the text's name.
+    """Return windows ``[windows, window]`` of a text, spread evenly over it, and the text's name.
 
-    Args:
-        source: the checkpoint, whose run's validation text is taken where ``data`` is not given.
-        data: name of a text, see :func:`vwn.commands.evaluation.text.load_text`.
-        tokens: as many as the whole windows hold, if the text has them.
-        positions: the longest window that the model knows, ``None`` for any.
-        tokenizer: name of the tokenizer for ``data``; by default the checkpoint's own.
-
-    Returns:
-        token ids ``[windows, window]``, the window being the run's.
+    ``data`` and ``tokenizer`` are as in :func:`vwn.commands.evaluation.text.load_text`; ``positions`` is the longest
+    window that the model knows, ``None`` for any. The window is the run's.
 
     Raises:
         UserError: no text, or one of fewer than two tokens, or no longer the text of the run.

@@ -47,10 +47,7 @@ def inspect_checkpoint(config: InspectConfig) -> dict[str, Any]:
 
 
 def measure(model: VirtualWidthForCausalLM, ids: Tensor, batch_bytes: int = BATCH_BYTES) -> dict[str, Any]:
-    """Measure the connections of a model on tokens ``[windows, window]``.
-
-    Args:
-        batch_bytes: memory for the paths and outputs of one batch, which holds at least one window.
+    """Measure the connections of a model on tokens ``[windows, window]``, in batches of about ``batch_bytes``.
 
     Returns:
         ``depth``, see :meth:`DepthMap.result`, ``sublayers``, each as :meth:`SublayerStatistics.result` with its

@@ -47,7 +47,7 @@ class ShardingTrainer(Trainer):
             plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the whole weights of a sharded model, except in a checkpoint, which keeps them in parts."""
+        """Save whole weights; a checkpoint of a sharded model has them in parts already."""
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
         elif not _internal_call:
@@ -84,11 +84,7 @@ class ShardingTrainer(Trainer):
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """The weights of a sharded run's checkpoint into a model that is whole in each process.
-
-    Raises:
-        UserError: a weight is missing there, or of another shape.
-    """
+    """Load a sharded run's weights into a model that is whole in each process. Raises `UserError` where they differ."""
     state = {"model": get_model_state_dict(model)}
     try:
         dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint / MODEL))
@@ -113,7 +109,7 @@ def _load_whole_weights(model: nn.Module, checkpoint: Path) -> None:
 
 
 def _by_name(stored: dict[str, Any], model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """An optimiser's state by the parameters' names instead of their numbers; the groups are the same in any run."""
+    """Key an optimiser's state by parameters' names instead of numbers; the groups are the same in any run."""
     names = {id(p): name for name, p in model.named_parameters()}
     name_of: dict[int, str] = {}
     groups = []
