@@ -19,38 +19,19 @@ from toy_layers import D, run_plain, run_wide, widened
 from vwn import UserError
 
 
-def scaling(x: Tensor, residual: Tensor) -> Tensor:
-    return (x + residual) * 0.5
-
-
-def scaling_first(x: Tensor, residual: Tensor) -> Tensor:
-    return x + residual * 0.5
-
-
-def norming(x: Tensor, residual: Tensor) -> Tensor:
-    x = x + residual
-    return F.layer_norm(x, (D,))
-
-
-def reading(x: Tensor, residual: Tensor) -> Tensor:
-    return x * residual.mean() + residual
-
-
-def twice(x: Tensor, residual: Tensor) -> Tensor:
-    return x + residual + residual
-
-
 def changing_x(x: Tensor, residual: Tensor) -> Tensor:
     x += residual
     return x
 
 
-def second(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    return x, x + residual
-
-
-def recursive(x: Tensor, residual: Tensor) -> Tensor:
-    return recursive(x, residual) + residual
+HELPERS: dict[str, Any] = {
+    "scaling": lambda x, residual: (x + residual) * 0.5,
+    "scaling_first": lambda x, residual: x + residual * 0.5,
+    "norming": lambda x, residual: F.layer_norm(x + residual, (D,)),
+    "reading": lambda x, residual: x * residual.mean() + residual,
+    "twice": lambda x, residual: x + residual + residual,
+    "second": lambda x, residual: (x, x + residual),
+}
 
 
 class AddsItself(nn.Module):
@@ -63,7 +44,7 @@ def toy(body: str) -> Any:
     source = "class Toy(Layer):\n    def forward(self, h, mask=None, items=(1, 2)):\n" + textwrap.indent(
         f"q = torch.ones(())\nz = self.attn(self.norm1(h))[0]\n{textwrap.dedent(body).strip()}\n", " " * 8
     )
-    names = {**vars(toy_layers), **globals(), "__name__": __name__}
+    names = {**vars(toy_layers), **globals(), **HELPERS, "__name__": __name__}
     exec(source, names)
     layer = names["Toy"]()
     layer.adds_itself = AddsItself()

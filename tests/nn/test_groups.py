@@ -134,6 +134,7 @@ def test_both_optimisers_step_as_each_alone_would():
         assert torch.equal(a, b), name
 
 
+@pytest.mark.slow
 def test_a_run_with_muon_learns_and_goes_on_as_if_it_had_not_stopped(tmp_path, text):
     run = config(tmp_path / "a", text, optim={"steps": 8, "optimizer": "muon"})
     whole = train(run)

@@ -63,14 +63,13 @@ def test_hooks_see_every_operation_once_and_change_no_bit(fields, grad):
     assert len(seen) == count
 
 
-@pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("operation", ["write", "read"])
-def test_what_a_hook_returns_is_used_with_its_gradient(operation, every):
-    """The same as the change done by hand in a layer of connections; rebuilt states are not the unchanged ones."""
+def test_what_a_hook_returns_is_used_with_its_gradient(operation):
+    """Also where states are rebuilt: those are not the unchanged ones."""
     model = build(vwn_config()).train()
     push = torch.randn(24 if operation == "read" else 36, generator=torch.Generator().manual_seed(1))
     results = []
-    for keep in (1, every):
+    for keep in (1, 2):
         model.model.keep_states_every = keep
         module = getattr(model.model.layers[0].connections[0], operation)
         hook = module.register_forward_hook(lambda module, args, out: out * 0.5 + push)
@@ -83,20 +82,6 @@ def test_what_a_hook_returns_is_used_with_its_gradient(operation, every):
     assert torch.equal(results[0][0], results[1][0])
     for name, grad in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], grad, rtol=1e-5, atol=1e-7, msg=name)
-    step, name = 1e-3, "model.backbone.layers.0.connections.0.static_beta"
-    model.model.keep_states_every = every
-    hook = module.register_forward_hook(lambda module, args, out: out * 0.5 + push)
-    weight = model.get_parameter(name)
-    losses = []
-    with torch.no_grad():
-        for sign in (1, -1):
-            weight[0, 0] += sign * step
-            losses.append(model.double()(IDS, labels=IDS).loss.item())
-            weight = model.get_parameter(name)
-            weight[0, 0] -= sign * step
-    slope = (losses[0] - losses[1]) / (2 * step)
-    hook.remove()
-    assert slope == pytest.approx(results[1][1][name][0, 0].item(), rel=1e-2, abs=1e-5)
 
 
 def test_pre_hooks_change_what_is_read_and_written():

@@ -40,6 +40,7 @@ def sharded_equals_whole(folder, every_connection):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every_connection", [False, True], ids=["layer", "connection"])
 def test_a_bfloat16_model_shards_with_its_routing_in_float32(tmp_path, every_connection):
     from tiny import build, vwn_config

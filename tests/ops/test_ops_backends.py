@@ -187,6 +187,7 @@ def test_a_cache_that_cannot_be_written(forget, monkeypatch):
     assert torch.equal(read("auto"), read("reference"))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_processes_that_start_together_build_once_and_later_ones_never(forget, compiler):
     runs = compiler("sleep 1")
@@ -215,6 +216,7 @@ def test_a_library_from_the_cache_needs_no_compiler_run_but_another_compiler_bui
     assert built.exists()
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_damaged_library_is_replaced(forget, compiler, monkeypatch, tmp_path):
     compiler()

@@ -24,7 +24,8 @@ from vwn.ops import triton as backend  # noqa: E402
 from vwn.ops.triton import configs, forward_kernel  # noqa: E402
 from vwn.ops.weights import ReadWeights, RoutingWeights  # noqa: E402
 
-SHAPES = [(1, 1, 5), (1, 4, 7), (2, 3, 12), (3, 5, 33), (4, 8, 70), (4, 16, 33), (8, 64, 5), (64, 64, 3)]
+SHAPES = [(1, 1, 5), (1, 4, 7), (2, 3, 12), (3, 5, 33), (4, 8, 70), (4, 16, 33)]
+SHAPES += [pytest.param(*shape, marks=pytest.mark.slow) for shape in ((8, 64, 5), (64, 64, 3))]
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +151,7 @@ def test_tiles_are_not_measured_if_bits_count():
     assert configs.first_if_deterministic(two, {}) == two
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", configs.every((*configs.FORWARD_SIZES, *configs.BACKWARD_SIZES)), ids=str)
 def test_every_size_of_tile(config, monkeypatch):
     """On a GPU the autotuner may take any; here each in turn, forward and backward."""
