@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -172,14 +171,7 @@ def test_missing_weights(saved, loader, part):
 
 @LOADERS
 @pytest.mark.parametrize(
-    "fields",
-    [
-        {"m": 4, "n": 8},
-        {"n": 6},
-        {"n": 8},
-        {"m": 1, "n": 2},
-        {"m": 4, "n": 4, "reduce": "identity", "reduce_norm": "none"},
-    ],
+    "fields", [{"m": 4, "n": 8}, {"n": 6}, {"m": 1, "n": 2}, {"m": 4, "n": 4, "reduce": "identity"}]
 )
 def test_a_config_of_another_width(saved, loader, fields):
     edit_config(saved, **fields)
@@ -242,17 +234,3 @@ def test_a_checkpoint_of_another_model_type(tmp_path):
     stock("qwen3").save_pretrained(tmp_path)
     refused(VirtualWidthForCausalLM, tmp_path, r"model type 'qwen3', not 'virtual_width'.*vwn\.widen")
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)).__name__ == "Qwen3ForCausalLM"
-
-
-@LOADERS
-@pytest.mark.parametrize("fields", [{"m": 5}, {"n": 1}, {"m": "two"}, {"connection": "none"}, {"backbone": {}}])
-def test_a_config_that_cannot_be(saved, loader, fields):
-    edit_config(saved, **fields)
-    with pytest.raises((ValueError, StrictDataclassFieldValidationError)):
-        loader.from_pretrained(saved)
-
-
-@LOADERS
-def test_a_folder_that_is_not_there(tmp_path, loader):
-    with pytest.raises(OSError, match="not-there"):
-        loader.from_pretrained(tmp_path / "not-there", local_files_only=True)

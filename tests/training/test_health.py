@@ -19,7 +19,12 @@ from vwn.nn.groups import default_factors
 from vwn.training.checkpoint.manifest import last_checkpoint
 from vwn.training.model import build_model, load_backbone, model_config
 from vwn.training.run import rate_factors, train
-from vwn.training.watch.health import concerns, effective_slots, gradient_norms, measure_state, read_health
+from vwn.training.watch.health import concerns, effective_slots, gradient_norms, measure_state
+from vwn.training.watch.lines import StepLines
+
+
+def read_health(directory):
+    return StepLines(directory / "health.jsonl").read()
 
 
 def test_a_run_measures_at_its_first_and_last_step_and_between(finished):

@@ -23,7 +23,6 @@ from vwn.common.errors import UserError
 from vwn.common.processes import world_size
 from vwn.data.stream import StreamLoader, TokenStream
 from vwn.nn.groups import GROUPS, parameter_groups
-from vwn.nn.weight_decay import no_weight_decay
 from vwn.training.checkpoint.manifest import checkpoints
 from vwn.training.checkpoint.saving import SavingTrainer, not_finite
 from vwn.training.checkpoint.sharding import ShardingTrainer
@@ -108,11 +107,6 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
                 a.dataloader_num_workers,
             )
             self.add_callback(StreamedEpoch())
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Return everything but what :func:`vwn.no_weight_decay` names."""
-        spared = no_weight_decay(model)
-        return [name for name, _ in model.named_parameters() if name not in spared]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make AdamW on :func:`vwn.parameter_groups` with ``rate_factors``, or Muon and AdamW together."""

@@ -214,10 +214,5 @@ def concerns(entry: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def read_health(directory: Path) -> list[dict[str, Any]]:
-    """Return the measurements of a run, in the order of its steps; none where none were made."""
-    return StepLines(directory / FILE).read()
-
-
 def _rms(values: Tensor) -> float:
     return float(values.float().square().mean().sqrt())
