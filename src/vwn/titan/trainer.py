@@ -45,7 +45,7 @@ class Optimizers(OptimizersContainer):
         self.config = config
         super().__init__(config, model_parts=model_parts)
 
-    def _build_param_groups(self, model: Any, param_group_configs: Any, impl_kwargs: dict[str, Any]) -> Any:  # type: ignore[override]
+    def _build_param_groups(self, model: Any, param_group_configs: Any, impl_kwargs: dict[str, Any]) -> Any:
         """Split the parameters of a pipeline stage, or of the whole model."""
         c = self.config
         if c.param_groups:
