@@ -172,7 +172,7 @@ def test_a_step_that_takes_too_long_is_stopped_with_its_children(tmp_path):
 
 
 def test_gpu_steps_run_dry(tmp_path):
-    """In Triton's interpreter, by the same commands."""
+    """The same commands run in Triton's interpreter."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--steps", "accuracy,decoding"]
     command += ["--shapes", "2x3", "--folder", str(tmp_path)]

@@ -1,7 +1,7 @@
 """The reference: what the ops mean, in plain PyTorch, for any dtype and any ``(m, n)``.
 
-Shapes: ``T`` tokens, ``n`` slots, ``m`` segments, ``d = D / m``, ``D' = n d``. ``forward`` and ``backward`` are the
-write of one sublayer followed by the read of the next; either half may be missing. Every backend is a module with both.
+Shapes: ``T`` tokens, ``n`` slots, ``m`` segments, ``d = D / m``, ``D' = n d``. ``forward`` and ``backward`` compute
+the write of one sublayer followed by the read of the next; either may be missing. Every backend is a module with both.
 """
 
 from __future__ import annotations
