@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 NOTHING = "–"
@@ -47,13 +47,15 @@ def estimate(value: dict[str, Any], signed: bool = False) -> str:
 
 def interval(value: dict[str, Any], form: str, unit: str = "") -> str:
     """`1.19× (1.12 to 1.26)`: the mean and its 95 % interval, or `1.19× (one seed)`; a dash without a mean."""
-    if value["mean"] is None:
+    return bounded(value["mean"], value["interval"], form, unit)
+
+
+def bounded(mean: float | None, bounds: Sequence[float] | None, form: str, unit: str = "") -> str:
+    """The mean and what it lies between, as in `interval`."""
+    if mean is None:
         return NOTHING
-    mean = f"{value['mean']:{form}}{unit}"
-    if value["interval"] is None:
-        return f"{mean} (one seed)"
-    low, high = value["interval"]
-    return f"{mean} ({low:{form}} to {high:{form}})"
+    between = "one seed" if bounds is None else f"{bounds[0]:{form}} to {bounds[1]:{form}}"
+    return f"{mean:{form}}{unit} ({between})"
 
 
 def tokens_needed(loss: dict[str, Any]) -> str:

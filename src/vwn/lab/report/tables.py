@@ -228,4 +228,4 @@ def _equal(found: dict[str, Any], arm: str, baseline: str | None) -> Cell:
 def _measured(found: Measured, reason: str | None, form: str, unit: str = "") -> Cell:
     if found.over_seeds.mean is None:
         return Cell(NOTHING, (reason,) if reason else ())
-    return Cell(interval(found.over_seeds.described(), form, unit), ("extrapolated",) if found.extrapolated else ())
+    return Cell(found.text(form, unit), ("extrapolated",) if found.extrapolated else ())
