@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 import sys
 from collections.abc import Set
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ class Comparison:
             return report
 
         runs = [(arm, seed) for seed in config.seeds for arm in config.parsed]
-        report = written()
+        left = []
         for budgets in range(1, 1 + max(1, len(config.optim.budgets))):
             for number, (arm, seed) in enumerate(runs, 1):
                 run = self._measured(arm, seed, rates[arm.name])
@@ -145,8 +146,12 @@ class Comparison:
                 if has_ended(run, budgets):
                     self.progress.skip(arm.name, steps)
                 else:
-                    self._train(arm.name, run, steps, f"[{number}/{len(runs)}] {arm.name} seed {seed}", budgets)
-                    report = written()
+                    label = f"[{number}/{len(runs)}] {arm.name} seed {seed}"
+                    left.append(partial(self._train, arm.name, run, steps, label, budgets))
+        report = written()
+        for train_more in left:
+            train_more()
+            report = written()
         print(format_table(report))
         print(f"\nreport: {config.out / 'report.html'}")
         return report
