@@ -13,7 +13,7 @@ from vwn.lab.analysis.compute import is_uneven
 from vwn.lab.analysis.estimates import Estimate
 from vwn.lab.analysis.paired import with_pairs
 from vwn.lab.analysis.runs import LOSS_KEYS, baseline_by_seed, judged_points, runs_by_arm, with_judged_points
-from vwn.lab.analysis.wording import LOSS_NAMES, PERCENT, PLUS_MINUS
+from vwn.lab.analysis.wording import LOSS_NAMES, PERCENT, PLUS_MINUS, budget
 
 Summary = dict[str, Any]
 
@@ -120,13 +120,15 @@ def budget_sentence(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> 
             break
     else:
         return f"No arm has a speed-up over {report.get('baseline')} at any budget."
-    baseline, parts = report.get("baseline"), []
-    for tokens in dict.fromkeys((budgets[-1], budgets[0])):
-        points = {key: found[tokens].speedup for key, found in known.items()}
-        seeds = wording.seeds_text(next(iter(points.values())).over_seeds.n)
-        losses = [f"{_factor(speedup)} for the same {LOSS_NAMES[key]}" for key, speedup in points.items()]
-        parts.append(f"at {wording.scaled(tokens)} tokens ({seeds}) {wording.listed(losses)}")
-    return f"{baseline} needs more tokens than {name}: {'; '.join(parts)}."
+
+    def at(tokens: int) -> tuple[str, list[str]]:
+        points = [found[tokens].speedup for found in known.values()]
+        return f"at {budget(tokens)} tokens ({wording.seeds_text(points[0].over_seeds.n)})", [*map(_factor, points)]
+
+    (end, factors), (start, before) = at(budgets[-1]), at(budgets[0])
+    clauses = [f"{factor} for the same {LOSS_NAMES[key]}" for key, factor in zip(known, factors, strict=True)]
+    earlier = f"; {start} {wording.listed(before)}" if len(budgets) > 1 else ""
+    return f"{report.get('baseline')} needs more tokens than {name}, {end} {wording.listed(clauses)}{earlier}."
 
 
 def budget_growth(report: dict[str, Any], study: BudgetStudy, key: str) -> str:
@@ -138,8 +140,8 @@ def budget_growth(report: dict[str, Any], study: BudgetStudy, key: str) -> str:
     word = "grows" if points[-1] > points[0] else "does not grow"
     first, last = min(known[key]), max(known[key])
     return (
-        f"The speed-up of {name} {word} with the budget: {points[0]:.2f}× at {wording.scaled(first)} tokens, "
-        f"{points[-1]:.2f}× at {wording.scaled(last)}."
+        f"The speed-up of {name} {word} with the budget: {points[0]:.2f}× at {budget(first)} tokens, "
+        f"{points[-1]:.2f}× at {budget(last)}."
     )
 
 
@@ -162,8 +164,8 @@ def budget_explanation(report: dict[str, Any], study: BudgetStudy) -> str:
         return ""
     return (
         f"The speed-up is about exp(gap ÷ slope): a gap saves more tokens where {report.get('baseline')}’s decayed "
-        f"loss falls by {last.slope:.3f} nats per e-fold of tokens ({wording.scaled(last.tokens)}) than where it falls "
-        f"by {first.slope:.3f} ({wording.scaled(first.tokens)})."
+        f"loss falls by {last.slope:.3f} nats per e-fold of tokens ({budget(last.tokens)}) than where it falls "
+        f"by {first.slope:.3f} ({budget(first.tokens)})."
     )
 
 

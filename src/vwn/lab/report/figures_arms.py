@@ -9,8 +9,7 @@ import numpy as np
 
 from vwn.lab.analysis import story
 from vwn.lab.analysis.budgets import BudgetPoint, BudgetStudy
-from vwn.lab.analysis.wording import LOSS_NAMES, interval, scaled
-from vwn.lab.report.draw import tokens_label
+from vwn.lab.analysis.wording import LOSS_NAMES, budget, interval
 from vwn.lab.report.figures import INK_STYLE, PAPER_STYLE, Axis, Figure, LineStyle, Series, arm_styles, padded_range
 
 # The paper's speed-ups, at its last budget.
@@ -36,7 +35,7 @@ def budget_figure(report: dict[str, Any], studies: dict[str, BudgetStudy], key: 
     end, baseline = log2(budgets[-1]), str(report.get("baseline"))
     hover = [f"the paper, ×8 at {PAPER_TOKENS} tokens"]
     series.append(Series("the paper", "mark", PAPER_STYLE, [end + BREAK], [PAPER_SPEEDUP[key]], hover=hover))
-    ticks = [(log2(tokens), tokens_label(tokens)) for tokens in budgets[:: -(-len(budgets) // MOST_BUDGETS)]]
+    ticks = [(log2(tokens), budget(tokens)) for tokens in budgets[:: -(-len(budgets) // MOST_BUDGETS)]]
     return Figure(
         name="speedup-over-budget",
         key=key,
@@ -129,7 +128,7 @@ def _budget_series(name: str, style: LineStyle, points: list[BudgetPoint]) -> Se
     known = [point for point in points if point.speedup.over_seeds.mean is not None]
     bounds = [point.speedup.bounds or (None, None) for point in known]
     hover = [
-        f"{name} at {scaled(point.tokens)} tokens: {point.speedup.text('.2f', '×')}"
+        f"{name} at {budget(point.tokens)} tokens: {point.speedup.text('.2f', '×')}"
         f"{', extrapolated' if point.speedup.extrapolated else ''}"
         for point in known
     ]

@@ -70,7 +70,7 @@ def budget_table(report: dict[str, Any], studies: dict[str, BudgetStudy], key: s
             speedups = (_measured(point.equal[cost].speedup, point.equal[cost].reason, ".2f", "×") for cost in COSTS)
             slope = Cell(wording.fixed(slopes[point.tokens], ".3f"))
             seeds = Cell(str(point.equal["tokens"].gap.over_seeds.n))
-            rows.append((_arm(report, name), Cell(wording.scaled(point.tokens)), seeds, gap, slope, *speedups, *gaps))
+            rows.append((_arm(report, name), Cell(wording.budget(point.tokens)), seeds, gap, slope, *speedups, *gaps))
     heads = (
         "Arm",
         "Budget",
@@ -88,7 +88,7 @@ def budget_width_table(studies: dict[str, BudgetStudy], key: str) -> Table:
     rows = []
     for fit in studies[key].widths:
         slope = interval(fit["slope"], "+.4f") if fit["slope"] else str(fit["reason"])
-        words = (wording.scaled(fit["tokens"]), slope, wording.fixed(fit["r2"], ".3f"), str(len(fit["seeds"])))
+        words = (wording.budget(fit["tokens"]), slope, wording.fixed(fit["r2"], ".3f"), str(len(fit["seeds"])))
         rows.append(tuple(map(Cell, words)))
     heads = ("Budget", "Nats per doubling of r", "R²", "Seeds")
     return Table(f"Log-linear fit in r, {LOSS_NAMES[key]}", heads, tuple(rows))
