@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 quickstart: $(STAMP)
-	$(BIN)/vwn compare --out runs/quickstart --resume $(QUICKSTART)
+	$(BIN)/vwn compare --out runs/quickstart --resume --recorded results/quickstart $(QUICKSTART)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2

@@ -95,7 +95,7 @@ def curves_csv(report: dict[str, Any]) -> str:
 
 
 def format_table(report: dict[str, Any]) -> str:
-    """One table per measured loss, the claims, and last a sentence and a picture of what was gained.
+    """One table per measured loss, and last a sentence and a picture of what was gained.
 
     Plain text of at most 100 columns, without a final newline.
     """
@@ -107,9 +107,6 @@ def format_table(report: dict[str, Any]) -> str:
         if arms:
             lines = _aligned(["arm", "final loss", f"minus {baseline}", "tokens"], [_cells(arm, key) for arm in arms])
             blocks.append("\n".join([f"{name}, nats per token", *lines]))
-    found = [f"{claim['title']}: {claim['word']}" for claim in analysed["claims"]]
-    if found:
-        blocks.append("\n".join(["the paper's claims (numbers in report.html)", *found]))
     sentences = story.first_lines(analysed, budget_studies(analysed))
     blocks += [_wrapped(wording.printable(sentence)) for sentence in sentences]
     blocks += [bars] if (bars := _bars(analysed)) else []
