@@ -111,7 +111,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "m", "n", "modules", "padding", "fields"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "m", "n", "modules", "padding", "fields"),
+    [*CASES[:3], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[3:])],
+)
 def test_the_tokens_are_those_of_greedy_decoding(scripted, kind, m, n, modules, padding, fields):
     """Whatever is accepted; and each draft is what the modules predict in a pass over the whole text."""
     check_against_greedy(build(vwn_config(kind, m, n, num_mtp_modules=modules, **fields)), scripted, padding)
