@@ -2,71 +2,49 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import json
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
-from processes import free_port
+from processes import Processes
 from tiny import BACKBONES, backbone_config, build, token_ids, vwn_config
 from vwn.hf import VirtualWidthConfig
 
 SIZES = {"vocab_size": 62, "hidden_size": 32, "head_dim": 8, "num_key_value_heads": 4, "intermediate_size": 48}
 
-TWO = """
-import json, os, sys, torch
-import torch.distributed as dist
-from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
-import vwn.hf
 
-def whole(t):
+def equals_one(config: str, paths: list[str]) -> None:
+    """What each of two processes does."""
+    for path in paths:
+        expected = torch.load(path + "/expected.pt")
+        shared = DistributedConfig(**json.loads(config))
+        model = AutoModelForCausalLM.from_pretrained(path, distributed_config=shared)
+        sharded = {name for name, p in model.named_parameters() if isinstance(p, DTensor)}
+        assert any("q_proj" in name for name in sharded), sharded
+        if "tp_plan" in config:
+            assert not [name for name in sharded if "connections" in name or "reduce" in name], sharded
+        out = model(expected["ids"], labels=expected["ids"])
+        assert_close(whole(out.logits), expected["logits"], rtol=1e-5, atol=1e-5)
+        assert_close(whole(out.loss), expected["loss"], rtol=1e-5, atol=1e-5)
+        out.loss.backward()
+        for name, p in model.named_parameters():
+            assert_close(whole(p.grad), expected["grads"][name], rtol=1e-4, atol=1e-4, msg=name)
+        assert torch.equal(model.generate(expected["ids"], max_new_tokens=3, do_sample=False), expected["generated"])
+        model.save_pretrained(path + "/again")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def whole(t: Any) -> Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
-
-torch.set_num_threads(1)
-for path in sys.argv[2:]:
-    expected = torch.load(path + "/expected.pt")
-    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(**json.loads(sys.argv[1])))
-    sharded = {name for name, p in model.named_parameters() if isinstance(p, DTensor)}
-    assert any("q_proj" in name for name in sharded), sharded
-    if "tp_plan" in sys.argv[1]:
-        assert not [name for name in sharded if "connections" in name or "reduce" in name], sharded
-    out = model(expected["ids"], labels=expected["ids"])
-    torch.testing.assert_close(whole(out.logits), expected["logits"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(whole(out.loss), expected["loss"], rtol=1e-5, atol=1e-5)
-    out.loss.backward()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(whole(p.grad), expected["grads"][name], rtol=1e-4, atol=1e-4, msg=name)
-    assert torch.equal(model.generate(expected["ids"], max_new_tokens=3, do_sample=False), expected["generated"])
-    model.save_pretrained(path + "/again")
-    dist.barrier()
-print("rank", dist.get_rank(), "equal")
-dist.destroy_process_group()
-"""
-
-
-def run_two(config: str, paths: list[str]) -> None:
-    """The script above on two gloo processes."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": "2"}  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, config, *paths],
-            env=env | {"RANK": str(k), "LOCAL_RANK": str(k)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        ) for k in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for k, output in enumerate(outputs):
-        assert f"rank {k} equal" in output, output[-3000:]
 
 
 @pytest.mark.slow
@@ -87,7 +65,8 @@ def test_two_processes_equal_one(tmp_path, config):
         torch.save(expected, path / "expected.pt")
         models.append(model)
         paths.append(str(path))
-    run_two(config, paths)
+    with Processes(equals_one, config, paths, shim=False, log=tmp_path / "log") as processes:
+        assert processes.wait(600) == [0, 0], processes.said()
     for model, path in zip(models, paths, strict=True):
         again = AutoModelForCausalLM.from_pretrained(path + "/again")
         assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)

@@ -111,19 +111,21 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "m", "n", "modules", "padding", "fields"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "m", "n", "modules", "padding", "fields"),
+    [*CASES[:3], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[3:])],
+)
 def test_the_tokens_are_those_of_greedy_decoding(scripted, kind, m, n, modules, padding, fields):
     """Whatever is accepted; and each draft is what the modules predict in a pass over the whole text."""
     check_against_greedy(build(vwn_config(kind, m, n, num_mtp_modules=modules, **fields)), scripted, padding)
 
 
-@pytest.mark.parametrize("padding", [0, 2])
-def test_learned_positions(scripted, padding):
-    """Unlike rotary ones they show whether a module is given the positions that it was trained with."""
+def test_learned_positions(scripted):
+    """They are the backbone's alone: a module has none."""
     sizes = {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64}
     backbone = GPT2Config(vocab_size=61, bos_token_id=1, eos_token_id=2, **sizes)
     config = VirtualWidthConfig(backbone=backbone, m=2, n=4, embedding="replicated", num_mtp_modules=2)
-    check_against_greedy(build(config), scripted, padding)
+    check_against_greedy(build(config), scripted, padding=2)
 
 
 def check_against_greedy(model, scripted, padding: int) -> None:

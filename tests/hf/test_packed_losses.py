@@ -13,6 +13,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 from tiny import build, token_ids, vwn_config
 from vwn import UserError
 from vwn.hf import MultiTokenTrainerMixin
+from vwn.hf.loss import targets_of_heads
 
 LENGTHS = (9, 5, 2, 7)
 NGRAMS = {"ngram_order": 3, "ngram_buckets": 50}
@@ -82,6 +83,17 @@ def test_each_key_of_the_padding_free_collator_tells_documents_apart(tell):
     row = packed("collator")
     wanted = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))[None]
     assert torch.equal(number_documents(row["input_ids"].shape, **{tell: row[tell]}), wanted)
+
+
+def test_no_target_of_a_module_is_in_another_document():
+    """Whatever the labels say; the next token's are as they come."""
+    labels, documents = torch.arange(9)[None], torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2]])
+    next_token, *further = targets_of_heads(3, labels, documents=documents)
+    assert next_token.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, -100]]
+    for ahead, targets in enumerate(further, start=2):
+        for t, target in enumerate(targets[0].tolist()):
+            there = t + ahead < 9 and documents[0, t + ahead] == documents[0, t]
+            assert target == (t + ahead if there else -100)
 
 
 def test_left_padding_and_strided_positions_are_no_documents():

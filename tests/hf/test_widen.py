@@ -79,6 +79,7 @@ def test_tables_tied_and_not(tied, embedding, tmp_path):
     assert (loaded.model.embed_tokens.table.weight is loaded.lm_head.weight) == (tied and embedding == "replicated")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gemma3_text", "gpt2", "bloom", "falcon_h1", "granite", "mamba", "deepseek_v3"])
 def test_saved_and_loaded_and_built_anew(model_type, tmp_path):
     """The config says all that the loader has to know; every weight perturbed, so that nothing is at its start."""
@@ -273,6 +274,7 @@ def test_a_config_of_several_modalities_is_refused():
         VirtualWidthConfig(backbone=Gemma3Config(), m=2, n=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["cohere", "mamba", "longcat_flash", "flint", "gemma3_text"])
 def test_in_bfloat16_and_back(model_type, tmp_path):
     """Sums in another order round otherwise, some weights stay in float32, and some types keep the state in it."""

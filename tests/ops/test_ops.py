@@ -398,6 +398,7 @@ def arguments(t: Tensors, backend: str) -> dict[str, tuple]:
     return forward | {f"{name}_backward": (*given, True) for name, given in backward.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])
 @pytest.mark.parametrize("op", arguments(make(1, 1, 1, 1), ""))
 @pytest.mark.parametrize(("dynamic", "norm"), PAIRS)
