@@ -57,7 +57,7 @@ test-faults: $(STAMP)
 
 # The model's fast tests with the oldest and the newest supported transformers, each in front of the one in .venv.
 TRANSFORMERS := 5.17.0 5.24.0
-MODEL_TESTS := $(addprefix tests/hf/test_,versions.py model.py model_generation.py model_losses.py)
+MODEL_TESTS := $(addprefix tests/hf/test_,versions.py model.py model_generation.py model_losses.py model_saving.py widen.py)
 
 build/transformers-%/.installed: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) transformers==$*
