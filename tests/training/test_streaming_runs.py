@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, RandomSampler
 from runs import config, without_seconds
 from texts import write_jsonl, write_parquet
 from vwn.commands.evaluation.text import load_text
-from vwn.commands.inspection.loading import load_tokens
+from vwn.commands.inspection.run import load_tokens
 from vwn.common.errors import UserError
 from vwn.data.corpus import prepare_run
 from vwn.lab.compare.config import CompareConfig

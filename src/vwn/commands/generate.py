@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from vwn.common.errors import UserError, require
+from vwn.data import load_checkpoint_tokenizer
+from vwn.hf.loading import load_model
 from vwn.training.directory import locate
 
 WARM_UP_TOKENS = 4
@@ -22,9 +24,6 @@ def load(checkpoint: str, tokenizer: str | None = None) -> tuple[Any, Any]:
     Raises:
         UserError: there is no checkpoint or no tokenizer.
     """
-    from vwn.data import load_checkpoint_tokenizer
-    from vwn.hf.loading import load_model
-
     source = locate(checkpoint)
     loaded = load_checkpoint_tokenizer(source, tokenizer)
     return load_model(source, loaded), loaded

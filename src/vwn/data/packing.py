@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from vwn.common.errors import UserError
 
@@ -46,6 +46,12 @@ class PackedWindows(Dataset[dict[str, torch.Tensor]]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PackedWindows, (self.path, self.dtype, self.window)
+
+
+def spread(dataset: Any, count: int) -> Any:
+    """Choose at most ``count`` items (at least one), evenly spread, always the same."""
+    count = max(1, min(count, len(dataset)))
+    return Subset(dataset, [i * len(dataset) // count for i in range(count)])
 
 
 def smallest_dtype(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -10,7 +10,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM, TrainerState, default_data_collator
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging as hf_logging
@@ -19,6 +18,7 @@ from vwn.common.errors import UserError
 from vwn.common.memory import PeakMemory
 from vwn.common.processes import all_present, broadcast, rank
 from vwn.data import Corpus, PackedWindows, prepare
+from vwn.data.packing import spread
 from vwn.data.stream import prepare_stream
 from vwn.data.tokenizer import BYTES
 from vwn.hf import VirtualWidthForCausalLM
@@ -366,9 +366,3 @@ def tensorboard(logs: Path) -> TensorBoardCallback:
     callback = TensorBoardCallback()
     callback.logging_dir = str(logs)
     return callback
-
-
-def spread(dataset: Any, count: int) -> Any:
-    """Choose at most ``count`` items (at least one), evenly spread, always the same."""
-    count = max(1, min(count, len(dataset)))
-    return Subset(dataset, [i * len(dataset) // count for i in range(count)])

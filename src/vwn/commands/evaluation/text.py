@@ -19,6 +19,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vwn.common.errors import UserError
+from vwn.data.corpus import prepare_run, prepare_valid
+from vwn.data.packing import spread
+from vwn.data.tokenizer import load_checkpoint_tokenizer
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.hf.loading import check_positions, positions_of
 
@@ -44,9 +47,6 @@ def load_text(source: Path | str, data: str | None, record: dict[str, Any], toke
     Raises:
         UserError: no text, or not the one the run was validated on any more.
     """
-    from vwn.data.corpus import prepare_run, prepare_valid
-    from vwn.data.tokenizer import load_checkpoint_tokenizer
-
     run = record.get("config", {})
     if data is not None:
         tokenizer = tokenizer or load_checkpoint_tokenizer(source)
@@ -172,8 +172,6 @@ def _check_window(model: Any, text: Text, window: int | None, heads: int) -> int
 
 def _spread(windows: int, stride: int, max_tokens: int | None) -> list[int]:
     """Return the starts of the windows that are used, spread as a training run's validation spreads them."""
-    from vwn.training.run import spread
-
     count = windows if max_tokens is None else max_tokens // stride
     return [index * stride for index in spread(range(windows), count)]
 

@@ -45,19 +45,16 @@ def last_checkpoint(directory: Path) -> Path | None:
 
 def agreed_checkpoint(directory: Path) -> Path | None:
     """Return :func:`last_checkpoint` for all processes of a run: each reads a share, and all find the same."""
-    steps = broadcast(list(checkpoints(directory)))
-
-    def damage(checkpoint: Path) -> str | None:
-        return next((d for d in all_gather_object(damage_of(checkpoint, rank(), world_size())) if d), None)
-
-    return _newest(directory, steps, damage)
+    return _newest(directory, broadcast(list(checkpoints(directory))), _agreed_damage)
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Return whether a checkpoint is there and undamaged, for all processes of a run together."""
-    if not broadcast(checkpoint.is_dir()):
-        return False
-    return not any(all_gather_object(damage_of(checkpoint, rank(), world_size())))
+    return broadcast(checkpoint.is_dir()) and _agreed_damage(checkpoint) is None
+
+
+def _agreed_damage(checkpoint: Path) -> str | None:
+    return next((d for d in all_gather_object(damage_of(checkpoint, rank(), world_size())) if d), None)
 
 
 def step_of(checkpoint: Path) -> int:

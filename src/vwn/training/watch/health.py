@@ -136,12 +136,9 @@ def _measure_sublayers(model: VirtualWidthForCausalLM, ids: Tensor) -> dict[str,
         rms.append(_rms(state))
         tokens = state.flatten(0, -2)
         tokens = tokens[:: max(1, len(tokens) // ROUTED_TOKENS)].float()
-        if not tokens.isfinite().all():
-            rows.append({})
-            return
         routing, statistics = connection.routing_matrices(tokens), SublayerStatistics()
         slots = tokens.unflatten(-1, (n, -1))
-        if not all(part.isfinite().all() for part in split(routing).values()):
+        if not all(part.isfinite().all() for part in (tokens, *split(routing).values())):
             rows.append({})
             return
         statistics.add(slots, routing, static_routing(connection, tokens), tanh_scales(connection))
