@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from vwn import UserError
 from vwn.hf.anatomy import Anatomy, find_anatomy
+from vwn.hf.sublayers import run_probe
 
 
 class Stack(nn.Module):
@@ -19,8 +21,8 @@ class Stack(nn.Module):
         super().__init__()
         self.tokens, self.other_tokens = nn.Embedding(5, 4), nn.Embedding(5, 4)
         self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
-        self.layers_too = nn.ModuleList([nn.Linear(4, 4)])
-        self.drop, self.norm, self.norm2 = nn.Dropout(0.0), nn.LayerNorm(4), nn.LayerNorm(4)
+        self.rotations = nn.ModuleList([nn.Identity()])
+        self.drop, self.norm, self.config = nn.Dropout(0.0), nn.LayerNorm(4), SimpleNamespace(model_type="stack")
 
     def get_input_embeddings(self) -> Any:
         return self.tokens
@@ -34,15 +36,22 @@ class Usual(Stack):
             h = layer(h) + i
         return self.norm(h)
 
+    def run(self, inputs_embeds: Tensor, **_: Any) -> Tensor:
+        return self(inputs_embeds=inputs_embeds)
 
-class NoNorm(Stack):
+
+class NoNorm(Usual):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.norm
+
     def forward(self, inputs_embeds: Tensor) -> Tensor:
         for layer in self.layers:
             inputs_embeds = layer(inputs_embeds)
         return inputs_embeds
 
 
-class NormTwice(Stack):
+class NormTwice(Usual):
     def forward(self, inputs_embeds: Tensor) -> Tensor:
         h = self.norm(inputs_embeds)
         for layer in self.layers:
@@ -50,43 +59,35 @@ class NormTwice(Stack):
         return self.norm(h)
 
 
-class NoLoop(Stack):
-    def forward(self, inputs_embeds: Tensor) -> Tensor:
-        return self.norm(self.layers[1](self.layers[0](inputs_embeds)))
-
-
-class NestedLoop(Stack):
-    def forward(self, inputs_embeds: Tensor) -> Tensor:
-        for _ in range(2):
-            for layer in self.layers:
-                inputs_embeds = layer(inputs_embeds)
-        return self.norm(inputs_embeds)
-
-
-class LoopTwice(Stack):
+class LoopTwice(Usual):
     def forward(self, inputs_embeds: Tensor) -> Tensor:
         for layer in self.layers:
             inputs_embeds = layer(inputs_embeds)
-        h = self.norm2(inputs_embeds)
         for layer in self.layers:
-            h = layer(h)
-        return self.norm(h)
-
-
-class TwoStacks(Stack):
-    def forward(self, inputs_embeds: Tensor) -> Tensor:
-        for layer in self.layers:
-            inputs_embeds = layer(inputs_embeds)
-        for layer in self.layers_too:
             inputs_embeds = layer(inputs_embeds)
         return self.norm(inputs_embeds)
 
 
-class LongerName(Stack):
+class Backwards(Usual):
     def forward(self, inputs_embeds: Tensor) -> Tensor:
-        for layer in self.layers_too:
-            inputs_embeds = layer(inputs_embeds)
-        return self.norm2(inputs_embeds)
+        return self.norm(self.layers[0](self.layers[1](inputs_embeds)))
+
+
+class NormUnused(Usual):
+    def forward(self, inputs_embeds: Tensor) -> Tensor:
+        return self.layers[1](self.layers[0](inputs_embeds))
+
+
+class TwoStacks(Usual):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers_too = nn.ModuleList([nn.Linear(4, 4)])
+
+
+class TwoNorms(Usual):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm2 = nn.LayerNorm(4)
 
 
 class Inside(Stack):
@@ -94,6 +95,7 @@ class Inside(Stack):
 
     def __init__(self) -> None:
         super().__init__()
+        del self.layers
         self.decoder, self.front = Usual(), nn.ModuleDict({"words": nn.Embedding(5, 4)})
 
     def get_input_embeddings(self) -> Any:
@@ -102,13 +104,15 @@ class Inside(Stack):
     def forward(self, inputs_embeds: Tensor) -> Tensor:
         return self.decoder(inputs_embeds=inputs_embeds)
 
+    run = Usual.run
+
 
 class ExpertsInside(Usual):
     """A layer with a loop over a list of its own."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([LongerName(), LongerName()])
+        self.layers = nn.ModuleList([Usual(), Usual()])
 
 
 class NoEmbeds(Stack):
@@ -124,7 +128,6 @@ class NoTable(Usual):
 FOUND = {
     Usual: Anatomy("", "layers", "norm", "tokens"),
     NoNorm: Anatomy("", "layers", "", "tokens"),
-    LongerName: Anatomy("", "layers_too", "norm2", "tokens"),
     Inside: Anatomy("decoder", "layers", "norm", "front.words"),
     ExpertsInside: Anatomy("", "layers", "norm", "tokens"),
 }
@@ -138,10 +141,7 @@ def test_the_parts_are_found(model_class: type) -> None:
 @pytest.mark.parametrize(
     ("model_class", "reason"),
     [
-        (NormTwice, "uses its final norm 'norm' elsewhere as well"),
-        (NoLoop, "one list of decoder layers, found none"),
-        (NestedLoop, "one list of decoder layers, found none"),
-        (LoopTwice, "one list of decoder layers, found none"),
+        (TwoNorms, "one norm behind its layers, found norm, norm2"),
         (TwoStacks, "one list of decoder layers, found layers, layers_too"),
         (NoEmbeds, "takes no inputs_embeds"),
         (NoTable, "no token embedding"),
@@ -165,7 +165,7 @@ def test_the_norm_and_the_embedding_are_taken() -> None:
     assert isinstance(Anatomy("", "layers", "", "tokens").take_norm(NoNorm()), nn.Identity)
 
 
-class NoNormBehind(Stack):
+class NoNormBehind(Usual):
     """A projection is the first module behind the layers."""
 
     def __init__(self) -> None:
@@ -192,30 +192,28 @@ class ProjectsBehind(NoNormBehind):
         return self.project(self.norm(inputs_embeds))
 
 
-class NormBlock(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-
-
-class NormInNameOnly(NoNormBehind):
-    def __init__(self) -> None:
-        super().__init__()
-        self.project = NormBlock()
+def probed(model_class: type) -> None:
+    model = model_class().to("meta", torch.bfloat16)
+    model.anatomy = find_anatomy(model)
+    run_probe(model, 4)
 
 
 @pytest.mark.parametrize(
-    ("model_class", "found"),
+    ("model_class", "reason"),
     [
-        (NoNormBehind, r"project \(Linear\), norm \(LayerNorm\)"),
-        (ProjectsBehind, r"norm \(LayerNorm\), project \(Linear\)"),
-        (NormInNameOnly, r"project \(NormBlock\), norm"),
+        (NormTwice, "uses its final norm 'norm' elsewhere as well"),
+        (LoopTwice, "each of its layers once"),
+        (Backwards, "each of its layers once, from the first to the last"),
+        (NormUnused, r"its norm and nothing else, not nothing"),
+        (NoNormBehind, r"its norm and nothing else, not project \(Linear\), norm \(LayerNorm\)"),
+        (ProjectsBehind, r"its norm and nothing else, not norm \(LayerNorm\), project \(Linear\)"),
     ],
 )
-def test_what_is_behind_the_layers_is_a_norm(model_class: Any, found: str) -> None:
-    with pytest.raises(UserError, match=f"should run a norm and nothing else, not {found}"):
-        find_anatomy(model_class())
+def test_what_runs_in_another_order_is_refused(model_class: type, reason: str) -> None:
+    with pytest.raises(UserError, match=f"^{model_class.__name__} cannot be widened: .*{reason}"):
+        probed(model_class)
 
 
-def test_what_only_drops_is_passed_over() -> None:
-    assert find_anatomy(DropsFirst()).norm_name == "norm"
+@pytest.mark.parametrize("model_class", [Usual, NoNorm, Inside, DropsFirst])
+def test_the_usual_order_is_taken(model_class: type) -> None:
+    probed(model_class)

@@ -262,7 +262,7 @@ def test_the_backbone_keeps_its_width(kind, m, n):
             name = name.replace("model.layers.", "model.backbone.layers.")
             assert ours.pop(name) == tuple(parameter.shape), name
     left = {name.split(".connections.")[0] if "connections" in name else name for name in ours}
-    norms = {"model.reduce.norm_weight", "model.reduce.norm_bias"} if n % m == 0 else set()
+    norms = {"model.reduce.group_norm", "model.reduce.group_norm_bias"} if n % m == 0 else set()
     layers = {"model.backbone.layers.0", "model.backbone.layers.1"}
     assert left == {"model.embed_tokens.table.weight", "model.reduce.weight"} | norms | layers
 

@@ -38,14 +38,14 @@ def without(path: Path, *parts: str) -> list[str]:
 
 def assert_initial(connection: GeneralizedHyperConnection) -> None:
     g = connection.geometry
-    assert connection.static_alpha.tolist() == reference.initial_read_carry(g.m, g.n)
-    assert connection.static_beta.tolist() == reference.initial_write(g.m, g.n)
+    assert connection.bias_alpha.tolist() == reference.initial_read_carry(g.m, g.n)
+    assert connection.bias_beta.tolist() == reference.initial_write(g.m, g.n)
     for name, value in {
         "dynamic_alpha": 0,
         "dynamic_beta": 0,
         "scale_alpha": 1,
         "scale_beta": 1,
-        "norm_weight": 1,
+        "slot_norm": 1,
     }.items():
         assert (getattr(connection, name) == value).all(), name
 
@@ -171,7 +171,7 @@ def test_missing_tensors_of_ours_get_their_initial_values(tmp_path, kind, init):
     config = vwn_config(kind, 2, 4, embedding="factorised", num_mtp_modules=1, reduce_init=init)
     model = build(config)
     model.save_pretrained(tmp_path)
-    dropped = without(tmp_path, "connections", "reduce", "expand_weight", "fuse", "norm_weight")
+    dropped = without(tmp_path, "connections", "reduce", "expand_weight", "fuse", "_norm")
     # Memory that from_pretrained may hand out unwritten: make it rubbish, not zeros.
     rubbish = [torch.full((4096,), float("nan")) for _ in range(200)]
     del rubbish
@@ -182,8 +182,8 @@ def test_missing_tensors_of_ours_get_their_initial_values(tmp_path, kind, init):
     for connection in connections:
         assert_initial(connection)
     for reduce in (again.model.reduce, again.model.mtp[0].reduce):
-        assert (reduce.norm_weight == 1).all()
-        assert (reduce.norm_bias == 0).all()
+        assert (reduce.group_norm == 1).all()
+        assert (reduce.group_norm_bias == 0).all()
         if init == "first_slots":
             assert torch.equal(reduce.weight, torch.eye(24, 48))
         else:
@@ -200,13 +200,13 @@ def test_what_was_loaded_survives_beside_what_was_missing(tmp_path, kind):
     """One missing tensor has its module initialised; its siblings keep what the checkpoint holds."""
     model = build(vwn_config(kind, 2, 4, embedding="factorised", num_mtp_modules=1))
     model.save_pretrained(tmp_path)
-    dropped = without(tmp_path, "static_beta", "norm_bias", "embedding_norm_weight")
+    dropped = without(tmp_path, "bias_beta", "group_norm_bias", "embedding_norm")
     assert len(dropped) == 6 + 2 + 1
     loaded = load(tmp_path, ignore_mismatched_sizes=True).state_dict()
     for name, value in model.state_dict().items():
         if name not in dropped:
             assert torch.equal(loaded[name], value), name
-        elif name.endswith("static_beta"):
+        elif name.endswith("bias_beta"):
             assert loaded[name].tolist() == reference.initial_write(2, 4)
         else:
             assert (loaded[name] == (0 if name.endswith("norm_bias") else 1)).all(), name
@@ -288,7 +288,7 @@ def test_bfloat16_round_trip(tmp_path):
     load(tmp_path / "one", dtype=torch.bfloat16).save_pretrained(tmp_path / "two")
     again = load(tmp_path / "two", dtype="auto")
     dtypes = {name: p.dtype for name, p in again.named_parameters()}
-    assert dtypes["model.backbone.layers.0.connections.0.static_alpha"] == torch.float32
+    assert dtypes["model.backbone.layers.0.connections.0.bias_alpha"] == torch.float32
     assert dtypes["lm_head.weight"] == torch.bfloat16
 
 
@@ -365,21 +365,21 @@ def test_state_dict_keys_are_stable():
     names = set(VirtualWidthForCausalLM(vwn_config("llama", 2, 4, {"num_hidden_layers": 1})).state_dict())
     ours = {name for name in names if "self_attn" not in name and "mlp" not in name}
     connection = (
-        "static_alpha",
-        "static_beta",
+        "bias_alpha",
+        "bias_beta",
         "dynamic_alpha",
         "dynamic_beta",
         "scale_alpha",
         "scale_beta",
-        "norm_weight",
+        "slot_norm",
     )
     assert ours == {
         "lm_head.weight",
         "model.embed_tokens.table.weight",
         "model.norm.weight",
         "model.reduce.weight",
-        "model.reduce.norm_weight",
-        "model.reduce.norm_bias",
+        "model.reduce.group_norm",
+        "model.reduce.group_norm_bias",
         "model.backbone.layers.0.input_layernorm.weight",
         "model.backbone.layers.0.post_attention_layernorm.weight",
         *(f"model.backbone.layers.0.connections.{k}.{name}" for k in (0, 1) for name in connection),

@@ -28,13 +28,13 @@ def translated(theirs: HyperConnections, hidden_size: int) -> GeneralizedHyperCo
     ours = GeneralizedHyperConnection(hidden_size, f, s * f, eps=0.0).double()
     read, carry = columns(s, f)
     d = hidden_size // f
-    ours.static_alpha.copy_(theirs.static_alpha[slot_rows(s, f)][:, read + carry])
-    ours.static_beta.copy_(theirs.static_beta.expand(f, s * f))
+    ours.bias_alpha.copy_(theirs.static_alpha[slot_rows(s, f)][:, read + carry])
+    ours.bias_beta.copy_(theirs.static_beta.expand(f, s * f))
     ours.dynamic_alpha.copy_(theirs.dynamic_alpha_fn[:, read + carry] * d**0.5)
     ours.dynamic_beta.copy_(theirs.dynamic_beta_fn.reshape(d, f) * d**0.5)
     ours.scale_alpha.fill_(theirs.dynamic_alpha_scale)
     ours.scale_beta.fill_(theirs.dynamic_beta_scale)
-    ours.norm_weight.copy_(theirs.norm.gamma + 1)
+    ours.slot_norm.copy_(theirs.norm.gamma + 1)
     return ours
 
 

@@ -84,7 +84,7 @@ def test_what_a_hook_returns_is_used_with_its_gradient(operation, every):
     assert torch.equal(results[0][0], results[1][0])
     for name, grad in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], grad, rtol=1e-5, atol=1e-7, msg=name)
-    step, name = 1e-3, "model.backbone.layers.0.connections.0.static_beta"
+    step, name = 1e-3, "model.backbone.layers.0.connections.0.bias_beta"
     model.model.keep_states_every = every
     hook = module.register_forward_hook(lambda module, args, out: out * 0.5 + push)
     weight = model.get_parameter(name)
@@ -115,7 +115,7 @@ def test_copies_read_with_their_own_weights():
     connection = perturb(vwn.GeneralizedHyperConnection(12, 2, 3))
     twin = copy.deepcopy(connection)
     with torch.no_grad():
-        twin.static_alpha.add_(1)
+        twin.bias_alpha.add_(1)
     state = torch.randn(5, 18)
     assert twin.read.connection is twin
     assert not torch.equal(twin.read(state), connection.read(state))

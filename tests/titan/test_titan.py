@@ -82,7 +82,7 @@ def test_undecayed_weights_are_those_of_the_rule(width):
     model = model_config(Backbone(**SIZES), VirtualWidth(**width)).build()
     undecayed = {name for name, _ in model.named_parameters() if re.search(NO_DECAY, name)}
     assert undecayed == vwn.no_weight_decay(model)
-    assert any("static_alpha" in name for name in undecayed)
+    assert any("bias_alpha" in name for name in undecayed)
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
@@ -136,7 +136,7 @@ def test_the_start_is_that_of_the_paper():
     config.seed = 0
     model = config.build()
     model.init_states()
-    a = model.layers["1"].connections[0].static_alpha
+    a = model.layers["1"].connections[0].bias_alpha
     assert torch.equal(a, torch.cat([torch.eye(3)[:, :2], torch.eye(3)], dim=1))
     assert model.tok_embeddings.table.weight.std().item() == pytest.approx(1.0, rel=0.1)
     assert model.lm_head.weight.std().item() == pytest.approx(24**-0.5, rel=0.1)
@@ -223,7 +223,7 @@ def mixed_precision_step():
     dtypes = {}
     block = next(iter(model.layers.values()))
     block.connections[1].read.register_forward_hook(
-        lambda read, args, x: dtypes.update(state=args[0].dtype, routing=read.connection.static_alpha.dtype)
+        lambda read, args, x: dtypes.update(state=args[0].dtype, routing=read.connection.bias_alpha.dtype)
     )
     block.attention_norm.register_forward_hook(lambda norm, args, out: dtypes.update(backbone=norm.weight.dtype))
     ids = torch.randint(0, 61, (2, 16))

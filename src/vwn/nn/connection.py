@@ -38,15 +38,7 @@ class Read(nn.Module):
     connection: Connection
 
     def forward(self, state: Tensor, norm: NormWeights | None = None) -> Tensor:
-        """The sublayer's input.
-
-        Args:
-            state: ``[..., D']``.
-            norm: the sublayer's own RMSNorm, to be applied to ``X`` in the same pass.
-
-        Raises:
-            UserError: a state of another width.
-        """
+        """Return ``[..., D]``; behind ``norm``, the sublayer's own RMSNorm, in the same pass if one is given."""
         return self.connection(state, norm=norm)
 
 
@@ -60,15 +52,7 @@ class Write(nn.Module):
     connection: Connection
 
     def forward(self, state: Tensor, z: Tensor) -> Tensor:
-        """The new state.
-
-        Args:
-            state: the state that was read, ``[..., D']``.
-            z: the sublayer's output, ``[..., D]``.
-
-        Raises:
-            UserError: shapes that do not fit, or ``z`` that is not a tensor.
-        """
+        """Return the new state, ``[..., D']``; a ``UserError`` if ``z`` is no tensor or does not fit."""
         check_output(z)
         return self.connection(state, z)
 
@@ -129,8 +113,6 @@ class Connection(StatesItsInitialValues):
     """``write(state, z)``: the new state ``Bᵀ Z + Âᵀ H'``."""
     kind: ClassVar[str]
     """Name in the configuration's ``connection``."""
-    not_decayed: ClassVar[tuple[str, ...]] = ()
-    """Weights that weight decay leaves alone, besides biases, gains and scalars."""
     dynamic: bool = True
     """Whether the routing depends on the token."""
     sinkhorn_rounds: int = 0
@@ -161,11 +143,7 @@ class Connection(StatesItsInitialValues):
         return False
 
     def set_backend(self, backend: str) -> None:
-        """Run on ``backend`` from now on.
-
-        Raises:
-            UserError: unknown, or not one that this kind of connection has.
-        """
+        """Run on ``backend`` from now on; a ``UserError`` if this kind of connection does not have it."""
         if check_backend(backend) not in self.backends:
             names = " or ".join(map(repr, self.backends))
             raise UserError(f"backend {backend!r} does not run {self._title()}; use {names}")

@@ -62,21 +62,12 @@ class NgramEmbedding(StatesItsInitialValues):
 def with_context(
     input_ids: Tensor, order: int, preceding_ids: Tensor | None = None, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """The ids and the ``order - 1`` before them, :data:`NO_TOKEN` where there is none.
+    """The ids ``[..., S]`` and the ``order - 1`` before them, :data:`NO_TOKEN` where there is none: ``[..., K-1+S]``.
 
     Args:
-        input_ids: ``[..., S]``.
-        order: ``K``.
-        preceding_ids: the last ``K-1`` ids before ``input_ids``, ``[..., K-1]``, :data:`NO_TOKEN` where there is none;
-            without them ``input_ids`` start the sequence.
+        preceding_ids: the last ``K-1`` ids before ``input_ids``, ``[..., K-1]``; without them a sequence starts.
         attention_mask: 0 at padding, 1 elsewhere, ``[..., T]``; its last column belongs to the last id, and what it
             does not reach is no padding.
-
-    Returns:
-        ``[..., K-1+S]``.
-
-    Raises:
-        ValueError: ``preceding_ids`` of another shape.
     """
     shape = (*input_ids.shape[:-1], order - 1)
     if preceding_ids is None:

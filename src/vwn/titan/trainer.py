@@ -27,7 +27,7 @@ from vwn.titan.state_dict_adapter import VirtualWidthStateDictAdapter
 
 ROUTING = r"\.connections\.\d+(?=\.).*"
 """Parameters of the connections, by name."""
-NO_DECAY = r"(norm\.weight|norm_weight|norm_bias|\.bias|\.static_alpha|\.static_beta)$"
+NO_DECAY = r"(norm\.weight|_norm|_norm_bias|\.bias|\.bias_alpha|\.bias_beta)$"
 """Parameters that weight decay leaves alone, by name: those of :func:`vwn.no_weight_decay`."""
 
 

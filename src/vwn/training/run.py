@@ -21,6 +21,7 @@ from vwn.common.processes import all_present, broadcast, rank
 from vwn.data import Corpus, PackedWindows, prepare
 from vwn.data.stream import prepare_stream
 from vwn.hf import VirtualWidthForCausalLM
+from vwn.nn.embedding import EMBEDDING_STD
 from vwn.nn.groups import default_factors
 from vwn.training import directory
 from vwn.training.arguments import apply_speed, check_device, learning_rate_of, training_arguments
@@ -39,7 +40,7 @@ from vwn.training.distributed import (
 )
 from vwn.training.groups import parse_factors
 from vwn.training.model import build_model, load_backbone, model_config, resize_backbone, start_from
-from vwn.training.presets import EMBEDDING_STD, PRESETS
+from vwn.training.presets import PRESETS
 from vwn.training.result import Point, RunResult, flops_per_token, stored_result, training_facts, validation_curve
 from vwn.training.trainer import Diverged, ProgressBar, VirtualWidthTrainer
 from vwn.training.watch.preemption import Stopped, StopSignals
