@@ -91,13 +91,6 @@ class Layout(tuple[Sublayer, ...]):
         return stream
 
 
-PRE_NORM = Layout(
-    (
-        Sublayer("self_attn", pre_norm="input_layernorm", takes_context=True),
-        Sublayer("mlp", pre_norm="post_attention_layernorm"),
-    )
-)
-
 _LAYOUTS: dict[str, Layout] = {}
 _MEANT: dict[str, type] = {}  # the class that a name was found to mean
 

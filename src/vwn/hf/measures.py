@@ -35,7 +35,7 @@ class Unrolled:
 
     def advance(self, z: Tensor, carry: Tensor, beta: Tensor) -> None:
         """Go on by one sublayer: its output ``[T, m, d]``, its ``Â`` ``[T, n, n]`` and ``B`` ``[T, m, n]``."""
-        self.paths = [carry.mT @ path for path in self.paths] + [beta.mT]
+        self.paths = [carry.mT @ path for path in self.paths] + [beta.mT]  # the products in eq. 17
         self.sources.append(z)
 
 

@@ -67,7 +67,7 @@ def check_output(z: Any) -> None:
 
 
 def has_hooks(*modules: nn.Module) -> bool:
-    """Whether calling one of the modules does more than its ``forward``, so that it has to be called by itself."""
+    """True if calling one of the modules does more than its ``forward``, so that it has to be called by itself."""
     return any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
         for m in modules
@@ -114,7 +114,7 @@ class Connection(StatesItsInitialValues):
     kind: ClassVar[str]
     """Name in the configuration's ``connection``."""
     dynamic: bool = True
-    """Whether the routing depends on the token."""
+    """True if the routing depends on the token."""
     sinkhorn_rounds: int = 0
     """Rounds of Sinkhorn's scaling that the carry takes."""
 
@@ -234,7 +234,7 @@ class Connection(StatesItsInitialValues):
         return new, following.read(new, norm)
 
     def fuses_norm(self, dtype: torch.dtype) -> bool:
-        """Whether a read gains from taking on the sublayer's norm."""
+        """True if a read gains from taking on the sublayer's norm."""
         return False
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -20,7 +20,7 @@ __all__ = ["CARRY_CONSTRAINTS", "CARRY_SHARPNESS", "Connection", "GeneralizedHyp
 CARRY_CONSTRAINTS = ("none", "doubly_stochastic")
 
 CARRY_SHARPNESS = 12.0
-"""What a doubly-stochastic carry multiplies its logits by: the largest whose gradients, of the order of
+"""Factor on the logits of a doubly-stochastic carry: the largest whose gradients, of the order of
 ``exp(-12)``, are still ten times Adam's eps of 1e-8. Rows then start 2e-5 (3 slots) to 8e-4 (64) from the identity's:
 less than bfloat16 resolves."""
 
@@ -84,8 +84,8 @@ class GeneralizedHyperConnection(Connection):
         m, n = self.geometry.m, self.geometry.n
         slot = torch.arange(n)
         values = {
-            "bias_alpha": torch.cat([torch.eye(n)[:, :m], torch.eye(n)], dim=1),
-            "bias_beta": (torch.arange(m)[:, None] == slot[None, :] % m).float(),
+            "bias_alpha": torch.cat([torch.eye(n)[:, :m], torch.eye(n)], dim=1),  # A = [Å | Â] (eq. 16)
+            "bias_beta": (torch.arange(m)[:, None] == slot[None, :] % m).float(),  # B (eq. 15)
         }
         if self.dynamic:
             values |= {
@@ -158,7 +158,7 @@ class GeneralizedHyperConnection(Connection):
         return ops.write_read(state, z, self.weights, following.weights, norm, self.backend)  # type: ignore[arg-type]
 
     def fuses_norm(self, dtype: torch.dtype) -> bool:
-        """Whether a read gains from taking on the sublayer's norm: with Triton alone, and unless hooks look on."""
+        """True if a read gains from taking on the sublayer's norm: with Triton alone, and unless hooks look on."""
         backend = ops.choose(self.backend, self.bias_alpha.device, dtype, self.geometry.n)
         return backend == "triton" and not has_hooks(self.read)
 

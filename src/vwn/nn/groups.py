@@ -64,7 +64,7 @@ def parameter_groups(
     by_muon = {name for name, p in parameters if kinds[name] == "backbone" and p.ndim == 2 and name not in spared}
 
     def groups(names: set[str]) -> list[Group]:
-        """By decay, then by rate; the order is part of what an optimiser's checkpoint means."""
+        """Group by decay, then by rate; the order is part of what an optimiser's checkpoint means."""
         found: dict[tuple[bool, float], list[Tensor]] = {}
         for is_spared in (False, True):
             for name, p in parameters:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from vwn.nn.initialisation import StatesItsInitialValues
 
 NO_TOKEN = -1
-"""Stands where there is no token: before the start of a sequence and at its padding."""
+"""Id where there is no token: before the start of a sequence and at its padding."""
 
 _INCREMENT, _FACTORS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of SplitMix64
 
 
 class NgramEmbedding(StatesItsInitialValues):
-    """For each order ``k = 2..K`` the row of a table that the last ``k`` token ids hash to; their sum.
+    """Sum, over the orders ``k = 2..K``, of the table row that the last ``k`` token ids hash to.
 
     The tables of all orders are one parameter, ``(K-1) buckets x width``, so that looking up is one operation. They
     start at zero: the model then starts exactly as without them, whatever the scale of the table they add to, and a
@@ -39,7 +39,7 @@ class NgramEmbedding(StatesItsInitialValues):
         self.reset_parameters()
 
     def initial_values(self) -> dict[str, Tensor]:
-        """Zero."""
+        """All rows start at zero."""
         return {"weight": torch.zeros(self.weight.shape)}
 
     def forward(

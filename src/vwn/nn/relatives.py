@@ -16,7 +16,7 @@ from vwn.ops.reference import inverse_rms
 from vwn.ops.sinkhorn import ROUNDS, sinkhorn
 
 INITIAL_SCALE = 0.01
-"""Of what depends on the token, in both papers."""
+"""Initial scale of what depends on the token, in both papers."""
 
 
 class HyperConnection(Connection):
@@ -128,8 +128,8 @@ class ManifoldHyperConnection(Connection):
         frozen: keep everything at its initial value, as buffers of the same names.
         eps: added to the mean square of the state.
         routing_eps: added to ``Å``, and to the sums in Sinkhorn's scaling; DeepSeek-V4's.
-        sinkhorn_rounds: of Sinkhorn's scaling.
-        backend: what runs Sinkhorn's scaling: ``"auto"``, ``"reference"`` or ``"compiled"``.
+        sinkhorn_rounds: rounds of Sinkhorn's scaling.
+        backend: ``"auto"``, ``"reference"`` or ``"compiled"``; all of them run plain PyTorch.
 
     Raises:
         ValueError: invalid sizes, an ``index`` below 0, fewer ``sinkhorn_rounds`` than 1, or another ``backend``.
@@ -161,12 +161,8 @@ class ManifoldHyperConnection(Connection):
         geometry = Geometry(hidden_size, 1, n)
         if sinkhorn_rounds < 1:
             raise UserError(f"sinkhorn_rounds must be 1 or more, got {sinkhorn_rounds}")
-        self.index, self.eps, self.routing_eps, self.sinkhorn_rounds = (
-            _checked(index),
-            eps,
-            routing_eps,
-            sinkhorn_rounds,
-        )
+        self.index, self.eps = _checked(index), eps
+        self.routing_eps, self.sinkhorn_rounds = routing_eps, sinkhorn_rounds
         shapes: dict[str, tuple[int, ...]] = {}
         for name, bias in (("pre", (n,)), ("post", (n,)), ("res", (n, n))):
             columns = n * n if name == "res" else n
@@ -185,7 +181,7 @@ class ManifoldHyperConnection(Connection):
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Those of Sinkhorn's scaling."""
+        """Names that :meth:`set_backend` takes; all of them run plain PyTorch."""
         return ("auto", "reference", "compiled")
 
     def read_matrix(self, slots: Tensor) -> Tensor:

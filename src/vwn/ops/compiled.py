@@ -66,7 +66,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, slots: int = 1) -> str
 
 
 def library() -> ctypes.CDLL:
-    """What was built; to be asked for where :func:`unavailable` had nothing to say."""
+    """Return the built library; call it where :func:`unavailable` returned ``None``."""
     built = _library()
     assert isinstance(built, ctypes.CDLL)
     return built
@@ -121,7 +121,7 @@ def _load_or_build(command: list[str]) -> ctypes.CDLL:
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on: a cache may be shared by different machines."""
+    """Describe the processor, on which ``-march=native`` depends: different machines may share a cache."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
@@ -135,7 +135,7 @@ def forward(
     read: ReadWeights | None,
     norm: NormWeights | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As :func:`vwn.ops.reference.forward`, for contiguous ``[T, D']`` and ``[T, D]``."""
+    """Like :func:`vwn.ops.reference.forward`, for contiguous ``[T, D']`` and ``[T, D]``."""
     call = _Call(state, z, write, read, norm)
     new = torch.empty_like(state) if write is not None else None
     x = state.new_empty(state.shape[0], call.hidden_size) if read is not None else None
@@ -153,7 +153,7 @@ def backward(
     norm: NormWeights | None,
     needs_weights: bool,
 ) -> list[Tensor]:
-    """As :func:`vwn.ops.reference.backward`, for contiguous ``[T, D']`` and ``[T, D]``."""
+    """Like :func:`vwn.ops.reference.backward`, for contiguous ``[T, D']`` and ``[T, D]``."""
     call = _Call(state, z, write, read, norm)
     gradients = [torch.empty_like(state), *([] if z is None else [torch.empty_like(z)])]
     of_norm = torch.empty_like(norm.weight, dtype=call.compute) if norm is not None and needs_weights else None

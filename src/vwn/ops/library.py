@@ -26,7 +26,7 @@ from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights, Weights
 
 
 class Inputs(NamedTuple):
-    """What an op is given."""
+    """The arguments of an op."""
 
     state: Any
     z: Any

@@ -48,7 +48,7 @@ def coefficients(slots: Tensor, columns: Columns) -> Tensor:
 
 def read_slots(slots: Tensor, read: Tensor) -> Tensor:
     """``X = Åᵀ H'`` (first line of eq. 10): ``H'`` ``[..., n, d]`` and ``Å`` ``[..., n, m]`` to ``[..., D]``."""
-    return (read.mT @ slots).flatten(-2)
+    return (read.mT @ slots).flatten(-2)  # X = Åᵀ H' (eq. 10)
 
 
 def write_slots(slots: Tensor, segments: Tensor, carry: Tensor, beta: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def write_slots(slots: Tensor, segments: Tensor, carry: Tensor, beta: Tensor) ->
         carry: ``Â``, ``[..., n, n]``.
         beta: ``B``, ``[..., m, n]``.
     """
-    return (beta.mT @ segments + carry.mT @ slots).flatten(-2)
+    return (beta.mT @ segments + carry.mT @ slots).flatten(-2)  # H' <- Bᵀ Z + Âᵀ H' (eq. 10)
 
 
 def forward(

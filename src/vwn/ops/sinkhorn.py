@@ -14,11 +14,9 @@ from torch import Tensor
 from vwn.common.errors import UserError
 
 ROUNDS = 20
-"""Of mHC (arXiv 2512.24880)."""
+"""Rounds that mHC takes (arXiv 2512.24880)."""
 EXACT_EPS = 1e-12
-"""Keeps the squares of sums in float32's range, and is lost beside every coefficient that matters."""
-
-
+"""Small enough to vanish beside every coefficient that matters; the squares of sums stay in float32's range."""
 CONVERGED = 4e-6
 """Row sums as near to one as this are exact: it is what rounding leaves of 64 float32 numbers."""
 

@@ -1,4 +1,4 @@
-"""What the ops take besides the state: the parameters of a connection, and of the sublayer's own norm.
+"""The weights that the ops take: the parameters of a connection, and of the sublayer's own norm.
 
 Shapes: ``n`` slots, ``m`` segments, ``d = D / m`` segment width.
 """
@@ -17,7 +17,7 @@ from vwn.common.errors import UserError
 
 
 class ReadWeights(NamedTuple):
-    """What the read ``Å`` of one connection depends on; the dynamic ones are all there or all ``None``."""
+    """The weights that the read ``Å`` of one connection depends on; the dynamic ones are all there or all ``None``."""
 
     bias_alpha: Tensor
     """``A = [Å | Â]``, ``n x (m + n)``; a read uses the first ``m`` columns, here and below."""
@@ -42,7 +42,7 @@ class ReadWeights(NamedTuple):
 
     @property
     def dynamic(self) -> bool:
-        """Whether the routing depends on the token."""
+        """True if the routing depends on the token."""
         return self.dynamic_alpha is not None
 
 
@@ -78,12 +78,12 @@ class RoutingWeights(NamedTuple):
 
     @property
     def dynamic(self) -> bool:
-        """Whether the routing depends on the token."""
+        """True if the routing depends on the token."""
         return self.dynamic_alpha is not None
 
     @property
     def to_read(self) -> ReadWeights:
-        """Those that a read depends on."""
+        """The weights that a read depends on."""
         return ReadWeights(self.bias_alpha, self.dynamic_alpha, self.scale_alpha, self.slot_norm, self.eps)
 
 
@@ -134,13 +134,13 @@ def write_columns(w: RoutingWeights, dtype: torch.dtype) -> Columns:
 
 
 def read_gradients(g: Columns, n: int) -> list[Tensor]:
-    """From columns ``Å`` to the layout of :class:`ReadWeights`; zero where a read does not look."""
+    """Lay out gradients of the columns ``Å`` like :class:`ReadWeights`; zero where a read does not look."""
     wide = [None if t is None else F.pad(t, (0, n)) for t in (g.static, g.dynamic, g.scale)]
     return [t for t in (*wide, g.gain) if t is not None]
 
 
 def write_gradients(g: Columns, m: int) -> list[Tensor]:
-    """From columns ``[Â | Bᵀ]`` to the layout of :class:`RoutingWeights`; zero where a write does not look."""
+    """Lay out gradients of ``[Â | Bᵀ]`` like :class:`RoutingWeights`; zero where a write does not look."""
     alpha = [None if t is None else F.pad(t[:, :-m], (m, 0)) for t in (g.static, g.dynamic, g.scale)]
     bias_beta, dynamic_beta, scale_beta = (None if t is None else t[:, -m:] for t in (g.static, g.dynamic, g.scale))
     beta = [None if t is None else t.mT.contiguous() for t in (bias_beta, scale_beta)]

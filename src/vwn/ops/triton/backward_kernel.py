@@ -42,7 +42,7 @@ def tanh_backward(
     n: tl.constexpr, row_stride: tl.constexpr, column_stride: tl.constexpr, DYNAMIC: tl.constexpr,
     WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of coefficients ``static + scale * tanh(logits)`` to that of the logits, ``[BT, N, K]``.
+    """Turn the gradient of ``static + scale * tanh(logits)`` into that of the logits, ``[BT, N, K]``.
 
     ``first``: where in ``static`` and ``scale`` these columns begin.
     """
