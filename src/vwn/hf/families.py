@@ -115,6 +115,7 @@ FAMILIES: dict[str, Family] = {
     "qwen4_exp": _WIDENED,
     "qwen4_exp_text": _WIDENED,
     "xglm": Family(positions=("embed_positions",)),
+    "xlstm": Family(refused="its cache is of a kind of its own"),
     "zamba": _SHARED,
     "zamba2": _SHARED,
 }

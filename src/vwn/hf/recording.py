@@ -32,7 +32,7 @@ def record(model: VirtualWidthForCausalLM, ids: Tensor, visit: Visit) -> Tensor:
     connections = [connection for layer in model.model.layers for connection in layer.connections]
 
     def hook(i: int) -> Any:
-        return lambda _, given, __: visit(i, *given, connections[i])
+        return lambda _, given, __: visit(i, given[0], given[1], connections[i])
 
     hooks = [connection.write.register_forward_hook(hook(i)) for i, connection in enumerate(connections)]
     try:  # the whole model, so that what shards it gathers its weights

@@ -189,7 +189,7 @@ def check_weights(weights: ReadWeights | RoutingWeights, state: Tensor) -> None:
     if isinstance(weights, RoutingWeights):
         wanted = (alpha, beta, (d, m + n), (d, m), alpha, beta, (d,))
     for weight, shape, name in zip(weights, wanted, weights._fields, strict=False):
-        if weight is not None and weight.shape != shape:
+        if isinstance(weight, Tensor) and weight.shape != shape:
             raise UserError(f"{name} must be {shape}, got {_of(weight)}")
     _check_devices(state, *weights[:-1])
 
