@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate import dispatch_model
+from accelerate import cpu_offload, dispatch_model
 from transformers import AutoModelForCausalLM
 
 from conftest import perturb
@@ -70,3 +70,11 @@ def test_device_maps_leave_connections_without_hooks(tmp_path, offloaded):
     assert hasattr(again.model.backbone.layers[1].mlp, "_hf_hook")
     assert not any(has_hooks(m, m.read, m.write) for m in again.modules() if isinstance(m, Connection))
     assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
+
+
+def test_accelerates_own_offloading_brings_the_weights_of_connections_in():
+    model = perturb(build(vwn_config("llama", 2, 4, num_mtp_modules=1)))
+    wanted = model(token_ids()).logits
+    cpu_offload(model, execution_device="cpu")
+    assert all(p.is_meta for p in model.model.layers[0].connections.parameters())
+    assert torch.equal(model(token_ids()).logits, wanted)
