@@ -173,9 +173,9 @@ class KeptState:
         if self._rebuilt is None:
             assert self._before is not None
             assert self._z is not None
-            weights: Any = (w.take() if isinstance(w, Unchanged) else w for w in self._weights)
+            taken: Any = (w.take() if isinstance(w, Unchanged) else w for w in self._weights)
             with torch.no_grad():
-                self._rebuilt = ops.write(self._before._state(), self._z.take(), RoutingWeights(*weights), self._backend)
+                self._rebuilt = ops.write(self._before._state(), self._z.take(), RoutingWeights(*taken), self._backend)
         return self._rebuilt
 
 
