@@ -185,9 +185,9 @@ def test_statistics_are_those_of_all_tokens_at_once() -> None:
         assert_close(sublayer["spectral_radius"], {"mean": radii.mean().item(), "low": low, "high": high})
         c = connection
         parts = {
-            "read": (alpha[..., :m], c.static_alpha[:, :m], c.scale_alpha[:, :m]),
-            "carry": (alpha[..., m:], c.static_alpha[:, m:], c.scale_alpha[:, m:]),
-            "write": (beta, c.static_beta, c.scale_beta),
+            "read": (alpha[..., :m], c.bias_alpha[:, :m], c.scale_alpha[:, :m]),
+            "carry": (alpha[..., m:], c.bias_alpha[:, m:], c.scale_alpha[:, m:]),
+            "write": (beta, c.bias_beta, c.scale_beta),
         }
         for name, (whole, static, scale) in parts.items():
             dynamic = (whole - static).detach()
@@ -239,7 +239,7 @@ def test_diverged_model_is_refused() -> None:
         measure(model, token_ids())
 
 
-@pytest.mark.parametrize(("name", "where"), [("static_alpha", "mlp 2"), ("static_beta", "mlp 2")])
+@pytest.mark.parametrize(("name", "where"), [("bias_alpha", "mlp 2"), ("bias_beta", "mlp 2")])
 def test_broken_routing_is_refused_before_it_reaches_the_eigenvalues(name, where) -> None:
     model = model_of()
     with torch.no_grad():

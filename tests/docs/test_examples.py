@@ -166,7 +166,7 @@ def test_lora(run, text, tmp_path):
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     adapted = ("q_proj", "v_proj", "up_proj", "down_proj")
     assert all(any(part in name for part in (*adapted, ".connections.")) for name in moved)
-    assert all(any(part in name for name in moved) for part in (*adapted, "static_alpha", "static_beta"))
+    assert all(any(part in name for name in moved) for part in (*adapted, "bias_alpha", "bias_beta"))
 
 
 def test_steering_a_slot(run, tmp_path):

@@ -155,7 +155,7 @@ def start(width, **sizes):
 @pytest.mark.parametrize("experts", [0, 4])
 def test_the_start_is_that_of_the_paper_and_of_the_presets(experts):
     model = start({"m": 2, "n": 3, "num_mtp_modules": 1}, num_experts=experts)
-    a = model.layers["1"].connections[0].static_alpha
+    a = model.layers["1"].connections[0].bias_alpha
     assert torch.equal(a, torch.cat([torch.eye(3)[:, :2], torch.eye(3)], dim=1))
     assert model.tok_embeddings.table.weight.std().item() == pytest.approx(1.0, rel=0.1)
     assert model.lm_head.weight.std().item() == pytest.approx(24**-0.5, rel=0.1)
@@ -248,7 +248,7 @@ def mixed_precision_step():
     dtypes = {}
     block = next(iter(model.layers.values()))
     block.connections[1].read.register_forward_hook(
-        lambda read, args, x: dtypes.update(state=args[0].dtype, routing=read.connection.static_alpha.dtype)
+        lambda read, args, x: dtypes.update(state=args[0].dtype, routing=read.connection.bias_alpha.dtype)
     )
     block.attention_norm.register_forward_hook(lambda norm, args, out: dtypes.update(backbone=norm.weight.dtype))
     ids = torch.randint(0, 61, (2, 16))

@@ -160,7 +160,7 @@ def test_a_pickle_beside_sound_weights_is_not_read(saved):
 
 @LOADERS
 @pytest.mark.parametrize(
-    "part", ["lm_head", "embed_tokens", "layers.1.connections.0.static_beta", "q_proj", "mtp.0.fuse"]
+    "part", ["lm_head", "embed_tokens", "layers.1.connections.0.bias_beta", "q_proj", "mtp.0.fuse"]
 )
 def test_missing_weights(saved, loader, part):
     gone = edit_weights(saved, drop=part)
@@ -208,7 +208,7 @@ def test_leaving_out_multi_token_modules_is_fine(saved):
 
 @LOADERS
 def test_a_model_that_may_be_incomplete_starts_the_rest_afresh(saved, loader):
-    dropped = edit_weights(saved, drop="static_beta")
+    dropped = edit_weights(saved, drop="bias_beta")
     model, info = loader.from_pretrained(saved, ignore_mismatched_sizes=True, output_loading_info=True)
     assert set(info["missing_keys"]) == set(dropped)
     assert all(torch.isfinite(p).all() for p in model.parameters())

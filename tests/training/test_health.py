@@ -128,7 +128,7 @@ def test_a_plain_model_has_gradients_and_a_state():
 def test_a_state_that_is_not_finite_is_written_as_unknown(tmp_path):
     model = build(vwn_config("llama", 2, 4))
     with torch.no_grad():
-        model.model.layers[1].connections[0].static_beta.fill_(float("nan"))
+        model.model.layers[1].connections[0].bias_beta.fill_(float("nan"))
     seen = measure_state(model, token_ids()[:1])
     assert seen["spectral_radius"][0] is not None
     assert seen["spectral_radius"][3] is None

@@ -20,7 +20,7 @@ from vwn.cost.connection import ConnectionCost, connection_cost
 from vwn.nn.connection import Connection
 from vwn.nn.embedding import OverWidthEmbedding, OverWidthReduce, UnembeddingExpand
 from vwn.nn.multi_token import BlockLinear
-from vwn.ops import flops as _flops  # noqa: F401  # registers the formulas of our ops with the counter
+from vwn.ops import library as _library  # noqa: F401  # registers the FLOPs of our ops with the counter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

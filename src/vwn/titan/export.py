@@ -16,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from vwn.common.errors import UserError
+from vwn.nn.initialisation import current_name
 from vwn.titan.sizes import Backbone, VirtualWidth, hf_config
 from vwn.titan.state_dict_adapter import from_transformers, to_transformers
 
@@ -45,8 +46,10 @@ def export(checkpoint: Path, out: Path, config: Path | None = None) -> Any:
         raise UserError(f"{config} is not the configuration of a run of vwn.titan; name it with --config") from error
     model = VirtualWidthForCausalLM(hf_config(*sizes))
     state = from_transformers({name: torch.empty_like(t) for name, t in model.state_dict().items()})
+    stored = {current_name(name): name for name in dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata}
+    state = {stored.get(name, name): weight for name, weight in state.items()}  # an earlier one has other names
     dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)
-    model.load_state_dict(to_transformers(state))
+    model.load_state_dict(to_transformers({current_name(name): weight for name, weight in state.items()}))
     model.save_pretrained(out)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (source := Path(run.get("hf_assets_path") or "") / name).is_file():

@@ -16,11 +16,10 @@ from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.models.common.embedding import Embedding
 from torchtitan.models.common.nn_modules import RMSNorm
 
+from vwn.nn.embedding import EMBEDDING_STD
 from vwn.nn.initialisation import StatesItsInitialValues
 from vwn.titan.modules import local
 
-EMBEDDING_STD = 1.0
-"""Standard deviation of the token table's rows, as in ``vwn train``."""
 ROWS = 1024
 """Rows that one generator draws."""
 _OUTPUTS = ("attention.wo.weight", "feed_forward.w2.weight", "inner_experts.w2_EDF")

@@ -22,6 +22,7 @@ from vwn.data.packing import spread
 from vwn.data.stream import prepare_stream
 from vwn.data.tokenizer import BYTES
 from vwn.hf import VirtualWidthForCausalLM
+from vwn.nn.embedding import EMBEDDING_STD
 from vwn.nn.groups import default_factors
 from vwn.training import directory
 from vwn.training.arguments import apply_speed, check_device, check_trackers, learning_rate_of, training_arguments
@@ -48,7 +49,7 @@ from vwn.training.model import (
     resize_backbone,
     start_from,
 )
-from vwn.training.presets import EMBEDDING_STD, PRESETS
+from vwn.training.presets import PRESETS
 from vwn.training.result import Point, RunResult, flops_per_token, stored_result, training_facts, validation_curve
 from vwn.training.trainer import Diverged, ProgressBar, VirtualWidthTrainer
 from vwn.training.watch.preemption import Stopped, StopSignals

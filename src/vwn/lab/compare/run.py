@@ -33,7 +33,7 @@ from vwn.training.config import TrainConfig
 from vwn.training.model import load_backbone
 from vwn.training.presets import PRESETS
 from vwn.training.result import RunResult, stored_result
-from vwn.training.run import check_model, train, with_own_tokenizer
+from vwn.training.run import check_model, train, with_tokenizer
 from vwn.training.trainer import Diverged
 from vwn.training.watch.preemption import Stopped
 
@@ -59,7 +59,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
             check_model(config.run(arm, config.seeds[0], size))
     recorded = None if config.recorded is None else read_recorded(Path(config.recorded))
     stored = directory.open_directory(config.out, "compare.json", config.resume)
-    own_text = with_own_tokenizer(TrainConfig(config.out, init_from=config.init_from, corpus=config.corpus)).corpus
+    own_text = with_tokenizer(TrainConfig(config.out, init_from=config.init_from, corpus=config.corpus)).corpus
     config = dataclasses.replace(config, corpus=own_text)
     shared = shared_settings(config)
     if stored is not None:

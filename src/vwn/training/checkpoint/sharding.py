@@ -25,6 +25,7 @@ from transformers import Trainer
 
 from vwn.common.errors import UserError
 from vwn.common.processes import rank
+from vwn.nn.initialisation import current_name
 from vwn.training.distributed import on_all_ranks
 
 MODEL, OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
@@ -98,7 +99,7 @@ def _load_whole_weights(model: nn.Module, checkpoint: Path) -> None:
     def read() -> dict[str, Any]:
         weights: dict[str, Any] = {}
         for path in sorted(checkpoint.glob("*.safetensors")):
-            weights |= load_file(path)
+            weights |= {current_name(name): weight for name, weight in load_file(path).items()}
         tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
         if missing := sorted(name for name, _ in model.named_parameters() if name not in weights.keys() | tied):
             raise UserError(f"{checkpoint} lacks {len(missing)} weights of the model, such as {missing[0]}")
