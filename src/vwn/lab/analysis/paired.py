@@ -115,6 +115,19 @@ def difference_of(runs: list[Run], others: list[Run], key: str) -> dict[str, Any
     `difference` {"mean", "std", "n", "interval"}; no mean if a seed of either diverged; `verdict` as `verdict`;
     `reason`: None, or why it is "undecided" or "unknown".
     """
+    values, statuses = differences(runs, others, key)
+    difference = Estimate.over(values, honest="diverged" not in statuses)
+    found, reason = verdict(difference), None
+    if found == "undecided":
+        reason = "one seed" if difference.n == 1 else "within the 95 % interval"
+    elif found == "unknown":
+        kinds = ("diverged", "different budgets", "no data")
+        reason = next((kind for kind in kinds if kind in statuses), "no shared seed")
+    return {"difference": difference.described(), "verdict": found, "reason": reason}
+
+
+def differences(runs: list[Run], others: list[Run], key: str) -> tuple[list[float], list[str]]:
+    """Final losses minus those of the same seed, where both are known, and the `pair_status` of every run."""
     by_seed = {run["seed"]: run for run in others}
     values, statuses = [], []
     for run in runs:
@@ -124,14 +137,7 @@ def difference_of(runs: list[Run], others: list[Run], key: str) -> dict[str, Any
         final, other_final = read_curve(run, key).final_loss, read_curve(other, key).final_loss
         if status == "compared" and final is not None and other_final is not None:
             values.append(final - other_final)
-    difference = Estimate.over(values, honest="diverged" not in statuses)
-    found, reason = verdict(difference), None
-    if found == "undecided":
-        reason = "one seed" if difference.n == 1 else "within the 95 % interval"
-    elif found == "unknown":
-        kinds = ("diverged", "different budgets", "no data")
-        reason = next((kind for kind in kinds if kind in statuses), "no shared seed")
-    return {"difference": difference.described(), "verdict": found, "reason": reason}
+    return values, statuses
 
 
 def _common(runs: list[Run], field: str) -> Any:

@@ -11,7 +11,7 @@ from vwn.lab.analysis import wording
 from vwn.lab.analysis.budgets import BudgetPoint, BudgetStudy, Measured
 from vwn.lab.analysis.compute import is_uneven
 from vwn.lab.analysis.estimates import Estimate
-from vwn.lab.analysis.paired import with_pairs
+from vwn.lab.analysis.paired import differences
 from vwn.lab.analysis.runs import LOSS_KEYS, baseline_by_seed, judged_points, runs_by_arm, with_judged_points
 from vwn.lab.analysis.wording import LOSS_NAMES, PERCENT, PLUS_MINUS, budget
 
@@ -73,13 +73,12 @@ def read_recorded(path: Path) -> dict[str, Any]:
 
 def recorded_runs(report: dict[str, Any]) -> dict[str, Any]:
     """Differences of a report: {"tokens": the budget, "arms": {name: {"loss": [one per seed], "loss_2": [...]}}}."""
-    report = {**report, "arms": with_judged_points(report["arms"])}
-    references, arms = baseline_by_seed(report), {}
+    report, arms = {**report, "arms": with_judged_points(report["arms"])}, {}
+    references = baseline_by_seed(report)
     for name, runs in runs_by_arm(report).items():
         if name != report.get("baseline"):
-            pairs = [with_pairs(run, references.get(run["seed"]))["paired"] for run in runs]
-            found = {key: [pair[key]["difference"] for pair in pairs if pair[key]] for key in LOSS_KEYS}
-            arms[name] = {key: [value for value in values if value is not None] for key, values in found.items()}
+            others = list(references.values())
+            arms[name] = {key: differences(runs, others, key)[0] for key in LOSS_KEYS}
     return {"tokens": _budget(report), "arms": arms}
 
 

@@ -173,8 +173,10 @@ def equal_cost_table(report: dict[str, Any], key: str) -> Table:
 
 
 def claims_table(claim: dict[str, Any]) -> Table:
-    """One row per arm or loss: the numbers that decide a claim, and the verdict."""
-    return Table(claim["title"], ("", "Numbers", "Verdict"), tuple(tuple(map(Cell, row)) for row in claim["rows"]))
+    """One row per arm and test: the numbers that decide a claim, and the verdict."""
+    return Table(
+        claim["title"], ("", "Test", "Numbers", "Verdict"), tuple(tuple(map(Cell, row)) for row in claim["rows"])
+    )
 
 
 def markdown(table: Table) -> str:
