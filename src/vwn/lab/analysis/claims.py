@@ -60,7 +60,7 @@ class Claim:
 
 
 def claims(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> list[Claim]:
-    """The claims on a report with `summary` and `scaling`; a study of other things has none."""
+    """Return the claims on a report with `summary` and `scaling`; a study of other things has none."""
     if report.get("study") in OTHER_STUDIES:
         return []
     name, runs, references = report.get("baseline"), runs_by_arm(report), baseline_by_seed(report)
@@ -89,7 +89,7 @@ def claims(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> list[Clai
 
 
 def combined(words: Iterable[str]) -> str:
-    """The verdict on what holds only if all its parts do: a contradicted part decides, an open one leaves it open."""
+    """Judge what holds only if all its parts do: a contradicted part decides, an open one leaves it open."""
     found = list(words)
     return next(
         (word for word in (CONTRADICTED, INCONCLUSIVE, UNTESTED) if word in found), SUPPORTED if found else UNTESTED
@@ -140,7 +140,7 @@ def _growth(arm: Summary, studies: dict[str, BudgetStudy]) -> list[Test]:
 
 
 def _change(first: Measured, last: Measured, sign: int, form: str) -> tuple[str, str]:
-    """`sign` times the change between two budgets, over the seeds that both have."""
+    """Judge `sign` times the change between two budgets, over the seeds that both have."""
     pairs = [(first.by_seed[seed], last.by_seed[seed]) for seed in first.by_seed if seed in last.by_seed]
     known = first.over_seeds.mean is not None and last.over_seeds.mean is not None
     change = Estimate.over([sign * (end - start) for start, end in pairs], honest=known)
