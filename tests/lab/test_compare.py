@@ -146,8 +146,12 @@ def test_a_rate_that_cannot_be_taken_on_does_no_harm(tmp_path, text):
 def test_a_report_keeps_the_command_it_was_made_with_and_names_the_others(done, text, monkeypatch):
     out, report = done
     monkeypatch.setattr("sys.argv", ["vwn", "compare", "--resume"])
-    again = compare(compare_config(out, text, resume=True))
+    again = compare(compare_config(out, text, resume=True, recorded=str(out)))
     assert again["command"] == report["command"]
+    assert [len(known["loss"]) for known in again["recorded"]["arms"].values()] == [2, 2]
+    assert "2 recorded runs have" in (out / "report.html").read_text()
+    with pytest.raises(UserError, match="--recorded"):
+        compare(compare_config(out, text, resume=True, recorded="nowhere"))
     assert again["continued"][-1]["command"] == "vwn compare --resume"
     assert "vwn compare --resume" in (out / "report.html").read_text()
 

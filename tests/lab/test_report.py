@@ -161,7 +161,7 @@ def test_page_has_the_claims_of_each_study(name: str, tmp_path: Path) -> None:
         side = {"supported": "for", "contradicted": "against"}.get(claim["word"], "open")
         assert f'<h3>{claim["title"]} <span class="word {side}">{claim["word"]}</span></h3>' in html
         rows = [[re.sub(r"(?<!\w)-(?=\d)", "−", cell) for cell in row] for row in claim["rows"]]
-        assert not rows or shown[claim["title"]] == [["", "Numbers", "Verdict"], *rows]
+        assert not rows or shown[claim["title"]] == [["", "Test", "Numbers", "Verdict"], *rows]
 
 
 def test_page_has_the_tables(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_recorded_runs_stand_beside_the_result(difference: float, steps: int, ex
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"arms": [1]}'])
 def test_a_file_without_a_comparison_is_no_record(text: str, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(text)
-    with pytest.raises(UserError, match="holds no recorded comparison"):
+    with pytest.raises(UserError, match=r"--recorded: .*report\.json holds no comparison"):
         read_recorded(tmp_path / "report.json")
     with pytest.raises(UserError, match="nowhere"):
         read_recorded(tmp_path / "nowhere")

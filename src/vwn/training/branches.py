@@ -81,7 +81,7 @@ def train_branches(run: Run, budgets: int | None = None) -> RunResult:
 
 
 def finished(out: Path) -> RunResult | None:
-    """What a run has measured so far: its result, with the branches that have ended since; None if nothing has ended.
+    """Read what a run has measured so far: its result, with the branches that ended since; None if nothing has ended.
 
     With branches, everything but the losses at the smaller budgets is measured by the largest, and the curve is the
     trunk's up to where that one leaves it.

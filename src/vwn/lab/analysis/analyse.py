@@ -18,7 +18,7 @@ from vwn.lab.analysis.scaling import fit_scaling
 
 
 def add_analysis(report: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `report` with the comparison to its baseline; an analysis already there is replaced.
+    """Return a copy of `report` with the comparison to its baseline; an analysis already there is replaced.
 
     Below, an estimate is {"mean", "std", "n", "interval"} over seeds; the interval is [low, high], 95 % of Student's t,
     None below two seeds. Runs are judged by their decayed losses at the budgets that all share (see `budgets`), else

@@ -35,7 +35,7 @@ class Law:
     power: float
 
     def slope(self, tokens: float) -> float:
-        """Fall of the loss per e-fold of tokens at `tokens`, in nats per token."""
+        """Return the fall of the loss per e-fold of tokens at `tokens`, in nats per token."""
         return self.power * self.scale * tokens**-self.power
 
 
@@ -56,7 +56,7 @@ class Measured:
         return (interval[0], interval[1]) if len(values) > 2 else (min(values), max(values))
 
     def text(self, form: str, unit: str = "") -> str:
-        """`1.19× (1.12 to 1.26)`: the mean and its bounds, or `1.19× (one seed)`; a dash without a mean."""
+        """Write `1.19× (1.12 to 1.26)`, the mean and its bounds, `1.19× (one seed)`, or a dash without a mean."""
         return bounded(self.over_seeds.mean, self.bounds, form, unit)
 
 
@@ -117,7 +117,7 @@ class Decayed:
     law: Law | None
 
     def loss_at(self, tokens: float) -> tuple[float | None, bool]:
-        """The loss of a run of `tokens`, and whether it is extrapolated."""
+        """Return the loss of a run of `tokens`, and whether it is extrapolated."""
         first, last = self.curve.tokens[0], self.curve.tokens[-1]
         if first <= tokens <= last:
             return loss_at(self.curve, tokens), False
@@ -128,7 +128,7 @@ class Decayed:
         return self.curve.losses[0 if tokens < first else -1] + gain, True
 
     def tokens_for(self, loss: float) -> tuple[float | None, bool]:
-        """The tokens of a run that ends at `loss`, and whether they are extrapolated."""
+        """Return the tokens of a run that ends at `loss`, and whether they are extrapolated."""
         found = tokens_to_loss(self.curve, loss)
         if found is not None and (not found.at_most or loss == self.curve.losses[0]):
             return found.tokens, False
@@ -140,7 +140,7 @@ class Decayed:
 
 
 def budget_studies(report: dict[str, Any]) -> dict[str, BudgetStudy]:
-    """The study of each loss (`"loss"`, `"loss_2"`) that the baseline has decayed losses in; often empty."""
+    """Return the study of each loss (`"loss"`, `"loss_2"`) that the baseline has decayed losses in; often empty."""
     studies = {}
     for key in LOSS_KEYS:
         baseline = [run for run in report["arms"] if run["name"] == report.get("baseline") and _budgets(run, key)]
@@ -150,7 +150,7 @@ def budget_studies(report: dict[str, Any]) -> dict[str, BudgetStudy]:
 
 
 def fit_law(curves: list[Curve]) -> Law | None:
-    """`E + B T^-β` fitted by least squares, E for each curve and B, β for all; None if the loss does not fall so.
+    """Fit `E + B T^-β` by least squares, E for each curve and B, β for all; None if the loss does not fall so.
 
     For each β of a grid that closes in on the best one, E and B solve a linear problem.
     """
@@ -205,7 +205,7 @@ def _study(report: dict[str, Any], baseline: list[Run], key: str) -> BudgetStudy
 
 
 def at_budget(run: Run, tokens: int) -> Run | None:
-    """`run` as one that ends with its cool-down at `tokens`, or None if it has none there."""
+    """Return `run` as one that ends with its cool-down at `tokens`, or None if it has none there."""
     point = next((point for point in run.get("decayed") or [] if point["tokens"] == tokens), None)
     return None if point is None else {**run, "judged": [point]}
 
@@ -252,7 +252,7 @@ def _equal_cost(pairs: list[tuple[Run, Run, Decayed]], tokens: int, cost: str, k
 
 
 def _budgets(run: Run, key: str) -> list[int]:
-    """Budgets that the run has a cool-down at; in next-2-token loss only if that was measured."""
+    """Return the budgets that the run has a cool-down at; in next-2-token loss only if that was measured."""
     points = run.get("decayed") or []
     measured = key == "loss" or any(point.get(key) is not None for point in points)
     return [point["tokens"] for point in points] if measured else []

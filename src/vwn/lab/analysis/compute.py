@@ -31,7 +31,7 @@ def cost_ratio(run: Run, baseline: Run, cost: str) -> float | None:
 
 
 def at_equal_cost(run: Run, baseline: Run | None, key: str, cost: str) -> dict[str, Any]:
-    """The loss of `run` minus the baseline's at the largest cost that both have reached, `"flops"` or `"seconds"`.
+    """Give the loss of `run` minus the baseline's at the largest cost that both have reached, `"flops"` or `"seconds"`.
 
     `difference` in nats per token; `arm_share` and `baseline_share`, the share of its tokens that each run had then;
     `status`: "compared", "no FLOPs", "no clock", or that of `pair_status`. Runs may end at different token counts.
@@ -60,7 +60,7 @@ def at_equal_cost(run: Run, baseline: Run | None, key: str, cost: str) -> dict[s
 
 
 def over_seeds(pairs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What `at_equal_cost` gave for each seed, over seeds: no mean if a seed diverged.
+    """Return what `at_equal_cost` gave for each seed, over seeds: no mean if a seed diverged.
 
     `difference` {"mean", "std", "n", "interval"}; `verdict` as `verdict`; `status` of the first seed that could not be
     compared, else "compared"; `arm_share`, `baseline_share`: means.
@@ -77,7 +77,7 @@ def over_seeds(pairs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def is_uneven(run: Run) -> bool:
-    """Whether the run's speed varied so much that it says little."""
+    """Return whether the run's speed varied so much that it says little."""
     median, slow = run.get("step_seconds_median"), run.get("step_seconds_p90")
     return bool(median and slow and slow / median > UNEVEN)
 

@@ -75,7 +75,7 @@ def tokens_to_loss(curve: Curve, target: float | None) -> Reached | None:
 
 
 def loss_at(curve: Curve, tokens: float) -> float | None:
-    """The loss of `curve` after `tokens`, in nats per token, interpolated as in `tokens_to_loss`.
+    """Return the loss of `curve` after `tokens`, in nats per token, interpolated as in `tokens_to_loss`.
 
     None outside the curve, beside a loss that is not finite, and between an untrained model and its first point.
     """
@@ -93,7 +93,7 @@ def loss_at(curve: Curve, tokens: float) -> float | None:
 
 
 def mean_curve(curves: Iterable[Curve]) -> Curve:
-    """Mean over the non-empty curves at the token counts they share; a point where any curve is NaN is NaN."""
+    """Average the non-empty curves at the token counts they share; a point where any curve is NaN is NaN."""
     filled = [curve for curve in curves if not curve.is_empty]
     if not filled:
         return EMPTY
@@ -102,7 +102,7 @@ def mean_curve(curves: Iterable[Curve]) -> Curve:
 
 
 def gap_curve(curve: Curve, baseline: Curve) -> Curve:
-    """`curve` minus `baseline` (interpolated linearly), at the points of `curve` inside the baseline's range."""
+    """Return `curve` minus `baseline` (interpolated linearly), at the points of `curve` inside the baseline's range."""
     if curve.is_empty or baseline.is_empty:
         return EMPTY
     inside = (curve.tokens >= baseline.tokens[0]) & (curve.tokens <= baseline.tokens[-1])
@@ -111,7 +111,7 @@ def gap_curve(curve: Curve, baseline: Curve) -> Curve:
 
 
 def mean_gap_curve(gaps: list[Curve], diverged: bool) -> list[dict[str, Any]]:
-    """Gaps to the baseline in nats per token, over seeds, at the token counts that all seeds share.
+    """Average gaps to the baseline, in nats per token, over seeds, at the token counts that all seeds share.
 
     Each point: `tokens`; `mean`, `std`, `n`, `interval`. No mean where a seed's gap is not finite, nor anywhere if a
     seed `diverged`.
@@ -127,7 +127,7 @@ def mean_gap_curve(gaps: list[Curve], diverged: bool) -> list[dict[str, Any]]:
 
 
 def _at_shared_tokens(curves: list[Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """The token counts [points] that all curves have, and their losses [curves, points] there."""
+    """Return the token counts [points] that all curves have, and their losses [curves, points] there."""
     shared = curves[0].tokens
     for curve in curves[1:]:
         shared = np.intersect1d(shared, curve.tokens)

@@ -27,7 +27,7 @@ class Estimate:
 
     @classmethod
     def over(cls, values: Sequence[float], honest: bool = True) -> Estimate:
-        """Mean and spread of `values`; with `honest=False` only their count is kept."""
+        """Return the mean and spread of `values`; with `honest=False` only their count is kept."""
         if not values or not honest:
             return cls(None, None, len(values))
         return cls(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None, len(values))
@@ -45,7 +45,7 @@ class Estimate:
         return [self.mean - half, self.mean + half]
 
     def sign(self, zero: float = 0.0) -> int:
-        """-1 or 1 if the 95 % interval lies below or above `zero`; 0 if it does not decide, or there is none."""
+        """Return -1 or 1 if the 95 % interval lies below or above `zero`; 0 if it does not decide, or there is none."""
         if self.mean is None or self.standard_error is None:
             return 0
         distance = self.mean - zero
@@ -54,7 +54,7 @@ class Estimate:
         return -1 if distance < 0 else 1
 
     def described(self) -> dict[str, Any]:
-        """`{"mean", "std", "n", "interval"}`, JSON types only."""
+        """Return `{"mean", "std", "n", "interval"}`, JSON types only."""
         return {**asdict(self), "interval": self.interval}
 
 
@@ -67,7 +67,7 @@ def verdict(difference: Estimate) -> str:
 
 
 def t_95(seeds: int) -> float:
-    """How many standard errors a mean over `seeds` runs must lie from zero for its 95 % interval to leave it out."""
+    """Return how many standard errors from zero a mean over `seeds` runs must lie to be significant at 95 %."""
     freedom = seeds - 1
     if freedom <= len(T_95):
         return T_95[freedom - 1]
@@ -75,7 +75,7 @@ def t_95(seeds: int) -> float:
 
 
 def as_json(value: Any) -> Any:
-    """Dataclasses as dicts of JSON types, estimates with their interval."""
+    """Return dataclasses as dicts of JSON types, estimates with their interval."""
     if isinstance(value, Estimate):
         return value.described()
     if is_dataclass(value):

@@ -43,7 +43,7 @@ def _pair(run: Run, baseline: Run | None, key: str) -> dict[str, Any]:
 
 
 def summarise(runs: list[Run], references: dict[int, Run], baseline: str | None) -> dict[str, Any]:
-    """One arm over its seeds, from its runs `with_pairs`; the fields are under `add_analysis`."""
+    """Summarise one arm over its seeds, from its runs `with_pairs`; the fields are under `add_analysis`."""
     first = runs[0]
     memory = [run["peak_memory_bytes"] for run in runs if run.get("peak_memory_bytes") is not None]
     paces = {
@@ -97,7 +97,7 @@ def _summarise_loss(runs: list[Run], references: dict[int, Run], key: str, is_ba
 
 
 def pairwise_differences(report: dict[str, Any]) -> dict[str, Any]:
-    """Compare all ordered pairs of arms: loss -> arm -> other arm -> `difference_of`; None for a loss not measured."""
+    """Return for each loss measured (else None) arm -> other arm -> `difference_of`, for all ordered pairs of arms."""
     arms = runs_by_arm(report)
     result: dict[str, Any] = {}
     for key in LOSS_KEYS:
@@ -110,11 +110,24 @@ def pairwise_differences(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def difference_of(runs: list[Run], others: list[Run], key: str) -> dict[str, Any]:
-    """The final loss of one arm minus another's, paired by seed, in nats per token.
+    """Return the final loss of one arm minus another's, paired by seed, in nats per token.
 
     `difference` {"mean", "std", "n", "interval"}; no mean if a seed of either diverged; `verdict` as `verdict`;
     `reason`: None, or why it is "undecided" or "unknown".
     """
+    values, statuses = differences(runs, others, key)
+    difference = Estimate.over(values, honest="diverged" not in statuses)
+    found, reason = verdict(difference), None
+    if found == "undecided":
+        reason = "one seed" if difference.n == 1 else "within the 95 % interval"
+    elif found == "unknown":
+        kinds = ("diverged", "different budgets", "no data")
+        reason = next((kind for kind in kinds if kind in statuses), "no shared seed")
+    return {"difference": difference.described(), "verdict": found, "reason": reason}
+
+
+def differences(runs: list[Run], others: list[Run], key: str) -> tuple[list[float], list[str]]:
+    """Return final losses minus those of the same seed, where both are known, and the `pair_status` of every run."""
     by_seed = {run["seed"]: run for run in others}
     values, statuses = [], []
     for run in runs:
@@ -124,14 +137,7 @@ def difference_of(runs: list[Run], others: list[Run], key: str) -> dict[str, Any
         final, other_final = read_curve(run, key).final_loss, read_curve(other, key).final_loss
         if status == "compared" and final is not None and other_final is not None:
             values.append(final - other_final)
-    difference = Estimate.over(values, honest="diverged" not in statuses)
-    found, reason = verdict(difference), None
-    if found == "undecided":
-        reason = "one seed" if difference.n == 1 else "within the 95 % interval"
-    elif found == "unknown":
-        kinds = ("diverged", "different budgets", "no data")
-        reason = next((kind for kind in kinds if kind in statuses), "no shared seed")
-    return {"difference": difference.described(), "verdict": found, "reason": reason}
+    return values, statuses
 
 
 def _common(runs: list[Run], field: str) -> Any:

@@ -14,12 +14,12 @@ Run = dict[str, Any]
 
 
 def judged_points(run: Run) -> list[dict[str, Any]]:
-    """The points that `run` is judged by: its decayed losses at the shared budgets, else its validation curve."""
+    """Return what `run` is judged by: its decayed losses at the shared budgets, else its validation curve."""
     return run.get("judged") or run["curve"]
 
 
 def with_judged_points(runs: list[Run]) -> list[Run]:
-    """`runs` with their decayed losses at the budgets that all share as `judged`; one that diverged first has none."""
+    """Add to `runs` the decayed losses at the budgets that all share, as `judged`; one that diverged first has none."""
     budgets = [{point["tokens"] for point in run["decayed"]} for run in runs if run.get("decayed")]
     shared = set.intersection(*budgets) if budgets else set()
     clean = [{field: value for field, value in run.items() if field != "judged"} for run in runs]
@@ -46,12 +46,12 @@ def read_curve(run: Run | None, key: str) -> Curve:
 
 
 def has_loss(run: Run, key: str) -> bool:
-    """Whether `run` was measured in this loss at all; the next-token loss always is."""
+    """Return whether `run` was measured in this loss at all; the next-token loss always is."""
     return key == "loss" or any(point.get(key) is not None for point in judged_points(run))
 
 
 def runs_by_arm(report: dict[str, Any]) -> dict[str, list[Run]]:
-    """Arm name -> its runs, both in the report's order. Raises ValueError if an arm holds a seed twice."""
+    """Return arm name -> its runs, both in the report's order. Raises ValueError if an arm holds a seed twice."""
     grouped: dict[str, list[Run]] = {}
     for run in report["arms"]:
         runs = grouped.setdefault(run["name"], [])
@@ -62,12 +62,12 @@ def runs_by_arm(report: dict[str, Any]) -> dict[str, list[Run]]:
 
 
 def baseline_by_seed(report: dict[str, Any]) -> dict[int, Run]:
-    """Seed -> the baseline's run; empty if the report has no baseline arm."""
+    """Return seed -> the baseline's run; empty if the report has no baseline arm."""
     return {run["seed"]: run for run in report["arms"] if run["name"] == report.get("baseline")}
 
 
 def pair_status(run: Run, other: Run | None, key: str) -> str:
-    """Whether the final losses of two runs of one seed can be compared; `"compared"` if so.
+    """Return whether the final losses of two runs of one seed can be compared; `"compared"` if so.
 
     Else `"no baseline"` (there is no other run), `"no data"` (an empty curve, or a loss not measured), `"diverged"`
     (a final loss is not finite) or `"different budgets"` (the runs end at different token counts).
@@ -90,5 +90,5 @@ def is_generalized(run: Run, baseline: str | None) -> bool:
 
 
 def is_width_arm(run: Run, baseline: str | None) -> bool:
-    """Whether the arm is a virtual width: Generalized Hyper-Connections with more slots than segments, r > 1."""
+    """Return whether the arm is a virtual width: Generalized Hyper-Connections with more slots than segments, r > 1."""
     return is_generalized(run, baseline) and run["n"] > run["m"]

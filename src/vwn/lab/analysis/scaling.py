@@ -18,7 +18,7 @@ Arms = dict[str, list[Run]]
 
 
 def fit_scaling(report: dict[str, Any]) -> dict[str, Any]:
-    """The law fitted to the final losses of the report's width family: {"paper", "loss", "loss_2"}.
+    """Return the law fitted to the final losses of the report's width family: {"paper", "loss", "loss_2"}.
 
     `paper` holds its constants; each loss the fit of `fit_family`, or None if it was not measured. The baseline is not
     fitted: it does not lie on the paper's own line either (0.020 from there to r = 2, then 0.008 and 0.007).
@@ -32,7 +32,7 @@ def fit_scaling(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def width_family(report: dict[str, Any]) -> Arms:
-    """The largest set of Generalized Hyper-Connections arms that differ in width alone, by name.
+    """Return the largest set of Generalized Hyper-Connections arms that differ in width alone, by name.
 
     They share the embedding form, the MTP depth and the fraction rate m, and have no other options of their own. Of
     sets with equally many widths, the first in the report's order.

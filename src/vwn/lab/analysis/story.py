@@ -11,7 +11,7 @@ from vwn.lab.analysis import wording
 from vwn.lab.analysis.budgets import BudgetPoint, BudgetStudy, Measured
 from vwn.lab.analysis.compute import is_uneven
 from vwn.lab.analysis.estimates import Estimate
-from vwn.lab.analysis.paired import with_pairs
+from vwn.lab.analysis.paired import differences
 from vwn.lab.analysis.runs import LOSS_KEYS, baseline_by_seed, judged_points, runs_by_arm, with_judged_points
 from vwn.lab.analysis.wording import LOSS_NAMES, PERCENT, PLUS_MINUS, budget
 
@@ -19,12 +19,12 @@ Summary = dict[str, Any]
 
 
 def baseline_summary(report: dict[str, Any]) -> Summary | None:
-    """The baseline's entry in an analysed report's summary, or None if it was not run."""
+    """Return the baseline's entry in an analysed report's summary, or None if it was not run."""
     return next((arm for arm in report["summary"] if arm["is_baseline"]), None)
 
 
 def lead_arm(report: dict[str, Any]) -> Summary | None:
-    """The arm that the first lines are about: the lowest next-token loss, significantly lower ones first; or None."""
+    """Choose the arm of the first lines: the lowest next-token loss, significantly lower ones first; or None."""
     judged = [a for a in report["summary"] if not a["is_baseline"] and a["loss"]["difference"]["mean"] is not None]
     return min(
         judged, key=lambda arm: (arm["loss"]["verdict"] != "lower", arm["loss"]["difference"]["mean"]), default=None
@@ -32,7 +32,7 @@ def lead_arm(report: dict[str, Any]) -> Summary | None:
 
 
 def first_lines(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> list[str]:
-    """The sentences that the report begins with and the terminal ends with."""
+    """Return the sentences that the report begins with and the terminal ends with."""
     gained = budget_sentence(report, studies)
     found = [gained or headline(report), recorded_sentence(report)]
     found += [budget_explanation(report, study) for study in list(studies.values())[:1] if gained]
@@ -40,7 +40,7 @@ def first_lines(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> list
 
 
 def headline(report: dict[str, Any]) -> str:
-    """One sentence on an analysed report: what was gained in both losses, or why nothing can be said."""
+    """Say in one sentence on an analysed report: what was gained in both losses, or why nothing can be said."""
     name, lead = report.get("baseline"), lead_arm(report)
     arms = [arm for arm in report["summary"] if not arm["is_baseline"]]
     if baseline_summary(report) is None:
@@ -57,7 +57,7 @@ def headline(report: dict[str, Any]) -> str:
 
 
 def read_recorded(path: Path) -> dict[str, Any]:
-    """What `report["recorded"]` holds, from an earlier comparison's folder or report.json: see `recorded_runs`.
+    """Return what `report["recorded"]` holds, from an earlier comparison's folder or report.json: see `recorded_runs`.
 
     Raises:
         UserError: the file cannot be read or holds no report.
@@ -73,24 +73,23 @@ def read_recorded(path: Path) -> dict[str, Any]:
 
 def recorded_runs(report: dict[str, Any]) -> dict[str, Any]:
     """Differences of a report: {"tokens": the budget, "arms": {name: {"loss": [one per seed], "loss_2": [...]}}}."""
-    report = {**report, "arms": with_judged_points(report["arms"])}
-    references, arms = baseline_by_seed(report), {}
+    report, arms = {**report, "arms": with_judged_points(report["arms"])}, {}
+    references = baseline_by_seed(report)
     for name, runs in runs_by_arm(report).items():
         if name != report.get("baseline"):
-            pairs = [with_pairs(run, references.get(run["seed"]))["paired"] for run in runs]
-            found = {key: [pair[key]["difference"] for pair in pairs if pair[key]] for key in LOSS_KEYS}
-            arms[name] = {key: [value for value in values if value is not None] for key, values in found.items()}
+            others = list(references.values())
+            arms[name] = {key: differences(runs, others, key)[0] for key in LOSS_KEYS}
     return {"tokens": _budget(report), "arms": arms}
 
 
 def recorded(report: dict[str, Any], name: str, key: str) -> list[float]:
-    """Recorded differences of an arm of the same budget; empty if there are none."""
+    """Return the recorded differences of an arm of the same budget; empty if there are none."""
     known = report.get("recorded") or {}
     return known.get("arms", {}).get(name, {}).get(key, []) if known.get("tokens") == _budget(report) else []
 
 
 def recorded_sentence(report: dict[str, Any]) -> str:
-    """How the lead compares with the recorded runs of its name; empty if there are none."""
+    """Say how the lead compares with the recorded runs of its name; empty if there are none."""
     lead = lead_arm(report)
     known = {} if lead is None else {key: recorded(report, lead["name"], key) for key in LOSS_NAMES}
     clauses, within, count = [], True, 0
@@ -107,7 +106,7 @@ def recorded_sentence(report: dict[str, Any]) -> str:
 
 
 def budget_sentence(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> str:
-    """How many times the tokens the baseline needs at the last budget and at the first; empty without budgets.
+    """Say how many times the tokens the baseline needs at the last budget and at the first; empty without budgets.
 
     It is about the widest arm that has a speed-up in every loss, else in the first.
     """
@@ -132,7 +131,7 @@ def budget_sentence(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> 
 
 
 def budget_growth(report: dict[str, Any], study: BudgetStudy, key: str) -> str:
-    """The sentence under the figure of the speed-up: how it changed from the first budget to the last."""
+    """Return the sentence under the figure of the speed-up: how it changed from the first budget to the last."""
     name, known = _widest(report, {key: study})
     points = [known[key][tokens].speedup.over_seeds.mean or 0.0 for tokens in sorted(known[key])] if known else []
     if len(points) < 2:
@@ -146,7 +145,7 @@ def budget_growth(report: dict[str, Any], study: BudgetStudy, key: str) -> str:
 
 
 def _widest(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> tuple[str, dict[str, dict[int, BudgetPoint]]]:
-    """The widest arm with a speed-up in each loss, and its points that have one, by loss and tokens."""
+    """Return the widest arm with a speed-up in each loss, and its points that have one, by loss and tokens."""
     for arm in sorted(report["summary"], key=lambda arm: -arm["r"]):
         known = {
             key: {p.tokens: p for p in study.arms.get(arm["name"], []) if p.speedup.over_seeds.mean is not None}
@@ -170,7 +169,7 @@ def budget_explanation(report: dict[str, Any], study: BudgetStudy) -> str:
 
 
 def cautions(report: dict[str, Any]) -> list[str]:
-    """What a reader must know before trusting the numbers of an analysed report, one sentence each."""
+    """Return what a reader must know before trusting the numbers of an analysed report, one sentence each."""
     found = []
     for key, loss in LOSS_NAMES.items():
         for arm in report["summary"]:
@@ -252,5 +251,5 @@ def _budget(report: dict[str, Any]) -> int | None:
 
 
 def _lacks_kernels(run: dict[str, Any]) -> bool:
-    """Whether the connection runs in plain PyTorch."""
+    """Return whether the connection runs in plain PyTorch."""
     return run.get("connection") in ("hc", "mhc") or run.get("options", {}).get("carry_constraint", "none") != "none"

@@ -15,12 +15,12 @@ VERDICT_WORDS = {"lower": "lower", "higher": "higher", "undecided": "not signifi
 
 
 def fixed(value: float | None, form: str) -> str:
-    """`value` by a format specification such as `+.4f`, or a dash."""
+    """Write `value` by a format specification such as `+.4f`, or a dash."""
     return NOTHING if value is None else format(value, form)
 
 
 def scaled(value: float | None) -> str:
-    """Three significant digits with k, M, G, T, or a dash."""
+    """Write three significant digits with k, M, G, T, or a dash."""
     if value is None:
         return NOTHING
     units, power = tuple(UNITS.values()), 0
@@ -33,7 +33,7 @@ def scaled(value: float | None) -> str:
 
 
 def budget(tokens: float) -> str:
-    """A budget as it was asked for, `1M` for the 999,424 tokens of whole steps; three digits if it is not round."""
+    """Write a budget as asked for, `1M` for the 999,424 tokens of whole steps; three digits if it is not round."""
     near = float(f"{tokens:.1e}")
     value = near if abs(near / tokens - 1) < 0.001 else tokens
     unit = max(unit for unit in UNITS if unit <= value)
@@ -41,12 +41,12 @@ def budget(tokens: float) -> str:
 
 
 def mebibytes(value: float | None) -> str:
-    """Bytes as MiB, or a dash; one unit, so that a column can be compared."""
+    """Write bytes as MiB, or a dash; one unit, so that a column can be compared."""
     return NOTHING if value is None else f"{value / 2**20:,.0f} MiB"
 
 
 def estimate(value: dict[str, Any], signed: bool = False) -> str:
-    """Mean ± sample standard deviation in nats; the mean alone for one seed; a dash where there is none."""
+    """Return the mean ± sample standard deviation in nats; the mean alone for one seed; a dash where there is none."""
     if value["mean"] is None:
         return NOTHING
     digits = 3 if not value["std"] or value["std"] >= 0.001 else 4
@@ -55,12 +55,12 @@ def estimate(value: dict[str, Any], signed: bool = False) -> str:
 
 
 def interval(value: dict[str, Any], form: str, unit: str = "") -> str:
-    """`1.19× (1.12 to 1.26)`: the mean and its 95 % interval, or `1.19× (one seed)`; a dash without a mean."""
+    """Write `1.19× (1.12 to 1.26)`, the mean and its 95 % interval, `1.19× (one seed)`, or a dash without a mean."""
     return bounded(value["mean"], value["interval"], form, unit)
 
 
 def bounded(mean: float | None, bounds: Sequence[float] | None, form: str, unit: str = "") -> str:
-    """The mean and what it lies between, as in `interval`."""
+    """Return the mean and what it lies between, as in `interval`."""
     if mean is None:
         return NOTHING
     between = "one seed" if bounds is None else f"{bounds[0]:{form}} to {bounds[1]:{form}}"
@@ -81,21 +81,21 @@ def tokens_needed(loss: dict[str, Any]) -> str:
 
 
 def ratio(value: float | None, reference: float | None) -> str:
-    """`value / reference` as `1.31×`, or an empty string where it is not defined."""
+    """Write `value / reference` as `1.31×`, or an empty string where it is not defined."""
     return f"{value / reference:.2f}×" if value is not None and reference else ""
 
 
 def seeds_text(count: int) -> str:
-    """`1 seed`, `3 seeds`."""
+    """Write `1 seed`, `3 seeds`."""
     return f"{count} seed" if count == 1 else f"{count} seeds"
 
 
 def listed(names: Iterable[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
+    """Write `a`, `a and b`, `a, b and c`."""
     *head, last = names
     return f"{', '.join(head)} and {last}" if head else last
 
 
 def printable(text: str) -> str:
-    """`text` with a question mark for every character that cannot be printed."""
+    """Return `text` with a question mark for every character that cannot be printed."""
     return "".join(character if character.isprintable() or character == "\u00a0" else "?" for character in text)

@@ -72,13 +72,13 @@ class Arm:
         return None
 
     def options(self, common: WidthOptions) -> WidthOptions:
-        """The comparison's options with this arm's own."""
+        """Return the comparison's options with this arm's own."""
         common = common.of_plain if self.is_plain else common
         return dataclasses.replace(common, **self.width)
 
 
 def parse_arm(text: str) -> Arm:
-    """An arm from its word.
+    """Parse an arm's word.
 
     Raises:
         UserError: a width, option or value that does not exist.
@@ -103,7 +103,7 @@ def parse_arm(text: str) -> Arm:
 
 
 def check_arms(arms: Iterable[Arm]) -> tuple[Arm, ...]:
-    """The arms, which must have names of their own and match only others that match nothing.
+    """Return the arms, which must have names of their own and match only others that match nothing.
 
     Raises:
         UserError: they do not.
@@ -133,7 +133,7 @@ def check_start_options(arms: Iterable[Arm]) -> None:
 
 
 def parse_width(name: str) -> tuple[int | None, int | None]:
-    """``plain`` to ``(None, None)``, ``"4x16"`` to ``(4, 16)``.
+    """Parse ``plain`` to ``(None, None)``, ``"4x16"`` to ``(4, 16)``.
 
     Raises:
         UserError: neither.

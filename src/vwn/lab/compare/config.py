@@ -162,7 +162,7 @@ class CompareConfig:
         return rates
 
     def run(self, arm: Arm, seed: int, sizes: tuple[int | None, int | None] = (None, None)) -> TrainConfig:
-        """The training run of one arm and seed.
+        """Return the training run of one arm and seed.
 
         Args:
             arm: one of :attr:`parsed`.

@@ -1,4 +1,4 @@
-"""What a comparison's folder holds so far: the runs, and the budgets of runs, that have ended."""
+"""Reading the runs, and the budgets of runs, that have ended in a comparison's folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vwn.training.branches import finished
 
 
 def finished_runs(config: CompareConfig) -> list[dict[str, Any]]:
-    """The ``arms`` of the report: each run as far as it has ended; one that nothing has ended of is absent."""
+    """Return the ``arms`` of the report: each run as far as it has ended; one that nothing has ended of is absent."""
     found = []
     for seed in config.seeds:
         for arm in config.parsed:
@@ -24,7 +24,7 @@ def finished_runs(config: CompareConfig) -> list[dict[str, Any]]:
 
 
 def facts(config: CompareConfig, record: dict[str, Any]) -> dict[str, Any]:
-    """What the report says of a comparison: how it was made, and what it asks.
+    """Return what the report says of a comparison: how it was made, and what it asks.
 
     Args:
         config: the comparison.
@@ -40,7 +40,7 @@ def facts(config: CompareConfig, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """The report of a folder, with all that has ended since it was written if a comparison was, or is, run there."""
+    """Read a folder's report, with all that has ended since it was written if a comparison is run there."""
     path, record_path = folder / "report.json", folder / "compare.json"
     report = read_json(path) if path.exists() else {}
     if not record_path.exists():

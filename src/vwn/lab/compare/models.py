@@ -55,7 +55,7 @@ def arm_models(
 def matched_sizes(
     backbone: PreTrainedConfig, width: WidthOptions, target: PreTrainedConfig, what: str, window: int
 ) -> tuple[int, int]:
-    """Hidden and intermediate size of the plain backbone that costs what ``target`` does.
+    """Find hidden and intermediate size of the plain backbone that costs what ``target`` does.
 
     Among the widths made of whole heads, the FFN fills up what is missing; the one taken has the FFN closest to the
     backbone's own proportion, from a quarter to four times of it.

@@ -23,24 +23,24 @@ class Progress:
         self._running: tuple[str, float, int] | None = None
 
     def plan(self, arm: str, steps: int) -> None:
-        """More steps of an arm are to come."""
+        """Add steps of an arm that are to come."""
         self._planned += steps * self._flops[arm]
 
     def skip(self, arm: str, steps: int) -> None:
-        """So many of its steps had been taken before."""
+        """Count steps of an arm that had been taken before."""
         self._done += steps * self._flops[arm]
 
     def start(self, arm: str) -> None:
-        """A run of this arm begins."""
+        """Begin a run of this arm."""
         self._running = arm, time.monotonic(), 0
 
     def advance(self, steps: int) -> None:
-        """So many steps of the present run were taken in this process."""
+        """Set how many steps of the present run were taken in this process."""
         assert self._running is not None
         self._running = *self._running[:2], steps
 
     def finish(self, steps: int) -> None:
-        """The present run, of ``steps`` in all, is over."""
+        """End the present run, of ``steps`` in all."""
         assert self._running is not None
         work, seconds = self._of_running()
         self._taken, self._seconds = self._taken + work, self._seconds + seconds
@@ -48,7 +48,7 @@ class Progress:
         self._running = None
 
     def text(self) -> str:
-        """Such as ``31 %, 1 h 12 min left``; no time before there is anything to learn from."""
+        """Say such as ``31 %, 1 h 12 min left``; no time before there is anything to learn from."""
         work, seconds = self._of_running()
         done, taken, seconds = self._done + work, self._taken + work, self._seconds + seconds
         share = f"{min(1.0, done / self._planned):.0%}" if self._planned else "100%"
@@ -57,7 +57,7 @@ class Progress:
         return f"{share}, {duration(max(0.0, self._planned - done) * seconds / taken)} left"
 
     def _of_running(self) -> tuple[float, float]:
-        """Work and seconds of the present run so far."""
+        """Return work and seconds of the present run so far."""
         if self._running is None or not self._running[2]:
             return 0.0, 0.0
         arm, since, steps = self._running
@@ -65,7 +65,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Such as ``40 s``, ``12 min`` or ``1 h 05 min``."""
+    """Write a duration, such as ``40 s``, ``12 min`` or ``1 h 05 min``."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

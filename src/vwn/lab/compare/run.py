@@ -209,19 +209,19 @@ class Comparison:
 
 
 def with_rate(run: TrainConfig, rate: float) -> TrainConfig:
-    """A run at another learning rate."""
+    """Return a run at another learning rate."""
     return dataclasses.replace(run, optim=dataclasses.replace(run.optim, learning_rate=rate))
 
 
 def has_ended(run: TrainConfig, budgets: int) -> bool:
-    """Whether a run has been trained to the end that it has now, or so many of its budgets have."""
+    """Return whether a run has been trained to the end that it has now, or so many of its budgets have."""
     is_last = budgets >= len(run.branches)
     result = stored_result(run.out) if is_last else finished(run.out)
     return result is not None and result.is_whole(run, budgets)
 
 
 def steps_of_round(run: TrainConfig, budgets: int) -> int:
-    """Optimiser steps of a run from where the branch of the budget before leaves the trunk to the end of this one."""
+    """Count the optimiser steps from where the branch of the budget before leaves the trunk to the end of this one."""
     if not run.branches:
         return run.optim.steps
     before = run.branches[budgets - 2].leaves if budgets > 1 else 0
@@ -256,7 +256,7 @@ def check_runs(config: CompareConfig, sizes: dict[str, Sizes]) -> None:
 
 
 def start_rate(config: CompareConfig, run: TrainConfig) -> float:
-    """The rate of a run, or where the sweep of its arm begins.
+    """Return the rate of a run, or where the sweep of its arm begins.
 
     Raises:
         UserError: none was given and none is known.
@@ -271,7 +271,7 @@ def start_rate(config: CompareConfig, run: TrainConfig) -> float:
 
 
 def plan(config: CompareConfig) -> dict[str, Any]:
-    """What a resumed comparison goes on with, and may add to."""
+    """Return what a resumed comparison goes on with, and may add to."""
     return {
         "study": config.study,
         "arms": list(config.arms),
@@ -284,7 +284,7 @@ def plan(config: CompareConfig) -> dict[str, Any]:
 
 
 def shared_settings(config: CompareConfig) -> dict[str, Any]:
-    """Everything that all arms have in common, by dotted name."""
+    """Return everything that all arms have in common, by dotted name."""
     own: Any = {"width": config.common_width, "speed": config.speed, "optim": config.optim}
     arm = dataclasses.replace(config.run(Arm(BASELINE), 0), **own, init_from=config.init_from)
     apart = ("m", "n", "hidden_size", "intermediate_size", "seed", "optim.learning_rate")
@@ -292,7 +292,7 @@ def shared_settings(config: CompareConfig) -> dict[str, Any]:
 
 
 def warn_of_untuned_rates(config: CompareConfig) -> None:
-    """An arm at a rate that suits another arm better says nothing about the arm."""
+    """Name the arms whose rates were not tuned: an arm at a rate that suits another says nothing about the arm."""
     if config.sweeps:
         return
     untuned = [arm.name for arm in config.parsed if arm.name not in config.rates]
@@ -308,7 +308,7 @@ def warn_of_untuned_rates(config: CompareConfig) -> None:
 
 
 def describe(config: CompareConfig, corpus: Corpus) -> dict[str, Any]:
-    """What all arms have in common, for the report; ``steps`` are those of the largest budget."""
+    """Return what all arms have in common, for the report; ``steps`` are those of the largest budget."""
     trained = config.run(config.parsed[0], config.seeds[0])
     return {
         **{name.split(".")[-1]: value for name, value in shared_settings(config).items()},

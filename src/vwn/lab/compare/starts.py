@@ -1,4 +1,4 @@
-"""What the arms start from where a trained plain model goes on: the model as it is, widened, or with wider FFNs.
+"""Arms that go on from a trained plain model: the model as it is, widened, or with wider FFNs.
 
 Each computes what the trained model does until it is trained further.
 """
@@ -22,7 +22,7 @@ from vwn.training.model import initialise, resize_backbone
 
 
 def start_models(arms: Iterable[Arm], source: str) -> dict[str, PreTrainedModel]:
-    """The model that each arm starts from, by name.
+    """Return the model that each arm starts from, by name.
 
     Args:
         arms: plain or `MxN`; a plain one that matches another gets as many parameters by wider FFNs.
@@ -54,7 +54,7 @@ def write_starts(models: dict[str, PreTrainedModel], folder: Path) -> None:
 
 
 def plain_model(source: str) -> PreTrainedModel:
-    """A trained plain model in float32, without MTP modules that it was trained with.
+    """Return a trained plain model in float32, without MTP modules that it was trained with.
 
     Raises:
         UserError: there is none, it has virtual width, or its weights cannot be told from those of the MTP modules.
@@ -85,7 +85,7 @@ def plain_model(source: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def with_wider_ffn(model: PreTrainedModel, parameters: int) -> PreTrainedModel:
-    """The same function with about so many parameters: new hidden units in every FFN, which write zeros at first.
+    """Grow a model to about so many parameters: new hidden units in every FFN, which write zeros at first.
 
     Raises:
         UserError: it has more parameters already, or new units would change what it computes.

@@ -24,7 +24,7 @@ Losses = dict[str, float | None]
 
 
 def sweep_run(config: CompareConfig, run: TrainConfig, name: str, rate: float) -> TrainConfig:
-    """The run that tries ``rate`` for the arm ``name``, whose measured run is ``run``."""
+    """Return the run that tries ``rate`` for the arm ``name``, whose measured run is ``run``."""
     steps = sweep_steps(config)
     warmup = config.optim.warmup_steps
     if warmup is not None:
@@ -39,18 +39,18 @@ def sweep_run(config: CompareConfig, run: TrainConfig, name: str, rate: float) -
 
 
 def sweep_steps(config: CompareConfig) -> int:
-    """Optimiser steps of each of a sweep's runs, which cool down as the measured ones do."""
+    """Return the optimiser steps of each of a sweep's runs, which cool down as the measured ones do."""
     run = config.run(config.parsed[0], config.seeds[0])
     return config.sweep.sweep_steps or (shortest(run) if run.branches else max(1, config.optim.steps // 2))
 
 
 def shortest(run: TrainConfig) -> int:
-    """Optimiser steps of a run, or of the smallest of its budgets."""
+    """Return the optimiser steps of a run, or of the smallest of its budgets."""
     return run.branches[0].steps if run.branches else run.optim.steps
 
 
 def first_rates(config: CompareConfig, start: float) -> tuple[float, ...]:
-    """The rates a sweep begins with, around ``start``."""
+    """Return the rates a sweep begins with, around ``start``."""
     return tuple(sorted(set(config.sweep.sweep_rates))) or (start / FACTOR, start, start * FACTOR)
 
 
@@ -94,7 +94,7 @@ def sweep(config: CompareConfig, arm: Arm, start: float, final_loss: Callable[[f
 
 
 def _beyond(losses: Mapping[float, float | None]) -> float | None:
-    """The next rate to try: beyond the edge at which the best one lies; None if it lies inside."""
+    """Return the next rate to try: beyond the edge at which the best one lies; None if it lies inside."""
     worst = float("inf")
     best = min(losses, key=lambda rate: (worst if losses[rate] is None else losses[rate], rate))
     if best == min(losses) or losses[best] is None:
@@ -103,7 +103,7 @@ def _beyond(losses: Mapping[float, float | None]) -> float | None:
 
 
 def as_given(name: str, rate: float) -> dict[str, Any]:
-    """The entry of an arm whose rate was not swept."""
+    """Return the entry of an arm whose rate was not swept."""
     return {"arm": name, "seed": None, "steps": None, "criterion": None, "rates": [], "best": rate, "bracketed": False}
 
 

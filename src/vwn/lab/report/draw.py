@@ -43,7 +43,7 @@ STYLE: Any = {
 
 
 def draw(figure: Figure) -> str:
-    """The figure as the text of an SVG file, in the colours of light mode."""
+    """Return the figure as the text of an SVG file, in the colours of light mode."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
@@ -70,7 +70,7 @@ def draw(figure: Figure) -> str:
 
 
 def inline(svg: str, identifier: str, label: str) -> str:
-    """An SVG of `draw` as an element of the page: its colours are CSS variables, its ids its own."""
+    """Return an SVG of `draw` as an element of the page: its colours are CSS variables, its ids its own."""
     body = svg[svg.index("<svg") :]
     for name, colour in LIGHT.items():
         body = body.replace(f": {colour}", f": var(--{name})")
@@ -144,7 +144,7 @@ def _draw_series(axes: Any, series: Series, order: int) -> Any:
 
 
 def _draw_bounds(axes: Any, series: Series, x: np.ndarray, colour: str) -> None:
-    """The bounds; matplotlib leaves out those that are NaN."""
+    """Draw the bounds; matplotlib leaves out those that are NaN."""
     low, high = np.array(series.low, dtype=float), np.array(series.high, dtype=float)
     if series.role == "mean":
         axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0, zorder=1)
@@ -160,7 +160,7 @@ def _draw_arrow(axes: Any, arrow: Arrow) -> None:
 
 
 def _hovers(figure: Figure, axes: Any) -> str:
-    """Invisible circles on the points that have a text, in the SVG's own coordinates."""
+    """Return invisible circles on the points that have a text, in the SVG's own coordinates."""
     height = axes.figure.get_size_inches()[1] * POINTS_PER_INCH
     found = []
     for series in figure.series:
@@ -176,7 +176,7 @@ def _hovers(figure: Figure, axes: Any) -> str:
 
 
 def tokens_label(value: float) -> str:
-    """`0`, `500k`, `1.5M`, `2G`."""
+    """Write `0`, `500k`, `1.5M`, `2G`."""
     for step, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= step:
             return f"{value / step:.4g}{unit}"

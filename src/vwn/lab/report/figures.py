@@ -130,7 +130,7 @@ class Figure:
 
 
 def arm_styles(report: dict[str, Any]) -> dict[str, LineStyle]:
-    """Arm name -> line style; the baseline has the neutral colour; up to 21 others all look different."""
+    """Return arm name -> line style; the baseline has the neutral colour; up to 21 others all look different."""
     styles = {}
     others = 0
     for index, name in enumerate(runs_by_arm(report)):
@@ -144,7 +144,7 @@ def arm_styles(report: dict[str, Any]) -> dict[str, LineStyle]:
 
 
 def padded_range(values: Sequence[float | None], room: Sequence[float | None] = ()) -> tuple[float, float] | None:
-    """An axis range around all `values`; it gives way to `room` (of bands), but not until `values` are flat."""
+    """Return an axis range around all `values`; it gives way to `room` (of bands), but not until `values` are flat."""
     found = np.array([value for value in values if value is not None], dtype=np.float64)
     if found.size == 0 or found.min() == found.max():
         return None

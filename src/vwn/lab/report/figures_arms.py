@@ -23,7 +23,7 @@ LAW_POINTS = 33
 
 
 def budget_figure(report: dict[str, Any], studies: dict[str, BudgetStudy], key: str) -> Figure | None:
-    """The speed-up in tokens over the budget, a line for each arm, and the paper's beyond a break of the axis."""
+    """Show the speed-up in tokens over the budget, a line for each arm, and the paper's beyond a break of the axis."""
     study, styles = studies.get(key), arm_styles(report)
     if study is None:
         return None
@@ -54,7 +54,7 @@ def budget_figure(report: dict[str, Any], studies: dict[str, BudgetStudy], key: 
 
 
 def gain_figure(report: dict[str, Any], key: str) -> Figure | None:
-    """Each arm's final loss minus the baseline's, beside recorded seeds; None without a difference."""
+    """Show each arm's final loss minus the baseline's, beside recorded seeds; None without a difference."""
     styles, baseline, series = arm_styles(report), str(report.get("baseline")), []
     arms = [arm for arm in report["summary"] if not arm["is_baseline"] and arm[key] is not None]
     for place, arm in enumerate(arms):

@@ -24,7 +24,7 @@ ARROW_ROOM = 0.2
 
 
 def fewer_tokens_figure(report: dict[str, Any]) -> Figure | None:
-    """The best arm against the baseline alone, for the first lines; None where `loss_figure` is that already."""
+    """Show the best arm against the baseline alone, for the first lines; None where `loss_figure` is that already."""
     lead = story.lead_arm(report)
     if lead is None or len(report["summary"]) < 3:
         return None
@@ -32,7 +32,7 @@ def fewer_tokens_figure(report: dict[str, Any]) -> Figure | None:
 
 
 def loss_figure(report: dict[str, Any], key: str, only: tuple[str, ...] | None = None) -> Figure:
-    """Validation loss (`"loss"` or `"loss_2"`, nats per token) over training tokens; a dotted line at the target.
+    """Show validation loss (`"loss"` or `"loss_2"`, nats per token) over training tokens; a dotted line at the target.
 
     Of two arms, an arrow shows how many tokens the better one saves.
     """
@@ -86,7 +86,7 @@ def gap_figure(report: dict[str, Any], key: str) -> Figure:
 
 
 def _arm_series(name: str, curves: list[Curve], style: LineStyle) -> list[Series]:
-    """The mean over seeds over faint seeds; of one seed its curve alone."""
+    """Show the mean over seeds in front of faint seeds; of one seed its curve alone."""
     if not curves:
         return []
     mean = mean_curve(curves)
@@ -117,7 +117,7 @@ def _with_room(y_range: tuple[float, float] | None, arrow: Arrow | None) -> tupl
 
 
 def _saved(report: dict[str, Any], key: str, target: float) -> Arrow | None:
-    """From where the baseline reaches its final loss to where the best arm does, if that is earlier in every seed."""
+    """Point from where the baseline reaches its final loss to where the best arm does, if earlier in every seed."""
     lead = story.lead_arm(report)
     share = None if lead is None or lead[key] is None else lead[key]["tokens_fraction"]["mean"]
     if lead is None or share is None or share >= 1:
@@ -135,7 +135,7 @@ def _values(curve: Curve) -> list[float | None]:
 
 
 def _focus(series: Sequence[Series], levels: Sequence[float | None]) -> tuple[float, float] | None:
-    """The range of all that lies after `FOCUS_FROM` of the tokens, and of the levels."""
+    """Return the range of all that lies after `FOCUS_FROM` of the tokens, and of the levels."""
     start = FOCUS_FROM * max((one.x[-1] for one in series if len(one.x)), default=0.0)
 
     values = [v for one in series for x, v in zip(one.x, one.y, strict=True) if x >= start]

@@ -70,7 +70,7 @@ class Section:
 
 
 def style_sheet() -> str:
-    """The style sheet of the page with the colours of both modes."""
+    """Return the style sheet of the page with the colours of both modes."""
     light, dark = (" ".join(f"--{name}: {colour};" for name, colour in mode.items()) for mode in (LIGHT, DARK))
     modes = (
         f":root {{ color-scheme: light dark; {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
@@ -79,7 +79,7 @@ def style_sheet() -> str:
 
 
 def render_page(report: dict[str, Any], drawn: Drawn) -> str:
-    """The HTML text of an analysed report (`add_analysis`) and its figures; every string from the report is escaped."""
+    """Render an analysed report (`add_analysis`) and its figures; every string from the report is escaped."""
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -113,17 +113,17 @@ def render_page(report: dict[str, Any], drawn: Drawn) -> str:
 
 
 def is_measured(report: dict[str, Any], key: str) -> bool:
-    """Whether any arm has this loss."""
+    """Return whether any arm has this loss."""
     return any(arm[key] is not None for arm in report["summary"])
 
 
 def prose(sentence: str) -> str:
-    """With true minus signs, and no line broken before a percent sign."""
+    """Return text with true minus signs, and no line broken before a percent sign."""
     return re.sub(r"(?<!\w)-(?=\d)", "−", str(sentence)).replace(" %", PERCENT)
 
 
 def _lead_figures(report: dict[str, Any], drawn: Drawn) -> list[str]:
-    """The identifiers of the figures of the first lines: the budgets, or the loss, and what was recorded."""
+    """Return the identifiers of the figures of the first lines: the budgets, or the loss, and what was recorded."""
     budgets = [name for name in ("speedup-over-budget", "speedup-over-budget-2") if name in drawn]
     first = budgets or ["fewer-tokens" if "fewer-tokens" in drawn else "loss-over-tokens"]
     beside = ["gain", "gain-2"] if story.recorded_sentence(report) else []
@@ -144,7 +144,7 @@ def _facts(report: dict[str, Any]) -> str:
 
 
 def _samples(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """A text that each arm generated, of the first seed that has one."""
+    """Return a text that each arm generated, of the first seed that has one."""
     found: dict[str, str] = {}
     for run in report["arms"]:
         if run.get("sample"):

@@ -34,7 +34,7 @@ class Table:
 
 
 def result_table(report: dict[str, Any], key: str) -> Table:
-    """One row per arm: final loss, paired difference and tokens needed, in the loss `key`."""
+    """Return one row per arm: final loss, paired difference and tokens needed, in the loss `key`."""
     rows = []
     for arm in report["summary"]:
         if arm[key] is not None:
@@ -46,7 +46,7 @@ def result_table(report: dict[str, Any], key: str) -> Table:
 
 
 def run_table(report: dict[str, Any], key: str) -> Table:
-    """One row per arm and seed, in the loss `key`."""
+    """Return one row per arm and seed, in the loss `key`."""
     rows = []
     for run in report["arms"]:
         pair, points = run["paired"][key], judged_points(run)
@@ -61,7 +61,7 @@ def run_table(report: dict[str, Any], key: str) -> Table:
 
 
 def budget_table(report: dict[str, Any], studies: dict[str, BudgetStudy], key: str) -> Table:
-    """One row per arm and budget: gap, the baseline's slope, and difference and speed-up at equal cost."""
+    """Return one row per arm and budget: gap, the baseline's slope, and difference and speed-up at equal cost."""
     study, rows = studies[key], []
     slopes = {row.tokens: row.slope for row in study.baseline}
     for name, points in study.arms.items():
@@ -84,7 +84,7 @@ def budget_table(report: dict[str, Any], studies: dict[str, BudgetStudy], key: s
 
 
 def budget_width_table(studies: dict[str, BudgetStudy], key: str) -> Table:
-    """One row per budget: the log-linear fit of the decayed loss in r."""
+    """Return one row per budget: the log-linear fit of the decayed loss in r."""
     rows = []
     for fit in studies[key].widths:
         slope = interval(fit["slope"], "+.4f") if fit["slope"] else str(fit["reason"])
@@ -95,7 +95,7 @@ def budget_width_table(studies: dict[str, BudgetStudy], key: str) -> Table:
 
 
 def cost_table(report: dict[str, Any]) -> Table:
-    """One row per arm: geometry, size, compute, speed, memory and learning rate, with factors over the baseline.
+    """Return one row per arm: geometry, size, compute, speed, memory and learning rate, with factors over the baseline.
 
     Embedding form and MTP depth have a column only where arms differ in them. The speed is the median step, in older
     results tokens per second.
@@ -135,7 +135,7 @@ def cost_table(report: dict[str, Any]) -> Table:
 
 
 def sweep_table(report: dict[str, Any]) -> Table:
-    """One row per arm: the chosen rate, whether worse ones lie on both sides of it, and every rate tried."""
+    """Return one row per arm: the chosen rate, whether worse ones lie on both sides of it, and every rate tried."""
     rows = []
     for entry in report["sweep"]:
         if entry["arm"] not in arm_styles(report):
@@ -152,7 +152,7 @@ def sweep_table(report: dict[str, Any]) -> Table:
 
 
 def pairwise_table(report: dict[str, Any], key: str) -> Table:
-    """Every arm against every other: the row's final loss minus the column's, paired by seed."""
+    """Return every arm against every other: the row's final loss minus the column's, paired by seed."""
     found = report["pairwise"][key]
     rows = [
         (_arm(report, name), *(Cell(NOTHING) if other == name else _difference(found[name][other]) for other in found))
@@ -162,7 +162,7 @@ def pairwise_table(report: dict[str, Any], key: str) -> Table:
 
 
 def equal_cost_table(report: dict[str, Any], key: str) -> Table:
-    """One row per arm but the baseline: the difference at equal tokens, training FLOPs and training time."""
+    """Return one row per arm but the baseline: the difference at equal tokens, training FLOPs and training time."""
     rows = []
     for arm in report["summary"]:
         if arm[key] is not None and not arm["is_baseline"]:
@@ -173,12 +173,14 @@ def equal_cost_table(report: dict[str, Any], key: str) -> Table:
 
 
 def claims_table(claim: dict[str, Any]) -> Table:
-    """One row per arm or loss: the numbers that decide a claim, and the verdict."""
-    return Table(claim["title"], ("", "Numbers", "Verdict"), tuple(tuple(map(Cell, row)) for row in claim["rows"]))
+    """Return one row per arm and test: the numbers that decide a claim, and the verdict."""
+    return Table(
+        claim["title"], ("", "Test", "Numbers", "Verdict"), tuple(tuple(map(Cell, row)) for row in claim["rows"])
+    )
 
 
 def markdown(table: Table) -> str:
-    """The table for a README."""
+    """Return the table for a README."""
     lines = [" | ".join(table.heads), " | ".join("---" for _ in table.heads)]
     for row in table.rows:
         texts = [f"{cell.text} ({', '.join(cell.notes)})" if cell.notes else cell.text for cell in row]
@@ -187,7 +189,7 @@ def markdown(table: Table) -> str:
 
 
 def settings(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as `outer.inner` names with their values in words."""
+    """List nested settings as `outer.inner` names with their values in words."""
     found: list[tuple[str, str]] = []
     for key, value in values.items():
         name = f"{prefix}{key}".replace("_", " ")

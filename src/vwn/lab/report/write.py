@@ -62,7 +62,7 @@ def renew(report: dict[str, Any], directory: Path) -> None:
 
 
 def readme_tables(report: dict[str, Any]) -> str:
-    """The results of an analysed report as Markdown tables."""
+    """Return the results of an analysed report as Markdown tables."""
     measured = [key for key in wording.LOSS_NAMES if is_measured(report, key)]
     studies = budget_studies(report)
     shown = [tables.result_table(report, key) for key in measured]
@@ -73,7 +73,7 @@ def readme_tables(report: dict[str, Any]) -> str:
 
 
 def report_figures(report: dict[str, Any]) -> list[Figure]:
-    """The figures that the data of an analysed report has, in the page's order."""
+    """Return the figures that the data of an analysed report has, in the page's order."""
     studies = budget_studies(report)
     found: list[Figure | None] = [budget_figure(report, studies, key) for key in wording.LOSS_NAMES]
     found.append(fewer_tokens_figure(report))
@@ -84,7 +84,7 @@ def report_figures(report: dict[str, Any]) -> list[Figure]:
 
 
 def curves_csv(report: dict[str, Any]) -> str:
-    """Every validation point as one CSV line under `CSV_COLUMNS`; a missing loss is an empty cell."""
+    """Return every validation point as one CSV line under `CSV_COLUMNS`; a missing loss is an empty cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
@@ -95,7 +95,7 @@ def curves_csv(report: dict[str, Any]) -> str:
 
 
 def format_table(report: dict[str, Any]) -> str:
-    """One table per measured loss, and last a sentence and a picture of what was gained.
+    """Return one table per measured loss, and last a sentence and a picture of what was gained.
 
     Plain text of at most 100 columns, without a final newline.
     """
@@ -114,7 +114,7 @@ def format_table(report: dict[str, Any]) -> str:
 
 
 def _bars(report: dict[str, Any]) -> str:
-    """The tokens that the best arm needs to the baseline's final loss, as bars; empty without one, and with budgets."""
+    """Draw the tokens that the best arm needs to the baseline's final loss; empty without one, and with budgets."""
     lead = story.lead_arm(report)
     shares = {} if lead is None else {name: lead[key] for key, name in wording.LOSS_NAMES.items() if lead[key]}
     shares = {name: loss["tokens_fraction"]["mean"] for name, loss in shares.items()}
@@ -142,7 +142,7 @@ def _cells(arm: dict[str, Any], key: str) -> list[str]:
 
 
 def _aligned(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines with the first column to the left and cut to the terminal, the others to the right."""
+    """Return lines with the first column to the left and cut to the terminal, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*(row[1:] for row in (heads, *rows)), strict=True)]
     room = TERMINAL_WIDTH - sum(width + 2 for width in widths)
     room = min(room, max(len(row[0]) for row in (heads, *rows)))
