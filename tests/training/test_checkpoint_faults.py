@@ -171,7 +171,8 @@ def test_missing_weights(saved, loader, part):
 
 @LOADERS
 @pytest.mark.parametrize(
-    "fields", [{"m": 4, "n": 8}, {"n": 6}, {"m": 1, "n": 2}, {"m": 4, "n": 4, "reduce": "identity"}]
+    "fields",
+    [{"m": 4, "n": 8}, {"n": 6}, {"m": 1, "n": 2}, {"m": 4, "n": 4, "reduce": "identity", "reduce_norm": "none"}],
 )
 def test_a_config_of_another_width(saved, loader, fields):
     edit_config(saved, **fields)

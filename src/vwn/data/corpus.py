@@ -80,7 +80,7 @@ def prepare(
         raise UserError(f"a window of {window} tokens predicts nothing; give a window of at least 2")
     if not 0 < valid_fraction < 1:
         raise UserError(f"a validation fraction of {valid_fraction} is not between 0 and 1; give for example 0.1")
-    tokenizer = tokenizer or BYTES
+    tokenizer = BYTES if tokenizer is None else tokenizer
     ready = None if bpe_size(tokenizer) else load_tokenizer(tokenizer, max_length=window)
     train_source, valid_source = resolve(data, valid, valid_fraction)  # after the tokeniser, as it may ask the hub
     job = _Job(train_source, valid_source, tokenizer, ready, window, valid_fraction, control_tokens)

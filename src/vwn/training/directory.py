@@ -106,7 +106,7 @@ def settings(config: TrainConfig) -> dict[str, Any]:
     for name, value in dataclasses.asdict(config).items():
         flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
     flat["optim.budgets"] = tuple(format_tokens(parse_tokens(text)) for text in config.optim.budgets)
-    flat["corpus.tokenizer"] = config.corpus.tokenizer or "bytes"
+    flat["corpus.tokenizer"] = "bytes" if config.corpus.tokenizer is None else config.corpus.tokenizer
     return {name: value for name, value in flat.items() if name not in ("out", "parallel", "resume")}
 
 

@@ -304,7 +304,7 @@ def load_corpus(config: TrainConfig) -> Corpus:
     """Return the run's text, tokenised and packed, or to be streamed."""
     c = config.corpus
     shared: dict[str, Any] = {"valid": c.valid, "window": c.window, "control_tokens": c.control_tokens}
-    shared["tokenizer"] = c.tokenizer or BYTES
+    shared["tokenizer"] = BYTES if c.tokenizer is None else c.tokenizer
     start = config.out / START
     if config.init_from is not None and start.exists() and not Path(shared["tokenizer"]).exists():
         shared["tokenizer"] = str(start)
