@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 quickstart: $(STAMP)
-	$(BIN)/vwn compare --out runs/quickstart --resume $(QUICKSTART)
+	$(BIN)/vwn compare --out runs/quickstart --resume --recorded results/quickstart $(QUICKSTART)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
@@ -57,7 +57,10 @@ test-faults: $(STAMP)
 
 # The model's fast tests with the oldest and the newest supported transformers, each in front of the one in .venv.
 TRANSFORMERS := 5.17.0 5.24.0
-MODEL_TESTS := $(addprefix tests/hf/test_,versions.py model.py model_losses.py)
+WIDEN_TESTS := the_new_weights_learn tables_tied_and_not \
+	saved_and_loaded_and_built_anew other_dtypes with_multi_token_prediction
+MODEL_TESTS := $(addprefix tests/hf/test_,versions.py model.py model_losses.py model_saving.py) \
+	$(addprefix tests/hf/test_widen.py::test_,$(WIDEN_TESTS))
 
 build/transformers-%/.installed: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) transformers==$*

@@ -85,7 +85,7 @@ def routing_rms(backend: str, state: Tensor, w: RoutingWeights) -> float:
     """
     wide = state.float()
     m, d = w.m, wide.shape[-1] // w.n
-    still = w._replace(static_alpha=torch.zeros_like(w.static_alpha), scale_alpha=torch.zeros_like(w.static_alpha))
+    still = w._replace(bias_alpha=torch.zeros_like(w.bias_alpha), scale_alpha=torch.zeros_like(w.bias_alpha))
     squares = []
     for segment in range(m):
         z = torch.zeros(wide.shape[0], m, d, device=wide.device)

@@ -20,9 +20,9 @@ def width_connection(state: Tensor, w: RoutingWeights) -> tuple[Tensor, Tensor, 
     assert w.scale_beta is not None
     h = state.unflatten(-1, (w.n, -1))
     d = h.shape[-1]
-    normed = F.rms_norm(h, (d,), w.norm_weight, w.eps)
-    alpha = torch.tanh(normed @ w.dynamic_alpha / d**0.5) * w.scale_alpha + w.static_alpha  # eq. 13
-    beta = torch.tanh(normed @ w.dynamic_beta / d**0.5) * w.scale_beta.mT + w.static_beta.mT  # eq. 14
+    normed = F.rms_norm(h, (d,), w.slot_norm, w.eps)
+    alpha = torch.tanh(normed @ w.dynamic_alpha / d**0.5) * w.scale_alpha + w.bias_alpha  # eq. 13
+    beta = torch.tanh(normed @ w.dynamic_beta / d**0.5) * w.scale_beta.mT + w.bias_beta.mT  # eq. 14
     mixed = alpha.mT @ h
     return mixed[..., : w.m, :].flatten(-2), mixed[..., w.m :, :], beta
 

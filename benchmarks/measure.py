@@ -148,8 +148,8 @@ class Copy:
 
 def floor(m: int, n: int, hidden_size: int, tokens: int, element: int) -> dict[str, int]:
     """Bytes that a write and a read move at the least (section 6, fused): ``(2r+2) D e`` and ``(3r+3) D e``."""
-    traffic = connection_cost(Geometry(hidden_size, m, n), element).traffic
-    return _passes(traffic.forward_fused * tokens, traffic.backward_fused * tokens)
+    cost = connection_cost(Geometry(hidden_size, m, n), element)
+    return _passes(cost.forward_bytes * tokens, cost.backward_bytes * tokens)
 
 
 def plain_floor(hidden_size: int, tokens: int, element: int) -> dict[str, int]:

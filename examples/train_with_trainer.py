@@ -53,7 +53,7 @@ def main() -> None:
         seed=given.seed,
     )
     data = windows(given.text, given.window)
-    # Trainer's own groups would decay the static routing matrices and give everything the same rate.
+    # Trainer's own groups would give everything the same rate.
     adam = torch.optim.AdamW(parameter_groups(model, lr=3e-3), betas=(0.9, 0.95))
     trainer = Trainer(model, arguments, train_dataset=data, optimizers=(adam, None))
     print(f"mean loss {trainer.train().training_loss:.3f} nats per byte")

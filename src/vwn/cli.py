@@ -26,6 +26,7 @@ from vwn.help import Command, command_help, overview, unknown_command, unknown_o
 from vwn.lab.compare.arms import check_arms, parse_arm
 from vwn.lab.compare.config import CompareConfig
 from vwn.training.config import TrainConfig, WidthOptions
+from vwn.training.options_file import read_options
 
 try:
     require_packages("the command line", "tyro")
@@ -33,6 +34,9 @@ except UserError as missing:
     print(f"vwn: {missing}", file=sys.stderr)
     sys.exit(2)
 import tyro
+
+PYTHON_NAMES = {"num-mtp-modules": "mtp", "dynamic": "no-static", "no-dynamic": "static"}
+"""Options that `VirtualWidthConfig` calls otherwise; either name is taken."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ def run_generate(config: GenerateConfig) -> None:
 
 
 def _prompts(given: str | None) -> Iterator[str]:
-    """The prompt, or the lines of standard input as they come."""
+    """Yield the prompt, or the lines of standard input as they come."""
     if given is not None:
         yield given
         return
@@ -214,9 +218,8 @@ def run_widen(config: WidenConfig) -> None:
 def run_cost(config: CostConfig) -> None:
     """`vwn cost`."""
     from vwn.cost import cost_table
-    from vwn.cost.cluster.hardware import parse_cluster
-    from vwn.cost.cluster.plan import plans
-    from vwn.cost.cluster.table import plan_rows, plan_text
+    from vwn.cost.cluster.layout import parse_cluster
+    from vwn.cost.cluster.plan import plan_rows, plan_text, plans
     from vwn.lab.compare.models import arm_models
     from vwn.training.model import load_backbone
     from vwn.training.presets import PRESETS
@@ -250,10 +253,12 @@ COMMANDS = {
         (
             "train --out runs/wide --m 4 --n 8 --data mytext/ --steps 1000",
             "train --out runs/wide --resume",
+            "train runs/wide --out runs/again --seed 1",
             "train --out runs/small --backbone small --m 4 --n 16 --tokenizer bpe:8192 --window 512",
         ),
         ("out", "data", "backbone", "m", "n", "steps"),
         packages=("accelerate", "tensorboard"),
+        file="a run's directory or run.json, to repeat it, or options in .yaml or .json; those typed beside it win.",
     ),
     "compare": Command(
         CompareConfig,
@@ -311,18 +316,28 @@ COMMANDS = {
 
 def given_options() -> set[str]:
     """Field names of the options on the command line, which a resumed run must not take from its record."""
-    flags = (argument.split("=")[0] for argument in sys.argv[1:] if argument.startswith("--"))
-    return {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags}
+    return {_option(word).removeprefix("no-").replace("-", "_") for word in arguments(sys.argv[1], sys.argv[2:])}
+
+
+def _option(word: str) -> str:
+    """Return the name of an option as it is typed; empty for any other word."""
+    return word.split("=")[0].removeprefix("--").replace("_", "-") if word.startswith("--") else ""
 
 
 def arguments(name: str, given: list[str]) -> list[str]:
-    """Check the names of a command's options, and give `train --resume` the value that tyro needs."""
+    """Check the names of a command's options, take those of a file in, and translate what tyro does not know."""
     command, found = COMMANDS[name], []
     known = {option.name for option in command.options if not option.positional}
     known |= {f"no-{option.name}" for option in command.options if option.switch} | {"no-resume"}
+    if command.file and given and not given[0].startswith("-"):
+        from_file, given = read_options(Path(given[0])), given[1:]
+        typed = {PYTHON_NAMES.get(_option(word), _option(word)).removeprefix("no-") for word in given}
+        given = [word for option, words in from_file.items() if option not in typed for word in words] + given
     for argument, following in zip(given, [*given[1:], ""], strict=False):
-        option = argument.split("=")[0].removeprefix("--").replace("_", "-")
-        if argument.startswith("--") and option not in known:
+        option = _option(argument)
+        if option not in known and PYTHON_NAMES.get(option) in known:
+            argument = argument.replace(argument.split("=")[0], f"--{PYTHON_NAMES[option]}", 1)
+        elif option and option not in known:
             raise UserError(unknown_option(name, command, option))
         found.append("--resume=False" if argument == "--no-resume" and name == "train" else argument)
         if argument == "--resume" and name == "train" and following not in ("auto", "True", "False"):
@@ -341,7 +356,7 @@ def parse(name: str, given: list[str]) -> Any:
 
 
 def help_text(given: list[str]) -> str | None:
-    """The text to print if the command line asks for help or the version, else None."""
+    """Return the text to print if the command line asks for help or the version, else None."""
     words = [word for word in given if word not in ("-h", "--help", "help")]
     if (given and not words) or not given:
         return overview(COMMANDS)
@@ -353,7 +368,7 @@ def help_text(given: list[str]) -> str | None:
 
 
 def is_first_process() -> bool:
-    """Whether this is the only process, or the first of several: the one that prints."""
+    """Return whether this is the only process, or the first of several: the one that prints."""
     return int(os.environ.get("RANK") or 0) == 0
 
 

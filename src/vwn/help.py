@@ -49,7 +49,7 @@ class Option:
 
     @property
     def usage(self) -> str:
-        """The option as it is typed."""
+        """Return the option as it is typed."""
         if self.positional:
             return self.metavar
         return f"--{self.name} {self.metavar}".strip()
@@ -67,6 +67,7 @@ class Command:
         first: options that everybody needs, shown first.
         packages: packages of extras that it needs.
         hidden: options of a shared dataclass that this command does not have.
+        file: what a file in front of the options may be, if there can be one.
     """
 
     config: type
@@ -76,10 +77,11 @@ class Command:
     first: tuple[str, ...]
     packages: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
+    file: str = ""
 
     @property
     def options(self) -> list[Option]:
-        """All options, those of nested dataclasses by their group."""
+        """Return all options, those of nested dataclasses by their group."""
         return [option for option in _options(self.config) if option.name not in self.hidden]
 
 
@@ -95,7 +97,11 @@ def command_help(name: str, command: Command) -> str:
     """Return what ``vwn NAME --help`` prints."""
     options = command.options
     needed = " ".join(o.usage for o in options if o.default == "required")
-    lines = [f"usage: {' '.join(['vwn', name, needed, '[OPTIONS]'])}", "", _wrap(command.purpose), "", "examples:"]
+    usage = " ".join(["usage: vwn", name, *(["[FILE]"] if command.file else []), needed, "[OPTIONS]"])
+    lines = [usage, "", _wrap(command.purpose)]
+    if command.file:
+        lines.append(_wrap(f"FILE: {command.file}"))
+    lines += ["", "examples:"]
     lines += [f"  vwn {example}" for example in command.examples]
     by_name = {o.name: o for o in options}
     groups: dict[str, list[Option]] = {"main": [by_name[o] for o in command.first]}
@@ -105,10 +111,11 @@ def command_help(name: str, command: Command) -> str:
     for group, members in groups.items():
         lines += ["", f"{group} options:", *(_row(o.usage, _with_default(o)) for o in members)]
     if "backbone" in by_name:
-        lines += ["", "presets for --backbone:"]
+        lines += ["", "presets for --backbone, with their parameters at 32,768 tokens:"]
         for preset_name, p in PRESETS.items():
             experts = f", {p.experts} experts" if p.experts else ""
-            lines.append(_row(preset_name, f"{p.depth} layers, width {p.width}{experts}", 14))
+            size = f"{p.parameters() / 1e6:.0f} M"
+            lines.append(_row(preset_name, f"{p.depth} layers, width {p.width}{experts}: {size}", 14))
     return "\n".join(lines)
 
 

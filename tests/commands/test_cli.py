@@ -215,9 +215,19 @@ def test_help_names_every_option_and_no_other(run):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_examples_of_the_help_are_parsed(name):
+def test_examples_of_the_help_are_parsed(name, tmp_path, monkeypatch):
+    (tmp_path / "runs" / "wide").mkdir(parents=True)
+    (tmp_path / "runs" / "wide" / "run.json").write_text('{"config": {"optim.steps": 7}}')
+    monkeypatch.chdir(tmp_path)
     for example in COMMANDS[name].examples:
         parse(name, shlex.split(example)[1:])
+
+
+def test_names_of_the_python_config_are_taken_too():
+    for name in ("train", "compare"):
+        given = parse(name, ["--out", "x", "--num-mtp-modules=2", "--no-dynamic"])
+        assert (given.width.mtp, given.width.static) == (2, True)
+        assert not parse(name, ["--out", "x", "--dynamic"]).width.static
 
 
 def test_options_that_help_shows_are_those_that_are_parsed():

@@ -127,11 +127,6 @@ def test_windows_are_spread_over_the_text() -> None:
     assert found["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
 
 
-def test_fewer_tokens_than_a_window_are_refused() -> None:
-    with pytest.raises(UserError, match="--max-tokens 9 is less than one window of 10"):
-        measure_text(stock(vocab_size=257), text_of(some_tokens(100)), 10, max_tokens=9)
-
-
 @pytest.mark.parametrize("spec", ["bytes", "bpe:300"])
 def test_bytes_are_those_of_the_counted_tokens(tmp_path, spec: str) -> None:
     """Also where a token is a part of a character; the ends of documents stand for no bytes."""

@@ -313,7 +313,7 @@ def test_unusable_files(tmp_path) -> None:
 )
 def test_tasks_are_checked_before_the_model_is_loaded(tasks, sentence, tmp_path, monkeypatch) -> None:
     packed(tmp_path / "piqa.jsonl.xz", PIQA)
-    monkeypatch.setattr("vwn.hf.loading.load_model", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("vwn.commands.evaluation.run.load_model", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(UserError, match=sentence):
         evaluate_checkpoint(EvalConfig("nowhere", tasks=tasks, data_dir=tmp_path))
 

@@ -28,7 +28,7 @@ CORE = {
     "filelock",
     "tqdm",
 }
-ELSEWHERE = {"vllm"}  # a plug-in that vLLM loads
+ELSEWHERE = {"vllm", "yaml"}  # a plug-in that vLLM loads; transformers requires PyYAML
 SMALL = """
 from transformers import LlamaConfig
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM, widen

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig, T5Config
+from transformers import MixtralConfig, PreTrainedConfig, T5Config
 
 from counted import BACKBONES, BATCH, LENGTH, backbone, build_counted, counted_flops_per_token
 from vwn.common.errors import UserError
@@ -28,8 +28,9 @@ WIDTHS = [(1, 1), (1, 4), (2, 2), (2, 3), (4, 16), (8, 64)]
 def test_flops_of_widened_models_are_those_the_counter_sees(kind: str, mtp: int) -> None:
     for m, n in WIDTHS:
         config = VirtualWidthConfig(backbone=backbone(kind), m=m, n=n, num_mtp_modules=mtp)
-        cost = model_cost(config, sequence_length=LENGTH)
-        assert cost.forward_flops_per_token == counted_flops_per_token(build_counted(config)), (m, n)
+        cost, model = model_cost(config, sequence_length=LENGTH), build_counted(config)
+        assert cost.forward_flops_per_token == counted_flops_per_token(model), (m, n)
+        assert cost.parameters == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -82,15 +83,6 @@ def test_training_flops_are_what_forward_and_backward_take() -> None:
     assert model_cost(config, sequence_length=LENGTH).training_flops_per_token == pytest.approx(counted, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", BACKBONES)
-@pytest.mark.parametrize("embedding", ["direct", "factorised", "replicated"])
-def test_parameters_are_those_of_the_built_model(kind: str, embedding: str) -> None:
-    config = VirtualWidthConfig(backbone=backbone(kind), m=4, n=16, embedding=embedding, num_mtp_modules=1)
-    assert model_cost(config, sequence_length=8).parameters == sum(
-        p.numel() for p in build_counted(config).parameters()
-    )
-
-
 def test_active_parameters_leave_out_the_experts_a_token_does_not_meet() -> None:
     dense = model_cost(backbone("llama"), sequence_length=8)
     assert dense.active_parameters == dense.parameters
@@ -127,16 +119,12 @@ def test_the_papers_own_figures_at_2_3() -> None:
     assert cost.activation_overhead == pytest.approx(0.088, abs=5e-4)
 
 
-@pytest.mark.parametrize("e", [2, 4])
 @pytest.mark.parametrize(("m", "n"), WIDTHS)
-def test_traffic_floors(m: int, n: int, e: int) -> None:
+def test_least_bytes_moved(m: int, n: int) -> None:
     g = Geometry(256, m, n)
-    traffic, r, unit = connection_cost(g, bytes_per_element=e).traffic, g.ratio, 256 * e
-    assert traffic.forward_fused == (2 * r + 2) * unit
-    assert traffic.forward_separate == (3 * r + 2) * unit
-    assert traffic.forward_naive == (4 * r + 2) * unit
-    assert traffic.backward_fused == (3 * r + 3) * unit
-    assert traffic.backward_separate == (4 * r + 3) * unit
+    cost, r, unit = connection_cost(g, bytes_per_element=4), g.ratio, 256 * 4
+    assert cost.forward_bytes == (2 * r + 2) * unit
+    assert cost.backward_bytes == (3 * r + 3) * unit
 
 
 def _table(**widths: tuple[int, int]) -> tuple[list[dict[str, Any]], str]:
@@ -160,11 +148,9 @@ def test_rows_say_what_the_models_cost() -> None:
     assert small["flops_per_token"] == sum(small["flops"].values()) == cost.forward_flops_per_token
     assert small["flops_ratio"] == small["flops_per_token"] / plain["flops_per_token"]
     assert small["connection_flops_per_sublayer"] == 48 * 128
-    assert small["connection_norm_flops"] == 4 * 2 * 6 * 128  # three layers and the MTP module's
     assert small["connection_share"] == 4 * 2 * 42 * 128 / small["flops_per_token"]
     assert small["activation_bytes_per_layer"] == 37 * 128
-    assert large["traffic_units"]["forward_fused"] == 18
-    assert large["traffic_bytes"]["forward_fused"] == 18 * 128 * 2
+    assert large["traffic_bytes"] == {"forward": 18 * 128 * 2, "backward": 27 * 128 * 2}
 
 
 def test_the_ratio_needs_a_plain_model_to_compare_with() -> None:
@@ -178,17 +164,10 @@ def test_the_text_fits_a_terminal_and_has_a_line_for_each_model() -> None:
     _, text = _table(**{"2x3": (2, 3), name: (8, 64)})
     lines = text.splitlines()
     assert max(map(len, lines)) <= 110
-    assert sum(line.startswith("2x3 ") for line in lines) == 2  # once for the model, once for the traffic
-    assert sum(line.startswith("a_name") for line in lines) == 2
+    assert sum(line.startswith("2x3 ") for line in lines) == 1
+    assert sum(line.startswith("a_name") for line in lines) == 1
     assert "4.736 kB (+8.8%)" in text
-    assert "18 = 4.608 kB" in text
-
-
-def test_a_model_larger_than_any_memory_here() -> None:
-    huge = LlamaConfig(hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128)
-    cost = model_cost(VirtualWidthConfig(backbone=huge, m=8, n=64), sequence_length=8192)
-    assert cost.parameters > 400e9
-    assert cost.flops.connections / cost.forward_flops_per_token < 0.02
+    assert "11.52 kB" in text
 
 
 def test_the_config_is_left_as_it_was() -> None:

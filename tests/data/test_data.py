@@ -276,16 +276,6 @@ def test_a_killed_process_leaves_nothing_that_is_used(source: Path, cache: Path)
     assert not list(cache.glob("*.partial"))
 
 
-def test_an_error_leaves_nothing_behind(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(corpus, "write_tokens", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(str(write_txt(source, DOCUMENTS)), window=64, cache_dir=cache)
-    assert [path.suffix for path in cache.iterdir()] == [".lock"]
-
-
 @pytest.mark.parametrize("spec", ["bytes", "bpe:400"])
 def test_second_call_does_not_read_or_tokenise(
     spec: str, source: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
@@ -325,9 +315,3 @@ def test_a_damaged_entry_is_built_again(name: str, source: Path, cache: Path):
     again = prepare(str(data), window=64, cache_dir=cache)
     assert again.fingerprint == first.fingerprint
     assert tokens_of(again) == encoded(DOCUMENTS)
-
-
-def test_cache_folder_from_the_environment(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("VWN_CACHE", str(tmp_path / "elsewhere"))
-    result = prepare(str(write_txt(source, DOCUMENTS)), window=64)
-    assert result.train.path.is_relative_to(tmp_path / "elsewhere")

@@ -280,24 +280,6 @@ def test_a_restart_goes_on_with_any_number_of_processes_and_workers(sources, bef
             assert state == state2
 
 
-def test_random_geometries(tmp_path):
-    draw = random.Random(1)
-    for trial in range(6):
-        folder = tmp_path / str(trial)
-        folder.mkdir()
-        source = open_source(str(WRITERS[draw.choice(list(WRITERS))](folder, documents(30, seed=trial))), 48)
-        batch = draw.choice([2, 6, 12, 48])
-        world = draw.choice([w for w in (1, 2, 3, 6) if batch % w == 0])
-        accumulation = draw.choice([a for a in (1, 2, 4) if batch // world % a == 0])
-        stream = stream_of(source, window=draw.choice([2, 5, 33]), batch=batch, seed=trial)
-        one = list(global_batches(stream, 9))
-        part = list(global_batches(stream, 4, world, accumulation, draw.choice([0, 0, 2])))
-        rest = list(global_batches(stream, 5, state=part[-1][1]))
-        for (ids, state), (ids2, state2) in zip(one, [*part, *rest], strict=True):
-            assert torch.equal(ids, ids2)
-            assert state == state2
-
-
 def test_a_restart_does_not_read_what_was_used_up(tmp_path, monkeypatch):
     source = open_source(str(write_jsonl(tmp_path, documents(300))), 16)
     stream = stream_of(source, batch=1, window=200)

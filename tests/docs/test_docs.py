@@ -92,11 +92,6 @@ def test_commands_of_the_pages_have_the_options_that_they_are_given():
     assert checked > 60
 
 
-def test_no_page_promises_a_package_on_an_index():
-    for page in [*PAGES, *FRONT]:
-        assert not re.search(r"pip install [\"']?vwn|vwn\[", page.read_text()), page
-
-
 @pytest.mark.slow
 def test_blocks_made_from_code_are_up_to_date():
     pages = [page for page in PAGES if "<!-- made by" in page.read_text()]

@@ -92,16 +92,6 @@ def test_both_are_causal_and_learn(name, request, text):
     assert F.cross_entropy(before[0, :-1], ids[0, 1:]).isfinite()
 
 
-def test_the_wide_gpt_decays_no_static_routing(wide):
-    model = wide.GPT(wide.Config(**SIZES))
-    groups = wide.optimiser(model, 1e-3).param_groups
-    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
-    routing = model.blocks[0].connections[0]
-    assert id(routing.static_alpha) not in decayed
-    assert id(routing.dynamic_alpha) in decayed
-    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
-
-
 def test_gpt_from_the_command_line(run, text, tmp_path):
     sizes = [f"--{name}={value}" for name, value in SIZES.items()]
     assert "step     2" in run("gpt_vwn", text, "--steps=2", "--sample=4", "--m=2", "--n=3", *sizes)
@@ -176,7 +166,7 @@ def test_lora(run, text, tmp_path):
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     adapted = ("q_proj", "v_proj", "up_proj", "down_proj")
     assert all(any(part in name for part in (*adapted, ".connections.")) for name in moved)
-    assert all(any(part in name for name in moved) for part in (*adapted, "static_alpha", "static_beta"))
+    assert all(any(part in name for name in moved) for part in (*adapted, "bias_alpha", "bias_beta"))
 
 
 def test_steering_a_slot(run, tmp_path):

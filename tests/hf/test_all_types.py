@@ -94,11 +94,11 @@ def change_gauge(wide: VirtualWidthForCausalLM, spread: float = 0.3) -> None:
             for connection in layer.connections:
                 assert isinstance(connection, GeneralizedHyperConnection)
                 after, back = gauge(), torch.linalg.inv(g)
-                connection.static_alpha[:, :1] = back.T[:, :1]
-                connection.static_alpha[:, 1:] = (after @ back).T
+                connection.bias_alpha[:, :1] = back.T[:, :1]
+                connection.bias_alpha[:, 1:] = (after @ back).T
                 shares = torch.rand(n, 1, generator=generator, dtype=torch.float64) * 2 - 1
                 shares[0] = 1
-                connection.static_beta.copy_((after @ shares).T)
+                connection.bias_beta.copy_((after @ shares).T)
                 g = after
         rows = torch.kron(torch.linalg.inv(g)[:1], torch.eye(wide.config.hidden_size, dtype=torch.float64))
         wide.model.reduce.weight.copy_(rows)
@@ -112,7 +112,7 @@ def check_gauge(model_type: str, model: Any) -> None:
         plain, ours = model(ids_of()).logits, wide(ids_of()).logits
     assert_close(ours, plain, rtol=2e-3, atol=2e-3 * plain.abs().max().item())
     with torch.no_grad():  # and it is a test: one read out of place shows
-        wide.model.layers[1].connections[0].static_alpha[1, 0] += 0.5
+        wide.model.layers[1].connections[0].bias_alpha[1, 0] += 0.5
         moved = wide(ids_of()).logits
     assert (moved - plain).abs().max() > 10 * (ours - plain).abs().max()
 

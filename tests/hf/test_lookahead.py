@@ -451,7 +451,7 @@ def test_weights_changed_before_the_backward_are_noticed(every):
     assert model.model.keep_states_every == every
     loss = model(token_ids(), labels=token_ids()).loss
     with torch.no_grad():
-        model.model.backbone.layers[0].connections[0].static_alpha.mul_(2)
+        model.model.backbone.layers[0].connections[0].bias_alpha.mul_(2)
     with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace operation"):
         loss.backward()
 
@@ -459,7 +459,7 @@ def test_weights_changed_before_the_backward_are_noticed(every):
 def test_states_of_sharded_layers_are_not_rebuilt():
     model = model_of().train()
     model.keep_states_every = 2
-    model.model.backbone.layers[1].connections[0].static_alpha.ds_id = 0  # as ZeRO marks what it shards
+    model.model.backbone.layers[1].connections[0].bias_alpha.ds_id = 0  # as ZeRO marks what it shards
     with pytest.raises(UserError, match="sharded"):
         model(token_ids())
 

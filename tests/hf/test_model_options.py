@@ -248,17 +248,22 @@ def test_a_registered_layout_goes_before_what_would_be_found(monkeypatch):
     """Mistral's layer is Llama's; a user may say so, and what the user says is taken."""
     from transformers import MistralConfig
 
-    from vwn.hf import layouts
+    from vwn.hf import Sublayer, layouts
 
+    attention = Sublayer("self_attn", pre_norm="input_layernorm", takes_context=True)
+    mlp = Sublayer("mlp", pre_norm="post_attention_layernorm")
     config = MistralConfig(**SIZES)
-    monkeypatch.setattr(layouts, "_LAYOUTS", {})
-    register_layout("MistralDecoderLayer", layouts.PRE_NORM)
-    torch.manual_seed(0)
-    theirs = AutoModelForCausalLM.from_config(config).eval()
-    frozen = VirtualWidthConfig(backbone=config, dynamic=False, frozen=True)
-    ours = copy_stock_weights(theirs, VirtualWidthForCausalLM(frozen)).eval()
-    assert layout_of(stock("llama").model.layers[0]) is None
-    assert torch.equal(ours(token_ids()).logits, theirs(token_ids()).logits)
-    register_layout("MistralDecoderLayer", layouts.PRE_NORM[:1])  # wrong: no FFN
-    wrong = copy_stock_weights(theirs, VirtualWidthForCausalLM(frozen)).eval()
-    assert not torch.equal(wrong(token_ids()).logits, theirs(token_ids()).logits)
+    register_layout("MistralDecoderLayer", (attention, mlp))
+    try:
+        torch.manual_seed(0)
+        theirs = AutoModelForCausalLM.from_config(config).eval()
+        frozen = VirtualWidthConfig(backbone=config, dynamic=False, frozen=True)
+        ours = copy_stock_weights(theirs, VirtualWidthForCausalLM(frozen)).eval()
+        assert layout_of(stock("llama").model.layers[0]) is None
+        assert ours.model.layers[0].layout is layouts._LAYOUTS["MistralDecoderLayer"]
+        assert torch.equal(ours(token_ids()).logits, theirs(token_ids()).logits)
+        register_layout("MistralDecoderLayer", (attention,))  # wrong: no FFN
+        wrong = copy_stock_weights(theirs, VirtualWidthForCausalLM(frozen)).eval()
+        assert not torch.equal(wrong(token_ids()).logits, theirs(token_ids()).logits)
+    finally:
+        del layouts._LAYOUTS["MistralDecoderLayer"]

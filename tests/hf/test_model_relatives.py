@@ -151,13 +151,12 @@ def test_configurations_that_do_not_fit(fields, message):
 
 
 def test_what_is_not_decayed():
-    spared = {"static_alpha", "static_beta", "scale_alpha", "scale_beta", "norm_weight", "norm_bias"}
+    spared = {"bias_alpha", "bias_beta", "slot_norm", "slot_norm_bias"}
     assert no_weight_decay(HyperConnection(12, 1, 4)) == spared
-    assert no_weight_decay(HyperConnection(12, 1, 4, dynamic=False)) == {"static_alpha", "static_beta"}
+    assert no_weight_decay(HyperConnection(12, 1, 4, dynamic=False)) == {"bias_alpha", "bias_beta"}
     mhc = ManifoldHyperConnection(12, 4)
-    assert no_weight_decay(mhc) == {f"{k}_{part}" for k in ("pre", "post", "res") for part in ("bias", "scale")}
-    assert mhc.shapes.keys() - no_weight_decay(mhc) == {"pre_weight", "post_weight", "res_weight"}
-    assert len([name for name in no_weight_decay(model_of("mhc")) if "connections" in name]) == 6 * 6
+    assert no_weight_decay(mhc) == {"pre_bias", "post_bias", "res_bias"}
+    assert len([name for name in no_weight_decay(model_of("mhc")) if "connections" in name]) == 6 * 3
 
 
 @EVERY_KIND

@@ -34,13 +34,11 @@ def without(path: Path, *parts: str) -> list[str]:
 
 def assert_initial(connection: GeneralizedHyperConnection) -> None:
     g = connection.geometry
-    assert connection.static_alpha.tolist() == reference.initial_read_carry(g.m, g.n)
-    assert connection.static_beta.tolist() == reference.initial_write(g.m, g.n)
+    assert connection.bias_alpha.tolist() == reference.initial_read_carry(g.m, g.n)
+    assert connection.bias_beta.tolist() == reference.initial_write(g.m, g.n)
     assert not connection.dynamic_alpha.any()
     assert not connection.dynamic_beta.any()
-    assert all(
-        (weight == 1).all() for weight in (connection.scale_alpha, connection.scale_beta, connection.norm_weight)
-    )
+    assert all((weight == 1).all() for weight in (connection.scale_alpha, connection.scale_beta, connection.slot_norm))
 
 
 # Round trips
@@ -133,7 +131,7 @@ def test_missing_tensors_of_ours_get_their_initial_values(tmp_path, kind, init):
     config = vwn_config(kind, 2, 4, embedding="factorised", num_mtp_modules=1, reduce_init=init)
     model = build(config)
     model.save_pretrained(tmp_path)
-    dropped = without(tmp_path, "connections", "reduce", "expand_weight", "fuse", "norm_weight")
+    dropped = without(tmp_path, "connections", "reduce", "expand_weight", "fuse", "_norm")
     # Memory that from_pretrained may hand out unwritten: make it rubbish, not zeros.
     rubbish = [torch.full((4096,), float("nan")) for _ in range(200)]
     del rubbish
@@ -144,8 +142,8 @@ def test_missing_tensors_of_ours_get_their_initial_values(tmp_path, kind, init):
     for connection in connections:
         assert_initial(connection)
     for reduce in (again.model.reduce, again.model.mtp[0].reduce):
-        assert (reduce.norm_weight == 1).all()
-        assert (reduce.norm_bias == 0).all()
+        assert (reduce.group_norm == 1).all()
+        assert (reduce.group_norm_bias == 0).all()
         if init == "first_slots":
             assert torch.equal(reduce.weight, torch.eye(24, 48))
         else:
@@ -161,13 +159,13 @@ def test_what_was_loaded_survives_beside_what_was_missing(tmp_path):
     """One missing tensor has its module initialised; its siblings keep what the checkpoint holds."""
     model = build(vwn_config("llama", 2, 4, embedding="factorised", num_mtp_modules=1))
     model.save_pretrained(tmp_path)
-    dropped = without(tmp_path, "static_beta", "norm_bias", "embedding_norm_weight")
+    dropped = without(tmp_path, "bias_beta", "group_norm_bias", "embedding_norm")
     assert len(dropped) == 6 + 2 + 1
     loaded = load(tmp_path, ignore_mismatched_sizes=True).state_dict()
     for name, value in model.state_dict().items():
         if name not in dropped:
             assert torch.equal(loaded[name], value), name
-        elif name.endswith("static_beta"):
+        elif name.endswith("bias_beta"):
             assert loaded[name].tolist() == reference.initial_write(2, 4)
         else:
             assert (loaded[name] == (0 if name.endswith("norm_bias") else 1)).all(), name
@@ -303,17 +301,17 @@ def test_state_dict_keys_are_stable():
     """Checkpoints of users depend on these names."""
     names = set(VirtualWidthForCausalLM(vwn_config("llama", 2, 4, {"num_hidden_layers": 1})).state_dict())
     ours = {name for name in names if "self_attn" not in name and "mlp" not in name}
-    connection = [f"{kind}_{name}" for kind in ("static", "dynamic", "scale") for name in ("alpha", "beta")]
+    connection = [f"{kind}_{name}" for kind in ("bias", "dynamic", "scale") for name in ("alpha", "beta")]
     assert ours == {
         "lm_head.weight",
         "model.embed_tokens.table.weight",
         "model.norm.weight",
         "model.reduce.weight",
-        "model.reduce.norm_weight",
-        "model.reduce.norm_bias",
+        "model.reduce.group_norm",
+        "model.reduce.group_norm_bias",
         "model.backbone.layers.0.input_layernorm.weight",
         "model.backbone.layers.0.post_attention_layernorm.weight",
-        *(f"model.backbone.layers.0.connections.{k}.{name}" for k in (0, 1) for name in (*connection, "norm_weight")),
+        *(f"model.backbone.layers.0.connections.{k}.{name}" for k in (0, 1) for name in (*connection, "slot_norm")),
     }
 
 

@@ -102,7 +102,7 @@ def test_offloading_from_weights_in_memory(checkpoint):
     """As behind a GPU that is too small: what is offloaded waits in a dictionary, not in a file."""
     from accelerate import dispatch_model
 
-    from vwn.hf.checkpoint.saving import _keep_routing_weights_placed
+    from vwn.hf.checkpoint.saving import _free_connections
 
     path, model = checkpoint
     again = AutoModelForCausalLM.from_pretrained(path)
@@ -111,7 +111,7 @@ def test_offloading_from_weights_in_memory(checkpoint):
     places["model.backbone.layers.1"] = "disk"
     dispatch_model(again, places, main_device="cpu", state_dict=waiting, offload_index={})
     assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)  # the connections are module calls
-    _keep_routing_weights_placed(again)  # and are brought in once for good
+    _free_connections(again)  # and are brought in once for good
     assert again.model.backbone.layers[1].mlp.up_proj.weight.is_meta
     assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
 

@@ -35,8 +35,8 @@ def test_trained_weights_are_trained_on(tmp_path, text, finished, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"m": 4, "n": 8, "backbone": "nano"}, "decides the model; leave --backbone, --m and --n away"),
-        ({"width": WidthOptions(mtp=1)}, "leave the options of a width away"),
+        ({"m": 4, "n": 8, "backbone": "nano"}, "decides the model; drop --backbone, --m and --n"),
+        ({"width": WidthOptions(mtp=1)}, "drop the options of a width"),
         ({"init_from": "./nowhere"}, "there is no checkpoint at './nowhere'"),
     ],
 )

@@ -13,7 +13,7 @@ from curves import BUDGETS, POWER, SCALE, arm, budget_runs, curve, law, report
 from vwn.lab.analysis.analyse import add_analysis
 from vwn.lab.analysis.budgets import BudgetStudy, budget_studies, fit_law
 from vwn.lab.analysis.curves import Curve
-from vwn.lab.analysis.story import budget_explanation, budget_sentence
+from vwn.lab.analysis.story import budget_explanation, budget_growth, budget_sentence
 
 
 def studied(*arms: dict[str, Any]) -> BudgetStudy:
@@ -31,8 +31,9 @@ def test_a_known_speedup_is_recovered_at_every_budget(speed: float) -> None:
             outside = not BUDGETS[0] <= tokens <= BUDGETS[-1]
             assert point.equal["tokens"].speedup.extrapolated == (outside and expected != 1)
             # The chord between two budgets lies above the law, by which the baseline comes late.
-            assert point.speedup.mean == pytest.approx(expected, rel=1e-3 if outside else 0.04)
-            assert point.speedup.mean >= expected * (1 - 1e-3)
+            mean = point.speedup.over_seeds.mean
+            assert mean == pytest.approx(expected, rel=1e-3 if outside else 0.04)
+            assert mean >= expected * (1 - 1e-3)
             assert point.equal["tokens"].gap.over_seeds.mean == pytest.approx(
                 law(point.tokens, expected) - law(point.tokens), abs=1e-12
             )
@@ -46,7 +47,7 @@ def test_the_law_and_its_slope_are_recovered_whatever_the_seeds_lie_apart() -> N
         assert row.slope == pytest.approx(POWER * SCALE * row.tokens**-POWER, rel=1e-3)
         assert row.loss.mean == pytest.approx(law(row.tokens) + 0.1)
     last = study.arms["4x16"][-1]
-    assert last.speedup.mean == pytest.approx(math.exp(0.02 / study.baseline[-1].slope), rel=0.02)
+    assert last.speedup.over_seeds.mean == pytest.approx(math.exp(0.02 / study.baseline[-1].slope), rel=0.02)
 
 
 def test_the_gap_has_the_interval_of_the_paired_differences() -> None:
@@ -71,7 +72,7 @@ def test_beyond_the_last_budget_without_a_law_there_is_no_number() -> None:
 def test_a_loss_below_the_laws_floor_is_never_reached() -> None:
     point = studied(*budget_runs("plain"), *budget_runs("4x16", gap=-2.0)).arms["4x16"][-1]
     assert point.equal["tokens"].gap.over_seeds.mean == pytest.approx(-2.0)
-    assert (point.speedup.mean, point.equal["tokens"].reason) == (None, "beyond the fit’s floor")
+    assert (point.speedup.over_seeds.mean, point.equal["tokens"].reason) == (None, "beyond the fit’s floor")
 
 
 def test_missing_budgets_and_seeds_are_left_out() -> None:
@@ -91,7 +92,7 @@ def test_missing_budgets_and_seeds_are_left_out() -> None:
         False,
         True,
     ]
-    assert all(point.speedup.mean == pytest.approx(1.5, rel=0.03) for point in study.arms["4x16"])
+    assert all(point.speedup.over_seeds.mean == pytest.approx(1.5, rel=0.03) for point in study.arms["4x16"])
     assert list(study.arms) == ["4x16"]
     assert [row.loss.n for row in study.baseline] == [3, 3, 3, 1, 1]
     assert budget_studies(report(*budget_runs("4x16"))) == {}
@@ -102,11 +103,8 @@ def test_a_diverged_run_leaves_no_mean() -> None:
     wide = budget_runs("4x16", 1.5)
     wide[1]["decayed"][2]["loss"] = None
     point = studied(*budget_runs("plain"), *wide).arms["4x16"][2]
-    assert (point.equal["tokens"].gap.over_seeds.mean, point.speedup.mean, point.equal["tokens"].gap.over_seeds.n) == (
-        None,
-        None,
-        2,
-    )
+    gap = point.equal["tokens"].gap
+    assert (gap.over_seeds.mean, point.speedup.over_seeds.mean, gap.over_seeds.n, gap.bounds) == (None, None, 2, None)
     assert point.equal["flops"].reason == "diverged"
     plain = budget_runs("plain")
     plain[0]["decayed"][4]["loss"] = math.nan
@@ -184,14 +182,31 @@ def test_the_analysis_is_json_with_intervals() -> None:
     assert add_analysis(again) == found
 
 
+def test_a_number_lies_within_the_interval_of_three_seeds_or_the_range_of_two() -> None:
+    runs = budget_runs("4x16", gap=-0.05, noise=0.01), budget_runs("4x16", gap=-0.05, noise=0.01, seeds=(0, 2))
+    three, two = (studied(*budget_runs("plain"), *wide).arms["4x16"][0].equal["tokens"].gap for wide in runs)
+    half = 4.303 * 0.01 / math.sqrt(3)
+    assert three.bounds == pytest.approx((-0.05 - half, -0.05 + half), rel=1e-4)
+    assert two.bounds == pytest.approx((-0.06, -0.04))
+    assert two.text("+.4f") == "-0.0500 (-0.0600 to -0.0400)"
+    wide = budget_runs("4x16", gap=-0.05, seeds=(1,))
+    one = studied(*budget_runs("plain"), *wide).arms["4x16"][0].equal["tokens"].gap
+    assert (one.bounds, one.text("+.4f")) == (None, "-0.0500 (one seed)")
+
+
 def test_the_sentences_name_the_first_and_the_last_budget() -> None:
-    source = add_analysis(report(*budget_runs("plain"), *budget_runs("4x8", 1.1), *budget_runs("4x16", 1.5)))
+    wide = budget_runs("4x16", 1.5, seeds=(0,)) + budget_runs("4x16", 1.5, seeds=(1, 2), budgets=BUDGETS[:2])
+    source = add_analysis(report(*budget_runs("plain"), *budget_runs("4x8", 1.1), *wide))
     studies = budget_studies(source)
     assert budget_sentence(source, studies) == (
-        "At 16.0M tokens plain needs 1.50× (extrapolated) the tokens for 4x16’s next-token loss and 2.25× "
-        "(extrapolated) the tokens for 4x16’s next-2-token loss (at 1.00M: 1.53× and 2.27×), over 3 seeds."
+        "plain needs more tokens than 4x16, at 16M tokens (1 seed) 1.50× (extrapolated) for the same next-token loss "
+        "and 2.25× (extrapolated) for the same next-2-token loss; at 1M tokens (3 seeds) 1.53× (1.53 to 1.53) and "
+        "2.27× (2.27 to 2.27)."
     )
-    assert "falls by 0.414 nats per e-fold of tokens (16.0M)" in budget_explanation(source, studies["loss"])
+    assert budget_growth(source, studies["loss"], "loss") == (
+        "The speed-up of 4x16 does not grow with the budget: 1.53× at 1M tokens, 1.50× at 16M."
+    )
+    assert "falls by 0.414 nats per e-fold of tokens (16M)" in budget_explanation(source, studies["loss"])
     assert budget_sentence(source, {}) == ""
     wide = budget_runs("4x16", 1.5)
     for run in wide:  # next-token loss below the fit's floor at first, next-2-token loss afterwards
@@ -199,4 +214,5 @@ def test_the_sentences_name_the_first_and_the_last_budget() -> None:
             point["loss" if place < 2 else "loss_2"] -= 3
     source = add_analysis(report(*budget_runs("plain"), *wide))
     sentence = budget_sentence(source, budget_studies(source))
-    assert sentence.endswith("the tokens for 4x16’s next-token loss (at 4.00M: 1.53×), over 3 seeds.")
+    assert "next-2-token" not in sentence
+    assert sentence.endswith("the same next-token loss; at 4M tokens (3 seeds) 1.53× (1.53 to 1.53).")

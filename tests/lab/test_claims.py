@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 
 from curves import arm, arms_of, curve, power_law, realistic, report
 from vwn.lab.analysis.analyse import add_analysis
-from vwn.lab.analysis.claims import combined
 
 HELD, NOT_HELD, UNDECIDED, UNTESTED = "supported", "contradicted", "inconclusive", "not tested"
 
@@ -164,12 +162,6 @@ def test_one_validation_curve_tells_nothing_about_growth() -> None:
         assert claim["rows"][0][1] == "fewer than two budgets"
 
 
-def test_a_diverged_seed_leaves_growth_open() -> None:
-    runs = decayed("4x16", (0.1, 0.2), (0.98, 1.0, 1.02))
-    runs[1]["decayed"][-1]["loss"] = None
-    assert judged(*decayed("plain", (0, 0), (1.0, 1.0, 1.0)), *runs)["c"]["word"] == UNDECIDED
-
-
 def widths(losses: dict[float, float], jitter: float = 0.001, seeds: int = 3) -> list[dict[str, Any]]:
     names = {1.5: "4x6", 2.0: "4x8", 4.0: "4x16", 8.0: "4x32"}
     return [
@@ -232,20 +224,6 @@ def test_other_studies_have_no_claims(study: str) -> None:
     assert len(add_analysis({**realistic(), "study": "widths"})["claims"]) == 4
 
 
-@pytest.mark.parametrize(
-    ("verdicts", "expected"),
-    [
-        ([HELD, HELD], HELD),
-        ([HELD, UNTESTED], UNTESTED),
-        ([UNDECIDED, UNTESTED, HELD], UNDECIDED),
-        ([UNDECIDED, NOT_HELD, HELD], NOT_HELD),
-        ([], UNTESTED),
-    ],
-)
-def test_what_holds_only_if_all_parts_do(verdicts: list[str], expected: str) -> None:
-    assert combined(verdicts) == expected
-
-
 def ends(name: str, *values: float | None, **changes: Any) -> list[dict[str, Any]]:
     return [arm(name, seed, curve([9, value]), **changes) for seed, value in enumerate(values)]
 
@@ -283,10 +261,3 @@ def test_a_pair_says_why_there_is_no_verdict(others: Any, verdict: str, reason: 
     cell = add_analysis(report(*ends("plain", 3.0, 4.0), *others))["pairwise"]["loss"]["4x16"]["plain"]
     assert (cell["verdict"], cell["reason"]) == (verdict, reason)
     assert (cell["difference"]["mean"] is None) == (verdict == "unknown")
-
-
-def test_the_analysis_is_strict_json_and_can_be_repeated() -> None:
-    for study in (None, "widths", "mtp", "controls"):
-        once = add_analysis({**realistic(("plain", "4x8", "4x16", "4x32")), "study": study})
-        assert add_analysis(json.loads(json.dumps(once, allow_nan=False))) == once
-    assert add_analysis(report())["claims"][0]["word"] == UNTESTED

@@ -86,16 +86,15 @@ def test_at_equal_time_the_slower_run_is_read_earlier(
 
 
 @pytest.mark.parametrize(
-    ("changes", "seconds", "expected"),
+    ("changes", "expected"),
     [
-        ({}, [10, 20, 30, 40, 50], False),
-        ({}, [10, 20, 30, 40, 58], True),
-        ({"step_seconds_median": 0.1, "step_seconds_p90": 0.14}, [10, 20, 30, 40, 58], False),
-        ({"step_seconds_median": 0.1, "step_seconds_p90": 0.16}, [10, 20, 30, 40, 50], True),
+        ({}, False),
+        ({"step_seconds_median": 0.1, "step_seconds_p90": 0.14}, False),
+        ({"step_seconds_median": 0.1, "step_seconds_p90": 0.16}, True),
     ],
 )
-def test_an_uneven_speed_is_noticed(changes: dict[str, float], seconds: list[float], expected: bool) -> None:
-    points = [{**p, "seconds": s} for p, s in zip(curve([5, 4, 3, 2, 1]), seconds, strict=True)]
+def test_an_uneven_speed_is_noticed(changes: dict[str, float], expected: bool) -> None:
+    points = curve([5, 4, 3, 2, 1])
     assert is_uneven(arm("plain", 0, points, **changes)) == expected
     assert cost_ratio(arm("plain", 0, points, **changes), arm("plain", 0, points), "seconds") == 1
 
@@ -105,10 +104,3 @@ def test_without_flops_or_a_clock_there_is_no_number() -> None:
     row = summary(*plain(seeds=1), *arms_of("4x16", power_law(1), **nothing))["4x16"]["loss"]
     assert (row["equal_flops"]["status"], row["equal_flops"]["difference"]["mean"]) == ("no FLOPs", None)
     assert (row["equal_seconds"]["status"], row["equal_seconds"]["difference"]["mean"]) == ("no clock", None)
-
-
-def test_empty_curves_and_a_missing_baseline_have_no_course() -> None:
-    for runs in ([arm("plain", 0, power_law(1)[0]), arm("4x16", 0, [])], [arm("4x16", 0, power_law(1)[0])]):
-        row = summary(*runs)["4x16"]["loss"]
-        assert row["gap_curve"] == []
-        assert row["equal_flops"]["status"] in ("no data", "no baseline")

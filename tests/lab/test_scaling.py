@@ -11,7 +11,7 @@ import pytest
 from curves import arm, curve, report
 from vwn.lab.analysis.analyse import add_analysis
 from vwn.lab.analysis.estimates import t_95
-from vwn.lab.analysis.scaling import fit_family, width_family
+from vwn.lab.analysis.scaling import width_family
 
 NAMES = {1.5: "4x6", 2.0: "4x8", 4.0: "4x16", 8.0: "4x32"}
 
@@ -83,27 +83,6 @@ def test_one_seed_gives_a_line_and_decides_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("slopes", "expected"),
-    [
-        ([0.05, 0.055], "rises"),
-        ([-0.05, 0.06], "not significant"),
-        ([-0.02, -0.06], "not significant"),
-    ],
-)
-def test_the_t_interval_decides(slopes: list[float], expected: str) -> None:
-    fit = scaling(*family(slopes))["loss"]
-    assert fit["verdict"] == expected
-    assert (fit["reason"] == "within the 95 % interval") == (expected == "not significant")
-
-
-def test_equal_losses_have_no_r2() -> None:
-    fit = scaling(*family([0.0, 0.0, 0.0]))["loss"]
-    assert fit["r2"] is None
-    assert fit["slope"]["mean"] == pytest.approx(0, abs=1e-12)
-    assert fit["verdict"] == "not significant"
-
-
-@pytest.mark.parametrize(
     ("points", "reason"),
     [
         ([{"tokens": 100, "loss": 5.0}, {"tokens": 200, "loss": None}], "a run diverged"),
@@ -143,8 +122,3 @@ def test_the_family_differs_in_width_alone() -> None:
     assert list(width_family(report(*runs, study="widths"))) == list(NAMES.values())
     assert width_family(report(runs[-5])) == {"1x4": [runs[-5]]}
     assert width_family(report(*plain([3.0]))) == {}
-
-
-def test_without_any_width_there_is_no_fit() -> None:
-    assert scaling(*plain([3.0]))["loss"] is None
-    assert fit_family({}, "loss")["reason"] == "0 different widths, where a line needs 3"

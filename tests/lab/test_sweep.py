@@ -7,17 +7,13 @@ import json
 import pytest
 
 from runs import compare_config
-from runs import config as run_config
-from tiny import vwn_config
 from vwn.common.errors import UserError
-from vwn.hf import VirtualWidthForCausalLM
 from vwn.lab.compare import progress
 from vwn.lab.compare.arms import parse_arm
 from vwn.lab.compare.config import CompareConfig, SweepOptions
 from vwn.lab.compare.progress import Progress, duration
 from vwn.lab.compare.run import compare
 from vwn.lab.compare.sweep import sweep, sweep_run
-from vwn.nn.groups import GROUPS, group_of_parameters
 from vwn.training.config import OptimConfig
 from vwn.training.groups import parse_factors
 
@@ -114,65 +110,32 @@ def test_a_swept_comparison_measures_each_arm_at_its_best_rate(tmp_path, text):
         assert not list(path.glob("checkpoint-*"))
 
 
-def test_every_parameter_has_a_group():
-    model = VirtualWidthForCausalLM(
-        vwn_config(m=2, n=6, embedding="factorised", num_mtp_modules=1, ngram_order=2, ngram_buckets=7)
-    )
-    groups = group_of_parameters(model)
-    assert set(groups) == {name for name, _ in model.named_parameters()}
-    assert set(groups.values()) == set(GROUPS)
-    assert groups["model.embed_tokens.table.weight"] == "table"
-    assert groups["model.embed_tokens.ngram.weight"] == "table"
-    assert groups["model.embed_tokens.expand_weight"] == "expansion"
-    assert groups["model.backbone.layers.0.connections.1.dynamic_alpha"] == "routing"
-    assert groups["model.mtp.0.reduce.weight"] == "reduce"
-    assert groups["lm_head.weight"] == "head"
-    assert groups["model.norm.weight"] == "backbone"
+@pytest.mark.parametrize("items", ["routing", "router=1", "routing=0", "routing=inf", "routing=1 routing=2"])
+def test_factors_that_mean_nothing(items):
+    with pytest.raises(UserError, match=r"GROUP=FACTOR|twice"):
+        parse_factors(items.split())
 
 
-@pytest.mark.parametrize("item", ["routing", "routing=0", "router=1", "routing=x", "routing=-1", "routing=inf"])
-def test_factors_that_mean_nothing(tmp_path, text, item):
-    with pytest.raises(UserError, match="GROUP=FACTOR"):
-        run_config(tmp_path, text, optim=dict(rate_factors=(item,))).check()
-
-
-def test_a_group_has_one_factor():
-    with pytest.raises(UserError, match="twice"):
-        parse_factors(("routing=1", "routing=2"))
-
-
-def test_progress_learns_each_arms_pace(monkeypatch):
+def test_progress_learns_its_pace_from_what_was_done_in_this_process(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     p = Progress({"plain": 1.0, "wide": 2.0})
-    p.plan("plain", 20)
-    p.plan("wide", 10)
-    assert p.text() == "0%"
+    p.plan("plain", 40)
+    p.plan("wide", 20)
+    p.skip("plain", 20)
+    assert p.text() == "25%"
     p.start("plain")
     now[0] = 5.0
     p.advance(5)
-    assert p.fraction == pytest.approx(5 / 40)
-    assert p.seconds_left == pytest.approx(15 + 10 * 2)  # a wide step by its FLOPs
+    assert p.text() == "31%, 55 s left"  # 55 of 80 to come, one a second
     now[0] = 10.0
     p.advance(10)
-    p.finish(10)
+    p.finish(20)  # ten of them in an earlier process
+    assert p.text() == "50%, 40 s left"
     p.start("wide")
-    now[0] = 25.0
-    p.advance(3)
-    assert p.seconds_left == pytest.approx(10 + 7 * 5)  # a wide step by what it took
-    p.finish(10)
-    assert p.fraction == pytest.approx(30 / 40)
-    assert p.text() == "75%, 10 s left"
-    p.plan("plain", 60)
-    assert p.text() == "30%, 1 min left"
-
-
-def test_a_run_that_had_ended_teaches_nothing():
-    p = Progress({"plain": 1.0})
-    p.plan("plain", 10)
-    p.start("plain")
-    p.finish(10)
-    assert (p.fraction, p.seconds_left) == (1.0, None)
+    now[0] = 40.0
+    p.advance(5)
+    assert p.text() == "62%, 1 min left"  # 20 of work in 40 s
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(4, "4 s"), (90, "2 min"), (3599, "1 h 00 min"), (7500, "2 h 05 min")])

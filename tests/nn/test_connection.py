@@ -87,27 +87,27 @@ def test_routing_matrices_equal_the_reference(D, m, n, dynamic):
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (1, 4), (2, 2), (2, 3), (3, 7), (8, 64)])
 def test_initial_values_are_equations_15_and_16(m, n, dynamic):
     connection = GeneralizedHyperConnection(48, m, n, dynamic=dynamic)
-    assert connection.static_alpha.tolist() == reference.initial_read_carry(m, n)
-    assert connection.static_beta.tolist() == reference.initial_write(m, n)
+    assert connection.bias_alpha.tolist() == reference.initial_read_carry(m, n)
+    assert connection.bias_beta.tolist() == reference.initial_write(m, n)
     if dynamic:
         for name, value in connection.named_parameters():
-            assert name.startswith("static") or (value == (0 if name.startswith("dynamic") else 1)).all(), name
+            assert name.startswith("bias") or (value == (0 if name.startswith("dynamic") else 1)).all(), name
 
 
 def test_parameter_names_and_shapes():
     shapes = {name: tuple(p.shape) for name, p in GeneralizedHyperConnection(12, 3, 7).named_parameters()}
     assert shapes == {
-        "static_alpha": (7, 10),
-        "static_beta": (3, 7),
+        "bias_alpha": (7, 10),
+        "bias_beta": (3, 7),
         "dynamic_alpha": (4, 10),
         "dynamic_beta": (4, 3),
         "scale_alpha": (7, 10),
         "scale_beta": (3, 7),
-        "norm_weight": (4,),
+        "slot_norm": (4,),
     }
     static = GeneralizedHyperConnection(12, 3, 7, dynamic=False)
-    assert {name for name, _ in static.named_parameters()} == {"static_alpha", "static_beta"}
-    assert set(static.state_dict()) == {"static_alpha", "static_beta"}
+    assert {name for name, _ in static.named_parameters()} == {"bias_alpha", "bias_beta"}
+    assert set(static.state_dict()) == {"bias_alpha", "bias_beta"}
 
 
 def test_frozen_has_nothing_to_train():

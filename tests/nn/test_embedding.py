@@ -92,15 +92,14 @@ def test_unknown_embedding_form_is_refused():
 def test_linear_reduce_equals_the_reference_with_gradients(geometry, norm):
     reduce = perturb(OverWidthReduce(geometry, "linear", norm))
     state = state_for(geometry, 2, 3).requires_grad_()
-    names = (
-        {"weight"} | ({"norm_weight"} if norm != "none" else set()) | ({"norm_bias"} if norm == "group_norm" else set())
-    )
+    names = {"weight"} | ({"group_norm"} if norm != "none" else set())
+    names |= {"group_norm_bias"} if norm == "group_norm" else set()
     parameters = dict(reduce.named_parameters())
     assert set(parameters) == names
     copies = {k: p.detach().double().requires_grad_() for k, p in parameters.items()}
     other = state.detach().double().requires_grad_()
     wanted = reference.linear_reduce(
-        other, copies["weight"], copies.get("norm_weight"), copies.get("norm_bias"), norm, reduce.eps
+        other, copies["weight"], copies.get("group_norm"), copies.get("group_norm_bias"), norm, reduce.eps
     )
     out = reduce(state)
     assert out.shape == (2, 3, geometry.hidden_size)
@@ -145,8 +144,8 @@ def test_first_slots_starts_as_the_residual_stream(geometry):
 def test_normal_init_has_variance_one_over_the_width():
     reduce = OverWidthReduce(Geometry(128, 2, 8))
     assert abs(float(reduce.weight.detach().std()) * reduce.weight.shape[1] ** 0.5 - 1) < 0.03
-    assert (reduce.norm_weight == 1).all()
-    assert (reduce.norm_bias == 0).all()
+    assert (reduce.group_norm == 1).all()
+    assert (reduce.group_norm_bias == 0).all()
 
 
 @pytest.mark.parametrize("norm", ["group_norm", "rms_norm"])

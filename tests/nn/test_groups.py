@@ -66,7 +66,7 @@ def test_groups_of_a_model_of_ones_own():
     assert {name for name, kind in groups.items() if kind == "table"} == {"embedding.table.weight"}
     assert {name for name, kind in groups.items() if kind == "head"} == {"head.weight"}
     assert {name for name, kind in groups.items() if kind == "reduce"} == {
-        "norm.0.weight", "norm.0.norm_weight", "norm.0.norm_bias",
+        "norm.0.weight", "norm.0.group_norm", "norm.0.group_norm_bias",
     }  # fmt: skip
     assert {name.split(".")[0] for name, kind in groups.items() if kind == "routing"} == {"connections"}
     assert groups["linear.weight"] == groups["norm.1.weight"] == "backbone"

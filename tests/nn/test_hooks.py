@@ -99,7 +99,7 @@ def test_copies_read_with_their_own_weights():
     connection = perturb(vwn.GeneralizedHyperConnection(12, 2, 3))
     twin = copy.deepcopy(connection)
     with torch.no_grad():
-        twin.static_alpha.add_(1)
+        twin.bias_alpha.add_(1)
     state = torch.randn(5, 18)
     assert twin.read.connection is twin
     assert not torch.equal(twin.read(state), connection.read(state))

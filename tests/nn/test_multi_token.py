@@ -40,8 +40,8 @@ def test_predictor_fuses_runs_and_reduces(geometry):
     state, embedding = torch.randn(2, 3, geometry.over_width), 5 * torch.randn(2, 3, geometry.over_width)
     h, new = predictor(state, embedding)
 
-    left = slot_norm(state, predictor.state_norm_weight.detach(), geometry.n, predictor.eps)
-    right = slot_norm(embedding, predictor.embedding_norm_weight.detach(), geometry.n, predictor.eps)
+    left = slot_norm(state, predictor.state_norm.detach(), geometry.n, predictor.eps)
+    right = slot_norm(embedding, predictor.embedding_norm.detach(), geometry.n, predictor.eps)
     fused = reference.block_linear(left, right, predictor.fuse.weight.detach(), geometry.n)
     wanted = predictor.layer(fused.float())
     assert_close(new, wanted, rtol=1e-4, atol=1e-4)
@@ -52,8 +52,8 @@ def test_predictor_fuses_runs_and_reduces(geometry):
 def test_gains_start_at_one_and_a_zero_embedding_is_finite():
     geometry = Geometry(6, 2, 4)
     predictor = MultiTokenPredictor(geometry, nn.Identity(), OverWidthReduce(geometry), nn.Identity())
-    assert (predictor.state_norm_weight == 1).all()
-    assert (predictor.embedding_norm_weight == 1).all()
+    assert (predictor.state_norm == 1).all()
+    assert (predictor.embedding_norm == 1).all()
     embedding = torch.zeros(1, 2, 12, requires_grad=True)
     h, _ = predictor(torch.randn(1, 2, 12), embedding)
     h.sum().backward()

@@ -79,14 +79,14 @@ def test_ghc_equals_the_package_where_the_formulas_agree(streams, fractions, dyn
     with torch.no_grad():
         theirs.dynamic_alpha_fn.mul_(dynamic)
         theirs.dynamic_beta_fn.mul_(dynamic and fractions == 1)
-        ours.static_alpha.copy_(theirs.static_alpha[rows][:, order])
-        ours.static_beta.copy_(theirs.static_beta.expand(fractions, n))
+        ours.bias_alpha.copy_(theirs.bias_alpha[rows][:, order])
+        ours.bias_beta.copy_(theirs.bias_beta.expand(fractions, n))
         if dynamic:  # one scalar scale, and no tau
             ours.dynamic_alpha.copy_(theirs.dynamic_alpha_fn[:, order] * d**0.5)
             ours.dynamic_beta.copy_(theirs.dynamic_beta_fn.reshape(d, fractions) * d**0.5)
             ours.scale_alpha.fill_(theirs.dynamic_alpha_scale)
             ours.scale_beta.fill_(theirs.dynamic_beta_scale)
-            ours.norm_weight.copy_(theirs.norm.gamma + 1)
+            ours.slot_norm.copy_(theirs.norm.gamma + 1)
     state, layer = torch.randn(2, 3, n * d, dtype=torch.float64), sublayer(width)
     assert_close(ours(state, layer), run_theirs(theirs, state, layer), rtol=1e-9, atol=1e-9)
 
@@ -105,14 +105,15 @@ def test_hyper_and_frac_connections_equal_the_package(streams, fractions):
 
     def translated(name: str, t: Tensor) -> tuple[str, Tensor]:
         """A tensor of theirs, or its gradient, in our layout and under our name."""
-        if name == "static_alpha":
-            return name, t[rows][:, order]
+        if name == "bias_alpha":
+            return "bias_alpha", t[rows][:, order]
         if name == "dynamic_alpha_fn":
             return "dynamic_alpha", t[:, order]
         if name == "dynamic_beta_fn":
             return "dynamic_beta", t.reshape(d, fractions)
         renamed = {"dynamic_alpha_scale": "scale_alpha", "dynamic_beta_scale": "scale_beta"}
-        return renamed.get(name, name.replace("norm.", "norm_")), t
+        renamed |= {"bias_beta": "bias_beta", "norm.weight": "slot_norm", "norm.bias": "slot_norm_bias"}
+        return renamed.get(name, name), t.reshape(1) if name.endswith("scale") else t
 
     with torch.no_grad():
         for name, t in map(translated, *zip(*theirs.named_parameters(), strict=True)):
@@ -120,7 +121,7 @@ def test_hyper_and_frac_connections_equal_the_package(streams, fractions):
     state, layer = torch.randn(2, 3, n * d, dtype=torch.float64), sublayer(width)
     found = run(ours, lambda s: ours(s, layer), state)
     wanted = run(theirs, lambda s: run_theirs(theirs, s, layer), state)
-    found["static_beta"] = found["static_beta"].sum(0)
+    found["bias_beta"] = found["bias_beta"].sum(0)
     compared = dict(map(translated, *zip(*wanted.items(), strict=True)))
     if fractions > 1:
         del found["dynamic_beta"], compared["dynamic_beta"], found["scale_beta"], compared["scale_beta"]
@@ -139,10 +140,11 @@ def test_hyper_connections_by_their_formula(m, n, d, dynamic):
 
     def by_formula(state: Tensor) -> Tensor:
         h = state.reshape(2, 3, n, d)
-        alpha, beta = ours.static_alpha, ours.static_beta
+        alpha, beta = ours.bias_alpha, ours.bias_beta
         if dynamic:
             centred = h - h.mean(-1, keepdim=True)
-            normed = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-2).sqrt() * ours.norm_weight + ours.norm_bias
+            normed = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-2).sqrt()
+            normed = normed * ours.slot_norm + ours.slot_norm_bias
             alpha = alpha + ours.scale_alpha * torch.einsum("btsd,dc->btsc", normed, ours.dynamic_alpha).tanh()
             beta = beta + ours.scale_beta * torch.einsum("btsd,df->btfs", normed, ours.dynamic_beta).tanh()
         alpha, beta = alpha.expand(2, 3, n, m + n), beta.expand(2, 3, m, n)
@@ -175,7 +177,7 @@ def test_mhc_equals_transformers(n, width, backend, dtype, monkeypatch):
         found = {f"{k}_weight": w.T for k, w in zip(names, fn.split(sizes), strict=True)}
         found |= {f"{k}_bias": b for k, b in zip(names, base.split(sizes), strict=True)}
         found["res_bias"] = found["res_bias"].view(n, n)
-        return found | {f"{k}_scale": a for k, a in zip(names, scale, strict=True)}
+        return found | {f"{k}_scale": a for k, a in zip(names, scale.split(1), strict=True)}
 
     ours.load_state_dict(translated(theirs.fn.data, theirs.base.data, theirs.scale.data))
     state, layer = torch.randn(2, 3, n * width, dtype=dtype), sublayer(width)
@@ -201,16 +203,16 @@ def test_mhc_equals_transformers(n, width, backend, dtype, monkeypatch):
 def test_doubly_stochastic_carry_by_its_formula(m, n, d, dynamic):
     options: dict[str, Any] = {"dynamic": dynamic, "eps": 1e-2, "carry_constraint": "doubly_stochastic"}
     ours = perturb(GeneralizedHyperConnection(m * d, m, n, **options)).double()
-    ours.static_alpha.data[:, m:] *= 0.2  # far from the identity
+    ours.bias_alpha.data[:, m:] *= 0.2  # far from the identity
     free = perturb(GeneralizedHyperConnection(m * d, m, n, **options | {"carry_constraint": "none"})).double()
     free.load_state_dict(ours.state_dict())  # the same names and shapes
     state, layer = torch.randn(2, 3, n * d, dtype=torch.float64), sublayer(m * d)
 
     def by_formula(state: Tensor) -> Tensor:
         h = state.reshape(2, 3, n, d)
-        alpha, beta = ours.static_alpha, ours.static_beta
+        alpha, beta = ours.bias_alpha, ours.bias_beta
         if dynamic:
-            normed = h / (h.pow(2).mean(-1, keepdim=True) + 1e-2).sqrt() * ours.norm_weight
+            normed = h / (h.pow(2).mean(-1, keepdim=True) + 1e-2).sqrt() * ours.slot_norm
             alpha = alpha + ours.scale_alpha * torch.tanh(normed @ ours.dynamic_alpha / d**0.5)
             beta = beta + ours.scale_beta * torch.tanh(normed @ ours.dynamic_beta / d**0.5).mT
         alpha, beta = alpha.expand(2, 3, n, m + n), beta.expand(2, 3, m, n)
@@ -287,15 +289,15 @@ def test_routing_is_computed_in_float32(kind, dtype):
 @pytest.mark.parametrize("index", [0, 1, 5])
 def test_initial_values(index):
     hc = HyperConnection(8, 1, 4, index)
-    assert hc.static_alpha[:, 0].tolist() == [float(i == index % 4) for i in range(4)]
-    assert torch.equal(hc.static_alpha[:, 1:], torch.eye(4))
-    assert hc.static_beta.tolist() == [[1.0] * 4]
+    assert hc.bias_alpha[:, 0].tolist() == [float(i == index % 4) for i in range(4)]
+    assert torch.equal(hc.bias_alpha[:, 1:], torch.eye(4))
+    assert hc.bias_beta.tolist() == [[1.0] * 4]
     assert hc.scale_alpha.item() == hc.scale_beta.item() == pytest.approx(0.01)
     assert not hc.dynamic_alpha.any()
     assert not hc.dynamic_beta.any()
     frac = HyperConnection(8, 4, 4, index)
-    assert torch.equal(frac.static_alpha, torch.cat([torch.eye(4), torch.eye(4)], dim=1))
-    assert torch.equal(frac.static_beta, torch.eye(4))
+    assert torch.equal(frac.bias_alpha, torch.cat([torch.eye(4), torch.eye(4)], dim=1))
+    assert torch.equal(frac.bias_beta, torch.eye(4))
     mhc = ManifoldHyperConnection(8, 4, index)
     assert [mhc.pre_scale.item(), mhc.post_scale.item(), mhc.res_scale.item()] == pytest.approx([0.01] * 3)
     alpha, beta = mhc.routing_matrices(torch.randn(3, 32))
@@ -311,7 +313,7 @@ def test_a_doubly_stochastic_carry_starts_at_the_identity_with_live_gradients(m,
     carry = connection.routing_matrices(state).alpha[..., m:]
     assert (carry - torch.eye(n)).abs().sum(-1).max() < 2**-9  # half of bfloat16's last place of one
     (connection(state, torch.tanh) * torch.randn_like(state)).mean().backward()
-    for weight in (connection.static_alpha, connection.dynamic_alpha):
+    for weight in (connection.bias_alpha, connection.dynamic_alpha):
         assert weight.grad is not None
         assert weight.grad[:, m:].abs().median() > 1e-8
 

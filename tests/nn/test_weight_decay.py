@@ -13,8 +13,8 @@ DECAYED = ("dynamic_alpha", "dynamic_beta", "scale_alpha", "scale_beta")
 
 
 def test_a_connection_alone():
-    assert no_weight_decay(GeneralizedHyperConnection(12, 2, 3)) == {"static_alpha", "static_beta", "norm_weight"}
-    assert no_weight_decay(GeneralizedHyperConnection(12, 2, 3, dynamic=False)) == {"static_alpha", "static_beta"}
+    assert no_weight_decay(GeneralizedHyperConnection(12, 2, 3)) == {"bias_alpha", "bias_beta", "slot_norm"}
+    assert no_weight_decay(GeneralizedHyperConnection(12, 2, 3, dynamic=False)) == {"bias_alpha", "bias_beta"}
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
@@ -29,7 +29,7 @@ def test_a_whole_model_by_the_rule(kind):
         *("mlp.gate.weight", "experts.gate_up_proj", "experts.down_proj"),
         *("table.weight", "ngram.weight", "expand_weight", "lm_head.weight", "reduce.weight", "fuse.weight"),
     )
-    spared_names = ("static_alpha", "static_beta", "norm_weight", "norm_bias", "_proj.bias")
+    spared_names = ("bias_alpha", "bias_beta", "_norm", "_norm_bias", "_proj.bias")
     spared_norms = ("layernorm.weight", "q_norm.weight", "k_norm.weight", ".norm.weight")
     spared = no_weight_decay(model)
     for name, _ in model.named_parameters():
@@ -38,7 +38,7 @@ def test_a_whole_model_by_the_rule(kind):
         assert (name in spared) == wanted, name
     assert spared <= {name for name, _ in model.named_parameters()}
     connections = [m for m in model.modules() if isinstance(m, GeneralizedHyperConnection)]
-    assert len([name for name in spared if name.endswith("static_alpha")]) == len(connections) == 2 * 4
+    assert len([name for name in spared if name.endswith("bias_alpha")]) == len(connections) == 2 * 4
     if bias:
         assert any(name.endswith("q_proj.bias") for name in spared)
 
@@ -47,12 +47,12 @@ def test_names_fit_a_module_however_it_is_wrapped():
     inner = nn.ModuleDict({"a": GeneralizedHyperConnection(12, 2, 3), "b": nn.Linear(3, 3)})
     outer = nn.Sequential(nn.Sequential(inner))
     assert no_weight_decay(outer) == {f"0.0.{name}" for name in no_weight_decay(inner)}
-    assert no_weight_decay(inner) == {"a.static_alpha", "a.static_beta", "a.norm_weight", "b.bias"}
+    assert no_weight_decay(inner) == {"a.bias_alpha", "a.bias_beta", "a.slot_norm", "b.bias"}
 
 
 def test_a_static_shape_is_no_reason_to_decay():
     """With m = n = 1 the static matrices have one or two numbers and are still matrices."""
-    assert {"static_alpha", "static_beta"} <= no_weight_decay(GeneralizedHyperConnection(4, 1, 1))
+    assert {"bias_alpha", "bias_beta"} <= no_weight_decay(GeneralizedHyperConnection(4, 1, 1))
 
 
 def test_only_parameters_are_named():

@@ -51,9 +51,9 @@ def make(m, n, d, *lead, dtype=torch.float32, dynamic=(True, True), norm=True) -
     if norm:
         t["norm"] = (1 + 0.3 * draw(m * d)).to(dtype)
     for side, varies in zip(("write", "read"), dynamic, strict=True):
-        w = {"static_alpha": draw(n, m + n), "static_beta": draw(m, n)}
+        w = {"bias_alpha": draw(n, m + n), "bias_beta": draw(m, n)}
         if varies:
-            w |= {"dynamic_alpha": draw(d, m + n), "dynamic_beta": draw(d, m), "norm_weight": 1 + 0.3 * draw(d)}
+            w |= {"dynamic_alpha": draw(d, m + n), "dynamic_beta": draw(d, m), "slot_norm": 1 + 0.3 * draw(d)}
             w |= {"scale_alpha": draw(n, m + n), "scale_beta": draw(m, n)}
         wide = torch.promote_types(dtype, torch.float32)
         t |= {f"{side}.{name}": x.to(wide) for name, x in w.items() if side == "write" or not name.endswith("beta")}

@@ -57,12 +57,12 @@ def rms_norm(numbers: list[Tensor], gain: list[Tensor] | None, eps: float) -> li
 def routing(slots: Matrix, parameters: Mapping[str, Tensor], m: int, eps: float) -> tuple[Matrix, Matrix]:
     """`A` (n x (m+n)) and `B` (m x n) of one token, eqs. 10 and 12-14; static where only two parameters are given."""
     n, d = len(slots), len(slots[0])
-    A, B = table(parameters["static_alpha"]), table(parameters["static_beta"])
+    A, B = table(parameters["bias_alpha"]), table(parameters["bias_beta"])
     if "dynamic_alpha" not in parameters:
         return A, B
     W_alpha, W_beta = table(parameters["dynamic_alpha"]), table(parameters["dynamic_beta"])
     S_alpha, S_beta = table(parameters["scale_alpha"]), table(parameters["scale_beta"])
-    gain = list(parameters["norm_weight"].double().unbind(0))
+    gain = list(parameters["slot_norm"].double().unbind(0))
     tau = math.sqrt(d)
     for slot in range(n):
         normalised = rms_norm(slots[slot], gain, eps)

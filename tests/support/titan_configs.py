@@ -21,9 +21,9 @@ SIZES = dict(
 )  # fmt: skip
 
 
-def initialise(model, seed, std):
-    """As the package does, and then every weight moved: nothing stays zero or the identity."""
-    initialisation.initialise(model, seed, std)
+def initialise(model, *options):
+    """Start as the package does, and then move every weight: nothing stays zero or the identity."""
+    initialisation.initialise(model, *options)
     for name, parameter in model.named_parameters():
         move = torch.empty_like(parameter)
         initialisation._draw(move, f"move/{name}", 0.1)

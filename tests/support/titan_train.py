@@ -43,7 +43,7 @@ def _step(self, *, arg_mbs=None, kwarg_mbs=None, target_mbs=None, losses=None, l
 
 
 def layout(metrics):
-    """Of every weight: its kind, the names of its mesh, how it lies on it, and the shape of this rank's part."""
+    """Describe every weight: its kind, the names of its mesh, its placement, and the shape of this rank's part."""
     weights = {}
     for part in metrics.model_parts:
         for name, p in part.named_parameters():

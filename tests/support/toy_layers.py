@@ -227,9 +227,9 @@ def change_basis(wide: Any) -> tuple[Tensor, Tensor]:
     for connection in wide.connections:
         after = basis()
         back = torch.linalg.inv(before)
-        connection.static_alpha[:, :1] = back.T[:, :1]
-        connection.static_alpha[:, 1:] = (after @ back).T
-        connection.static_beta[:] = (after @ torch.ones(N, 1).double()).T
+        connection.bias_alpha[:, :1] = back.T[:, :1]
+        connection.bias_alpha[:, 1:] = (after @ back).T
+        connection.bias_beta[:] = (after @ torch.ones(N, 1).double()).T
         before = after
     return first, torch.linalg.inv(before)
 

@@ -12,13 +12,16 @@ import vwn
 
 pytest.importorskip("torchtitan", reason="torchtitan is not installed: vwn[titan]")
 
+from torchtitan.components.optimizer import ParamGroupConfig
+
 from processes import Processes
+from vwn.cost import model_cost
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.titan import Backbone, VirtualWidth, hf_config
 from vwn.titan.initialisation import ROWS, _draw
 from vwn.titan.model import check_parallelism, model_config
-from vwn.titan.state_dict_adapter import from_transformers, to_transformers
-from vwn.titan.trainer import NO_DECAY, adamw, loss_config, model_spec, slow_routing
+from vwn.titan.state_dict_adapter import from_transformers, hf_name, to_transformers
+from vwn.titan.trainer import adamw, loss_config, model_spec, rate_factors
 
 SIZES = dict(
     vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
@@ -77,31 +80,41 @@ def test_experts_route_as_in_mixtral(monkeypatch):
     assert from_transformers(theirs.state_dict()).keys() == model.state_dict().keys()
 
 
+def rates(groups, names):
+    """Parameter name -> its learning rate and weight decay."""
+    return {names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+
+
+@pytest.mark.parametrize("layers", [2, 10])
 @pytest.mark.parametrize("width", WIDTHS, ids=str)
-def test_undecayed_weights_are_those_of_the_rule(width):
-    model = model_config(Backbone(**SIZES), VirtualWidth(**width)).build()
-    undecayed = {name for name, _ in model.named_parameters() if re.search(NO_DECAY, name)}
-    assert undecayed == vwn.no_weight_decay(model)
-    assert any("static_alpha" in name for name in undecayed)
+def test_parameter_groups_are_those_of_vwn_train(width, layers):
+    backbone, width, model = build(width, num_hidden_layers=layers)
+    theirs = VirtualWidthForCausalLM(hf_config(backbone, width))
+    theirs.load_state_dict(to_transformers(model.state_dict()))
+    names = {id(p): name for name, p in theirs.named_parameters()}
 
+    def ours(**options):
+        options = {"rate_factors": rate_factors(backbone, width), "implementation": "for-loop"} | options
+        (optimizer,) = adamw(0.1, 0.3, **options).build(model_parts=[model])
+        names = {id(p): name for name, p in model.named_parameters()}
+        for group in optimizer.param_groups:
+            assert group["param_names"] == [names[id(p)] for p in group["params"]]
+        return {hf_name(name): rate for name, rate in rates(optimizer.param_groups, names).items()}
 
-@pytest.mark.parametrize("dynamic", [True, False])
-def test_the_routing_of_a_deep_model_learns_slower(dynamic):
-    backbone, width = Backbone(**SIZES | {"num_hidden_layers": 10}), VirtualWidth(dynamic=dynamic)
-    model = model_config(backbone, width).build()
-
-    def rates(width: VirtualWidth) -> dict[str, tuple[float, float]]:
-        optimizer = adamw(0.1, 0.3)
-        slow_routing(optimizer, backbone, width)
-        first = ((n, next(g for g in optimizer.param_groups if re.search(g.pattern, n))) for n in model.state_dict())
-        return {n: (g.optimizer_kwargs["lr"], g.optimizer_kwargs["weight_decay"]) for n, g in first}
-
-    spared, found = vwn.no_weight_decay(model), rates(width)
-    for name, (rate, decay) in found.items():
-        assert rate == pytest.approx(0.1 * (5 / 20 if "connections" in name else 1)), name
-        assert decay == (0.0 if name in spared else 0.3), name
-    assert any("connections" in name for name in found)
-    assert {rate for rate, _ in rates(VirtualWidth(carry_constraint="doubly_stochastic")).values()} == {0.1}
+    expected = rates(vwn.parameter_groups(theirs, 0.1, 0.3), names)
+    assert ours() == expected
+    assert len({rate for rate, _ in expected.values()}) > 1 or width.embedding == "factorised"
+    equal = {"rate_factors": dict.fromkeys(("table", "routing", "reduce"), 1), "implementation": "for-loop"}
+    assert {rate for rate, _ in ours(**equal).values()} == {0.1}
+    own = ours(param_groups=[ParamGroupConfig(pattern=".*", optimizer_name="AdamW", optimizer_kwargs={"lr": 0.5})])
+    assert {rate for rate, _ in own.values()} == {0.5}
+    expansion = ours(rate_factors={"expansion": 0.5})
+    assert [name for name, (rate, _) in expansion.items() if rate != 0.1] == [
+        n for n in names.values() if "expand" in n
+    ]
+    model.tok_embeddings = None  # as on a later stage of a pipeline
+    without = {name: rate for name, rate in expected.items() if "embed_tokens" not in name}
+    assert ours() == without
 
 
 def test_documents_of_a_window_are_kept_apart_in_what_mtp_predicts():
@@ -131,15 +144,29 @@ def test_a_start_does_not_depend_on_how_it_is_cut():
     assert whole.std().item() == pytest.approx(2.0, rel=0.05)
 
 
-def test_the_start_is_that_of_the_paper():
-    config = model_config(Backbone(**SIZES), VirtualWidth(m=2, n=3))
+def start(width, **sizes):
+    config = model_config(Backbone(**SIZES | sizes), VirtualWidth(**width))
     config.seed = 0
     model = config.build()
     model.init_states()
-    a = model.layers["1"].connections[0].static_alpha
+    return model
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_the_start_is_that_of_the_paper_and_of_the_presets(experts):
+    model = start({"m": 2, "n": 3, "num_mtp_modules": 1}, num_experts=experts)
+    a = model.layers["1"].connections[0].bias_alpha
     assert torch.equal(a, torch.cat([torch.eye(3)[:, :2], torch.eye(3)], dim=1))
     assert model.tok_embeddings.table.weight.std().item() == pytest.approx(1.0, rel=0.1)
     assert model.lm_head.weight.std().item() == pytest.approx(24**-0.5, rel=0.1)
+    ends = (".wo.weight", "w2_EDF" if experts else "w2.weight")
+    outputs = {name for name, p in model.named_parameters() if p.ndim > 1 and not p.any() and "connections" not in name}
+    assert outputs == {name for name, _ in model.named_parameters() if name.endswith(ends)}
+    assert len(outputs) == 2 * 3
+    for how, share in (("depth", 4**-0.5), ("config", 1)):
+        model = start({}, num_experts=experts, output_init=how)
+        for name in outputs & dict(model.named_parameters()).keys():
+            assert model.get_parameter(name).std().item() == pytest.approx(share * 24**-0.5, rel=0.1), name
 
 
 def parallelism(**changes):
@@ -163,7 +190,7 @@ def parallelism(**changes):
 def test_a_parallelism_that_is_not_carried_is_refused(changes, sizes, width, sentence):
     backbone, width = Backbone(**SIZES | sizes), VirtualWidth(**width)
     with pytest.raises(vwn.UserError, match=re.escape(sentence)):
-        check_parallelism(parallelism(**changes), backbone, width, backbone.num_hidden_layers)
+        check_parallelism(parallelism(**changes), backbone, width)
 
 
 @pytest.mark.parametrize(
@@ -188,14 +215,12 @@ def test_experts_are_not_converted_while_training():
         spec.state_dict_adapter(spec.model, None).to_hf({})
 
 
-def test_flops_count_matrices_attention_and_connections():
-    config = model_config(Backbone(**SIZES), VirtualWidth(m=2, n=3))
-    model = config.build()
-    parameters, flops = config.get_nparams_and_flops(model, 16)
+def test_parameters_and_flops_are_counted_on_the_transformers_model():
+    backbone, width = Backbone(**SIZES), VirtualWidth(m=2, n=3)
+    config = model_config(backbone, width)
+    parameters, flops = config.get_nparams_and_flops(model := config.build(), 16)
     assert parameters == sum(p.numel() for p in model.parameters())
-    dense = 2 * (24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 40 + 2 * 24) + 24 * 36 + 24 + 24 * 61
-    wide = 4 * (2 * (2 * 2 + 3) * 36 + 2 * (2 + 3) * 36 + 2 * 3 * 24)
-    assert flops == 6 * dense + 12 * 2 * 24 * 16 + 3 * wide
+    assert flops == model_cost(hf_config(backbone, width), sequence_length=16).training_flops_per_token
 
 
 def mixed_precision_step():
@@ -223,7 +248,7 @@ def mixed_precision_step():
     dtypes = {}
     block = next(iter(model.layers.values()))
     block.connections[1].read.register_forward_hook(
-        lambda read, args, x: dtypes.update(state=args[0].dtype, routing=read.connection.static_alpha.dtype)
+        lambda read, args, x: dtypes.update(state=args[0].dtype, routing=read.connection.bias_alpha.dtype)
     )
     block.attention_norm.register_forward_hook(lambda norm, args, out: dtypes.update(backbone=norm.weight.dtype))
     ids = torch.randint(0, 61, (2, 16))

@@ -24,7 +24,7 @@ from vwn.cli import main
 from vwn.common.errors import UserError
 from vwn.training import run as run_module
 from vwn.training.checkpoint.sharding import MODEL
-from vwn.training.config import ReliabilityOptions, SpeedOptions
+from vwn.training.config import CorpusConfig, ReliabilityOptions, SpeedOptions
 from vwn.training.distributed import resolve
 from vwn.training.run import train
 from vwn.training.trainer import VirtualWidthTrainer
@@ -33,10 +33,10 @@ STEPS = 6
 
 
 def small(out, text, **changes):
-    """MTP, gradient accumulation, and a checkpoint after four of six steps."""
-    return config(
-        out, text, optim={"steps": STEPS, "batch_size": 8, "gradient_accumulation": 2, "learning_rate": 3e-3}, **changes
-    )
+    """MTP, gradient accumulation, samples of two tokens, and a checkpoint after four of six steps."""
+    corpus = CorpusConfig(data=str(text), window=32, max_valid_tokens=2048)
+    optim = {"steps": STEPS, "batch_size": 8, "gradient_accumulation": 2, "learning_rate": 3e-3}
+    return config(out, text, corpus=corpus, optim=optim, **changes)
 
 
 def perturbed_train(run, *, check=True):
@@ -104,6 +104,9 @@ def pair(request, tmp_path_factory, text):
 @pytest.mark.slow
 def test_two_processes_train_the_model_of_one(pair, alone):
     assert_same_run(pair[1], alone)
+    for out in (pair[1], alone):
+        lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [0, 4, 6]
 
 
 @pytest.mark.slow

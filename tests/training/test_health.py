@@ -19,7 +19,12 @@ from vwn.nn.groups import default_factors
 from vwn.training.checkpoint.manifest import last_checkpoint
 from vwn.training.model import build_model, load_backbone, model_config
 from vwn.training.run import rate_factors, train
-from vwn.training.watch.health import concerns, effective_slots, gradient_norms, measure_state, read_health
+from vwn.training.watch.health import concerns, effective_slots, gradient_norms, measure_state
+from vwn.training.watch.lines import StepLines
+
+
+def read_health(directory):
+    return StepLines(directory / "health.jsonl").read()
 
 
 def test_a_run_measures_at_its_first_and_last_step_and_between(finished):
@@ -123,7 +128,7 @@ def test_a_plain_model_has_gradients_and_a_state():
 def test_a_state_that_is_not_finite_is_written_as_unknown(tmp_path):
     model = build(vwn_config("llama", 2, 4))
     with torch.no_grad():
-        model.model.layers[1].connections[0].static_beta.fill_(float("nan"))
+        model.model.layers[1].connections[0].bias_beta.fill_(float("nan"))
     seen = measure_state(model, token_ids()[:1])
     assert seen["spectral_radius"][0] is not None
     assert seen["spectral_radius"][3] is None

@@ -92,7 +92,7 @@ def test_a_stock_model_without_known_layers_is_refused():
     for layer in model.model.layers:
         layer.self_attn.mix = layer.self_attn.o_proj
         del layer.self_attn.o_proj
-    with pytest.raises(UserError, match="LlamaForCausalLM cannot be told"):
+    with pytest.raises(UserError, match="LlamaForCausalLM cannot be identified"):
         output_matrices(model)
 
 

@@ -14,9 +14,8 @@ from torch.utils.data import BatchSampler, RandomSampler
 
 from runs import config, without_seconds
 from texts import write_jsonl, write_parquet
-from vwn.cli import given_options
 from vwn.commands.evaluation.text import load_text
-from vwn.commands.inspection.loading import load_tokens
+from vwn.commands.inspection.run import load_tokens
 from vwn.common.errors import UserError
 from vwn.data.corpus import prepare_run
 from vwn.lab.compare.config import CompareConfig
@@ -116,7 +115,7 @@ def test_other_data_is_refused_and_other_workers_are_not(tmp_path, whole, source
     other = dataclasses.replace(run.corpus, stream=run.corpus.stream[:1])
     with pytest.raises(UserError, match=r"corpus\.stream"):
         train(dataclasses.replace(run, corpus=other, resume=True))
-    adopted = adopt(dataclasses.replace(run, resume=True, corpus=CorpusConfig()), given_options())
+    adopted = adopt(dataclasses.replace(run, resume=True, corpus=CorpusConfig()), set())
     assert tuple(adopted.corpus.stream) == run.corpus.stream
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from runs import command, config, without_seconds
 from vwn.common.errors import UserError
-from vwn.common.files import CannotWrite, read_json
+from vwn.common.files import CannotWrite
 from vwn.training.checkpoint.manifest import last_checkpoint
 from vwn.training.directory import locked
 from vwn.training.run import train
@@ -27,17 +27,6 @@ def test_an_existing_directory_is_refused_and_left_alone(finished, text):
     with pytest.raises(UserError, match=r"exists already.*--resume"):
         train(config(run.out, text))
     assert {p: p.stat().st_mtime_ns for p in run.out.rglob("*")} == before
-
-
-def test_resuming_a_finished_run_returns_its_result(finished, text):
-    run, result = finished
-    assert train(config(run.out, text, resume=True)) == result
-
-
-def test_resuming_with_another_setting_is_refused(finished, text):
-    run, _ = finished
-    with pytest.raises(UserError, match=r"optim.steps = 20, not 30"):
-        train(config(run.out, text, optim={"steps": 30}, resume=True))
 
 
 def test_kill_and_resume_gives_the_same_run_bit_for_bit(tmp_path, finished, text):
@@ -81,11 +70,6 @@ def test_a_save_that_fails_leaves_no_checkpoint_behind(tmp_path, text, monkeypat
     with pytest.raises(CannotWrite, match=r"No space.*the last checkpoint, .*checkpoint-4, is untouched"):
         train(config(tmp_path / "run", text))
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
-
-
-def test_only_the_last_two_checkpoints_are_kept(finished):
-    run, _ = finished
-    assert sorted(p.name for p in run.out.glob("checkpoint-*")) == ["checkpoint-16", "checkpoint-20"]
 
 
 def test_a_non_finite_loss_stops_with_a_sentence_and_keeps_the_checkpoint(tmp_path, text, monkeypatch):
@@ -137,16 +121,6 @@ def test_a_run_killed_after_its_last_step_only_writes_its_result(tmp_path, text,
     assert AutoModelForCausalLM.from_pretrained(out).config.m == 4
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
-def test_a_damaged_checkpoint_is_passed_over_with_a_word(tmp_path, finished, capsys, name):
-    reference, _ = finished
-    shutil.copytree(reference.out, tmp_path / "run")
-    path = tmp_path / "run" / "checkpoint-20" / name
-    path.write_bytes(path.read_bytes()[:-100])
-    assert last_checkpoint(tmp_path / "run").name == "checkpoint-16"
-    assert "checkpoint-20 is damaged" in capsys.readouterr().err
-
-
 def test_changed_text_is_refused(tmp_path, text):
     copy = tmp_path / "text.txt"
     copy.write_text(text.read_text())
@@ -185,20 +159,3 @@ def test_records_that_are_no_records(tmp_path, finished, text):
         (out / name).write_text(content)
         with pytest.raises(UserError, match=r"run\.json|result\.json|was started with"):
             train(config(out, text, resume=True))
-
-
-def test_logs_do_not_depend_on_where_a_run_was_interrupted(tmp_path, text):
-    """Also where the interval of saves is no multiple of that of logs."""
-    options = dict(log_every=3, save_every=4, eval_every=100, optim={"steps": 8})
-    train(config(tmp_path / "whole", text, **options))
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    for rest in ("result.json", "config.json", "model.safetensors"):
-        (tmp_path / "cut" / rest).unlink()
-    shutil.rmtree(tmp_path / "cut" / "checkpoint-8")
-    train(config(tmp_path / "cut", text, **options, resume=True))
-    histories = [
-        [(h["step"], h["loss"]) for h in read_json(last_checkpoint(tmp_path / d) / "trainer_state.json")["log_history"]
-         if "loss" in h]
-        for d in ("whole", "cut")
-    ]  # fmt: skip
-    assert histories[0] == histories[1]

@@ -11,24 +11,19 @@ import torch
 from torch import Tensor
 
 from vwn.common.errors import UserError, require
+from vwn.data import load_checkpoint_tokenizer
+from vwn.hf.loading import load_model
 from vwn.training.directory import locate
 
 WARM_UP_TOKENS = 4
 
 
 def load(checkpoint: str, tokenizer: str | None = None) -> tuple[Any, Any]:
-    """Load a model, on the GPU if there is one, and its tokenizer.
-
-    Args:
-        checkpoint: a run directory, one of its checkpoints, or a hub id.
-        tokenizer: its name, where the checkpoint's folder has none.
+    """Load a model, on the GPU if there is one, and its tokenizer or, where its folder has none, the one named.
 
     Raises:
         UserError: there is no checkpoint or no tokenizer.
     """
-    from vwn.data import load_checkpoint_tokenizer
-    from vwn.hf.loading import load_model
-
     source = locate(checkpoint)
     loaded = load_checkpoint_tokenizer(source, tokenizer)
     return load_model(source, loaded), loaded
@@ -37,15 +32,7 @@ def load(checkpoint: str, tokenizer: str | None = None) -> tuple[Any, Any]:
 def continuation(
     model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int
 ) -> str:
-    """Return the prompt with its continuation by sampling.
-
-    Args:
-        model, tokenizer: from :func:`load`.
-        prompt: text to continue.
-        max_new_tokens: number of tokens to add.
-        temperature: sampling temperature; 0 takes the likeliest token each time.
-        top_p: nucleus sampling, the smallest set of tokens with this probability.
-        seed: seed of the sampling.
+    """Return the prompt with its continuation by sampling; at temperature 0 the likeliest token is taken each time.
 
     Raises:
         UserError: an empty prompt, or a number out of range.
@@ -90,7 +77,7 @@ class DraftedText:
     equals_greedy: bool
 
     def summary(self) -> str:
-        """The numbers in one line."""
+        """Return the numbers in one line."""
         rate = "" if self.acceptance_rate is None else f" ({self.acceptance_rate:.1%})"
         parts = (
             f"accepted {self.accepted} of {self.drafted} drafted tokens{rate}",

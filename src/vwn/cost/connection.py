@@ -1,4 +1,4 @@
-"""Cost of one connection per token and sublayer (section 3.5 of the paper): FLOPs, saved activations, traffic.
+"""Cost of one connection per token and sublayer (section 3.5 of the paper): FLOPs, saved activations, bytes moved.
 
 ``D`` backbone width, ``m`` segments, ``n`` slots, ``r = n/m``, ``D' = r D``, ``e`` bytes per element. A multiply and an
 add are two FLOPs.
@@ -11,34 +11,10 @@ from dataclasses import dataclass
 from vwn.common.errors import UserError
 from vwn.nn.geometry import Geometry
 
-BYTES_PER_ELEMENT = 2
 PLAIN_ACTIVATION_BYTES = 34
 """Bytes per token and unit of ``D`` that a plain layer saves: 16 bit, selective recomputation (section 3.5)."""
 
-_SAVED_SHARE = 0.5
-"""``η``, the share of the width connections' inputs that is saved for the backward."""
 _NORM_FLOPS = {"ghc": 4, "hc": 7, "mhc": 3}  # by kind of connection, per number of the state
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Least bytes that one connection moves per token and sublayer.
-
-    The sublayer is opaque and the routing coefficients are left out. "Separate" reads and writes the state in two
-    kernels; "fused" joins the write of one sublayer with the read of the next; "naive" materialises all ``m + n``
-    mixed rows, as the paper's listing does. Backward: state, ``Z`` and ``B`` are saved, ``Å`` and ``Â`` recomputed.
-    """
-
-    forward_fused: int
-    """``(2r + 2) D e``: state and ``Z`` in, state and ``X`` out."""
-    forward_separate: int
-    """``(3r + 2) D e``."""
-    forward_naive: int
-    """``(4r + 2) D e``."""
-    backward_fused: int
-    """``(3r + 3) D e``."""
-    backward_separate: int
-    """``(4r + 3) D e``."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +37,11 @@ class ConnectionCost:
     """``2 n D``: write, ``Bᵀ Z``."""
     activation_bytes: float
     """``4 η r D`` with ``η = ½``: what both connections of a layer save beyond a plain layer's ``34 D``, in 16 bit."""
-    traffic: Traffic
+    forward_bytes: int
+    """``(2r + 2) D e``: the least that a write and the next read together move, with the state and ``Z`` in, the state
+    and ``X`` out; coefficients are left out."""
+    backward_bytes: int
+    """``(3r + 3) D e``, with state, ``Z`` and ``B`` saved and the other coefficients computed again."""
     sinkhorn_flops: int = 0
     """``4 n²`` a round: sums and quotients of rows and columns. Zero where the carry is free."""
 
@@ -83,7 +63,7 @@ class ConnectionCost:
 
 def connection_cost(
     geometry: Geometry,
-    bytes_per_element: int = BYTES_PER_ELEMENT,
+    bytes_per_element: int = 2,
     dynamic: bool = True,
     kind: str = "ghc",
     sinkhorn_rounds: int = 0,
@@ -92,7 +72,7 @@ def connection_cost(
 
     Args:
         geometry: ``(D, m, n)``.
-        bytes_per_element: ``e`` of the state, for the traffic; the activation formulas are the paper's, for 16 bit.
+        bytes_per_element: ``e`` of the state, for the bytes moved; the activation formulas are the paper's, for 16 bit.
         dynamic: whether the routing depends on the token.
         kind: ``"ghc"``, ``"hc"`` or ``"mhc"``.
         sinkhorn_rounds: rounds for a doubly-stochastic carry.
@@ -110,13 +90,8 @@ def connection_cost(
         dynamic_parameter_flops=2 * (2 * n + n * n if kind == "mhc" else 2 * m + n) * wide if dynamic else 0,
         width_connection_flops=2 * (m + n) * wide,
         depth_connection_flops=2 * n * narrow,
-        activation_bytes=4 * _SAVED_SHARE * wide,
-        traffic=Traffic(
-            forward_fused=(2 * wide + 2 * narrow) * e,
-            forward_separate=(3 * wide + 2 * narrow) * e,
-            forward_naive=(4 * wide + 2 * narrow) * e,
-            backward_fused=(3 * wide + 3 * narrow) * e,
-            backward_separate=(4 * wide + 3 * narrow) * e,
-        ),
+        activation_bytes=2.0 * wide,
+        forward_bytes=(2 * wide + 2 * narrow) * e,
+        backward_bytes=(3 * wide + 3 * narrow) * e,
         sinkhorn_flops=4 * n * n * sinkhorn_rounds,
     )

@@ -20,7 +20,7 @@ from vwn.cost.connection import ConnectionCost, connection_cost
 from vwn.nn.connection import Connection
 from vwn.nn.embedding import OverWidthEmbedding, OverWidthReduce, UnembeddingExpand
 from vwn.nn.multi_token import BlockLinear
-from vwn.ops import flops as _flops  # noqa: F401  # registers the formulas of our ops with the counter
+from vwn.ops import library as _library  # noqa: F401  # registers the FLOPs of our ops with the counter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -57,18 +57,14 @@ class ForwardFlops:
 class ModelCost:
     """Parameters and FLOPs of a causal language model.
 
-    ``flops`` is per token of a forward pass over ``sequence_length`` tokens that computes the logits of every head.
+    ``flops`` is per token of a forward pass over the window that computes the logits of every head.
     """
 
     parameters: int
     """MTP modules included; tied weights count once."""
     active_parameters: int
     """Parameters that a token meets: of the experts, the top-k."""
-    sequence_length: int
-    num_mtp_modules: int
     flops: ForwardFlops
-    connection_norm_flops: int
-    """Section 3.5's norm of all sublayers; it is elementwise, so not part of ``flops``."""
     connection: ConnectionCost | None
     """Cost of one connection; ``None`` for residual connections."""
 
@@ -86,8 +82,6 @@ class ModelCost:
 def model_cost(config: PreTrainedConfig, *, sequence_length: int) -> ModelCost:
     """Count parameters and FLOPs of the model that ``AutoModelForCausalLM.from_config(config)`` builds.
 
-    The model is built on the meta device, so any size fits.
-
     Args:
         config: a ``VirtualWidthConfig`` or a plain causal-LM config of transformers.
         sequence_length: tokens a token attends to.
@@ -96,7 +90,7 @@ def model_cost(config: PreTrainedConfig, *, sequence_length: int) -> ModelCost:
         UserError: ``sequence_length`` below 1, a config that is not a causal language model's, or a model whose forward
             pass needs values, such as a loop over the experts that were hit.
     """
-    return cost_of_model(*count(config, sequence_length), sequence_length)
+    return cost_of_model(*count(config, sequence_length))
 
 
 def count(config: PreTrainedConfig, sequence_length: int) -> tuple[Any, dict[str, int]]:
@@ -108,16 +102,26 @@ def count(config: PreTrainedConfig, sequence_length: int) -> tuple[Any, dict[str
     Raises:
         UserError: as :func:`model_cost`.
     """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
     if sequence_length < 1:
         raise UserError(f"sequence_length must be 1 or more, got {sequence_length}")
-    model = build_on_meta(config)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"transformers has no causal language model for {type(config).__name__}; give the config of one, such as "
+            "LlamaConfig, or a VirtualWidthConfig"
+        )
+    with torch.device("meta"):  # with attention and experts as the counter knows them
+        model = AutoModelForCausalLM.from_config(
+            deepcopy(config), attn_implementation="eager", experts_implementation="batched_mm"
+        ).eval()
     for module in model.modules():
         if isinstance(module, Connection):
             module.set_backend("reference")
     return model, _count_forward(model, sequence_length)
 
 
-def cost_of_model(model: Any, counted: dict[str, int], sequence_length: int) -> ModelCost:
+def cost_of_model(model: Any, counted: dict[str, int]) -> ModelCost:
     """Summarise what :func:`count` found."""
     costs = [
         connection_cost(c.geometry, dynamic=c.dynamic, kind=c.kind, sinkhorn_rounds=c.sinkhorn_rounds)
@@ -136,31 +140,9 @@ def cost_of_model(model: Any, counted: dict[str, int], sequence_length: int) -> 
     return ModelCost(
         parameters=parameters,
         active_parameters=parameters - idle,
-        sequence_length=sequence_length,
-        num_mtp_modules=model.config.num_mtp_modules if _is_widened(model.config) else 0,
         flops=ForwardFlops(layers=counted[""] - sum(flops.values()), **flops),
-        connection_norm_flops=sum(c.norm_flops for c in costs),
         connection=costs[0] if costs else None,
     )
-
-
-def build_on_meta(config: PreTrainedConfig) -> nn.Module:
-    """Build the causal language model of a config without values, with attention and experts as the counter knows them.
-
-    Raises:
-        UserError: transformers has no causal language model for this config.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(
-            f"transformers has no causal language model for {type(config).__name__}; give the config of one, such as "
-            "LlamaConfig, or a VirtualWidthConfig"
-        )
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            deepcopy(config), attn_implementation="eager", experts_implementation="batched_mm"
-        ).eval()
 
 
 class _WithoutValues(TorchFunctionMode):
@@ -175,7 +157,7 @@ class _WithoutValues(TorchFunctionMode):
 
 
 def _count_forward(model: Any, length: int) -> dict[str, int]:
-    options = {"output_mtp_logits": True} if _is_widened(model.config) and model.config.num_mtp_modules else {}
+    options = {"output_mtp_logits": True} if getattr(model.config, "num_mtp_modules", 0) else {}
     counter = FlopCounterMode(display=False)
     try:
         with torch.no_grad(), torch.device("meta"), counter, _WithoutValues():
@@ -190,12 +172,6 @@ def _count_forward(model: Any, length: int) -> dict[str, int]:
     return {name.removeprefix(root).removeprefix("."): flops for name, flops in sums.items() if name != "Global"}
 
 
-def _is_widened(config: Any) -> bool:
-    from vwn.hf import VirtualWidthConfig
-
-    return isinstance(config, VirtualWidthConfig)
-
-
 def _part(model: Any, module: nn.Module) -> str | None:
     """Field of :class:`ForwardFlops` that a module outside the layers belongs to."""
     if module is model.get_output_embeddings() or isinstance(module, UnembeddingExpand):
@@ -205,10 +181,7 @@ def _part(model: Any, module: nn.Module) -> str | None:
 
 
 def expert_shares(model: nn.Module, counted: dict[str, int]) -> dict[nn.Module, float]:
-    """Find the modules that hold the weights of all experts, ``[experts, in, out]``, and the share that a token meets.
-
-    The share is that of the counted FLOPs in the FLOPs of all experts.
-    """
+    """Find the modules with the weights of all experts, ``[experts, in, out]``, and the share that a token meets."""
     found = {}
     for name, module in model.named_modules():
         stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3]

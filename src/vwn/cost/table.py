@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from vwn.cost.connection import BYTES_PER_ELEMENT, PLAIN_ACTIVATION_BYTES
+from vwn.cost.connection import PLAIN_ACTIVATION_BYTES
 from vwn.cost.model import ModelCost, model_cost
 from vwn.nn.geometry import Geometry
 
@@ -33,22 +33,17 @@ def cost_table(configs: Mapping[str, PreTrainedConfig], sequence_length: int) ->
     costs = {name: model_cost(config, sequence_length=sequence_length) for name, config in configs.items()}
     baseline = next((c for c in costs.values() if c.connection is None), None)
     rows = [_row(name, c, configs[name].get_text_config().hidden_size, baseline) for name, c in costs.items()]
-    return rows, "\n".join([*_model_lines(rows), "", *_traffic_lines(rows), "", *_legend(rows, sequence_length)])
+    return rows, "\n".join([*_model_lines(rows), "", *_legend(sequence_length)])
 
 
 def _row(name: str, cost: ModelCost, hidden_size: int, baseline: ModelCost | None) -> dict[str, Any]:
     c, forward = cost.connection, cost.forward_flops_per_token
     geometry = c.geometry if c else Geometry(hidden_size, 1, 1)
-    traffic = asdict(c.traffic) if c else None
-    unit = BYTES_PER_ELEMENT * hidden_size
     return {
         "name": name,
-        "hidden_size": hidden_size,
         "m": geometry.m,
         "n": geometry.n,
         "r": geometry.ratio,
-        "num_mtp_modules": cost.num_mtp_modules,
-        "sequence_length": cost.sequence_length,
         "params": cost.parameters,
         "active_params": cost.active_parameters,
         "flops_per_token": forward,
@@ -57,61 +52,45 @@ def _row(name: str, cost: ModelCost, hidden_size: int, baseline: ModelCost | Non
         "flops": asdict(cost.flops),
         "connection_share": cost.flops.connections / forward,
         "ends_share": (cost.flops.embedding + cost.flops.reduce + cost.flops.mtp_fuse) / forward,
-        "connection_norm_flops": cost.connection_norm_flops,
         "connection_flops_per_sublayer": c.flops if c else 0,
         "activation_bytes_per_layer": PLAIN_ACTIVATION_BYTES * hidden_size + (c.activation_bytes if c else 0),
         "activation_overhead": c.activation_overhead if c else 0.0,
-        "traffic_bytes": traffic,
-        "traffic_units": {k: v / unit for k, v in traffic.items()} if traffic else None,
+        "traffic_bytes": {"forward": c.forward_bytes, "backward": c.backward_bytes} if c else None,
     }
 
 
 def _model_lines(rows: list[dict[str, Any]]) -> list[str]:
-    lines = [["", "r", "params", "active", "FLOPs/token", "× plain", "GHC", "ends", "activations/layer"]]
+    lines = [["", "r", "params", "active", "FLOPs/token", "× plain", "GHC", "ends", "activations/layer", "traffic"]]
     for row in rows:
         ratio = "–" if row["flops_ratio"] is None else f"{row['flops_ratio']:.3f}"
         overhead = f" (+{row['activation_overhead']:.1%})" if row["traffic_bytes"] else ""
         sizes = [f"{row['r']:.4g}", count(row["params"]), count(row["active_params"]), _si(row["flops_per_token"])]
         shares = [f"{row['connection_share']:.2%}", f"{row['ends_share']:.2%}"]
-        lines.append([row["name"], *sizes, ratio, *shares, f"{_si(row['activation_bytes_per_layer'])}B{overhead}"])
+        moved = f"{_si(sum(row['traffic_bytes'].values()))}B" if row["traffic_bytes"] else "–"
+        activations = f"{_si(row['activation_bytes_per_layer'])}B{overhead}"
+        lines.append([row["name"], *sizes, ratio, *shares, activations, moved])
     return align(lines)
 
 
-def _traffic_lines(rows: list[dict[str, Any]]) -> list[str]:
-    kinds = ("forward_fused", "forward_separate", "forward_naive", "backward_fused", "backward_separate")
-    lines = [["traffic/sublayer", *(kind.replace("_", " ") for kind in kinds)]]
-    for row in rows:
-        cells = ["–"] * len(kinds)
-        if row["traffic_bytes"]:
-            cells = [f"{row['traffic_units'][k]:.4g} = {_si(row['traffic_bytes'][k])}B" for k in kinds]
-        lines.append([row["name"], *cells])
-    return align(lines)
-
-
-def _legend(rows: list[dict[str, Any]], sequence_length: int) -> list[str]:
-    modules = " and ".join(str(k) for k in sorted({row["num_mtp_modules"] for row in rows}))
+def _legend(sequence_length: int) -> list[str]:
     return [
-        f"FLOPs: forward matrix products, attention over {sequence_length} tokens, MTP modules: {modules}; "
-        "training is 3 times that.",
+        f"FLOPs: forward matrix products, attention over {sequence_length} tokens, MTP; training takes 3 times that.",
         "GHC: the connections' share of the FLOPs; ends: share of embedding expand, reduce and MTP fuse.",
         "active: top-k of the experts, embedding tables whole. activations: bytes per token, 34·D + 4·η·r·D, η = ½.",
-        f"traffic: floor per token, in D·e = in bytes, e = {BYTES_PER_ELEMENT}; fused: write with next read. "
+        "traffic: least bytes that a connection moves per token, forward and backward, (5·r + 5)·2·D.",
         "k M G: 10^3 10^6 10^9.",
     ]
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lay out cells in columns: the first, cut to its width, on the left, the others on the right."""
-    rows = [[_shortened(first), *others] for first, *others in rows]
+    long = _NAME_WIDTH
+    rows = [[first if len(first) <= long else first[: long - 1] + "…", *others] for first, *others in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         f"{first:{widths[0]}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
         for first, *others in rows
     ]
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= _NAME_WIDTH else name[: _NAME_WIDTH - 1] + "…"
 
 
 def count(value: float) -> str:

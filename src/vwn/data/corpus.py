@@ -19,7 +19,7 @@ from vwn.common.errors import UserError
 from vwn.data.packing import PackedWindows, smallest_dtype, write_tokens
 from vwn.data.sources import Source, resolve, resolve_valid
 from vwn.data.spool import TextChunk, TextRange, split_off_end, spool
-from vwn.data.tokenizer import TextEncoder, bpe_size, load_tokenizer, wrap
+from vwn.data.tokenizer import BYTES, TextEncoder, bpe_size, load_tokenizer, wrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -54,7 +54,7 @@ def prepare(
     data: str,
     *,
     valid: str | None = None,
-    tokenizer: str = "bytes",
+    tokenizer: str | None = None,
     window: int,
     cache_dir: Path | None = None,
     valid_fraction: float = 0.1,
@@ -80,6 +80,7 @@ def prepare(
         raise UserError(f"a window of {window} tokens predicts nothing; give a window of at least 2")
     if not 0 < valid_fraction < 1:
         raise UserError(f"a validation fraction of {valid_fraction} is not between 0 and 1; give for example 0.1")
+    tokenizer = tokenizer or BYTES
     ready = None if bpe_size(tokenizer) else load_tokenizer(tokenizer, max_length=window)
     train_source, valid_source = resolve(data, valid, valid_fraction)  # after the tokeniser, as it may ask the hub
     job = _Job(train_source, valid_source, tokenizer, ready, window, valid_fraction, control_tokens)

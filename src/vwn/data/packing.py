@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from vwn.common.errors import UserError
 
@@ -48,8 +48,14 @@ class PackedWindows(Dataset[dict[str, torch.Tensor]]):
         return PackedWindows, (self.path, self.dtype, self.window)
 
 
+def spread(dataset: Any, count: int) -> Any:
+    """Choose at most ``count`` items (at least one), evenly spread, always the same."""
+    count = max(1, min(count, len(dataset)))
+    return Subset(dataset, [i * len(dataset) // count for i in range(count)])
+
+
 def smallest_dtype(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The smallest unsigned NumPy type that holds every id of the tokeniser."""
+    """Return the smallest unsigned NumPy type that holds every id of the tokeniser."""
     return np.min_scalar_type(max(tokenizer.get_vocab().values())).name
 
 

@@ -46,7 +46,7 @@ class FileRange:
     block: int = CHUNK
 
     def owns(self, offset: int) -> bool:
-        """Whether what begins there, a byte or (with `block` 1) a row, belongs to this share."""
+        """Return whether what begins there, a byte or (with `block` 1) a row, belongs to this share."""
         return offset // self.block % self.shares == self.share
 
 
@@ -87,7 +87,7 @@ def read_range(part: FileRange, offset: int = 0, on_bad_row: OnBadRow | None = N
 
 
 def row_chunks(offset: int, find: Callable[[], str | None], on_bad_row: OnBadRow | None) -> Iterator[Chunk]:
-    """The chunks of the row whose text `find` returns; none if it is empty, or left out because it cannot be read."""
+    """Yield the chunks of the row whose text `find` returns; none if it is empty, or cannot be read and is left out."""
     try:
         text = find() or ""
     except UserError as error:
@@ -105,7 +105,7 @@ def row_chunks(offset: int, find: Callable[[], str | None], on_bad_row: OnBadRow
 
 
 def line_end(text: str, start: int, limit: int) -> int:
-    """The last line end in `(start, limit]`, else `limit`."""
+    """Return the last line end in `(start, limit]`, else `limit`."""
     found = text.rfind("\n", start, limit) + 1
     return found if found > start else limit
 
@@ -153,7 +153,7 @@ class _Lookahead:
 
 
 def _first_chunk(block: bytes, mark: bytes) -> tuple[int, int, bool]:
-    """Bytes of the first chunk, bytes to the next, and whether the document ends between them."""
+    """Return bytes of the first chunk, bytes to the next, and whether the document ends between them."""
     found = block.find(mark) if mark else -1
     if found >= 0:
         return found, found + len(mark), True
@@ -164,12 +164,12 @@ def _first_chunk(block: bytes, mark: bytes) -> tuple[int, int, bool]:
 
 
 def _character_start(block: bytes, limit: int) -> int:
-    """The last place up to `limit` where a character of UTF-8 begins; `limit` where none does."""
+    """Return the last place up to `limit` where a character of UTF-8 begins; `limit` where none does."""
     return next((i for i in range(limit, max(limit - 4, 0), -1) if block[i] & 0xC0 != 0x80), limit)
 
 
 def _text_boundary(file: IO[bytes], offset: int, mark: bytes) -> int:
-    """The first place from `offset` on where a range may begin: after a document, else a line, else a character."""
+    """Find the first place from `offset` on where a range may begin: after a document, else a line or a character."""
     size = file.seek(0, io.SEEK_END)
     if not 0 < offset < size:
         return min(max(offset, 0), size)
@@ -219,7 +219,7 @@ def _line_boundary(file: IO[bytes], offset: int) -> int:
 
 @lru_cache(maxsize=1 << 14)
 def _json_column(path: Path, _modified: int) -> str:
-    """The column of a file, as the first line that can be read has it."""
+    """Return the column of a file, as the first line that can be read has it."""
     with open_unpacked(path) as file:
         for number, line in enumerate(islice(file, 1000), 1):
             where = f"line {number} of {path}"
@@ -294,7 +294,7 @@ def parquet_column(file: Any, path: Path) -> str:
 
 
 def _values(file: Any, group: int, column: str) -> Iterator[Any]:
-    """The column's values in one row group, about a megabyte of them in memory at a time."""
+    """Yield the column's values in one row group, about a megabyte of them in memory at a time."""
     meta = file.metadata.row_group(group)
     at_once = min(max(_BATCH_BYTES * meta.num_rows // max(meta.total_byte_size, 1), 1), 1024)
     for batch in file.iter_batches(batch_size=at_once, row_groups=[group], columns=[column], use_threads=False):
@@ -315,7 +315,7 @@ def _text_or_bytes(value: bytes | None) -> str | bytes | None:
 
 
 def text_column(columns: Mapping[str, bool], where: str) -> str:
-    """The column to read, of `{column: whether it holds strings}`: `text`, else the only one that holds strings."""
+    """Choose the column to read of `{column: whether it holds strings}`: `text`, else the only one with strings."""
     if "text" in columns:
         return "text"
     strings = [name for name, is_string in columns.items() if is_string]
@@ -334,7 +334,7 @@ def string_columns(features: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def document(value: object, where: str) -> str | None:
-    """A row's value as a document, None if it is null or empty. Raises `UserError` for anything but valid text."""
+    """Return a row's value as a document, None if it is null or empty. Raises `UserError` for all but valid text."""
     if value is not None and not isinstance(value, str):
         raise UserError(f"{where} holds {value!r:.40}, not a string; give text in every row")
     if value and not value.isascii():
@@ -359,5 +359,5 @@ def _decode(block: bytes, begin: int, path: Path) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, for a `UserError` of one sentence."""
+    """Return the first line of an exception's message, for a `UserError` of one sentence."""
     return str(error).strip().partition("\n")[0].rstrip(" .:")

@@ -213,7 +213,7 @@ def _open_hub(spec: str, side: Side) -> tuple[HubSource, HubSource | None]:
 
 @contextmanager
 def hub_data_set(spec: str) -> Iterator[tuple[str, str | None]]:
-    """Name and configuration of `owner/name:configuration`; inside, the hub's errors become one `UserError`."""
+    """Yield name and configuration of `owner/name:configuration`; inside, the hub's errors become one `UserError`."""
     require_packages(f"the data set {spec}", "datasets")
     from datasets.exceptions import DatasetsError
 

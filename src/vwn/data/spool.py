@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from array import array
-from bisect import bisect_left, bisect_right
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import compress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -19,6 +17,7 @@ from vwn.data.sources import Source
 CHUNK_CHARACTERS = 1 << 16
 _END = " " * len(SEPARATOR)
 """Stands for the end of a document where characters are counted. Its length decides where chunks and sides are cut."""
+_ENCODING: Any = {"encoding": "utf-8", "errors": "surrogatepass"}  # names of files may be undecodable
 
 
 class TextChunk(NamedTuple):
@@ -30,67 +29,49 @@ class TextChunk(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Spool:
-    """Chunks of text on disk, in order: for each its end in bytes of the file and in characters of the corpus, whether
-    it ends a document, and the number of its file among `files`."""
+class TextRange:
+    """Characters `start` to `stop` of the corpus in the file `path`, which has a chunk in every line."""
 
     path: Path
-    byte_ends: array[int]
-    ends: array[int]
-    is_last: bytearray
-    file_numbers: array[int]
-    files: list[str]
-
-    def read(self, first: int) -> Iterator[TextChunk]:
-        """Read the chunks from number `first` on."""
-        with open(self.path, "rb") as file:
-            begin = file.seek(self.byte_ends[first - 1] if first else 0)
-            for number in range(first, len(self.ends)):
-                text = file.read(self.byte_ends[number] - begin).decode()
-                begin = self.byte_ends[number]
-                yield TextChunk(self.files[self.file_numbers[number]], text, bool(self.is_last[number]))
-
-
-@dataclass(frozen=True)
-class TextRange:
-    """Characters `start` to `stop` of a corpus."""
-
-    spool: Spool
     start: int
     stop: int
 
     def chunks(self) -> Iterator[TextChunk]:
         """Read the text in order. A chunk that is cut at `stop` does not end its document."""
-        ends = self.spool.ends
-        first = bisect_right(ends, self.start)
-        begin = ends[first - 1] if first else 0
-        for end, chunk in zip(ends[first:], self.spool.read(first), strict=True):
+        for begin, end, chunk in self.places():
             if begin >= self.stop:
                 return
-            text = chunk.text[max(self.start - begin, 0) : self.stop - begin]
-            yield TextChunk(chunk.file, text, chunk.ends and end <= self.stop)
-            begin = end
+            if end > self.start:
+                text = chunk.text[max(self.start - begin, 0) : self.stop - begin]
+                yield TextChunk(chunk.file, text, chunk.ends and end <= self.stop)
+
+    def places(self) -> Iterator[tuple[int, int, TextChunk]]:
+        """Read all chunks of the file, each with its first character and the one behind its last."""
+        end = 0
+        with open(self.path, **_ENCODING) as file:
+            for line in file:
+                chunk = TextChunk(*json.loads(line))
+                begin, end = end, end + _length(chunk)
+                yield begin, end, chunk
+
+
+def _length(chunk: TextChunk) -> int:
+    return len(chunk.text) + (len(_END) if chunk.ends else 0)
 
 
 def spool(source: Source, path: Path) -> TextRange:
     """Read `source` once into the file `path`. Raises `UserError` if it has no text."""
-    result = Spool(path, array("q"), array("q"), bytearray(), array("q"), [])
     title = f"reading {Path(source.name).name}"
-    position = size = 0
-    with open(path, "wb") as file, tqdm(unit="char", unit_scale=True, desc=title) as bar:
-        for name, text, ends in in_chunks(source.chunks()):
-            if name not in result.files[-1:]:
-                result.files.append(name)
-            result.file_numbers.append(len(result.files) - 1)
-            size += file.write(text.encode())
-            position += len(text) + (len(_END) if ends else 0)
-            result.byte_ends.append(size)
-            result.ends.append(position)
-            result.is_last.append(ends)
-            bar.update(len(text))
-    if not size:
+    size = characters = 0
+    with open(path, "w", **_ENCODING) as file, tqdm(unit="char", unit_scale=True, desc=title) as bar:
+        for chunk in in_chunks(source.chunks()):
+            file.write(json.dumps(chunk, ensure_ascii=False) + "\n")
+            size += _length(chunk)
+            characters += len(chunk.text)
+            bar.update(len(chunk.text))
+    if not characters:
         raise UserError(f"{source.name} is empty; give a source with text in it")
-    return TextRange(result, 0, position)
+    return TextRange(path, 0, size)
 
 
 def split_off_end(whole: TextRange, valid_fraction: float) -> tuple[TextRange, TextRange]:
@@ -100,8 +81,8 @@ def split_off_end(whole: TextRange, valid_fraction: float) -> tuple[TextRange, T
     (few, long documents), at the end of a line; where there are no lines either, at the character.
     """
     target = round(whole.stop * (1 - valid_fraction))
-    document_ends = compress(whole.spool.ends, whole.spool.is_last)
-    for cut in (min(document_ends, key=lambda end: abs(end - target)), _line_end(whole.spool, target)):
+    document_ends = (end for _, end, chunk in whole.places() if chunk.ends)
+    for cut in (min(document_ends, key=lambda end: abs(end - target)), _line_end(whole, target)):
         if valid_fraction / 2 <= 1 - cut / whole.stop <= valid_fraction * 2:
             break
     else:
@@ -109,10 +90,9 @@ def split_off_end(whole: TextRange, valid_fraction: float) -> tuple[TextRange, T
     return replace(whole, stop=cut), replace(whole, start=cut)
 
 
-def _line_end(corpus: Spool, target: int) -> int:
-    number = bisect_left(corpus.ends, target)
-    begin = corpus.ends[number - 1] if number else 0
-    return begin + line_end(next(corpus.read(number)).text, 0, target - begin)
+def _line_end(whole: TextRange, target: int) -> int:
+    begin, chunk = next((begin, chunk) for begin, end, chunk in whole.places() if end >= target)
+    return begin + line_end(chunk.text, 0, target - begin)
 
 
 def in_chunks(chunks: Iterable[tuple[str, Chunk]]) -> Iterator[TextChunk]:
@@ -142,7 +122,7 @@ def in_chunks(chunks: Iterable[tuple[str, Chunk]]) -> Iterator[TextChunk]:
 
 
 def _cut(joined: str, ends: list[tuple[int, str]], start: int) -> int:
-    """The last line end within a chunk's length of `start`, else that length, or the end of a document around it."""
+    """Find the last line end within a chunk's length of `start`, else that length, or the document's end around it."""
     limit = start + CHUNK_CHARACTERS
     found = line_end(joined, start, limit)
     if found < limit:

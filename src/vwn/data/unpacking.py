@@ -19,7 +19,7 @@ _BLOCK = 1 << 18
 
 
 def packing(path: Path) -> str:
-    """The one of `PACKINGS` that the file's name ends in, in any case; empty if none."""
+    """Return the one of `PACKINGS` that the file's name ends in, in any case; empty if none."""
     suffix = path.suffix.lower()
     return suffix if suffix in PACKINGS else ""
 
@@ -78,7 +78,7 @@ def _unpack_xz(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _without_padding(file: IO[bytes], block: bytes) -> tuple[bytes, int]:
-    """The next block that is not all zeros, without zeros in front of it, and their number; empty at the end."""
+    """Return the next block that is not all zeros, without zeros in front of it, and their number; empty at the end."""
     padding = 0
     while True:
         stripped = block.lstrip(b"\0")

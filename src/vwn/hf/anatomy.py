@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
-import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
 from vwn.common.errors import UserError
+from vwn.hf.families import family_of
+from vwn.hf.on_demand import own_class
 
 
 @dataclass(frozen=True)
@@ -57,96 +56,66 @@ class Anatomy:
 
 
 def find_anatomy(model: Any) -> Anatomy:
-    """Find the parts in the source of the model's ``forward`` and of the modules inside it.
+    """Find the parts of a base model by what its modules are; :func:`check_order` looks at how they run.
 
     Raises:
-        UserError: no loop over a list of layers, more than one, no token embedding, no way to give embeddings, or
-            something else than a norm behind the layers.
+        UserError: no list of layers or several, several norms beside it, no token embedding, or no inputs_embeds.
     """
-    name = type(model).__name__
     if "inputs_embeds" not in inspect.signature(model.forward).parameters:
-        raise UserError(f"{name} cannot be widened: its forward takes no inputs_embeds")
+        _refuse(model, "its forward takes no inputs_embeds")
     table = model.get_input_embeddings()
     embedding = next((path for path, module in model.named_modules() if module is table and path), None)
     if embedding is None or not isinstance(table, nn.Embedding):
-        raise UserError(f"{name} cannot be widened: it has no token embedding that could be replaced")
-    stacks = []
-    for path, module in model.named_modules():
-        for layers_name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) and (loop := _loop(module, layers_name)) is not None:
-                stacks.append((path, layers_name, loop))
-    stacks = [s for s in stacks if not any(_inside(s, other) for other in stacks)]
+        _refuse(model, "it has no token embedding that could be replaced")
+    lists = [
+        (path, name)
+        for path, module in model.named_modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.ModuleList) and any(True for _ in child.parameters())
+    ]
+    paths = [f"{path}.{name}".lstrip(".") for path, name in lists]
+    inner = tuple(f"{path}." for path in paths)  # of a list inside one of these, like a layer's experts
+    stacks = [found for found, path in zip(lists, paths, strict=True) if not path.startswith(inner)]
     if len(stacks) != 1:
-        found = ", ".join(f"{path}.{layers}".lstrip(".") for path, layers, _ in stacks) or "none"
-        raise UserError(f"{name} cannot be widened: it should run one list of decoder layers, found {found}")
-    path, layers_name, called = stacks[0]
-    norm_name = called[0] if called else ""
-    if norm_name and _calls(model.get_submodule(path), norm_name) > 1:
-        raise UserError(f"{name} cannot be widened: it uses its final norm {norm_name!r} elsewhere as well")
-    behind = dict.fromkeys(called)
-    if len(behind) > 1 or not all(_is_norm(getattr(model.get_submodule(path), n)) for n in behind):
-        found = ", ".join(f"{n} ({type(getattr(model.get_submodule(path), n)).__name__})" for n in behind)
-        raise UserError(
-            f"{name} cannot be widened: behind its last layer should run a norm and nothing else, not {found}"
-        )
-    return Anatomy(path, layers_name, norm_name, embedding)
+        found = ", ".join(f"{path}.{name}".lstrip(".") for path, name in stacks) or "none"
+        _refuse(model, f"it should run one list of decoder layers, found {found}")
+    stack_name, layers_name = stacks[0]
+    other = family_of(model.config).embedding_norm
+    norms = [n for n, child in model.get_submodule(stack_name).named_children() if n != other and _is_norm(child)]
+    if len(norms) > 1:
+        _refuse(model, f"it should have one norm behind its layers, found {', '.join(norms)}")
+    return Anatomy(stack_name, layers_name, norms[0] if norms else "", embedding)
+
+
+def check_order(model: Any, ran: list[nn.Module]) -> None:
+    """Check how the parts of a base model run.
+
+    Args:
+        model: with its ``anatomy``.
+        ran: the layers and the other modules of the stack, in the order in which they ran.
+
+    Raises:
+        UserError: layers that do not run once each and in turn, or something other than one norm behind them.
+    """
+    anatomy = model.anatomy
+    stack, layers = anatomy.stack(model), [*anatomy.layers(model)]
+    names = {id(module): name for name, module in stack.named_children()}
+    if [id(m) for m in ran if id(m) not in names] != [id(m) for m in layers]:
+        _refuse(model, "it should run each of its layers once, from the first to the last")
+    rest = [m for m in ran[ran.index(layers[-1]) + 1 :] if not isinstance(m, nn.Dropout)]
+    behind = [names[id(m)] for m in rest]
+    if behind != [anatomy.norm_name] * bool(anatomy.norm_name):
+        found = ", ".join(f"{name} ({type(getattr(stack, name)).__name__})" for name in behind) or "nothing"
+        _refuse(model, f"behind its last layer should run its norm and nothing else, not {found}")
+    if behind and ran.count(getattr(stack, anatomy.norm_name)) > 1:
+        _refuse(model, f"it uses its final norm {anatomy.norm_name!r} elsewhere as well")
+
+
+def _refuse(model: Any, reason: str) -> NoReturn:
+    raise UserError(f"{own_class(model).__name__} cannot be widened: {reason}")
 
 
 def _is_norm(module: nn.Module) -> bool:
     """Return whether a module is called a norm, has no modules inside, and no weights but vectors."""
     named = "norm" in type(module).__name__.lower() or isinstance(module, nn.Identity)
     return named and not any(module.children()) and all(p.ndim == 1 for p in module.parameters())
-
-
-def _inside(stack: tuple[str, str, list[str]], other: tuple[str, str, list[str]]) -> bool:
-    """Return whether a list of modules belongs to a layer of another list, like a layer's experts."""
-    prefix = f"{other[0]}.{other[1]}.".lstrip(".")
-    return stack[0].startswith(prefix)
-
-
-def _loop(stack: nn.Module, layers_name: str) -> list[str] | None:
-    """The modules called behind the loop over the layers, the final norm; ``None`` without one loop."""
-    body = _body(stack)
-    if sum(_runs_over(node, layers_name) for statement in body for node in ast.walk(statement)) != 1:
-        return None
-    for i, statement in enumerate(body):
-        if _runs_over(statement, layers_name):
-            return _modules(stack, body[i + 1 :])
-    return None
-
-
-def _body(stack: nn.Module) -> list[ast.stmt]:
-    try:
-        tree: Any = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(stack).forward))))
-    except (OSError, TypeError, SyntaxError):
-        return []
-    return getattr(tree.body[0], "body", [])
-
-
-def _runs_over(node: ast.AST, layers_name: str) -> bool:
-    """Return whether a node is a loop over ``self.layers``, also over a slice or ``enumerate`` of it."""
-    if not isinstance(node, ast.For):
-        return False
-    named = (n for n in ast.walk(node.iter) if isinstance(n, ast.Attribute) and n.attr == layers_name)
-    return any(isinstance(n.value, ast.Name) and n.value.id == "self" for n in named)
-
-
-def _calls(stack: nn.Module, name: str) -> int:
-    """Count the calls of a module in the stack's forward."""
-    nodes = (node for statement in _body(stack) for node in ast.walk(statement))
-    return sum(isinstance(n, ast.Call) and ast.unparse(n.func) == f"self.{name}" for n in nodes)
-
-
-def _modules(stack: nn.Module, statements: list[ast.stmt]) -> list[str]:
-    """The modules of the stack that some statements call, in the order in which they run; dropout aside."""
-    calls = (n.func for statement in statements for n in _in_order(statement) if isinstance(n, ast.Call))
-    of_self = [f.attr for f in calls if isinstance(f, ast.Attribute) and ast.unparse(f.value) == "self"]
-    found = [name for name in of_self if isinstance(getattr(stack, name, None), nn.Module)]
-    return [name for name in found if not isinstance(getattr(stack, name), nn.Dropout)]
-
-
-def _in_order(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the parts of an expression before the expression."""
-    for child in ast.iter_child_nodes(node):
-        yield from _in_order(child)
-    yield node

@@ -35,9 +35,6 @@ def router_loss(router_logits: tuple[Tensor, ...], config: Any, attention_mask: 
         router_logits: for each layer with experts ``[B * S, experts]``; for Doge ``[2, B * S, keys]``.
         config: of the backbone.
         attention_mask: 0 at padding, ``[B, S or more]``; it may cover a cache as well. Other forms are not taken.
-
-    Raises:
-        UserError: no router logits.
     """
     if not router_logits:
         raise UserError(

@@ -1,5 +1,6 @@
 """``VirtualWidthForCausalLM``: the unembedding, the losses of the next token and of the MTP modules, generation."""
 
+import logging
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from vwn.hf.outputs import CACHE_FIELD, VirtualWidthCausalLMOutput
 from vwn.hf.reading import has_hooks
 from vwn.nn.embedding import UnembeddingExpand
 
+_log = logging.getLogger("vwn.hf")
+
 
 class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
     """A causal language model with virtual width and, optionally, multi-token prediction."""
@@ -33,6 +36,8 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
 
     output_mtp_logits: bool = False
     """Default of ``forward``'s argument: outputs have the MTP modules' logits, for :meth:`mtp_loss`."""
+
+    _looked_at_shares = False
 
     def __init__(self, config: VirtualWidthConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -185,6 +190,7 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
         losses: list[Tensor] = []
         objective: Any = 0.0
         counts = [(t != -100).sum() for t in targets]
+        self._warn_of_shares(counts, targets[0], num_items_in_batch)
         for k, hidden in enumerate(heads):
             if logits is None:
                 total = fused_cross_entropy(self.unembed_expand(hidden), self.lm_head, targets[k])
@@ -194,6 +200,20 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
             mean = total / denominator(k, counts, num_items_in_batch)
             objective = objective + mean * (1.0 if k == 0 else self.config.mtp_loss_weight)
         return tuple(losses), objective
+
+    def _warn_of_shares(self, counts: list[Tensor], targets: Tensor, num_items_in_batch: Any) -> None:
+        """Warn if MTP heads' shares of the targets of several batches have to be taken from one; looked at once."""
+        scalar = num_items_in_batch is not None and getattr(num_items_in_batch, "ndim", 0) == 0
+        if len(counts) == 1 or not scalar or self._looked_at_shares or torch.compiler.is_compiling():
+            return
+        self._looked_at_shares = True
+        rows_differ = bool(counts[0] < targets[:, 1:].numel())
+        if rows_differ and bool(num_items_in_batch > counts[0]):
+            _log.warning(
+                "the trainer counts the next token's targets of several batches, and MTP losses take shares of them "
+                "from each batch: not exact, as rows here have unequally many targets; use MultiTokenTrainerMixin, see "
+                "docs/train.md"
+            )
 
     def _summed_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return self.loss_function(logits, targets, self.config.vocab_size, shift_labels=targets, num_items_in_batch=1)

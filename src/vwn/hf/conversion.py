@@ -143,12 +143,10 @@ def _config(model: Any, embedding: str, **fields: Any) -> VirtualWidthConfig:
     if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
         raise UserError(f"the {name} has adapters; merge them into it, widen it, and attach new ones")
     lacking = [key for key, weight in model.named_parameters() if weight.is_meta]
-    if lacking and len(lacking) == len(list(model.parameters())):
-        raise UserError(f"the {name} is on the meta device and has no weights to keep; load it first, not offloaded")
     if lacking:
         raise UserError(
-            f"{len(lacking)} weights of the {name} are offloaded ({lacking[0]} is one) and could not be kept; load it "
-            "without offloading, widen it, and offload the result"
+            f"{len(lacking)} weights of the {name} are offloaded or on the meta device ({lacking[0]} is one) and could "
+            "not be kept; load it without offloading, widen it, and offload the result"
         )
     if getattr(model, "is_quantized", False):
         raise UserError(f"the {name} is quantised, and its logits with it; widen the full-precision model")

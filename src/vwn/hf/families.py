@@ -14,8 +14,13 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Sublayers:
-    """The sublayers of every layer of a type: attributes of their cores, and of the RMSNorms in front or ``None``."""
+class FoundLayout:
+    """The sublayers of a layer that runs its own ``forward``.
+
+    Args:
+        names: for each sublayer the attribute of the module at its core, the first that is no norm.
+        norms: for each sublayer the attribute of the RMSNorm that is all that its read goes through, or ``None``.
+    """
 
     names: tuple[str, ...]
     norms: tuple[str | None, ...]
@@ -47,7 +52,7 @@ class Family:
     divides_logits: str | None = None
     multiplies_logits: str | None = None
     no_aux_loss: bool = False
-    sublayers: Sublayers | None = None
+    sublayers: FoundLayout | None = None
     no_mtp: str | None = None
     refused: str | None = None
 
@@ -58,7 +63,7 @@ _GRANITE = Family(divides_logits="logits_scaling")
 _SHARED = Family(refused="its layers share weights and take the embedding beside the residual stream")
 
 FAMILIES: dict[str, Family] = {
-    "biogpt": Family(positions=("embed_positions",), sublayers=Sublayers(("self_attn", "fc1"), (None, None))),
+    "biogpt": Family(positions=("embed_positions",), sublayers=FoundLayout(("self_attn", "fc1"), (None, None))),
     "bloom": Family(embedding_norm="word_embeddings_layernorm"),
     "codegen": Family(head_bias=True),
     "cohere": _COHERE,
@@ -93,23 +98,24 @@ FAMILIES: dict[str, Family] = {
     "hyperclovax": Family(multiplies_logits="logits_scaling"),
     "inkling_text": Family(divides_hidden="logits_mup_width_multiplier"),
     "inkling2_text": Family(refused="its layers mix all earlier states, by a residual scheme of their own"),
-    "jetmoe": Family(sublayers=Sublayers(("self_attention", "mlp"), ("input_layernorm", "post_attention_layernorm"))),
+    "jetmoe": Family(sublayers=FoundLayout(("self_attention", "mlp"), ("input_layernorm", "post_attention_layernorm"))),
     "llama4": Family(no_aux_loss=True),
     "llama4_text": Family(no_aux_loss=True),
     "longcat_flash": Family(
-        sublayers=Sublayers(
+        sublayers=FoundLayout(
             ("self_attn", "mlp", "self_attn", "mlps"),
             tuple(f"{norm}_layernorm.{i}" for i in (0, 1) for norm in ("input", "post_attention")),
         )
     ),
     "minicpm3": Family(divides_hidden="logits_scaling"),
     "modernbert-decoder": Family(refused="its head is more than one linear map"),
-    "moshi": Family(sublayers=Sublayers(("self_attn", "mlp"), (None, None))),
+    "moshi": Family(sublayers=FoundLayout(("self_attn", "mlp"), (None, None))),
     "opt": Family(positions=("embed_positions",)),
     "phi": Family(head_bias=True),
     "qwen4_exp": _WIDENED,
     "qwen4_exp_text": _WIDENED,
     "xglm": Family(positions=("embed_positions",)),
+    "xlstm": Family(refused="its cache is of a kind of its own"),
     "zamba": _SHARED,
     "zamba2": _SHARED,
 }

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from vwn.common.errors import UserError
+from vwn.hf.families import FoundLayout
 from vwn.hf.layouts import Layout
 from vwn.hf.lookahead import Lookahead, Reader, can_read_ahead
 from vwn.hf.on_demand import OnDemand, mix_in, own_class
 from vwn.hf.reading import called_modules, fusable_norm, read_for, take_streams
 from vwn.hf.residual import LayerPass
-from vwn.hf.sublayers import FoundLayout, ProbePass
+from vwn.hf.sublayers import ProbePass
 from vwn.nn.embedding import repeat_over_slots
 
 
@@ -67,13 +68,7 @@ class VirtualWidthLayer(OnDemand):
 
 
 class ConnectedPass(LayerPass):
-    """One forward pass of a layer whose sublayers have connections.
-
-    Args:
-        layer: a virtual-width layer.
-        lookahead: of the forward pass of the backbone.
-        state: ``[..., D']``.
-    """
+    """One forward pass of a virtual-width layer, on a state ``[..., D']``."""
 
     def __init__(self, layer: Any, lookahead: Lookahead, state: Tensor) -> None:
         self._connections, self._lookahead = list(layer.connections), lookahead

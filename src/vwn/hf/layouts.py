@@ -80,13 +80,7 @@ class Layout(tuple[Sublayer, ...]):
         return [sublayer.pre_norm for sublayer in self]
 
     def run(self, layer: Any, stream: ResidualStream, *args: Any, **context: Any) -> ResidualStream:
-        """Add every sublayer to the stream.
-
-        Args:
-            layer: the decoder layer.
-            stream: its residual stream.
-            args, context: mask, positions, cache and whatever else the backbone hands its layers.
-        """
+        """Add every sublayer to the stream of a layer; ``context`` is what the backbone hands its layers by name."""
         if args:
             raise UserError(
                 f"{own_class(layer).__name__} has a registered layout and takes everything but the state by keyword; "
@@ -96,13 +90,6 @@ class Layout(tuple[Sublayer, ...]):
             stream = stream + sublayer(layer, stream, context)
         return stream
 
-
-PRE_NORM = Layout(
-    (
-        Sublayer("self_attn", pre_norm="input_layernorm", takes_context=True),
-        Sublayer("mlp", pre_norm="post_attention_layernorm"),
-    )
-)
 
 _LAYOUTS: dict[str, Layout] = {}
 _MEANT: dict[str, type] = {}  # the class that a name was found to mean
@@ -134,16 +121,12 @@ def register_layout(decoder_layer: type | str, layout: Iterable[Sublayer]) -> No
 
 
 def layout_of(layer: nn.Module) -> Any:
-    """Return a layer's layout: the one found if it is widened, else the one registered, or ``None``.
-
-    Raises:
-        UserError: it lacks what its layout names, or two classes have the name that was registered.
-    """
+    """Return the layout found for a widened layer, or the one registered for its class, or ``None``."""
     return layer.layout if hasattr(layer, "layout") else registered_layout(layer)
 
 
 def registered_layout(layer: nn.Module) -> Layout | None:
-    """The layout that was registered for a layer's class, if one was.
+    """Return the layout that was registered for a layer's class, if one was.
 
     Raises:
         UserError: the layer lacks what its layout names, or two classes have the name that was registered.

@@ -7,8 +7,8 @@ and so does what is needed to rebuild states that are not kept for the backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,6 @@ from vwn import ops
 from vwn.nn.connection import Connection, has_hooks
 from vwn.nn.generalized import GeneralizedHyperConnection
 from vwn.ops import NormWeights, RoutingWeights
-from vwn.ops.weights import pack, unpack
 
 
 class Reader(NamedTuple):
@@ -37,7 +36,7 @@ class Lookahead:
     """
 
     def __init__(self, layers: Sequence[Any] = (), keep_every: int = 1) -> None:
-        self._layers, self._position, self._compiling = layers, 0, torch.compiler.is_compiling()
+        self._layers, self._position, self._compiling = list(layers), 0, torch.compiler.is_compiling()
         self.keep_every, self.used = keep_every, False
         self._read_ahead: tuple[Tensor, int | None, Reader, bool, Tensor] | None = None
         self._last: tuple[Tensor, int | None, KeptState] | None = None
@@ -100,19 +99,16 @@ class Lookahead:
             last = self._last = state, _version(state), KeptState(0, state.detach())
         return last[2]
 
-    @contextmanager
-    def _saving(self, state: Tensor) -> Iterator[None]:
+    def _saving(self, state: Tensor) -> AbstractContextManager[Any]:
         """Have the op save how to rebuild ``state`` instead of the state."""
         if self.keep_every == 1 or not torch.is_grad_enabled():
-            yield
-            return
+            return nullcontext()
         kept, address, shape = self._kept(state), state.data_ptr(), state.shape
 
         def pack(t: Tensor) -> Unchanged | KeptState:
             return kept.used() if t.data_ptr() == address and t.shape == shape else Unchanged(t)
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.take()):
-            yield
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.take())
 
 
 class Unchanged:
@@ -122,11 +118,7 @@ class Unchanged:
         self._tensor, self._version = tensor, tensor._version
 
     def take(self) -> Tensor:
-        """The tensor.
-
-        Raises:
-            RuntimeError: it was changed in place.
-        """
+        """Return the tensor; a ``RuntimeError`` if it was changed in place."""
         if self._tensor._version != self._version:
             raise RuntimeError(
                 f"a tensor of shape {tuple(self._tensor.shape)} that the backward needs was changed in place"
@@ -157,8 +149,8 @@ class KeptState:
         self._given = None if tensor is None else Unchanged(tensor)
         self._rebuilt: Tensor | None = None
         self._z = None if z is None else Unchanged(z)
-        weights = () if connection is None else pack(connection.weights)
-        self._weights, self._eps = [Unchanged(w) for w in weights], 0.0 if connection is None else connection.eps
+        weights = () if connection is None else connection.weights
+        self._weights = [Unchanged(w) if isinstance(w, Tensor) else w for w in weights]
         self._backend = "auto" if connection is None else connection.backend
         self._uses = 0
 
@@ -181,9 +173,9 @@ class KeptState:
         if self._rebuilt is None:
             assert self._before is not None
             assert self._z is not None
-            weights = unpack(RoutingWeights, [w.take() for w in self._weights], self._eps)
+            taken: Any = (w.take() if isinstance(w, Unchanged) else w for w in self._weights)
             with torch.no_grad():
-                self._rebuilt = ops.write(self._before._state(), self._z.take(), weights, self._backend)
+                self._rebuilt = ops.write(self._before._state(), self._z.take(), RoutingWeights(*taken), self._backend)
         return self._rebuilt
 
 

@@ -29,9 +29,6 @@ def choose_loss(name: str, device: torch.device) -> str:
     """``"liger"`` or ``"torch"``: what computes the training loss when ``name`` was asked for.
 
     ``"auto"`` is Liger-Kernel where it is installed and the model is on a GPU, and says once what it took.
-
-    Raises:
-        UserError: unknown, or Liger-Kernel asked for by name where it cannot run.
     """
     return _choose_loss(name, device.type)
 
@@ -61,16 +58,7 @@ def _liger_unavailable(device_type: str, interpreted: bool) -> str | None:
 
 
 def fused_cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
-    """Sum of the cross-entropies of ``head(hidden)``, by Liger-Kernel.
-
-    Args:
-        hidden: ``[B, S, D]``.
-        head: the unembedding, ``D -> V``, without a bias.
-        targets: ids ``[B, S]``, -100 where there is none.
-
-    Returns:
-        a scalar.
-    """
+    """Sum the cross-entropies of ``head(hidden)`` ``[B, S, D]`` with targets ``[B, S]``, -100 where there is none."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return liger_fused_linear_cross_entropy(

@@ -35,7 +35,7 @@ class Unrolled:
 
     def advance(self, z: Tensor, carry: Tensor, beta: Tensor) -> None:
         """Go on by one sublayer: its output ``[T, m, d]``, its ``Â`` ``[T, n, n]`` and ``B`` ``[T, m, n]``."""
-        self.paths = [carry.mT @ path for path in self.paths] + [beta.mT]
+        self.paths = [carry.mT @ path for path in self.paths] + [beta.mT]  # the products in eq. 17
         self.sources.append(z)
 
 
@@ -105,12 +105,10 @@ class SublayerStatistics:
         self._tokens = 0
 
     def add(self, state: Tensor, routing: Routing, static: Routing, scales: dict[str, Tensor]) -> None:
-        """Count some tokens.
+        """Count some tokens: the states ``[T, n, d]`` that the sublayer reads and the routing of these.
 
         Args:
-            state: ``[T, n, d]``, that the sublayer reads.
-            routing: of these tokens.
-            static: without the dynamic part, ``[1, n, m+n]`` and ``[1, m, n]``.
+            static: routing without the dynamic part, ``[1, n, m+n]`` and ``[1, m, n]``.
             scales: ``S`` of each part whose dynamic part is ``S ∘ tanh(…)``.
         """
         parts, self._static = split(routing), split(static)

@@ -90,11 +90,7 @@ class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
         return False
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Return the attention to run: the requested one, or without a request ``"sdpa"`` if the backbone supports it.
-
-        Raises:
-            UserError: the backbone does not support it.
-        """
+        """Return the attention to run: the requested one, by default ``"sdpa"`` if the backbone supports it."""
         try:
             return super().get_correct_attn_implementation(requested_attention, is_init_check)
         except ValueError as error:
@@ -313,27 +309,26 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
         every = self.keep_states_every
         if not isinstance(every, int) or every < 1:
             raise UserError(f"keep_states_every must be a whole number of sublayers, 1 or more, got {every!r}")
-        if every == 1:
-            return 1
         c = self.config
-        if every > 1 and c.connection != "residual" and (c.connection, c.carry_constraint) != ("ghc", "none"):
+        if every == 1 or c.connection == "residual":
+            return every
+        if (c.connection, c.carry_constraint) != ("ghc", "none"):
             carry = "" if c.carry_constraint == "none" else f" with a {c.carry_constraint} carry"
             raise UserError(
                 f"keep_states_every = {every} cannot rebuild the states of connection {c.connection!r}{carry}; "
                 "set it to 1"
             )
-        checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers)
-        if every > 1 and self.training and checkpointing:
+        if self.training and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
             raise UserError(
                 f"keep_states_every = {every} and gradient checkpointing both rebuild the states; use one of them"
             )
         kept = all(isinstance(x, VirtualWidthLayer) and keeps_its_weights(x) for x in self.layers)
-        if every > 1 and self.training and self.config.connection == "ghc" and not kept:
+        if self.training and not kept:
             raise UserError(
                 f"keep_states_every = {every} needs the layers' weights in the backward, and these are sharded (FSDP, "
                 "ZeRO) or wrapped; set it to 1"
             )
-        if every > 1 and torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             raise UserError(f"keep_states_every = {every} does not go through torch.compile; set it to 1")
         return every
 

@@ -6,36 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vwn.common.errors import UserError
 from vwn.hf import VirtualWidthForCausalLM
-from vwn.hf.lookahead import Lookahead, Reader
 from vwn.nn.connection import Connection
 
 Visit = Callable[[int, Tensor, Tensor, Connection], None]
 
 _SHORT = {"self_attn": "attn"}
-
-
-class RecordingLookahead(Lookahead):
-    """Reads and writes one at a time, and shows every state with what is written to it."""
-
-    def __init__(self, visit: Visit) -> None:
-        super().__init__()
-        self._visit, self.index = visit, 0
-
-    def read(self, state: Tensor, reader: Reader) -> Tensor:
-        return reader.connection.read(state, reader.norm)
-
-    def write_read(self, state: Tensor, z: Tensor, connection: Connection, reader: Reader) -> tuple[Tensor, Tensor]:
-        new = self.write(state, z, connection)
-        return new, self.read(new, reader)
-
-    def write(self, state: Tensor, z: Tensor, connection: Connection, ahead: Reader | None = None) -> Tensor:
-        self._visit(self.index, state, z, connection)
-        self.index += 1
-        return connection.write(state, z)
 
 
 @torch.no_grad()
@@ -50,28 +28,18 @@ def record(model: VirtualWidthForCausalLM, ids: Tensor, visit: Visit) -> Tensor:
 
     Returns:
         the final state, ``[B, S, D']``.
-
-    Raises:
-        UserError: a backbone that does not hand its layers what accompanies the state.
     """
-    lookahead = RecordingLookahead(visit)
+    connections = [connection for layer in model.model.layers for connection in layer.connections]
 
-    def use_ours(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, kwargs | {"lookahead": lookahead}
+    def hook(i: int) -> Any:
+        return lambda _, given, __: visit(i, given[0], given[1], connections[i])
 
-    hook = model.model.backbone.register_forward_pre_hook(use_ours, with_kwargs=True)
-    try:
-        if model.model.backbone.arguments is None:
-            # the whole model, so that what shards it gathers its weights
-            state = model(ids, use_cache=False, output_over_width_state=True, logits_to_keep=1).over_width_state
-            if lookahead.index == len(sublayer_names(model)):
-                return state
+    hooks = [connection.write.register_forward_hook(hook(i)) for i, connection in enumerate(connections)]
+    try:  # the whole model, so that what shards it gathers its weights
+        return model(ids, use_cache=False, output_over_width_state=True, logits_to_keep=1).over_width_state
     finally:
-        hook.remove()
-    raise UserError(
-        f"a backbone of type {model.config.backbone.model_type} does not hand all of its layers what accompanies the "
-        "state, so they cannot be looked into"
-    )
+        for handle in hooks:
+            handle.remove()
 
 
 def sublayer_names(model: VirtualWidthForCausalLM) -> list[str]:

@@ -86,11 +86,7 @@ class LayerPass:
         """The layer adds to its stream; called before the write, which waits until the sum is used."""
 
     def finish(self, out: Any) -> Any:
-        """Return the layer's output, with the state in place of the stream.
-
-        Raises:
-            UserError: the layer does not return its residual stream, or did not write to it as often as it should.
-        """
+        """Return the layer's output, with the state in place of the stream; refuse anything else in its place."""
         stream = out[0] if type(out) is tuple and out else out
         if not isinstance(stream, ResidualStream):
             place = "; it adds its stream to another tensor in place: write 'z = z + h' for 'z += h'"

@@ -7,38 +7,21 @@ which counts the sums: each is one sublayer.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vwn.common.errors import UserError
+from vwn.hf.anatomy import check_order
+from vwn.hf.families import FoundLayout
 from vwn.hf.on_demand import own_class
 from vwn.hf.reading import ReadingNorm, called_modules
 from vwn.hf.residual import LayerPass
 
 
-@dataclass(frozen=True)
-class FoundLayout:
-    """The sublayers of a layer that runs its own ``forward``.
-
-    Args:
-        names: for each sublayer the attribute of the module at its core, the first that is no norm.
-        norms: for each sublayer the attribute of the RMSNorm that is all that its read goes through, or ``None``.
-    """
-
-    names: tuple[str, ...]
-    norms: tuple[str | None, ...]
-
-
 class ProbePass(LayerPass):
-    """A pass with a plain residual stream, which notes what the layer does.
-
-    Args:
-        layer: whose pass it is.
-        state: the stream ``[B, S, D]``.
-    """
+    """A pass with a plain residual stream ``[B, S, D]``, which notes what the layer does."""
 
     def __init__(self, layer: nn.Module, state: Tensor) -> None:
         super().__init__(layer, state.shape, None)
@@ -75,11 +58,7 @@ class ProbePass(LayerPass):
         self._calls.clear()
 
     def found(self) -> FoundLayout:
-        """The layer's sublayers.
-
-        Raises:
-            UserError: the stream is read behind the last sum.
-        """
+        """Return the layer's sublayers; refuse a stream that is read behind the last sum."""
         for hook in self._hooks:
             hook.remove()
         if any(i == self.version for i, _ in self._reads):
@@ -118,9 +97,12 @@ def run_probe(model: Any, hidden_size: int) -> None:
     """Run a meta copy whose layers are widened, so that each of them notes what it consists of.
 
     Raises:
-        UserError: a layer that does more to its residual stream than add to it, or that cannot run without numbers.
+        UserError: a layer that does more to its residual stream than add to it, or that cannot run without numbers;
+            layers that do not run in turn, with one norm behind them.
     """
-    state = torch.empty(2, 7, hidden_size, device="meta", dtype=torch.bfloat16)
+    state, ran = torch.empty(2, 7, hidden_size, device="meta", dtype=torch.bfloat16), []
+    for module in (*model.anatomy.stack(model).children(), *model.anatomy.layers(model)):
+        module.register_forward_pre_hook(lambda module, _: ran.append(module))
     try:
         with torch.no_grad():
             model.run(inputs_embeds=state, use_cache=True)
@@ -132,3 +114,4 @@ def run_probe(model: Any, hidden_size: int) -> None:
             f"the layers of {own_class(model).__name__} cannot be tried without numbers ({reason}); describe "
             "their sublayers with vwn.hf.register_layout, see docs/layouts.md"
         ) from error
+    check_order(model, ran)

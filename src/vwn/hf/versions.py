@@ -14,9 +14,6 @@ def check_transformers(version: str = transformers.__version__) -> None:
     """Refuse a transformers that is too old, and warn of one that is newer than the tests.
 
     The models override private parts of transformers, which may change with any minor version.
-
-    Raises:
-        UserError: older than :data:`OLDEST`.
     """
     supported = f"vwn is tested with transformers >={OLDEST},<{FIRST_UNTESTED}, and {version} is installed"
     install = f"pip install 'transformers>={OLDEST},<{FIRST_UNTESTED}'"

@@ -17,11 +17,11 @@ from transformers import initialization as init
 from vwn.common.errors import UserError
 from vwn.hf.anatomy import Anatomy, find_anatomy
 from vwn.hf.configuration import VirtualWidthConfig
-from vwn.hf.families import family_of
+from vwn.hf.families import FoundLayout, family_of
 from vwn.hf.layer import VirtualWidthLayer, take_residuals
 from vwn.hf.layouts import Layout, registered_layout
 from vwn.hf.on_demand import OnDemand, mix_in, mixed_class, own_class
-from vwn.hf.sublayers import FoundLayout, meta_copy, run_probe
+from vwn.hf.sublayers import meta_copy, run_probe
 from vwn.nn.connection import Connection, Connections
 from vwn.nn.embedding import repeat_over_slots
 from vwn.nn.generalized import GeneralizedHyperConnection
@@ -110,18 +110,7 @@ def init_virtual_width(module: nn.Module) -> None:
 
 
 def build_backbone(config: VirtualWidthConfig, backbone: PreTrainedConfig) -> tuple[Any, nn.Module, nn.Embedding]:
-    """A backbone that runs on over-width states, newly made.
-
-    Args:
-        config: the virtual width.
-        backbone: config of the backbone to build; ``config.backbone``, or its one-layer version for MTP.
-
-    Returns:
-        see :func:`widen_backbone`.
-
-    Raises:
-        UserError: a backbone that cannot be widened, with the reason.
-    """
+    """Build a backbone from its config, ``config.backbone`` or one for MTP, and :func:`widen_backbone`."""
     refuse_family(backbone)
     return widen_backbone(config, mixed_class(VirtualWidthBackbone, base_model_class(backbone))(backbone))
 
@@ -165,11 +154,7 @@ def _take_ends(config: VirtualWidthConfig, model: Any) -> tuple[nn.Module, nn.Em
 
 
 def find_layouts(model: Any) -> list[Layout | FoundLayout]:
-    """Find each layer's layout: registered, told by its family, or found by a probe.
-
-    Raises:
-        UserError: a layer that does not just add to its residual stream, or lacks what its layout names.
-    """
+    """Find each layer's layout: registered, told by its family, or found by a probe."""
     layers, told = model.anatomy.layers(model), family_of(model.config).sublayers
     layouts: list[Any] = [registered_layout(layer) for layer in layers]
     for layer in layers:
@@ -179,7 +164,7 @@ def find_layouts(model: Any) -> list[Layout | FoundLayout]:
                 "accelerate's hooks do; widen the model before that"
             )
     if told is not None:
-        return [FoundLayout(told.names, told.norms) if layout is None else layout for layout in layouts]
+        return [told if layout is None else layout for layout in layouts]
     if None in layouts:
         probe = meta_copy(model)
         probed = probe.anatomy.layers(probe)
@@ -209,12 +194,7 @@ def refuse_family(config: PreTrainedConfig) -> None:
 
 
 def build_mtp_layer(config: VirtualWidthConfig, index: int, last: nn.Module) -> tuple[Any, nn.Module]:
-    """Build a backbone of one layer for MTP module number ``index``.
-
-    Args:
-        config: the virtual width.
-        index: number of the module, from 0.
-        last: the backbone's last layer; the new one is of its kind.
+    """Build a backbone of one layer for MTP module number ``index``, of the kind of the backbone's ``last`` layer.
 
     Returns:
         the backbone, and its norm.
@@ -233,12 +213,8 @@ def build_mtp_layer(config: VirtualWidthConfig, index: int, last: nn.Module) -> 
                 raise ValueError("its number of layers is not that of its config's num_hidden_layers")
             norm, _ = _take_ends(config, model)
             layer = own_class(last)(config.backbone, depth - 1)
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        StrictDataclassError,
-    ) as error:  # types count layers their way
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        # types count their layers in other ways
         reason = str(error).strip().splitlines()[-1].strip()
     if reason is not None:
         raise UserError(f"a backbone of type {kind} cannot have MTP modules, set num_mtp_modules to 0: {reason}")
@@ -293,11 +269,7 @@ def _connection(config: VirtualWidthConfig, index: int) -> Connection:
 
 
 def base_model_class(config: PreTrainedConfig) -> Any:
-    """The class of the base model inside the causal LM of a transformers config.
-
-    Raises:
-        UserError: transformers has no causal LM for it.
-    """
+    """Return the class of the base model inside the causal LM of a transformers config."""
     try:
         causal_class = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:

@@ -38,15 +38,7 @@ class Read(nn.Module):
     connection: Connection
 
     def forward(self, state: Tensor, norm: NormWeights | None = None) -> Tensor:
-        """The sublayer's input.
-
-        Args:
-            state: ``[..., D']``.
-            norm: the sublayer's own RMSNorm, to be applied to ``X`` in the same pass.
-
-        Raises:
-            UserError: a state of another width.
-        """
+        """Return ``[..., D]``; behind ``norm``, the sublayer's own RMSNorm, in the same pass if one is given."""
         return self.connection(state, norm=norm)
 
 
@@ -60,15 +52,7 @@ class Write(nn.Module):
     connection: Connection
 
     def forward(self, state: Tensor, z: Tensor) -> Tensor:
-        """The new state.
-
-        Args:
-            state: the state that was read, ``[..., D']``.
-            z: the sublayer's output, ``[..., D]``.
-
-        Raises:
-            UserError: shapes that do not fit, or ``z`` that is not a tensor.
-        """
+        """Return the new state, ``[..., D']``; a ``UserError`` if ``z`` is no tensor or does not fit."""
         check_output(z)
         return self.connection(state, z)
 
@@ -83,7 +67,7 @@ def check_output(z: Any) -> None:
 
 
 def has_hooks(*modules: nn.Module) -> bool:
-    """Whether calling one of the modules does more than its ``forward``, so that it has to be called by itself."""
+    """True if calling one of the modules does more than its ``forward``, so that it has to be called by itself."""
     return any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
         for m in modules
@@ -129,10 +113,8 @@ class Connection(StatesItsInitialValues):
     """``write(state, z)``: the new state ``Bᵀ Z + Âᵀ H'``."""
     kind: ClassVar[str]
     """Name in the configuration's ``connection``."""
-    not_decayed: ClassVar[tuple[str, ...]] = ()
-    """Weights that weight decay leaves alone, besides biases, gains and scalars."""
     dynamic: bool = True
-    """Whether the routing depends on the token."""
+    """True if the routing depends on the token."""
     sinkhorn_rounds: int = 0
     """Rounds of Sinkhorn's scaling that the carry takes."""
 
@@ -161,11 +143,7 @@ class Connection(StatesItsInitialValues):
         return False
 
     def set_backend(self, backend: str) -> None:
-        """Run on ``backend`` from now on.
-
-        Raises:
-            UserError: unknown, or not one that this kind of connection has.
-        """
+        """Run on ``backend`` from now on; a ``UserError`` if this kind of connection does not have it."""
         if check_backend(backend) not in self.backends:
             names = " or ".join(map(repr, self.backends))
             raise UserError(f"backend {backend!r} does not run {self._title()}; use {names}")
@@ -256,7 +234,7 @@ class Connection(StatesItsInitialValues):
         return new, following.read(new, norm)
 
     def fuses_norm(self, dtype: torch.dtype) -> bool:
-        """Whether a read gains from taking on the sublayer's norm."""
+        """True if a read gains from taking on the sublayer's norm."""
         return False
 
     def __setattr__(self, name: str, value: Any) -> None:

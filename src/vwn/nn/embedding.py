@@ -11,6 +11,9 @@ from vwn.nn.initialisation import StatesItsInitialValues
 from vwn.nn.ngram import NgramEmbedding
 from vwn.ops.reference import inverse_rms
 
+EMBEDDING_STD = 1.0
+"""Standard deviation of the rows of a new token table, as in ``torch.nn.Embedding``: with the usual 0.02 a small model
+learns its first tokens far more slowly."""
 EMBEDDING_FORMS = ("direct", "factorised", "replicated")
 REDUCE_FORMS = ("linear", "sum", "identity")
 REDUCE_NORMS = ("group_norm", "rms_norm", "none")
@@ -128,12 +131,7 @@ def check_embedding(form: str, ngram_order: int, ngram_buckets: int, table_facto
 
 
 class UnembeddingExpand(StatesItsInitialValues):
-    """``D -> kD`` in front of an unembedding whose table is ``k`` times as wide as the backbone.
-
-    Args:
-        hidden_size: ``D``.
-        table_factor: ``k``.
-    """
+    """``D -> kD`` in front of an unembedding whose table is ``k`` times as wide as the backbone."""
 
     def __init__(self, hidden_size: int, table_factor: int) -> None:
         super().__init__()
@@ -192,9 +190,9 @@ class OverWidthReduce(StatesItsInitialValues):
         if form == "linear":
             self.weight = nn.Parameter(torch.empty(geometry.hidden_size, geometry.over_width))
         if norm != "none":
-            self.norm_weight = nn.Parameter(torch.empty(geometry.over_width))
+            self.group_norm = nn.Parameter(torch.empty(geometry.over_width))
         if norm == "group_norm":
-            self.norm_bias = nn.Parameter(torch.empty(geometry.over_width))
+            self.group_norm_bias = nn.Parameter(torch.empty(geometry.over_width))
         self.reset_parameters()
 
     def initial_values(self) -> dict[str, Tensor]:
@@ -204,9 +202,9 @@ class OverWidthReduce(StatesItsInitialValues):
             first = torch.eye(d_out, d_in)
             values["weight"] = first if self.init == "first_slots" else torch.randn(d_out, d_in) * d_in**-0.5
         if self.norm != "none":
-            values["norm_weight"] = torch.ones(d_in)
+            values["group_norm"] = torch.ones(d_in)
         if self.norm == "group_norm":
-            values["norm_bias"] = torch.zeros(d_in)
+            values["group_norm_bias"] = torch.zeros(d_in)
         return values
 
     def forward(self, state: Tensor) -> Tensor:
@@ -225,8 +223,8 @@ class OverWidthReduce(StatesItsInitialValues):
         if self.norm == "group_norm":
             groups = groups - groups.mean(-1, keepdim=True)
         groups = groups * inverse_rms(groups, self.eps)
-        normed = groups.flatten(-2).to(state.dtype) * self.norm_weight
-        return normed + self.norm_bias if self.norm == "group_norm" else normed
+        normed = groups.flatten(-2).to(state.dtype) * self.group_norm
+        return normed + self.group_norm_bias if self.norm == "group_norm" else normed
 
     def extra_repr(self) -> str:
         return f"form={self.form!r}, norm={self.norm!r}, init={self.init!r}"

@@ -20,7 +20,7 @@ __all__ = ["CARRY_CONSTRAINTS", "CARRY_SHARPNESS", "Connection", "GeneralizedHyp
 CARRY_CONSTRAINTS = ("none", "doubly_stochastic")
 
 CARRY_SHARPNESS = 12.0
-"""What a doubly-stochastic carry multiplies its logits by: the largest whose gradients, of the order of
+"""Factor on the logits of a doubly-stochastic carry: the largest whose gradients, of the order of
 ``exp(-12)``, are still ten times Adam's eps of 1e-8. Rows then start 2e-5 (3 slots) to 8e-4 (64) from the identity's:
 less than bfloat16 resolves."""
 
@@ -46,15 +46,14 @@ class GeneralizedHyperConnection(Connection):
     """
 
     kind = "ghc"
-    not_decayed = ("static_alpha", "static_beta")
 
-    static_alpha: Tensor
-    static_beta: Tensor
+    bias_alpha: Tensor
+    bias_beta: Tensor
     dynamic_alpha: Tensor
     dynamic_beta: Tensor
     scale_alpha: Tensor
     scale_beta: Tensor
-    norm_weight: Tensor
+    slot_norm: Tensor
 
     def __init__(
         self,
@@ -70,11 +69,11 @@ class GeneralizedHyperConnection(Connection):
         geometry = Geometry(hidden_size, m, n)
         if carry_constraint not in CARRY_CONSTRAINTS:
             raise ValueError(f"carry_constraint must be one of {CARRY_CONSTRAINTS}, got {carry_constraint!r}")
-        shapes: dict[str, tuple[int, ...]] = {"static_alpha": (n, m + n), "static_beta": (m, n)}
+        shapes: dict[str, tuple[int, ...]] = {"bias_alpha": (n, m + n), "bias_beta": (m, n)}
         if dynamic:
             d = geometry.segment_size
             shapes |= {"dynamic_alpha": (d, m + n), "dynamic_beta": (d, m)}
-            shapes |= {"scale_alpha": (n, m + n), "scale_beta": (m, n), "norm_weight": (d,)}
+            shapes |= {"scale_alpha": (n, m + n), "scale_beta": (m, n), "slot_norm": (d,)}
         self.dynamic, self.carry_constraint, self.eps = dynamic, carry_constraint, eps
         self.sinkhorn_rounds = 0 if carry_constraint == "none" else ROUNDS
         super().__init__(geometry, shapes, frozen, backend)
@@ -85,8 +84,8 @@ class GeneralizedHyperConnection(Connection):
         m, n = self.geometry.m, self.geometry.n
         slot = torch.arange(n)
         values = {
-            "static_alpha": torch.cat([torch.eye(n)[:, :m], torch.eye(n)], dim=1),
-            "static_beta": (torch.arange(m)[:, None] == slot[None, :] % m).float(),
+            "bias_alpha": torch.cat([torch.eye(n)[:, :m], torch.eye(n)], dim=1),  # A = [Å | Â] (eq. 16)
+            "bias_beta": (torch.arange(m)[:, None] == slot[None, :] % m).float(),  # B (eq. 15)
         }
         if self.dynamic:
             values |= {
@@ -94,7 +93,7 @@ class GeneralizedHyperConnection(Connection):
                 "dynamic_beta": torch.zeros(self.shapes["dynamic_beta"]),
                 "scale_alpha": torch.ones(n, m + n),
                 "scale_beta": torch.ones(m, n),
-                "norm_weight": torch.ones(self.geometry.segment_size),
+                "slot_norm": torch.ones(self.geometry.segment_size),
             }
         return values
 
@@ -102,15 +101,15 @@ class GeneralizedHyperConnection(Connection):
     def weights(self) -> RoutingWeights:
         """The parameters as the ops take them."""
         if not self.dynamic:
-            return RoutingWeights(self.static_alpha, self.static_beta, eps=self.eps)
+            return RoutingWeights(self.bias_alpha, self.bias_beta, eps=self.eps)
         return RoutingWeights(
-            self.static_alpha,
-            self.static_beta,
+            self.bias_alpha,
+            self.bias_beta,
             self.dynamic_alpha,
             self.dynamic_beta,
             self.scale_alpha,
             self.scale_beta,
-            self.norm_weight,
+            self.slot_norm,
             self.eps,
         )
 
@@ -134,7 +133,7 @@ class GeneralizedHyperConnection(Connection):
         g = self.geometry
         carry, beta = coefficients(slots, write_columns(self.weights, slots.dtype)).split([g.n, g.m], dim=-1)
         if self.carry_constraint == "doubly_stochastic":
-            carry = sinkhorn(CARRY_SHARPNESS * carry, self.sinkhorn_rounds, exact=True, backend=self.backend)
+            carry = sinkhorn(CARRY_SHARPNESS * carry, self.sinkhorn_rounds, exact=True)
         return carry, beta.mT
 
     def _read(self, state: Tensor, norm: NormWeights | None = None) -> Tensor:
@@ -159,8 +158,8 @@ class GeneralizedHyperConnection(Connection):
         return ops.write_read(state, z, self.weights, following.weights, norm, self.backend)  # type: ignore[arg-type]
 
     def fuses_norm(self, dtype: torch.dtype) -> bool:
-        """Whether a read gains from taking on the sublayer's norm: with Triton alone, and unless hooks look on."""
-        backend = ops.choose(self.backend, self.static_alpha.device, dtype, self.geometry.n)
+        """True if a read gains from taking on the sublayer's norm: with Triton alone, and unless hooks look on."""
+        backend = ops.choose(self.backend, self.bias_alpha.device, dtype, self.geometry.n)
         return backend == "triton" and not has_hooks(self.read)
 
     def _title(self) -> str:

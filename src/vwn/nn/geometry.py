@@ -55,5 +55,5 @@ class Geometry:
 
     @property
     def is_whole(self) -> bool:
-        """Whether ``r`` is an integer, so that the state splits into groups of ``D``."""
+        """True if ``r`` is an integer, so that the state splits into groups of ``D``."""
         return self.n % self.m == 0

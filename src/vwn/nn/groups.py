@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import inf
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,30 +26,13 @@ HEADS = ("lm_head", "head", "unembedding")
 Group = dict[str, Any]
 
 
-@overload
-def parameter_groups(
-    model: nn.Module,
-    lr: float,
-    weight_decay: float = ...,
-    optimizer: Literal["adamw"] = ...,
-    factors: Mapping[str, float] | None = ...,
-) -> list[Group]: ...
-@overload
-def parameter_groups(
-    model: nn.Module,
-    lr: float,
-    weight_decay: float = ...,
-    *,
-    optimizer: Literal["muon"],
-    factors: Mapping[str, float] | None = ...,
-) -> tuple[list[Group], list[Group]]: ...
 def parameter_groups(
     model: nn.Module,
     lr: float,
     weight_decay: float = 0.1,
     optimizer: str = "adamw",
     factors: Mapping[str, float] | None = None,
-) -> list[Group] | tuple[list[Group], list[Group]]:
+) -> Any:
     """Split a model's trainable parameters into groups with their own learning rate and weight decay.
 
     ``torch.optim.AdamW(vwn.parameter_groups(model, lr=3e-3))`` works for Hugging Face models and for any module with
@@ -81,7 +64,7 @@ def parameter_groups(
     by_muon = {name for name, p in parameters if kinds[name] == "backbone" and p.ndim == 2 and name not in spared}
 
     def groups(names: set[str]) -> list[Group]:
-        """By decay, then by rate; the order is part of what an optimiser's checkpoint means."""
+        """Group by decay, then by rate; the order is part of what an optimiser's checkpoint means."""
         found: dict[tuple[bool, float], list[Tensor]] = {}
         for is_spared in (False, True):
             for name, p in parameters:
@@ -116,7 +99,7 @@ def group_of_parameters(model: nn.Module) -> dict[str, str]:
 
 
 def _kind(module: nn.Module) -> str | None:
-    if isinstance(module, OverWidthEmbedding):
+    if isinstance(module, OverWidthEmbedding) or getattr(module, "parameter_group", None) == "expansion":
         return "expansion"
     if isinstance(module, UnembeddingExpand):
         return "head"
@@ -132,8 +115,7 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 
 def _tables(model: nn.Module) -> list[nn.Parameter]:
-    modules = (m for m in model.modules() if isinstance(m, nn.Embedding | NgramEmbedding))
-    return [p for m in modules for p in m.parameters()]
+    return [p for m in model.modules() if isinstance(m, nn.Embedding | NgramEmbedding) for p in m.parameters()]
 
 
 def default_factors(model: nn.Module) -> dict[str, float]:
@@ -179,11 +161,7 @@ def routing_factor(sublayers: int) -> float:
 
 
 def check_factors(factors: Mapping[str, float]) -> dict[str, float]:
-    """The factors, if all of them mean something.
-
-    Raises:
-        UserError: an unknown group, or a factor that is no number above 0.
-    """
+    """Return the factors; raise a ``UserError`` for an unknown group, or a factor that is no number above 0."""
     for group, factor in factors.items():
         if group not in GROUPS:
             raise UserError(f"there is no parameter group {group!r}; there are {', '.join(GROUPS)}")

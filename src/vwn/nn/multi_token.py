@@ -57,8 +57,8 @@ class MultiTokenPredictor(StatesItsInitialValues):
     ) -> None:
         super().__init__()
         self.geometry, self.eps = geometry, eps
-        self.state_norm_weight = nn.Parameter(torch.empty(geometry.segment_size))
-        self.embedding_norm_weight = nn.Parameter(torch.empty(geometry.segment_size))
+        self.state_norm = nn.Parameter(torch.empty(geometry.segment_size))
+        self.embedding_norm = nn.Parameter(torch.empty(geometry.segment_size))
         self.fuse = BlockLinear(2 * geometry.segment_size, geometry.segment_size)
         self.layer, self.reduce, self.norm = layer, reduce, norm
         self.reset_parameters()
@@ -66,7 +66,7 @@ class MultiTokenPredictor(StatesItsInitialValues):
     def initial_values(self) -> dict[str, Tensor]:
         """Gains one; everything else belongs to the submodules."""
         ones = torch.ones(self.geometry.segment_size)
-        return {"state_norm_weight": ones, "embedding_norm_weight": ones}
+        return {"state_norm": ones, "embedding_norm": ones}
 
     def forward(
         self, state: Tensor, embedding: Tensor, run: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__
@@ -85,7 +85,7 @@ class MultiTokenPredictor(StatesItsInitialValues):
         return self.norm(self.reduce(state)), state
 
     def _fused(self, state: Tensor, embedding: Tensor) -> Tensor:
-        pair = self._slot_norm(state, self.state_norm_weight), self._slot_norm(embedding, self.embedding_norm_weight)
+        pair = self._slot_norm(state, self.state_norm), self._slot_norm(embedding, self.embedding_norm)
         return self.fuse(torch.cat(pair, dim=-1)).flatten(-2).to(state.dtype)  # the stream's, also under autocast
 
     def _slot_norm(self, state: Tensor, gain: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from vwn.ops.reference import inverse_rms
 from vwn.ops.sinkhorn import ROUNDS, sinkhorn
 
 INITIAL_SCALE = 0.01
-"""Of what depends on the token, in both papers."""
+"""Scale of the part that depends on the token, in both papers."""
 
 
 class HyperConnection(Connection):
@@ -40,16 +40,15 @@ class HyperConnection(Connection):
     """
 
     kind = "hc"
-    not_decayed = ("static_alpha", "static_beta")
 
-    static_alpha: Tensor
-    static_beta: Tensor
+    bias_alpha: Tensor
+    bias_beta: Tensor
     dynamic_alpha: Tensor
     dynamic_beta: Tensor
     scale_alpha: Tensor
     scale_beta: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
+    slot_norm: Tensor
+    slot_norm_bias: Tensor
 
     def __init__(
         self,
@@ -63,11 +62,11 @@ class HyperConnection(Connection):
         backend: str = "auto",
     ) -> None:
         geometry = Geometry(hidden_size, m, n)
-        shapes: dict[str, tuple[int, ...]] = {"static_alpha": (n, m + n), "static_beta": (m, n)}
+        shapes: dict[str, tuple[int, ...]] = {"bias_alpha": (n, m + n), "bias_beta": (m, n)}
         if dynamic:
             d = geometry.segment_size
-            shapes |= {"dynamic_alpha": (d, m + n), "dynamic_beta": (d, m), "scale_alpha": (), "scale_beta": ()}
-            shapes |= {"norm_weight": (d,), "norm_bias": (d,)}
+            shapes |= {"dynamic_alpha": (d, m + n), "dynamic_beta": (d, m), "scale_alpha": (1,), "scale_beta": (1,)}
+            shapes |= {"slot_norm": (d,), "slot_norm_bias": (d,)}
         self.index, self.dynamic, self.eps = _checked(index), dynamic, eps
         super().__init__(geometry, shapes, frozen, backend)
 
@@ -78,18 +77,20 @@ class HyperConnection(Connection):
         slot = torch.arange(n)
         read = torch.eye(n)[:, [self.index % n]] if m == 1 else torch.eye(n)[:, :m]
         values = {
-            "static_alpha": torch.cat([read, torch.eye(n)], dim=1),
-            "static_beta": (torch.arange(m)[:, None] == slot[None, :] % m).float(),
+            "bias_alpha": torch.cat([read, torch.eye(n)], dim=1),
+            "bias_beta": (torch.arange(m)[:, None] == slot[None, :] % m).float(),
         }
         if self.dynamic:
-            values |= {name: torch.zeros(self.shapes[name]) for name in ("dynamic_alpha", "dynamic_beta", "norm_bias")}
-            values |= {name: torch.tensor(INITIAL_SCALE) for name in ("scale_alpha", "scale_beta")}
-            values["norm_weight"] = torch.ones(self.shapes["norm_weight"])
+            values |= {
+                name: torch.zeros(self.shapes[name]) for name in ("dynamic_alpha", "dynamic_beta", "slot_norm_bias")
+            }
+            values |= {name: torch.full((1,), INITIAL_SCALE) for name in ("scale_alpha", "scale_beta")}
+            values["slot_norm"] = torch.ones(self.shapes["slot_norm"])
         return values
 
     def read_matrix(self, slots: Tensor) -> Tensor:
         """``Å = s_α tanh(LN(H') W_α) + A``, the first ``m`` columns: ``[..., n, m]``."""
-        m, static = self.geometry.m, self.static_alpha.to(slots.dtype)[:, : self.geometry.m]
+        m, static = self.geometry.m, self.bias_alpha.to(slots.dtype)[:, : self.geometry.m]
         if not self.dynamic:
             return static
         weight, scale = self.dynamic_alpha.to(slots.dtype)[:, :m], self.scale_alpha.to(slots.dtype)
@@ -98,7 +99,7 @@ class HyperConnection(Connection):
     def write_matrices(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """``Â``, the other ``n`` columns, and ``B = s_β tanh(LN(H') W_β)ᵀ + B``."""
         m, n, dtype = self.geometry.m, self.geometry.n, slots.dtype
-        carry, beta = self.static_alpha.to(dtype)[:, m:], self.static_beta.to(dtype)
+        carry, beta = self.bias_alpha.to(dtype)[:, m:], self.bias_beta.to(dtype)
         if not self.dynamic:
             return carry, beta
         weight = torch.cat([self.dynamic_alpha[:, m:], self.dynamic_beta], dim=1).to(dtype)
@@ -106,7 +107,7 @@ class HyperConnection(Connection):
         return self.scale_alpha.to(dtype) * dynamic_carry + carry, self.scale_beta.to(dtype) * dynamic_beta.mT + beta
 
     def _normed(self, slots: Tensor) -> Tensor:
-        weight, bias = self.norm_weight.to(slots.dtype), self.norm_bias.to(slots.dtype)
+        weight, bias = self.slot_norm.to(slots.dtype), self.slot_norm_bias.to(slots.dtype)
         return F.layer_norm(slots, weight.shape, weight, bias, self.eps)
 
     def extra_repr(self) -> str:
@@ -127,8 +128,8 @@ class ManifoldHyperConnection(Connection):
         frozen: keep everything at its initial value, as buffers of the same names.
         eps: added to the mean square of the state.
         routing_eps: added to ``Å``, and to the sums in Sinkhorn's scaling; DeepSeek-V4's.
-        sinkhorn_rounds: of Sinkhorn's scaling.
-        backend: what runs Sinkhorn's scaling: ``"auto"``, ``"reference"`` or ``"compiled"``.
+        sinkhorn_rounds: rounds of Sinkhorn's scaling.
+        backend: ``"auto"``, ``"reference"`` or ``"compiled"``; all of them run plain PyTorch.
 
     Raises:
         ValueError: invalid sizes, an ``index`` below 0, fewer ``sinkhorn_rounds`` than 1, or another ``backend``.
@@ -160,16 +161,12 @@ class ManifoldHyperConnection(Connection):
         geometry = Geometry(hidden_size, 1, n)
         if sinkhorn_rounds < 1:
             raise UserError(f"sinkhorn_rounds must be 1 or more, got {sinkhorn_rounds}")
-        self.index, self.eps, self.routing_eps, self.sinkhorn_rounds = (
-            _checked(index),
-            eps,
-            routing_eps,
-            sinkhorn_rounds,
-        )
+        self.index, self.eps = _checked(index), eps
+        self.routing_eps, self.sinkhorn_rounds = routing_eps, sinkhorn_rounds
         shapes: dict[str, tuple[int, ...]] = {}
         for name, bias in (("pre", (n,)), ("post", (n,)), ("res", (n, n))):
             columns = n * n if name == "res" else n
-            shapes |= {f"{name}_weight": (geometry.over_width, columns), f"{name}_bias": bias, f"{name}_scale": ()}
+            shapes |= {f"{name}_weight": (geometry.over_width, columns), f"{name}_bias": bias, f"{name}_scale": (1,)}
         super().__init__(geometry, shapes, frozen, backend)
 
     def initial_values(self) -> dict[str, Tensor]:
@@ -180,11 +177,11 @@ class ManifoldHyperConnection(Connection):
         at_own = 6 * torch.eye(n) - 3
         values = {f"{name}_weight": torch.zeros(self.shapes[f"{name}_weight"]) for name in ("pre", "post", "res")}
         values |= {"pre_bias": at_own[self.index % n], "post_bias": torch.zeros(n), "res_bias": at_own}
-        return values | {f"{name}_scale": torch.tensor(INITIAL_SCALE) for name in ("pre", "post", "res")}
+        return values | {f"{name}_scale": torch.full((1,), INITIAL_SCALE) for name in ("pre", "post", "res")}
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Those of Sinkhorn's scaling."""
+        """Names that :meth:`set_backend` takes; all of them run plain PyTorch."""
         return ("auto", "reference", "compiled")
 
     def read_matrix(self, slots: Tensor) -> Tensor:
@@ -194,7 +191,7 @@ class ManifoldHyperConnection(Connection):
     def write_matrices(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """``Â``, ``[..., n, n]``, and ``B``, ``[..., 1, n]``."""
         res, post = self._logits(slots, "res", "post")
-        carry = sinkhorn(res, self.sinkhorn_rounds, self.routing_eps, backend=self.backend)
+        carry = sinkhorn(res, self.sinkhorn_rounds, self.routing_eps)
         return carry, 2 * torch.sigmoid(post).unsqueeze(-2)
 
     def _logits(self, slots: Tensor, *names: str) -> list[Tensor]:

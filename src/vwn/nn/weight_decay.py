@@ -8,15 +8,17 @@ from vwn.nn.connection import Connection
 
 
 def no_weight_decay(module: nn.Module) -> set[str]:
-    """Names of the parameters of ``module`` that must not be decayed.
+    """Names of the parameters of ``module`` that must not be decayed: biases and norm gains.
 
-    They are the static ``A`` and ``B`` of every connection, and by the usual rule biases and norm gains, that is every
-    parameter of fewer than two dimensions or whose name ends in ``bias``. The dynamic ``W`` and the scales ``S`` are
-    decayed; of Hyper-Connections and mHC, whose scales are single numbers, the dynamic ``W`` alone.
+    The static ``A`` and ``B`` of a connection are the biases of its routing, and named so. Everywhere else these are
+    the parameters of fewer than two dimensions, or whose name ends in ``bias``. The dynamic ``W`` and the scales ``S``
+    of a connection are decayed, also where a scale is a single number (Hyper-Connections, mHC). transformers'
+    ``Trainer`` goes by the names and spares the same ones.
     """
-    parameters = dict(module.named_parameters())
-    names = {name for name, p in parameters.items() if p.ndim < 2 or name.rsplit(".", 1)[-1].endswith("bias")}
+    spared = {name for name, p in module.named_parameters() if p.ndim < 2 or name.rsplit(".", 1)[-1].endswith("bias")}
     for prefix, child in module.named_modules():
         if isinstance(child, Connection):
-            names |= {f"{prefix}.{name}".lstrip(".") for name in child.not_decayed}
-    return names & parameters.keys()  # frozen matrices are no parameters
+            dot = f"{prefix}." if prefix else ""
+            spared |= {dot + name for name in child.shapes if "bias" in name}
+            spared -= {dot + name for name in child.shapes if "scale" in name}
+    return spared & dict(module.named_parameters()).keys()  # frozen matrices are no parameters

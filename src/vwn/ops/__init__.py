@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vwn.common.errors import UserError
-from vwn.ops import flops, library
+from vwn.ops import library
 from vwn.ops.backends import BACKENDS, check_backend, choose
 from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights, check_shapes, check_weights, state_dtype
 
@@ -22,7 +22,6 @@ __all__ = [
     "RoutingWeights",
     "check_backend",
     "choose",
-    "flops",
     "read",
     "state_dtype",
     "write",

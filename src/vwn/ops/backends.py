@@ -9,13 +9,11 @@ from __future__ import annotations
 import importlib
 import logging
 from functools import cache
-from typing import Protocol
+from types import ModuleType
 
 import torch
-from torch import Tensor
 
 from vwn.common.errors import UserError
-from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights
 
 BACKENDS = ("auto", "reference", "compiled", "triton")
 _FASTEST_FIRST = {"cpu": ("compiled", "reference"), "cuda": ("triton", "reference")}
@@ -23,45 +21,14 @@ _FASTEST_FIRST = {"cpu": ("compiled", "reference"), "cuda": ("triton", "referenc
 _log = logging.getLogger("vwn.ops")
 
 
-class Backend(Protocol):
-    """What the module ``vwn.ops.<backend>`` provides; see :mod:`vwn.ops.reference` for the meaning."""
-
-    def unavailable(self, device: torch.device, dtype: torch.dtype, slots: int = 1) -> str | None: ...
-
-    def forward(
-        self,
-        state: Tensor,
-        z: Tensor | None,
-        write: RoutingWeights | None,
-        read: ReadWeights | None,
-        norm: NormWeights | None,
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def backward(
-        self,
-        grad_state: Tensor | None,
-        grad_x: Tensor | None,
-        state: Tensor,
-        z: Tensor | None,
-        write: RoutingWeights | None,
-        read: ReadWeights | None,
-        norm: NormWeights | None,
-        needs_weights: bool,
-    ) -> list[Tensor]: ...
-
-
 @cache
-def module(name: str) -> Backend:
-    """The module of a backend; imported when first used, so that Triton need not be there."""
+def module(name: str) -> ModuleType:
+    """The module of a backend, which has the functions of :mod:`vwn.ops.reference`; imported when first used."""
     return importlib.import_module(f"vwn.ops.{name}")
 
 
 def check_backend(name: str) -> str:
-    """``name`` if it is a backend's.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Return ``name``; a ``UserError`` if no backend has it."""
     if name not in BACKENDS:
         raise UserError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
     return name

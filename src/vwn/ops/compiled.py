@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, slots: int = 1) -> str
 
 
 def library() -> ctypes.CDLL:
-    """What was built; to be asked for where :func:`unavailable` had nothing to say."""
+    """Return the built library; call it where :func:`unavailable` returned ``None``."""
     built = _library()
     assert isinstance(built, ctypes.CDLL)
     return built
@@ -120,7 +121,7 @@ def _load_or_build(command: list[str]) -> ctypes.CDLL:
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on: a cache may be shared by different machines."""
+    """Describe the processor, on which ``-march=native`` depends: different machines may share a cache."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
@@ -134,7 +135,7 @@ def forward(
     read: ReadWeights | None,
     norm: NormWeights | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As :func:`vwn.ops.reference.forward`, for contiguous ``[T, D']`` and ``[T, D]``."""
+    """Compute :func:`vwn.ops.reference.forward` for contiguous ``[T, D']`` and ``[T, D]``."""
     call = _Call(state, z, write, read, norm)
     new = torch.empty_like(state) if write is not None else None
     x = state.new_empty(state.shape[0], call.hidden_size) if read is not None else None
@@ -152,7 +153,7 @@ def backward(
     norm: NormWeights | None,
     needs_weights: bool,
 ) -> list[Tensor]:
-    """As :func:`vwn.ops.reference.backward`, for contiguous ``[T, D']`` and ``[T, D]``."""
+    """Compute :func:`vwn.ops.reference.backward` for contiguous ``[T, D']`` and ``[T, D]``."""
     call = _Call(state, z, write, read, norm)
     gradients = [torch.empty_like(state), *([] if z is None else [torch.empty_like(z)])]
     of_norm = torch.empty_like(norm.weight, dtype=call.compute) if norm is not None and needs_weights else None
@@ -172,7 +173,7 @@ def backward(
 
 
 class _Call:
-    """The arguments of one call; holds on to the tensors that they point to."""
+    """The arguments of one call; the caller holds on to the tensors that they point to."""
 
     def __init__(
         self,
@@ -184,36 +185,34 @@ class _Call:
     ) -> None:
         sizes = write if write is not None else read
         assert sizes is not None
-        self.compute = torch.promote_types(state.dtype, torch.float32)
-        self.kept: list[Tensor] = []
-        self.weights: dict[str, dict[str, Tensor]] = {}
-        self.args = _Args(tokens=state.shape[0], n=sizes.n, m=sizes.m, d=state.shape[1] // sizes.n)
-        self.args.dtype, self.args.threads = _DTYPES[state.dtype], torch.get_num_threads()
-        self.hidden_size = sizes.m * self.args.d
-        self._point(self.args, state=state, z=z, norm=norm and norm.weight)
-        self.args.norm_eps = norm.eps if norm is not None else 0.0
-        for name, weights in (("write", write), ("read", read)):
+        tokens, n, m, d = state.shape[0], sizes.n, sizes.m, state.shape[1] // sizes.n
+        self.compute, self.hidden_size = torch.promote_types(state.dtype, torch.float32), m * d
+        self.args = args = _Args(tokens, n, m, d, _DTYPES[state.dtype], torch.get_num_threads())
+        _point(args, state=state, z=z)
+        if norm is not None:
+            args.norm, args.norm_eps = norm.weight.data_ptr(), norm.eps
+        self.weights: list[tuple[_Side, dict[str, Any]]] = []
+        for side, weights in ((args.write, write), (args.read, read)):
             if weights is not None:
-                side = getattr(self.args, name)
                 side.present, side.dynamic, side.eps = 1, weights.dynamic, weights.eps
-                named = zip(weights._fields[:-1], weights[:-1], strict=True)
-                self.weights[name] = {k: t.to(self.compute).contiguous() for k, t in named if isinstance(t, Tensor)}
-                self._point(side.weights, **self.weights[name])
+                named = {name: t for name, t in weights._asdict().items() if isinstance(t, Tensor)}
+                _point(side.weights, **named)
+                self.weights.append((side, named))
 
     def run(self, backward: bool, needs_weights: bool, **tensors: Tensor | None) -> list[Tensor]:
         """Run it; returns the gradients of the weights of the write, then of the read, if they are needed."""
-        self._point(self.args, **tensors)
+        _point(self.args, **tensors)
         gradients: list[Tensor] = []
-        for name, weights in self.weights.items() if needs_weights else ():
-            zeros = {k: torch.zeros_like(t) for k, t in weights.items()}
-            self._point(getattr(self.args, name).gradients, **zeros)
+        for side, weights in self.weights if needs_weights else ():
+            zeros = {name: torch.zeros_like(t) for name, t in weights.items()}
+            _point(side.gradients, **zeros)
             gradients += zeros.values()
         if library().vwn_write_read(ctypes.byref(self.args), int(backward), int(needs_weights)):
             raise AssertionError("the library was built without this dtype")
         return gradients
 
-    def _point(self, target: ctypes.Structure, **tensors: Tensor | None) -> None:
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                self.kept.append(tensor)
-                setattr(target, name, tensor.data_ptr())
+
+def _point(target: ctypes.Structure, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            setattr(target, name, tensor.data_ptr())

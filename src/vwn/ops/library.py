@@ -2,47 +2,67 @@
 
 One opaque op each, so that ``torch.compile``, checkpointing and sharding see a single node. Only the inputs are saved
 for the backward; the routing is computed again there.
+
+The arguments of an op, in this order: ``state``; if it writes, ``z`` and the fields of the writing connection's
+``RoutingWeights``; if it reads, those of the reading one's ``ReadWeights`` and of the norm; ``backend``. Its backward
+has the gradients of the results in front of them and ``needs_weights`` behind. It returns a list, because what is not
+needed is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+import math
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import CustomOpDef
+from torch.utils.flop_counter import register_flop_formula
 
-from vwn.ops.backends import Backend, choose, module
+from vwn.ops.backends import choose, module
 from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights, Weights
 
 
-def _differentiate(op: CustomOpDef, backward: Callable[..., list[Tensor]], data: int) -> None:
-    """Save the inputs of ``op`` and hand them, as they came, to ``backward`` behind the gradients of the results.
+class Inputs(NamedTuple):
+    """The arguments of an op."""
 
-    The gradients it returns are of the tensors among them, in their order: of the first ``data``, which are no weights,
-    and if weights need them of all.
-    """
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
-        ctx.save_for_backward(*_tensors(inputs))
-        ctx.others = [value for value in inputs if not isinstance(value, Tensor)]
-
-    def run_backward(ctx: Any, *grads: Tensor) -> Any:
-        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
-        inputs = [next(tensors if is_tensor else others) for is_tensor in ctx.is_tensor]
-        needs_weights = any(ctx.needs_input_grad[data:])
-        found = iter(backward(*grads, *inputs, needs_weights))
-        wanted = [is_tensor and (i < data or needs_weights) for i, is_tensor in enumerate(ctx.is_tensor)]
-        return tuple(next(found) if wants else None for wants in wanted)
-
-    op.register_autograd(run_backward, setup_context=setup_context)
+    state: Any
+    z: Any
+    write: RoutingWeights | None
+    read: ReadWeights | None
+    norm: NormWeights | None
+    backend: str
 
 
-def _runner(backend: str, state: Tensor, slots: int) -> Backend:
-    """Chosen inside the op, where ``torch.compile`` does not look."""
-    return module(choose(backend, state.device, state.dtype, slots))
+def _parsed(inputs: Iterable[Any], writes: bool, reads: bool) -> Inputs:
+    given = iter(inputs)
+    state, z = next(given), next(given) if writes else None
+    write = RoutingWeights(*islice(given, len(RoutingWeights._fields))) if writes else None
+    read = ReadWeights(*islice(given, len(ReadWeights._fields))) if reads else None
+    norm = NormWeights(next(given), next(given)) if reads else None
+    return Inputs(state, z, write, read, None if norm is None or norm.weight is None else norm, next(given))
+
+
+def _schema(writes: bool, reads: bool) -> str:
+    def fields(kind: Any, prefix: str) -> list[str]:
+        kinds = {"eps": "float", "bias_alpha": "Tensor", "bias_beta": "Tensor"}
+        return [f"{kinds.get(field, 'Tensor?')} {prefix}{field}" for field in kind._fields]
+
+    written = ["Tensor z", *fields(RoutingWeights, "")] if writes else []
+    read = [*fields(ReadWeights, "read_"), "Tensor? norm", "float norm_eps"] if reads else []
+    return ", ".join(["Tensor state", *written, *read, "str backend"])
+
+
+def _run(step: str, given: Inputs, *before: Any, **options: Any) -> Any:
+    """Run ``forward`` or ``backward`` of the backend, chosen here, where ``torch.compile`` does not look."""
+    state, z, write, read, norm, backend = given
+    name = choose(backend, state.device, state.dtype, (write or read).n)  # type: ignore[union-attr]
+    if name == "reference":  # torch.matmul takes another route, to other bits, for what requires a gradient
+        write, read = _detached(write), _detached(read)
+    tokens = [None if t is None else _tokens(t) for t in (*before, state, z)]
+    return getattr(module(name), step)(*tokens, write, read, norm, **options)
 
 
 def _tokens(t: Tensor) -> Tensor:
@@ -55,228 +75,109 @@ def _shaped(t: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.ops.aten._unsafe_view(t, shape)
 
 
-def _detached(weights: Weights) -> Weights:
-    """``torch.matmul`` takes another route, to other bits, for what requires a gradient."""
+def _detached(weights: Weights | None) -> Weights | None:
+    if weights is None:
+        return None
     return type(weights)(*(t.detach() if isinstance(t, Tensor) else t for t in weights))  # type: ignore[arg-type]
-
-
-def _norm(weight: Tensor | None, eps: float) -> NormWeights | None:
-    return None if weight is None else NormWeights(weight, eps)
-
-
-def _hidden_size(state: Tensor, static_alpha: Tensor) -> int:
-    n, columns = static_alpha.shape
-    return state.shape[-1] // n * (columns - n)
-
-
-@torch.library.custom_op("vwn::read", mutates_args=())
-def read(
-    state: Tensor,
-    static_alpha: Tensor,
-    dynamic_alpha: Tensor | None,
-    scale_alpha: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    norm: Tensor | None,
-    norm_eps: float,
-    backend: str,
-) -> Tensor:
-    """``X = Åᵀ H'``: ``[..., D'] -> [..., D]``."""
-    r = _detached(ReadWeights(static_alpha, dynamic_alpha, scale_alpha, norm_weight, eps))
-    _, x = _runner(backend, state, r.n).forward(_tokens(state), None, None, r, _norm(norm, norm_eps))
-    return _shaped(x, [*state.shape[:-1], _hidden_size(state, static_alpha)])
-
-
-@torch.library.custom_op("vwn::write", mutates_args=())
-def write(
-    state: Tensor,
-    z: Tensor,
-    static_alpha: Tensor,
-    static_beta: Tensor,
-    dynamic_alpha: Tensor | None,
-    dynamic_beta: Tensor | None,
-    scale_alpha: Tensor | None,
-    scale_beta: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    backend: str,
-) -> Tensor:
-    """``Bᵀ Z + Âᵀ H'``: ``[..., D'], [..., D] -> [..., D']``."""
-    w = _detached(
-        RoutingWeights(
-            static_alpha, static_beta, dynamic_alpha, dynamic_beta, scale_alpha, scale_beta, norm_weight, eps
-        )
-    )
-    new, _ = _runner(backend, state, w.n).forward(_tokens(state), _tokens(z), w, None, None)
-    return _shaped(new, state.shape)
-
-
-@torch.library.custom_op("vwn::write_read", mutates_args=())
-def write_read(
-    state: Tensor,
-    z: Tensor,
-    static_alpha: Tensor,
-    static_beta: Tensor,
-    dynamic_alpha: Tensor | None,
-    dynamic_beta: Tensor | None,
-    scale_alpha: Tensor | None,
-    scale_beta: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    read_static_alpha: Tensor,
-    read_dynamic_alpha: Tensor | None,
-    read_scale_alpha: Tensor | None,
-    read_norm_weight: Tensor | None,
-    read_eps: float,
-    norm: Tensor | None,
-    norm_eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """The write of one sublayer and the read of the next: ``-> [..., D'], [..., D]``."""
-    w = _detached(
-        RoutingWeights(
-            static_alpha, static_beta, dynamic_alpha, dynamic_beta, scale_alpha, scale_beta, norm_weight, eps
-        )
-    )
-    r = _detached(ReadWeights(read_static_alpha, read_dynamic_alpha, read_scale_alpha, read_norm_weight, read_eps))
-    new, x = _runner(backend, state, w.n).forward(_tokens(state), _tokens(z), w, r, _norm(norm, norm_eps))
-    return _shaped(new, state.shape), _shaped(x, z.shape)
-
-
-# Their backwards, from the gradients of the results: lists, because what is not needed is left out
-
-
-@torch.library.custom_op("vwn::read_backward", mutates_args=())
-def read_backward(
-    grad_x: Tensor,
-    state: Tensor,
-    static_alpha: Tensor,
-    dynamic_alpha: Tensor | None,
-    scale_alpha: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    norm: Tensor | None,
-    norm_eps: float,
-    backend: str,
-    needs_weights: bool,
-) -> list[Tensor]:
-    """Gradients of the state, and if ``needs_weights`` of the weights and the norm's weight, those that are there."""
-    r = _detached(ReadWeights(static_alpha, dynamic_alpha, scale_alpha, norm_weight, eps))
-    first, *rest = _runner(backend, state, r.n).backward(
-        None, _tokens(grad_x), _tokens(state), None, None, r, _norm(norm, norm_eps), needs_weights
-    )
-    return [_shaped(first, state.shape), *rest]
-
-
-@torch.library.custom_op("vwn::write_backward", mutates_args=())
-def write_backward(
-    grad_state: Tensor,
-    state: Tensor,
-    z: Tensor,
-    static_alpha: Tensor,
-    static_beta: Tensor,
-    dynamic_alpha: Tensor | None,
-    dynamic_beta: Tensor | None,
-    scale_alpha: Tensor | None,
-    scale_beta: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    backend: str,
-    needs_weights: bool,
-) -> list[Tensor]:
-    """Gradients of the state, of ``z``, and if ``needs_weights`` of the weights that are there."""
-    w = _detached(
-        RoutingWeights(
-            static_alpha, static_beta, dynamic_alpha, dynamic_beta, scale_alpha, scale_beta, norm_weight, eps
-        )
-    )
-    first, second, *rest = _runner(backend, state, w.n).backward(
-        _tokens(grad_state), None, _tokens(state), _tokens(z), w, None, None, needs_weights
-    )
-    return [_shaped(first, state.shape), _shaped(second, z.shape), *rest]
-
-
-@torch.library.custom_op("vwn::write_read_backward", mutates_args=())
-def write_read_backward(
-    grad_state: Tensor,
-    grad_x: Tensor,
-    state: Tensor,
-    z: Tensor,
-    static_alpha: Tensor,
-    static_beta: Tensor,
-    dynamic_alpha: Tensor | None,
-    dynamic_beta: Tensor | None,
-    scale_alpha: Tensor | None,
-    scale_beta: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    read_static_alpha: Tensor,
-    read_dynamic_alpha: Tensor | None,
-    read_scale_alpha: Tensor | None,
-    read_norm_weight: Tensor | None,
-    read_eps: float,
-    norm: Tensor | None,
-    norm_eps: float,
-    backend: str,
-    needs_weights: bool,
-) -> list[Tensor]:
-    """Gradients of the state, of ``z``, and if ``needs_weights`` of both weights and the norm's weight, as above."""
-    w = _detached(
-        RoutingWeights(
-            static_alpha, static_beta, dynamic_alpha, dynamic_beta, scale_alpha, scale_beta, norm_weight, eps
-        )
-    )
-    r = _detached(ReadWeights(read_static_alpha, read_dynamic_alpha, read_scale_alpha, read_norm_weight, read_eps))
-    first, second, *rest = _runner(backend, state, w.n).backward(
-        _tokens(grad_state), _tokens(grad_x), _tokens(state), _tokens(z), w, r, _norm(norm, norm_eps), needs_weights
-    )
-    return [_shaped(first, state.shape), _shaped(second, z.shape), *rest]
-
-
-# Shapes without running. `rest`: weights and options, as in the op
 
 
 def _like(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    return [t for t in values if isinstance(t, Tensor)]
+def _hidden_size(given: Inputs) -> int:
+    weights: Any = given.write or given.read
+    return given.state.shape[-1] // weights.n * weights.m
 
 
-@read.register_fake
-def _(state, static_alpha, *rest):
-    return state.new_empty(*state.shape[:-1], _hidden_size(state, static_alpha))
+def _flops(given: Inputs) -> int:
+    """FLOPs of the matrix products (section 3.5), from shapes in place of tensors.
+
+    Of the read: ``m`` columns of routing, when dynamic, and the read itself, ``2 m D'`` per token each. Of the write:
+    ``m + n`` columns of routing, when dynamic, the carry ``2 n D'`` and the write ``2 n D``.
+    """
+    total, size = 0, math.prod(given.state)
+    if given.write is not None:
+        m, n = given.write.bias_beta
+        total += (2 * (m + n) * size if given.write.dynamic else 0) + 2 * n * size + 2 * n * math.prod(given.z)
+    if given.read is not None:
+        n, columns = given.read.bias_alpha
+        total += 2 * (columns - n) * size * (2 if given.read.dynamic else 1)
+    return total
 
 
-@write.register_fake
-def _(state, z, *rest):
-    return _like(state)
+def _define(name: str, writes: bool, reads: bool) -> CustomOpDef:
+    """Define an op, its backward, what both return without running, and their FLOPs."""
+    results, first = writes + reads, 1 + writes  # how many; and of the inputs those that are no weights
+
+    def forward(*inputs: Any) -> Any:
+        given = _parsed(inputs, writes, reads)
+        new, x = _run("forward", given)
+        out = [_shaped(new, given.state.shape)] if writes else []
+        out += [_shaped(x, [*given.state.shape[:-1], _hidden_size(given)])] if reads else []
+        return tuple(out) if results > 1 else out[0]
+
+    def fake_forward(*inputs: Any) -> Any:
+        given = _parsed(inputs, writes, reads)
+        out = [_like(given.state)] if writes else []
+        out += [given.state.new_empty(*given.state.shape[:-1], _hidden_size(given))] if reads else []
+        return tuple(out) if results > 1 else out[0]
+
+    def backward(*inputs: Any) -> list[Tensor]:
+        """Gradients of the state, of ``z`` and, if needed, of the weights and the norm's weight that are there."""
+        grads, needs_weights = inputs[:results], inputs[-1]
+        given = _parsed(inputs[results:-1], writes, reads)
+        before = (grads[0] if writes else None, grads[-1] if reads else None)
+        found = _run("backward", given, *before, needs_weights=needs_weights)
+        shapes = [t.shape for t in inputs[results : results + first]]
+        return [*map(_shaped, found[:first], shapes), *found[first:]]
+
+    def fake_backward(*inputs: Any) -> list[Tensor]:
+        tensors = [t for t in inputs[results:-1] if isinstance(t, Tensor)]
+        return [_like(t) for t in (tensors if inputs[-1] else tensors[:first])]
+
+    arguments = _schema(writes, reads)
+    returned = "Tensor" if results == 1 else "(Tensor, Tensor)"
+    op = torch.library.custom_op(f"vwn::{name}", forward, mutates_args=(), schema=f"({arguments}) -> {returned}")
+    grads = ", ".join(["Tensor grad_state"] * writes + ["Tensor grad_x"] * reads)
+    schema = f"({grads}, {arguments}, bool needs_weights) -> Tensor[]"
+    back = torch.library.custom_op(f"vwn::{name}_backward", backward, mutates_args=(), schema=schema)
+    op.register_fake(fake_forward)
+    back.register_fake(fake_backward)
+    _differentiate(op, back, first)
+
+    packets = torch.ops.vwn
+
+    @register_flop_formula(getattr(packets, name))
+    def _of_forward(*inputs: Any, **_: Any) -> int:
+        return _flops(_parsed(inputs, writes, reads))
+
+    @register_flop_formula(getattr(packets, f"{name}_backward"))
+    def _of_backward(*inputs: Any, **_: Any) -> int:  # without what it computes again
+        return 2 * _flops(_parsed(inputs[results:], writes, reads))
+
+    return op
 
 
-@write_read.register_fake
-def _(state, z, *rest):
-    return _like(state), _like(z)
+def _differentiate(op: CustomOpDef, backward: CustomOpDef, first: int) -> None:
+    """Save the inputs of ``op`` and hand them, as they came, to ``backward`` behind the gradients of the results."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+        ctx.others = [value for value in inputs if not isinstance(value, Tensor)]
+
+    def run_backward(ctx: Any, *grads: Tensor) -> Any:
+        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
+        inputs = [next(tensors if is_tensor else others) for is_tensor in ctx.is_tensor]
+        needs_weights = any(ctx.needs_input_grad[first:])
+        found = iter(backward(*grads, *inputs, needs_weights))
+        wanted = [is_tensor and (i < first or needs_weights) for i, is_tensor in enumerate(ctx.is_tensor)]
+        return tuple(next(found) if wants else None for wants in wanted)
+
+    op.register_autograd(run_backward, setup_context=setup_context)
 
 
-@read_backward.register_fake
-def _(grad_x, state, *rest):
-    *weights, needs_weights = rest
-    return [_like(t) for t in (state, *(_tensors(weights) if needs_weights else ()))]
-
-
-@write_backward.register_fake
-def _(grad_state, state, z, *rest):
-    *weights, needs_weights = rest
-    return [_like(t) for t in (state, z, *(_tensors(weights) if needs_weights else ()))]
-
-
-@write_read_backward.register_fake
-def _(grad_state, grad_x, state, z, *rest):
-    *weights, needs_weights = rest
-    return [_like(t) for t in (state, z, *(_tensors(weights) if needs_weights else ()))]
-
-
-_differentiate(read, read_backward, data=1)
-_differentiate(write, write_backward, data=2)
-_differentiate(write_read, write_read_backward, data=2)
+read = _define("read", writes=False, reads=True)
+write = _define("write", writes=True, reads=False)
+write_read = _define("write_read", writes=True, reads=True)

@@ -1,7 +1,7 @@
 """The reference: what the ops mean, in plain PyTorch, for any dtype and any ``(m, n)``.
 
-Shapes: ``T`` tokens, ``n`` slots, ``m`` segments, ``d = D / m``, ``D' = n d``. A boundary is the write of one sublayer
-followed by the read of the next; either half may be missing. Every backend is a module with these functions.
+Shapes: ``T`` tokens, ``n`` slots, ``m`` segments, ``d = D / m``, ``D' = n d``. ``forward`` and ``backward`` compute
+the write of one sublayer followed by the read of the next; either may be missing. Every backend is a module with both.
 """
 
 from __future__ import annotations
@@ -32,14 +32,11 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 
 def coefficients(slots: Tensor, columns: Columns) -> Tensor:
-    """Columns of the routing matrices (eqs. 12-14).
+    """Columns of the routing matrices (eqs. 12-14): ``[..., n, k]``, or ``[n, k]`` where the routing is static.
 
     Args:
         slots: ``[..., n, d]``, float32 or float64.
         columns: the parameters of ``k`` columns, in the same dtype.
-
-    Returns:
-        ``[..., n, k]``, or ``[n, k]`` where the routing is static.
     """
     static, dynamic, scale, gain, eps = columns
     if dynamic is None or scale is None or gain is None:
@@ -50,31 +47,20 @@ def coefficients(slots: Tensor, columns: Columns) -> Tensor:
 
 
 def read_slots(slots: Tensor, read: Tensor) -> Tensor:
-    """``X = Åᵀ H'`` (first line of eq. 10).
-
-    Args:
-        slots: ``H'``, ``[..., n, d]``.
-        read: ``Å``, ``[..., n, m]``.
-
-    Returns:
-        ``[..., D]``.
-    """
-    return (read.mT @ slots).flatten(-2)
+    """``X = Åᵀ H'`` (first line of eq. 10): ``H'`` ``[..., n, d]`` and ``Å`` ``[..., n, m]`` to ``[..., D]``."""
+    return (read.mT @ slots).flatten(-2)  # X = Åᵀ H' (eq. 10)
 
 
 def write_slots(slots: Tensor, segments: Tensor, carry: Tensor, beta: Tensor) -> Tensor:
-    """``H' <- Bᵀ Z + Âᵀ H'`` (second line of eq. 10).
+    """``H' <- Bᵀ Z + Âᵀ H'`` (second line of eq. 10), ``[..., D']``.
 
     Args:
         slots: ``H'``, ``[..., n, d]``.
         segments: ``Z``, ``[..., m, d]``.
         carry: ``Â``, ``[..., n, n]``.
         beta: ``B``, ``[..., m, n]``.
-
-    Returns:
-        ``[..., D']``.
     """
-    return (beta.mT @ segments + carry.mT @ slots).flatten(-2)
+    return (beta.mT @ segments + carry.mT @ slots).flatten(-2)  # H' <- Bᵀ Z + Âᵀ H' (eq. 10)
 
 
 def forward(
@@ -170,15 +156,11 @@ def backward(
 
 
 def coefficients_backward(grad: Tensor, slots: Tensor, columns: Columns) -> tuple[Tensor, Columns]:
-    """Gradients of :func:`coefficients`.
+    """Gradients of :func:`coefficients`: of the slots, zero where the routing is static, and of the parameters.
 
     Args:
         grad: of the coefficients, ``[..., n, k]``.
-        slots: as given to :func:`coefficients`.
-        columns: as given to :func:`coefficients`.
-
-    Returns:
-        of the slots, ``[..., n, d]`` (zero where the routing is static), and of the parameters.
+        slots, columns: as given to :func:`coefficients`.
     """
     _, dynamic, scale, gain, eps = columns
     grad_static = grad.flatten(0, -3).sum(0)

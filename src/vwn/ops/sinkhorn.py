@@ -12,21 +12,16 @@ import torch
 from torch import Tensor
 
 from vwn.common.errors import UserError
-from vwn.ops.backends import check_backend
 
 ROUNDS = 20
-"""Of mHC (arXiv 2512.24880)."""
+"""Rounds that mHC takes (arXiv 2512.24880)."""
 EXACT_EPS = 1e-12
-"""Keeps the squares of sums in float32's range, and is lost beside every coefficient that matters."""
-
-
+"""Small enough to vanish beside every coefficient that matters; the squares of sums stay in float32's range."""
 CONVERGED = 4e-6
 """Row sums as near to one as this are exact: it is what rounding leaves of 64 float32 numbers."""
 
 
-def sinkhorn(
-    logits: Tensor, rounds: int = ROUNDS, eps: float = EXACT_EPS, exact: bool = False, backend: str = "auto"
-) -> Tensor:
+def sinkhorn(logits: Tensor, rounds: int = ROUNDS, eps: float = EXACT_EPS, exact: bool = False) -> Tensor:
     """``exp(logits)`` scaled to row and column sums of one.
 
     Args:
@@ -34,21 +29,19 @@ def sinkhorn(
         rounds: of row and column scaling, 1 or more.
         eps: added to the first row-scaled matrix and to every sum that divides.
         exact: finish with :func:`to_polytope`, since a fixed number of rounds does not converge for all logits.
-        backend: of the connection; all of them take this code.
 
     Returns:
         ``[..., n, n]``, float32 (float64 for float64 logits), not negative: columns sum to one, rows nearly; with
         ``exact`` both do, to rounding, for any logits.
 
     Raises:
-        UserError: matrices that are not square or not floating point, fewer ``rounds`` than 1, or an unknown backend.
+        UserError: matrices that are not square or not floating point, or fewer ``rounds`` than 1.
     """
     if logits.ndim < 2 or logits.shape[-1] != logits.shape[-2] or not logits.is_floating_point():
         got = f"{tuple(logits.shape)} {str(logits.dtype).removeprefix('torch.')}"
         raise UserError(f"Sinkhorn's scaling takes square matrices of floating point numbers, got {got}")
     if rounds < 1:
         raise UserError(f"rounds of Sinkhorn's scaling must be 1 or more, got {rounds}")
-    check_backend(backend)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     n = logits.shape[-1]
     # The matrices side by side, [n, n, count], so that a sum over a row or a column adds long vectors.

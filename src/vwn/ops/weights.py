@@ -1,11 +1,11 @@
-"""What the ops take besides the state: the parameters of a connection, and of the sublayer's own norm.
+"""The weights that the ops take: the parameters of a connection, and of the sublayer's own norm.
 
 Shapes: ``n`` slots, ``m`` segments, ``d = D / m`` segment width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,15 +17,15 @@ from vwn.common.errors import UserError
 
 
 class ReadWeights(NamedTuple):
-    """What the read ``Å`` of one connection depends on; the dynamic ones are all there or all ``None``."""
+    """The weights that the read ``Å`` of one connection depends on; the dynamic ones are all there or all ``None``."""
 
-    static_alpha: Tensor
+    bias_alpha: Tensor
     """``A = [Å | Â]``, ``n x (m + n)``; a read uses the first ``m`` columns, here and below."""
     dynamic_alpha: Tensor | None = None
     """``W_α``, ``d x (m + n)``."""
     scale_alpha: Tensor | None = None
     """``S_α``, ``n x (m + n)``."""
-    norm_weight: Tensor | None = None
+    slot_norm: Tensor | None = None
     """Gain of the slot norm, ``d``."""
     eps: float = 1e-6
     """Added to the mean square in the slot norm."""
@@ -33,25 +33,25 @@ class ReadWeights(NamedTuple):
     @property
     def n(self) -> int:
         """Slots."""
-        return self.static_alpha.shape[0]
+        return self.bias_alpha.shape[0]
 
     @property
     def m(self) -> int:
         """Fraction rate."""
-        return self.static_alpha.shape[1] - self.static_alpha.shape[0]
+        return self.bias_alpha.shape[1] - self.bias_alpha.shape[0]
 
     @property
     def dynamic(self) -> bool:
-        """Whether the routing depends on the token."""
+        """True if the routing depends on the token."""
         return self.dynamic_alpha is not None
 
 
 class RoutingWeights(NamedTuple):
     """All parameters of one connection (eqs. 12-16); the dynamic ones are all there or all ``None``."""
 
-    static_alpha: Tensor
+    bias_alpha: Tensor
     """``A = [Å | Â]``, ``n x (m + n)``; a write uses the last ``n`` columns, here and below."""
-    static_beta: Tensor
+    bias_beta: Tensor
     """``B``, ``m x n``."""
     dynamic_alpha: Tensor | None = None
     """``W_α``, ``d x (m + n)``."""
@@ -61,7 +61,7 @@ class RoutingWeights(NamedTuple):
     """``S_α``, ``n x (m + n)``."""
     scale_beta: Tensor | None = None
     """``S_β``, ``m x n``."""
-    norm_weight: Tensor | None = None
+    slot_norm: Tensor | None = None
     """Gain of the slot norm, ``d``."""
     eps: float = 1e-6
     """Added to the mean square in the slot norm."""
@@ -69,22 +69,22 @@ class RoutingWeights(NamedTuple):
     @property
     def n(self) -> int:
         """Slots."""
-        return self.static_beta.shape[1]
+        return self.bias_beta.shape[1]
 
     @property
     def m(self) -> int:
         """Fraction rate."""
-        return self.static_beta.shape[0]
+        return self.bias_beta.shape[0]
 
     @property
     def dynamic(self) -> bool:
-        """Whether the routing depends on the token."""
+        """True if the routing depends on the token."""
         return self.dynamic_alpha is not None
 
     @property
     def to_read(self) -> ReadWeights:
-        """Those that a read depends on."""
-        return ReadWeights(self.static_alpha, self.dynamic_alpha, self.scale_alpha, self.norm_weight, self.eps)
+        """The weights that a read depends on."""
+        return ReadWeights(self.bias_alpha, self.dynamic_alpha, self.scale_alpha, self.slot_norm, self.eps)
 
 
 class NormWeights(NamedTuple):
@@ -96,17 +96,6 @@ class NormWeights(NamedTuple):
 
 
 Weights = TypeVar("Weights", ReadWeights, RoutingWeights)
-
-
-def pack(weights: ReadWeights | RoutingWeights) -> list[Tensor]:
-    """The tensors that are there, in the order of the fields."""
-    return [t for t in weights[:-1] if isinstance(t, Tensor)]
-
-
-def unpack(kind: type[Weights], tensors: Sequence[Tensor], eps: float) -> Weights:
-    """The inverse of :func:`pack`."""
-    missing = len(kind._fields) - 1 - len(tensors)
-    return kind(*tensors, *[None] * missing, eps)  # type: ignore[arg-type, call-arg]
 
 
 class Columns(NamedTuple):
@@ -131,30 +120,30 @@ class Columns(NamedTuple):
 def read_columns(w: ReadWeights, dtype: torch.dtype) -> Columns:
     """The ``m`` columns of ``Å``."""
     dynamic, scale = (None if t is None else t[:, : w.m] for t in (w.dynamic_alpha, w.scale_alpha))
-    return Columns(w.static_alpha[:, : w.m], dynamic, scale, w.norm_weight, w.eps).map(lambda t: t.to(dtype))
+    return Columns(w.bias_alpha[:, : w.m], dynamic, scale, w.slot_norm, w.eps).map(lambda t: t.to(dtype))
 
 
 def write_columns(w: RoutingWeights, dtype: torch.dtype) -> Columns:
     """The ``n`` columns of ``Â``, then the ``m`` of ``Bᵀ``."""
-    static = torch.cat([w.static_alpha[:, w.m :], w.static_beta.mT], dim=1).to(dtype)
+    static = torch.cat([w.bias_alpha[:, w.m :], w.bias_beta.mT], dim=1).to(dtype)
     if w.dynamic_alpha is None or w.dynamic_beta is None or w.scale_alpha is None or w.scale_beta is None:
         return Columns(static, None, None, None, w.eps)
     dynamic = torch.cat([w.dynamic_alpha[:, w.m :], w.dynamic_beta], dim=1).to(dtype)
     scale = torch.cat([w.scale_alpha[:, w.m :], w.scale_beta.mT], dim=1).to(dtype)
-    return Columns(static, dynamic, scale, w.norm_weight.to(dtype), w.eps)  # type: ignore[union-attr]
+    return Columns(static, dynamic, scale, w.slot_norm.to(dtype), w.eps)  # type: ignore[union-attr]
 
 
 def read_gradients(g: Columns, n: int) -> list[Tensor]:
-    """From columns ``Å`` to the layout of :class:`ReadWeights`; zero where a read does not look."""
+    """Lay out gradients of the columns ``Å`` like :class:`ReadWeights`; zero where a read does not look."""
     wide = [None if t is None else F.pad(t, (0, n)) for t in (g.static, g.dynamic, g.scale)]
     return [t for t in (*wide, g.gain) if t is not None]
 
 
 def write_gradients(g: Columns, m: int) -> list[Tensor]:
-    """From columns ``[Â | Bᵀ]`` to the layout of :class:`RoutingWeights`; zero where a write does not look."""
+    """Lay out gradients of ``[Â | Bᵀ]`` like :class:`RoutingWeights`; zero where a write does not look."""
     alpha = [None if t is None else F.pad(t[:, :-m], (m, 0)) for t in (g.static, g.dynamic, g.scale)]
-    static_beta, dynamic_beta, scale_beta = (None if t is None else t[:, -m:] for t in (g.static, g.dynamic, g.scale))
-    beta = [None if t is None else t.mT.contiguous() for t in (static_beta, scale_beta)]
+    bias_beta, dynamic_beta, scale_beta = (None if t is None else t[:, -m:] for t in (g.static, g.dynamic, g.scale))
+    beta = [None if t is None else t.mT.contiguous() for t in (bias_beta, scale_beta)]
     dynamic_beta = None if dynamic_beta is None else dynamic_beta.contiguous()
     return [t for t in (alpha[0], beta[0], alpha[1], dynamic_beta, alpha[2], beta[1], g.gain) if t is not None]
 
@@ -186,18 +175,13 @@ def check_shapes(
     check_weights(weights, state)
     if norm is not None and norm.weight.shape != (m * d,):
         raise UserError(f"the norm's weight must be {(m * d,)}, got {_of(norm.weight)}")
-    for t in (z, norm and norm.weight):
-        _check_device(t, state)
+    _check_devices(state, z, norm and norm.weight)
     if not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0:
         raise UserError("the connections have no forward-mode derivative (jvp, dual numbers); use reverse mode")
 
 
 def check_weights(weights: ReadWeights | RoutingWeights, state: Tensor) -> None:
-    """Refuse weights that do not fit each other or are elsewhere than the state.
-
-    Raises:
-        UserError: see above.
-    """
+    """Raise a ``UserError`` for weights that do not fit each other or are elsewhere than the state."""
     n, m = weights.n, weights.m
     d = state.shape[-1] // n
     alpha, beta = (n, m + n), (m, n)
@@ -205,15 +189,15 @@ def check_weights(weights: ReadWeights | RoutingWeights, state: Tensor) -> None:
     if isinstance(weights, RoutingWeights):
         wanted = (alpha, beta, (d, m + n), (d, m), alpha, beta, (d,))
     for weight, shape, name in zip(weights, wanted, weights._fields, strict=False):
-        if isinstance(weight, Tensor):
-            if weight.shape != shape:
-                raise UserError(f"{name} must be {shape}, got {_of(weight)}")
-            _check_device(weight, state)
+        if isinstance(weight, Tensor) and weight.shape != shape:
+            raise UserError(f"{name} must be {shape}, got {_of(weight)}")
+    _check_devices(state, *weights[:-1])
 
 
-def _check_device(t: Any, state: Tensor) -> None:
-    if isinstance(t, Tensor) and t.device != state.device:
-        raise UserError(f"the state is on {state.device}, what goes with it on {t.device}; move one to the other")
+def _check_devices(state: Tensor, *others: Tensor | None) -> None:
+    for t in others:
+        if t is not None and t.device != state.device:
+            raise UserError(f"the state is on {state.device}, what goes with it on {t.device}; move one to the other")
 
 
 def _of(t: Tensor) -> str:

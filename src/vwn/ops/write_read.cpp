@@ -46,7 +46,7 @@ template <class C> struct Buffer {
 
 // What Python passes: pointers to contiguous tensors, parameters in C. Shapes as in weights.py.
 struct Parameters {
-  void *static_alpha, *static_beta, *dynamic_alpha, *dynamic_beta, *scale_alpha, *scale_beta, *norm_weight;
+  void *bias_alpha, *bias_beta, *dynamic_alpha, *dynamic_beta, *scale_alpha, *scale_beta, *slot_norm;
 };
 struct SideArgs {
   int64_t present, dynamic;

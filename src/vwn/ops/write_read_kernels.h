@@ -232,7 +232,7 @@ template <class C> struct Side {
     const C root = std::sqrt(C(d));
     for (int64_t j = 0; j < k; j++) {
       for (int64_t row = 0; row < block * n; row++) {
-        stat[j * rp + row] = of_slot(w.static_alpha, w.static_beta, row % n, j);
+        stat[j * rp + row] = of_slot(w.bias_alpha, w.bias_beta, row % n, j);
         if (dynamic) scale[j * rp + row] = of_slot(w.scale_alpha, w.scale_beta, row % n, j);
       }
       if (dynamic)
@@ -248,7 +248,7 @@ template <class C> struct Side {
     if (writes && j >= n) return static_cast<C*>(p.dynamic_beta)[c * m + j - n];
     return static_cast<C*>(p.dynamic_alpha)[c * (m + n) + (writes ? m : 0) + j];
   }
-  C* gain(const Parameters& p) const { return static_cast<C*>(p.norm_weight); }
+  C* gain(const Parameters& p) const { return static_cast<C*>(p.slot_norm); }
 };
 
 // The routing columns of a block's tokens and what their backward needs again
@@ -582,7 +582,7 @@ template <class C> void finish(const Side<C>& s, const std::vector<std::unique_p
         stat += total.stat[j * s.rp + t * s.n + i];
         scale += total.scale[j * s.rp + t * s.n + i];
       }
-      s.of_slot(g.static_alpha, g.static_beta, i, j) = stat;
+      s.of_slot(g.bias_alpha, g.bias_beta, i, j) = stat;
       if (s.dynamic) s.of_slot(g.scale_alpha, g.scale_beta, i, j) = scale;
     }
   if (!s.dynamic) return;

@@ -37,14 +37,24 @@ def debug() -> VirtualWidthTrainer.Config:
     )
 
 
-def llama_1b() -> VirtualWidthTrainer.Config:
-    """The widths and depth of Llama 3.2 1B, untied, with ``(m, n) = (2, 3)``: ``r = 1.5``."""
-    return _llama3(learning_rate=4e-4, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16)
-
-
 def llama_8b() -> VirtualWidthTrainer.Config:
-    """The sizes of Llama 3 8B with ``(m, n) = (2, 3)``: ``r = 1.5``. The rate is Llama's, untuned here."""
-    return _llama3(learning_rate=3e-4, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
+    """Llama 3 8B with ``(m, n) = (2, 3)``: ``r = 1.5``. The rate is Llama's, untuned here."""
+    return config(
+        Backbone(
+            vocab_size=128256,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+        ),
+        VirtualWidth(),
+        learning_rate=3e-4,
+        hf_assets_path="./assets/hf/Llama-3.1-8B",
+        dataset="c4",
+        training=TrainingConfig(local_batch_size=1, seq_len=8192, steps=1000, disable_cuda_graphs=True),
+        lr_scheduler=LRSchedulersContainer.Config(warmup_steps=200),
+    )
 
 
 def llama_8b_r8() -> VirtualWidthTrainer.Config:
@@ -53,19 +63,6 @@ def llama_8b_r8() -> VirtualWidthTrainer.Config:
     c.virtual_width = VirtualWidth(m=8, n=64, num_mtp_modules=1)
     c.model_spec = model_spec(c.backbone, c.virtual_width)
     return c
-
-
-def _llama3(learning_rate: float, **sizes: Any) -> VirtualWidthTrainer.Config:
-    return config(
-        Backbone(vocab_size=128256, num_attention_heads=32, num_key_value_heads=8, **sizes),
-        VirtualWidth(),
-        learning_rate=learning_rate,
-        hf_assets_path="./assets/hf/Llama-3.1-8B",
-        dataset="c4",
-        training=TrainingConfig(local_batch_size=1, seq_len=8192, steps=1000, disable_cuda_graphs=True),
-        lr_scheduler=LRSchedulersContainer.Config(warmup_steps=200),
-        log_freq=10,
-    )
 
 
 def config(

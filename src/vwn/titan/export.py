@@ -16,11 +16,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from vwn.common.errors import UserError
+from vwn.nn.initialisation import current_name
 from vwn.titan.sizes import Backbone, VirtualWidth, hf_config
 from vwn.titan.state_dict_adapter import from_transformers, to_transformers
-
-CONFIG = "config.json"
-"""File of a run's configuration, in its dump folder."""
 
 
 def export(checkpoint: Path, out: Path, config: Path | None = None) -> Any:
@@ -40,11 +38,18 @@ def export(checkpoint: Path, out: Path, config: Path | None = None) -> Any:
         )
     if out.exists():
         raise UserError(f"{out} exists already; give a folder that is to be made")
-    run = _read_config(config or checkpoint.resolve().parent.parent / CONFIG)
-    model = VirtualWidthForCausalLM(hf_config(Backbone(**run["backbone"]), VirtualWidth(**run["virtual_width"])))
+    config = config or checkpoint.resolve().parent.parent / "config.json"
+    try:
+        run = json.loads(config.read_text(encoding="utf-8"))
+        sizes = Backbone(**run["backbone"]), VirtualWidth(**run["virtual_width"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{config} is not the configuration of a run of vwn.titan; name it with --config") from error
+    model = VirtualWidthForCausalLM(hf_config(*sizes))
     state = from_transformers({name: torch.empty_like(t) for name, t in model.state_dict().items()})
+    stored = {current_name(name): name for name in dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata}
+    state = {stored.get(name, name): weight for name, weight in state.items()}  # an earlier one has other names
     dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)
-    model.load_state_dict(to_transformers(state))
+    model.load_state_dict(to_transformers({current_name(name): weight for name, weight in state.items()}))
     model.save_pretrained(out)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (source := Path(run.get("hf_assets_path") or "") / name).is_file():
@@ -52,20 +57,8 @@ def export(checkpoint: Path, out: Path, config: Path | None = None) -> Any:
     return model
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"the run's configuration is not at {path}; name it with --config") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON; name the run's configuration with --config") from error
-    if not isinstance(run, dict) or not {"backbone", "virtual_width"} <= run.keys():
-        raise UserError(f"{path} is not the configuration of a run of vwn.titan; name it with --config")
-    return run
-
-
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m vwn.titan.export", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a folder such as outputs/checkpoint/step-500")
     parser.add_argument("out", type=Path, help="folder to make")

@@ -16,23 +16,25 @@ from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.models.common.embedding import Embedding
 from torchtitan.models.common.nn_modules import RMSNorm
 
+from vwn.nn.embedding import EMBEDDING_STD
 from vwn.nn.initialisation import StatesItsInitialValues
 from vwn.titan.modules import local
 
-EMBEDDING_STD = 1.0
-"""Standard deviation of the token table's rows, as in ``vwn train``."""
 ROWS = 1024
 """Rows that one generator draws."""
+_OUTPUTS = ("attention.wo.weight", "feed_forward.w2.weight", "inner_experts.w2_EDF")
+"""Ends of the names of the last matrix of an attention, an FFN and the experts."""
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, std: float) -> None:
+def initialise(model: nn.Module, seed: int, std: float, output_std: float) -> None:
     """Set every parameter: parts of virtual width as they state, gains to one, the table, then matrices.
 
     Args:
         model: a model or a pipeline stage of it, sharded or not.
         seed: the same on every rank.
         std: standard deviation of the backbone's matrices.
+        output_std: of the last matrix of every attention and FFN.
     """
     for prefix, module in model.named_modules():
         own = {name: p for name, p in module.named_parameters(recurse=False) if not p.is_meta}
@@ -49,13 +51,18 @@ def initialise(model: nn.Module, seed: int, std: float) -> None:
                 local(parameter).fill_(1.0)
             elif name == "bias":
                 local(parameter).zero_()
+            elif isinstance(module, Embedding):
+                _draw(parameter, f"{key}.{name}", EMBEDDING_STD)
             else:
-                _draw(parameter, f"{key}.{name}", EMBEDDING_STD if isinstance(module, Embedding) else std)
+                _draw(parameter, f"{key}.{name}", output_std if f"{key}.{name}".endswith(_OUTPUTS) else std)
 
 
 def _draw(parameter: Tensor, key: str, std: float) -> None:
     """Draw normal values of standard deviation ``std``, in blocks of rows of the first dimension."""
     shard, box = local(parameter), _box(parameter)
+    if std == 0:
+        shard.zero_()
+        return
     first, last = box[0].start, box[0].stop
     for start in range(first - first % ROWS, last, ROWS):
         generator = torch.Generator().manual_seed(_seed(f"{key}/{start}"))

@@ -28,7 +28,7 @@ from torchtitan.models.deepseek_v3.mtp import roll_mtp_sequence
 from torchtitan.protocols.module import ModuleList
 
 from vwn.common.errors import UserError
-from vwn.cost.connection import connection_cost
+from vwn.cost.model import model_cost
 from vwn.titan.initialisation import initialise
 from vwn.titan.modules import (
     Block,
@@ -37,12 +37,13 @@ from vwn.titan.modules import (
     Expand,
     Norm,
     OverWidthEmbedding,
+    Part,
     Predictor,
     Reduce,
     ReducedNorm,
 )
 from vwn.titan.sharding import set_sharding
-from vwn.titan.sizes import Backbone, VirtualWidth, check_sizes, initial_std
+from vwn.titan.sizes import Backbone, VirtualWidth, hf_config, initial_std
 
 _LATER = {"weight": skip_param_init}  # the model initialises all its weights itself
 _EXPERTS = dict.fromkeys(("w1_EFD", "w2_EDF", "w3_EFD"), skip_param_init)
@@ -61,12 +62,7 @@ class VirtualWidthDecoder(Decoder):
         seed: int | None = None
 
         def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
-            """Take over the run's sequence length, seed and parallelism.
-
-            Raises:
-                UserError: as :func:`check_parallelism`.
-            """
-            check_parallelism(config.parallelism, self.backbone, self.width, len(self.layers))
+            """Take over the run's sequence length, seed and parallelism."""
             depth = len(self.layers)
             self.layers.extend(self.mtp_layers)  # so that the engine sets up their attention and experts too
             try:
@@ -78,19 +74,9 @@ class VirtualWidthDecoder(Decoder):
             set_sharding(self, sequence=p.enable_sequence_parallel, experts=p.expert_parallel_degree > 1)
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-            """Parameters, and FLOPs of a training step per token: matrices, attention and connections (section 3.5)."""
-            b, g = self.backbone, self.tok_embeddings.geometry
-            sizes = {name: p.numel() for name, p in model.named_parameters()}
-            idle = 1 - b.num_experts_per_tok / b.num_experts if b.num_experts else 0
-            matrices = sum(
-                size * (1 - idle if ".inner_experts." in name else 1)
-                for name, size in sizes.items()
-                if ".connections." not in name and not name.startswith("tok_embeddings.table.")
-            )
-            matrices += len(self.mtp_layers) * self.lm_head.in_features * self.lm_head.out_features
-            depth = len(self.layers) + len(self.mtp_layers)
-            connections = 3 * 2 * depth * connection_cost(g, dynamic=self.width.dynamic).matmul_flops
-            return sum(sizes.values()), int(6 * matrices + 12 * depth * b.hidden_size * seq_len + connections)
+            """Count parameters, and FLOPs of a training step per token, on the same model of transformers."""
+            cost = model_cost(hf_config(self.backbone, self.width), sequence_length=seq_len)
+            return cost.parameters, cost.training_flops_per_token
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -100,7 +86,9 @@ class VirtualWidthDecoder(Decoder):
         """Set the buffers as the engine does, then every weight from the seed and its name."""
         super().init_states(buffer_device=buffer_device)
         config: Any = self.config
-        initialise(self, torch.initial_seed() if config.seed is None else config.seed, initial_std(config.backbone))
+        std, depth = initial_std(config.backbone), config.backbone.num_hidden_layers
+        share = {"zero": 0.0, "depth": (2 * depth) ** -0.5, "config": 1.0}[config.backbone.output_init]
+        initialise(self, torch.initial_seed() if config.seed is None else config.seed, std, std * share)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, attention_masks: Any = None) -> Any:
         """Map ``[B, S]`` ids, or a pipeline stage's state ``[B, S, D']``, to logits ``[B, S, V]`` or the next state.
@@ -126,43 +114,29 @@ class VirtualWidthDecoder(Decoder):
         return [self.lm_head(hidden) for hidden in outputs]
 
 
-def check_parallelism(parallelism: Any, backbone: Backbone, width: VirtualWidth, depth: int) -> None:
+def check_parallelism(parallelism: Any, backbone: Backbone, width: VirtualWidth) -> None:
     """Refuse a parallelism that torchtitan 0.3, or a virtual width in it, does not support.
 
     Raises:
         UserError: names the option and the way out.
     """
-    p, mtp, experts = parallelism, width.num_mtp_modules, backbone.num_experts
-    pp, ep = p.pipeline_parallel_degree, p.expert_parallel_degree
-    refusals = [
-        (
-            mtp and pp > 1,
+    p, mtp, experts, depth = parallelism, width.num_mtp_modules, backbone.num_experts, backbone.num_hidden_layers
+    pp, ep, cp = p.pipeline_parallel_degree, p.expert_parallel_degree, p.context_parallel_degree
+    if mtp and pp > 1:
+        raise UserError(
             f"virtual_width.num_mtp_modules = {mtp} does not go with pipeline_parallel_degree = {pp}: torchtitan 0.3 "
-            "has no multi-token prediction in a pipeline; set one of them to 0 or 1",
-        ),
-        (
-            p.context_parallel_degree > 1,
-            f"context_parallel_degree = {p.context_parallel_degree} has not been tried with a virtual width; set it to "
-            "1 and shard the sequence by tensor_parallel_degree",
-        ),
-        (
-            p.spmd_backend != "partial_dtensor",
-            f"a virtual width runs on parallelism.spmd_backend 'partial_dtensor', got {p.spmd_backend!r}; leave it as "
-            "vwn.titan.config_registry sets it",
-        ),
-        (
-            ep > 1 and not experts,
-            f"expert_parallel_degree = {ep} needs experts; set backbone.num_experts, or it to 1",
-        ),
-        (
-            experts % max(ep, 1),
-            f"expert_parallel_degree = {ep} does not divide backbone.num_experts = {experts}",
-        ),
-        (pp > depth, f"pipeline_parallel_degree = {pp} is more than the {depth} layers of the model"),
-    ]
-    for refused, sentence in refusals:
-        if refused:
-            raise UserError(sentence)
+            "has no multi-token prediction in a pipeline; set one of them to 0 or 1"
+        )
+    if cp > 1:
+        raise UserError(f"context_parallel_degree = {cp} has not been tried; shard by tensor_parallel_degree instead")
+    if p.spmd_backend != "partial_dtensor":
+        raise UserError(f"parallelism.spmd_backend must be 'partial_dtensor', got {p.spmd_backend!r}")
+    if ep > 1 and not experts:
+        raise UserError(f"expert_parallel_degree = {ep} needs experts; set backbone.num_experts, or it to 1")
+    if experts % max(ep, 1):
+        raise UserError(f"expert_parallel_degree = {ep} does not divide backbone.num_experts = {experts}")
+    if pp > depth:
+        raise UserError(f"pipeline_parallel_degree = {pp} is more than the {depth} layers of the model")
 
 
 def model_config(backbone: Backbone, width: VirtualWidth) -> VirtualWidthDecoder.Config:
@@ -171,7 +145,7 @@ def model_config(backbone: Backbone, width: VirtualWidth) -> VirtualWidthDecoder
     Raises:
         UserError: sizes that do not fit each other.
     """
-    b, w, g = backbone, width, check_sizes(backbone, width)
+    b, w, g = backbone, width, hf_config(backbone, width).geometry
     table = g.over_width if w.embedding == "direct" else g.hidden_size
     return VirtualWidthDecoder.Config(
         backbone=b,
@@ -182,7 +156,7 @@ def model_config(backbone: Backbone, width: VirtualWidth) -> VirtualWidthDecoder
             geometry=g,
             form=w.embedding,
             table=Embedding.Config(num_embeddings=b.vocab_size, embedding_dim=table, param_init=_LATER),
-            expand=Expand.Config(geometry=g) if w.embedding == "factorised" else None,
+            expand=Part.Config(part=Expand, arguments={"geometry": g}) if w.embedding == "factorised" else None,
         ),
         norm=ReducedNorm.Config(reduce=_reduce(g, w), norm=_norm(b)),
         lm_head=Linear.Config(in_features=b.hidden_size, out_features=b.vocab_size, param_init=_LATER),
@@ -190,8 +164,11 @@ def model_config(backbone: Backbone, width: VirtualWidth) -> VirtualWidthDecoder
         mtp_layers=[
             Predictor.Config(
                 geometry=g,
-                fuse=BlockLinear.Config(in_features=2 * g.segment_size, out_features=g.segment_size),
                 layer=_block(b, w, g),
+                fuse=Part.Config(
+                    part=BlockLinear,
+                    arguments={"in_features": 2 * g.segment_size, "out_features": g.segment_size},
+                ),
                 reduce=_reduce(g, w),
                 norm=_norm(b),
             )
@@ -204,8 +181,9 @@ def _norm(b: Backbone) -> Norm.Config:
     return Norm.Config(normalized_shape=b.hidden_size, eps=b.rms_norm_eps, param_init=_LATER)
 
 
-def _reduce(g: Any, w: VirtualWidth) -> Reduce.Config:
-    return Reduce.Config(geometry=g, form=w.reduce, norm=w.reduce_norm, init=w.reduce_init)
+def _reduce(g: Any, w: VirtualWidth) -> Part.Config:
+    arguments = {"geometry": g, "form": w.reduce, "norm": w.reduce_norm, "init": w.reduce_init}
+    return Part.Config(part=Reduce, arguments=arguments)
 
 
 def _block(b: Backbone, w: VirtualWidth, g: Any) -> Block.Config:
@@ -231,7 +209,7 @@ def _block(b: Backbone, w: VirtualWidth, g: Any) -> Block.Config:
         ffn_norm=_norm(b),
         feed_forward=None if b.num_experts else ffn,
         moe=_experts(b) if b.num_experts else None,
-        connections=[Connection.Config(**connection) for _ in range(2)],
+        connections=[Part.Config(part=Connection, arguments=connection) for _ in range(2)],
     )
 
 

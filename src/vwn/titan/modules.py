@@ -40,6 +40,19 @@ class Part(Module):
     sequence the ranks' gradients, each of its own tokens, are summed.
     """
 
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        """A class of this module, and what it takes."""
+
+        part: type[Part]
+        arguments: dict[str, Any]
+
+        def build(self, **kwargs: Any) -> Part:
+            """Make the module."""
+            made = self.part(**self.arguments)
+            made._sharding_config = self.sharding_config
+            return made
+
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
         if not isinstance(value, DTensor) or value.device_mesh.mesh_dim_names != ("tp",):
@@ -75,20 +88,9 @@ class Write(vwn.nn.connection.Write, Part):
 class Connection(GeneralizedHyperConnection, Part):
     """One sublayer's connection to the over-width state (eq. 10)."""
 
-    @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        """``(D, m, n)`` and the arguments of :class:`vwn.nn.generalized.GeneralizedHyperConnection`."""
-
-        geometry: Geometry
-        dynamic: bool = True
-        carry_constraint: str = "none"
-        backend: str = "auto"
-
-    def __init__(self, config: Config) -> None:
-        g = config.geometry
-        super().__init__(
-            g.hidden_size, g.m, g.n, config.dynamic, config.carry_constraint, False, backend=config.backend
-        )
+    def __init__(self, geometry: Geometry, dynamic: bool, carry_constraint: str, backend: str) -> None:
+        g = geometry
+        super().__init__(g.hidden_size, g.m, g.n, dynamic, carry_constraint, False, backend=backend)
         self.read, self.write = Read(), Write()
 
 
@@ -99,18 +101,6 @@ class Connections(vwn.nn.connection.Connections, ModuleList):
 class Reduce(vwn.nn.embedding.OverWidthReduce, Part):
     """The final state back to the backbone's width."""
 
-    @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        """The arguments of :class:`vwn.nn.embedding.OverWidthReduce`."""
-
-        geometry: Geometry
-        form: str | None = None
-        norm: str | None = None
-        init: str = "first_slots"
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config.geometry, config.form, config.norm, config.init)
-
 
 class ReducedNorm(Module):
     """Reduce, then the backbone's final norm; the engine calls both ``norm``."""
@@ -119,7 +109,7 @@ class ReducedNorm(Module):
     class Config(Module.Config):
         """Configs of the two."""
 
-        reduce: Reduce.Config
+        reduce: Part.Config
         norm: Norm.Config
 
     def __init__(self, config: Config) -> None:
@@ -135,16 +125,11 @@ class ReducedNorm(Module):
 class Expand(StatesItsInitialValues, Part):
     """The linear ``D -> D'`` of the factorised embedding (section 3.2)."""
 
-    @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        """``(D, m, n)``."""
+    parameter_group = "expansion"
 
-        geometry: Geometry
-
-    def __init__(self, config: Config) -> None:
+    def __init__(self, geometry: Geometry) -> None:
         super().__init__()
-        g = config.geometry
-        self.weight = nn.Parameter(torch.empty(g.over_width, g.hidden_size))
+        self.weight = nn.Parameter(torch.empty(geometry.over_width, geometry.hidden_size))
 
     def initial_values(self) -> dict[str, Tensor]:
         """Draw values as :class:`vwn.nn.embedding.OverWidthEmbedding` does: the rows keep their variance."""
@@ -165,7 +150,7 @@ class OverWidthEmbedding(Module):
         geometry: Geometry
         form: str
         table: Embedding.Config
-        expand: Expand.Config | None = None
+        expand: Part.Config | None = None
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -188,7 +173,7 @@ class Block(TransformerBlock):
     class Config(TransformerBlock.Config):
         """The engine's config, and the connections of attention and FFN."""
 
-        connections: list[Connection.Config]
+        connections: list[Part.Config]
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -226,18 +211,8 @@ class Block(TransformerBlock):
 class BlockLinear(vwn.nn.multi_token.BlockLinear, Part):
     """The small matrix of an MTP module, shared by the slots."""
 
-    @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        """Widths of input and output."""
 
-        in_features: int
-        out_features: int
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config.in_features, config.out_features)
-
-
-class Predictor(vwn.nn.multi_token.MultiTokenPredictor, Part):
+class Predictor(vwn.nn.multi_token.MultiTokenPredictor, Part):  # with a Config of its own
     """One MTP module (section 3.4): fuse, one more block, reduce, norm."""
 
     @dataclass(kw_only=True, slots=True)
@@ -245,9 +220,9 @@ class Predictor(vwn.nn.multi_token.MultiTokenPredictor, Part):
         """Configs of its parts; the engine looks for ``attention`` and ``moe`` as in a block."""
 
         geometry: Geometry
-        fuse: BlockLinear.Config
         layer: Block.Config
-        reduce: Reduce.Config
+        fuse: Part.Config
+        reduce: Part.Config
         norm: Norm.Config
 
         @property

@@ -25,8 +25,8 @@ from torchtitan.protocols.sharding import ShardingConfig
 
 _EXPERTS = {"w1_EFD": spmd.S(1), "w2_EDF": spmd.S(2), "w3_EFD": spmd.S(1)}
 _WIDE = (
-    *("static_alpha", "static_beta", "dynamic_alpha", "dynamic_beta", "scale_alpha", "scale_beta"),
-    *("norm_weight", "norm_bias", "weight", "state_norm_weight", "embedding_norm_weight"),
+    *("bias_alpha", "bias_beta", "dynamic_alpha", "dynamic_beta", "scale_alpha", "scale_beta"),
+    *("slot_norm", "group_norm", "group_norm_bias", "weight", "state_norm", "embedding_norm"),
 )
 
 

@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from vwn.common.errors import UserError
-from vwn.nn.embedding import resolve_reduce
-from vwn.nn.geometry import Geometry
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,6 +32,9 @@ class Backbone:
     """Epsilon of the backbone's norms."""
     initializer_range: float | None = None
     """Standard deviation of the matrices at the start; ``D**-0.5`` where none is given."""
+    output_init: Literal["zero", "depth", "config"] = "zero"
+    """Start of the last matrix of every attention, FFN and expert: zero, as in the presets of ``vwn train``; scaled by
+    ``(2 L)^-1/2`` in ``L`` layers; or as ``initializer_range`` says."""
     num_experts: int = 0
     """Experts in place of each FFN; 0 is a dense FFN."""
     num_experts_per_tok: int = 2
@@ -70,44 +71,19 @@ class VirtualWidth:
     """Backend of the connections, see :mod:`vwn.ops`."""
 
 
-def check_sizes(backbone: Backbone, width: VirtualWidth) -> Geometry:
-    """Check that the sizes fit each other, and return the model's geometry.
+def hf_config(backbone: Backbone, width: VirtualWidth) -> Any:
+    """Make the :class:`vwn.hf.VirtualWidthConfig` of the same model, with a Llama or a Mixtral as its backbone.
 
     Raises:
-        UserError: they do not.
+        UserError: sizes that do not fit each other.
     """
-    b, w = backbone, width
-    positive = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    for name in (*positive, "num_attention_heads", "num_key_value_heads"):
-        if getattr(b, name) < 1:
-            raise UserError(f"backbone.{name} must be 1 or more, got {getattr(b, name)}")
-    try:
-        geometry = Geometry(b.hidden_size, w.m, w.n)
-        resolve_reduce(geometry, w.reduce, w.reduce_norm)
-    except ValueError as error:
-        raise UserError(f"virtual_width: {error}") from error
-    for divisor, name in (("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")):
-        if getattr(b, name) % getattr(b, divisor):
-            raise UserError(f"backbone.{divisor} = {getattr(b, divisor)} does not divide {name} = {getattr(b, name)}")
-    if b.num_experts and not 1 <= b.num_experts_per_tok <= b.num_experts:
-        raise UserError(
-            f"backbone.num_experts_per_tok must be between 1 and num_experts = {b.num_experts}, "
-            f"got {b.num_experts_per_tok}"
-        )
-    if w.num_mtp_modules < 0:
-        raise UserError(f"virtual_width.num_mtp_modules must be 0 or more, got {w.num_mtp_modules}")
-    return geometry
-
-
-def hf_config(backbone: Backbone, width: VirtualWidth) -> Any:
-    """Make the :class:`vwn.hf.VirtualWidthConfig` of the same model, with a Llama or a Mixtral as its backbone."""
     from transformers import LlamaConfig, MixtralConfig
 
     from vwn.hf import VirtualWidthConfig
 
-    check_sizes(backbone, width)
     sizes, width_fields = asdict(backbone), asdict(width)
-    del sizes["attention"], width_fields["backend"]
+    _check(sizes)
+    del sizes["attention"], sizes["output_init"], width_fields["backend"]
     experts, top_k = sizes.pop("num_experts"), sizes.pop("num_experts_per_tok")
     sizes |= {
         "rope_parameters": {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")},
@@ -118,7 +94,24 @@ def hf_config(backbone: Backbone, width: VirtualWidth) -> Any:
     config: Any = LlamaConfig(**sizes)
     if experts:
         config = MixtralConfig(**sizes, num_local_experts=experts, num_experts_per_tok=top_k, sliding_window=None)
-    return VirtualWidthConfig(backbone=config, **width_fields)
+    try:
+        return VirtualWidthConfig(backbone=config, **width_fields)
+    except ValueError as error:
+        raise UserError(f"virtual_width: {error}") from error
+
+
+def _check(sizes: dict[str, Any]) -> None:
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads"):
+        if sizes[name] < 1:
+            raise UserError(f"backbone.{name} must be 1 or more, got {sizes[name]}")
+    for divisor, name in (("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")):
+        if sizes[divisor] < 1 or sizes[name] % sizes[divisor]:
+            raise UserError(f"backbone.{divisor} = {sizes[divisor]} does not divide {name} = {sizes[name]}")
+    if sizes["num_experts"] and not 1 <= sizes["num_experts_per_tok"] <= sizes["num_experts"]:
+        raise UserError(
+            f"backbone.num_experts_per_tok must be between 1 and num_experts = {sizes['num_experts']}, "
+            f"got {sizes['num_experts_per_tok']}"
+        )
 
 
 def initial_std(backbone: Backbone) -> float:

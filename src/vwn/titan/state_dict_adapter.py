@@ -12,6 +12,7 @@ import torch
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
 from vwn.common.errors import UserError
+from vwn.nn.initialisation import current_name
 
 _BLOCK = {
     "attention.qkv_linear.wq": "self_attn.q_proj",
@@ -79,9 +80,9 @@ def to_transformers(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_transformers(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`to_transformers`."""
+    """The inverse of :func:`to_transformers`; it knows the names of earlier checkpoints as well."""
     out = {}
-    for name, value in state_dict.items():
+    for name, value in ((current_name(name), value) for name, value in state_dict.items()):
         if name.endswith(_FUSED):
             stem = engine_name(name.removesuffix(_FUSED)) + _EXPERTS
             out[stem + "w1_EFD"], out[stem + "w3_EFD"] = (half.contiguous() for half in value.chunk(2, dim=1))

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.components.loss import CrossEntropyLoss
-from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
+from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.logging import logger
@@ -17,18 +18,59 @@ from torchtitan.tools.utils import device_module, device_type
 from torchtitan.trainer import Trainer
 
 from vwn.common.errors import UserError
-from vwn.nn.groups import routing_factor
+from vwn.nn.groups import GROUPS, REDUCE_FACTOR, TABLE_FACTOR, check_factors, parameter_groups, routing_factor
 from vwn.titan.data import keep_control_tokens_text
 from vwn.titan.loss import MultiTokenLoss
 from vwn.titan.model import check_parallelism, model_config
 from vwn.titan.parallelize import parallelize
-from vwn.titan.sizes import Backbone, VirtualWidth
+from vwn.titan.sizes import Backbone, VirtualWidth, hf_config
 from vwn.titan.state_dict_adapter import VirtualWidthStateDictAdapter
 
-ROUTING = r"\.connections\.\d+(?=\.).*"
-"""Parameters of the connections, by name."""
-NO_DECAY = r"(norm\.weight|norm_weight|norm_bias|\.bias|\.static_alpha|\.static_beta)$"
-"""Parameters that weight decay leaves alone, by name: those of :func:`vwn.no_weight_decay`."""
+
+class Optimizers(OptimizersContainer):
+    """AdamW on the groups of :func:`vwn.parameter_groups`, or torchtitan's own groups where the config has some."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(OptimizersContainer.Config):
+        """torchtitan's, with the rate, the decay, and the groups' shares of the rate."""
+
+        learning_rate: float = 3e-4
+        """Peak rate of the backbone."""
+        weight_decay: float = 0.1
+        """Weight decay, but for what :func:`vwn.no_weight_decay` spares."""
+        rate_factors: dict[str, float] = field(default_factory=dict)
+        """Shares of the rate by group, in place of the defaults: `table 1 reduce 1 routing 1` is one rate for all."""
+
+    def __init__(self, config: Config, *, model_parts: list[Any]) -> None:
+        self.config = config
+        super().__init__(config, model_parts=model_parts)
+
+    def _build_param_groups(self, model: Any, param_group_configs: Any, impl_kwargs: dict[str, Any]) -> Any:
+        """Split the parameters of a pipeline stage, or of the whole model."""
+        c = self.config
+        if c.param_groups:
+            return OptimizersContainer._build_param_groups(model, param_group_configs, impl_kwargs)
+        factors = dict.fromkeys(GROUPS, 1.0) | c.rate_factors
+        names = {id(p): canonical_fqn(name) for name, p in model.named_parameters()}
+        options = {**impl_kwargs, "betas": (0.9, 0.95), "eps": 1e-8}
+        groups = [
+            {**group, **options, "param_names": [names[id(p)] for p in group["params"]]}
+            for group in parameter_groups(model, c.learning_rate, c.weight_decay, factors=factors)
+        ]
+        patterns = [f"{group['param_names'][0]}, ..." for group in groups]  # what torchtitan's log shows of a group
+        return {"AdamW": groups}, {"AdamW": patterns}
+
+
+def rate_factors(backbone: Backbone, width: VirtualWidth) -> dict[str, float]:
+    """Return the default shares of the rate, those of :func:`vwn.nn.groups.default_factors` for the whole model."""
+    factors = {}
+    if width.embedding != "factorised":  # rows of unit variance, which no linear follows
+        factors["table"] = TABLE_FACTOR
+    if hf_config(backbone, width).reduce == "linear":
+        factors["reduce"] = REDUCE_FACTOR
+    if width.carry_constraint == "none":
+        factors["routing"] = routing_factor(2 * backbone.num_hidden_layers)
+    return factors
 
 
 class VirtualWidthTrainer(Trainer):
@@ -50,8 +92,10 @@ class VirtualWidthTrainer(Trainer):
         b, w = config.backbone, config.virtual_width
         config.model_spec = model_spec(b, w)
         config.loss = loss_config(b, w)
-        slow_routing(config.optimizer, b, w)
-        check_parallelism(config.parallelism, b, w, b.num_hidden_layers)
+        if isinstance(config.optimizer, Optimizers.Config):
+            config.optimizer.rate_factors = rate_factors(b, w) | check_factors(config.optimizer.rate_factors)
+            logger.info(f"shares of the learning rate: {config.optimizer.rate_factors}")
+        check_parallelism(config.parallelism, b, w)
         super().__init__(config)
         if (tokens := self.tokenizer.get_vocab_size()) > b.vocab_size:
             raise UserError(
@@ -81,28 +125,12 @@ def loss_config(backbone: Backbone, width: VirtualWidth) -> Any:
     return MultiTokenLoss.Config(weight=width.mtp_loss_weight, global_vocab_size=backbone.vocab_size)
 
 
-def slow_routing(optimizer: Any, backbone: Backbone, width: VirtualWidth) -> None:
-    """Have the routing of a deep model learn at :func:`vwn.nn.groups.routing_factor` of the rate.
+def adamw(learning_rate: float, weight_decay: float = 0.1, **options: Any) -> Optimizers.Config:
+    """AdamW on the groups of :func:`vwn.parameter_groups`, with the rates and the decay of `vwn train`.
 
-    Only of :func:`adamw`'s two groups, which become four: groups of one's own say all themselves.
+    Args:
+        learning_rate: peak rate of the backbone.
+        weight_decay: of the decayed parameters.
+        options: further fields of the config, such as ``rate_factors={"table": 1, "reduce": 1}``.
     """
-    groups = optimizer.param_groups
-    factor = routing_factor(2 * backbone.num_hidden_layers)
-    if factor == 1 or width.carry_constraint != "none" or [g.pattern for g in groups] != [NO_DECAY, r".*"]:
-        return
-    slowed = []
-    for group in groups if width.dynamic else groups[:1]:
-        options = {**group.optimizer_kwargs, "lr": group.optimizer_kwargs["lr"] * factor}
-        slowed.append(replace(group, pattern=ROUTING + group.pattern, optimizer_kwargs=options))
-    logger.info(f"the routing learns at {factor:.3g} of the rate over {2 * backbone.num_hidden_layers} sublayers")
-    optimizer.param_groups = slowed + groups
-
-
-def adamw(learning_rate: float, weight_decay: float = 0.1, **options: Any) -> OptimizersContainer.Config:
-    """AdamW in two groups: static routing, gains and biases undecayed, everything else decayed."""
-
-    def group(pattern: str, decay: float) -> ParamGroupConfig:
-        common = dict(lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay)
-        return ParamGroupConfig(pattern=pattern, optimizer_name="AdamW", optimizer_kwargs=common)
-
-    return OptimizersContainer.Config(param_groups=[group(NO_DECAY, 0.0), group(r".*", weight_decay)], **options)
+    return Optimizers.Config(learning_rate=learning_rate, weight_decay=weight_decay, **options)

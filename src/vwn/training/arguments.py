@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from vwn.common.errors import UserError
 from vwn.common.processes import world_size
@@ -21,7 +23,7 @@ from vwn.training.presets import PRESETS
 def training_arguments(
     config: TrainConfig, learning_rate: float, resumed: bool, parallel: dict[str, Any]
 ) -> TrainingArguments:
-    """The Trainer's settings for a run; ``parallel`` is what they say of its processes."""
+    """Return the Trainer's settings for a run; ``parallel`` holds those of its processes."""
     o = config.optim
     log, evaluate, save = config.intervals
     if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
@@ -60,10 +62,22 @@ def training_arguments(
         ignore_data_skip=bool(config.corpus.stream),  # a stream is opened where it stands
         label_names=["labels"],
         disable_tqdm=True,
-        report_to=[],
+        report_to=[name for name in config.report_to if name not in ("none", "tensorboard")],
+        run_name=config.out.name,
         ddp_timeout=round(60 * config.reliability.distributed_timeout),
         **parallel,
     )
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Refuse trackers that transformers does not know, or whose package is missing."""
+    if "none" in names and len(names) > 1:
+        raise UserError(f"--report-to none stands alone, got {' '.join(names)}")
+    for name in set(names) - {"none"}:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UserError(f"--report-to knows no {name!r}; give {', '.join(INTEGRATION_TO_CALLBACK)}, or none")
+        if name not in get_available_reporting_integrations():
+            raise UserError(f"--report-to {name} needs a package that is not installed: pip install {name}")
 
 
 def check_device(speed: SpeedOptions) -> None:
@@ -74,13 +88,9 @@ def check_device(speed: SpeedOptions) -> None:
 
 
 def apply_speed(model: Any, speed: SpeedOptions, device: torch.device, whole: bool = True) -> None:
-    """Set up a model for the options of a run.
+    """Set up a model for the options of a run on ``device``.
 
-    Args:
-        model: wherever it is now.
-        speed: the options.
-        device: that it will run on.
-        whole: whether its weights will all be there in one process; a fused loss needs the unembedding's.
+    ``whole`` says whether all its weights will be in one process, as a fused loss needs the unembedding's.
     """
     if isinstance(model, VirtualWidthForCausalLM):
         choose_loss(speed.loss_backend, device)
@@ -101,7 +111,7 @@ def apply_speed(model: Any, speed: SpeedOptions, device: torch.device, whole: bo
 
 
 def learning_rate_of(config: TrainConfig) -> float:
-    """The rate given, else the preset's, for plain and wide models separately."""
+    """Return the rate given, else the preset's, for plain and wide models separately."""
     if config.optim.learning_rate is not None:
         return config.optim.learning_rate
     if config.backbone not in PRESETS:

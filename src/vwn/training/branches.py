@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vwn.common.errors import UserError
-from vwn.common.files import sync, sync_directory
+from vwn.common.files import read_json, sync, sync_directory
 from vwn.common.processes import broadcast, rank
 from vwn.training import directory
-from vwn.training.budgets import Branch
+from vwn.training.budgets import Branch, decay_steps
 from vwn.training.checkpoint.manifest import (
     STAGING,
     agreed_checkpoint,
@@ -26,7 +26,6 @@ from vwn.training.checkpoint.manifest import (
     is_whole,
     step_of,
 )
-from vwn.training.config import TrainConfig
 from vwn.training.distributed import on_all_ranks
 from vwn.training.result import Point, RunResult, stored_result
 from vwn.training.trainer import Diverged
@@ -35,27 +34,30 @@ if TYPE_CHECKING:
     from vwn.training.run import Run
 
 FOLDER = "branches"
-"""In the run directory, with a folder for each budget."""
+"""Name of the folder in the run directory that holds a folder for each budget."""
 
 
-def train_branches(run: Run) -> RunResult:
+def train_branches(run: Run, budgets: int | None = None) -> RunResult:
     """Train the trunk and the branches, the smallest budget first; the model of the largest becomes the run's.
 
     The trunk waits where a branch leaves it until that branch has ended. Its newest checkpoint is then the one that an
     unfinished branch starts from, and at the end the one that a larger budget is added to.
 
+    Args:
+        run: with budgets.
+        budgets: how many of them are trained now, the smallest first; by default all.
+
     Raises:
         UserError: a budget was added that is smaller than what the trunk has been trained for.
     """
     config, label = run.config, _StepsSoFar(run.label)
-    trunk: RunResult | None = None
     decayed: list[Point] = []
-    for branch in config.branches:
+    for branch in config.branches[:budgets]:
         out = config.out / FOLDER / branch.name
         ended = _stored(out)
         if ended is None:
             try:
-                trunk = _reach(run, branch, label) or trunk
+                _reach(run, branch, label)
             except Diverged as diverged:
                 diverged.result = dataclasses.replace(diverged.result, decayed=decayed)
                 raise
@@ -69,34 +71,56 @@ def train_branches(run: Run) -> RunResult:
             for path in checkpoints(out).values():  # nothing goes on from a model that has cooled down
                 discard(path)
         decayed.append(ended.curve[-1])
-    trunk = trunk or run.train(_trunk(config, config.branches[-1]), label=label.of("trunk"), is_trunk=True)
-    result = dataclasses.replace(trunk, decayed=decayed)
+    result = broadcast(on_all_ranks(lambda: finished(config.out) if rank() == 0 else None))
+    assert result is not None
     if rank() == 0:
-        _copy_model(config.out / FOLDER / config.branches[-1].name, config.out)
+        if len(decayed) == len(config.branches):
+            _copy_model(config.out / FOLDER / config.branches[-1].name, config.out)
         directory.write_json(config.out / "result.json", dataclasses.asdict(result))
     return result
+
+
+def finished(out: Path) -> RunResult | None:
+    """What a run has measured so far: its result, with the branches that have ended since; None if nothing has ended.
+
+    With branches, everything but the losses at the smaller budgets is measured by the largest, and the curve is the
+    trunk's up to where that one leaves it.
+    """
+    result = stored_result(out)
+    if result is not None and result.has_diverged:
+        return result
+    branches = {path: branch for path in (out / FOLDER).glob("*") if (branch := stored_result(path)) is not None}
+    if not branches:
+        return result
+    decayed = sorted((branch.curve[-1] for branch in branches.values()), key=_tokens)
+    path, last = max(branches.items(), key=lambda item: _tokens(item[1].curve[-1]))
+    settings = read_json(path / "run.json")["config"]
+    share = decay_steps(settings["optim.steps"], settings["optim.cooldown"]) / settings["optim.steps"]
+    leaves = round(_tokens(decayed[-1]) * (1 - share))
+    return dataclasses.replace(last, curve=[point for point in last.curve if _tokens(point) <= leaves], decayed=decayed)
+
+
+def _tokens(point: Point) -> int:
+    return int(point["tokens"] or 0)
 
 
 def _stored(out: Path) -> RunResult | None:
     return broadcast(on_all_ranks(lambda: stored_result(out) if rank() == 0 else None))
 
 
-def _reach(run: Run, branch: Branch, label: _StepsSoFar) -> RunResult | None:
-    """Train the trunk to where a branch leaves it; None if it has its checkpoint there already."""
+def _reach(run: Run, branch: Branch, label: _StepsSoFar) -> None:
+    """Train the trunk to where a branch leaves it, if it has no checkpoint there already."""
     config = run.config
     if is_whole(config.out / f"checkpoint-{branch.leaves}"):
-        return None
+        return
     newest = agreed_checkpoint(config.out)
     if newest is not None and step_of(newest) > branch.leaves:
         raise UserError(
             f"--budgets {branch.name} leaves the trunk after {branch.leaves} steps; the trunk in {config.out} is at "
             f"step {step_of(newest)} and no longer has that checkpoint; give a larger budget, or choose another --out"
         )
-    return run.train(_trunk(config, branch), label=label.of("trunk"), is_trunk=True)
-
-
-def _trunk(config: TrainConfig, branch: Branch) -> TrainConfig:
-    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=branch.leaves))
+    trunk = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=branch.leaves))
+    run.train(trunk, label=label.of("trunk"), is_trunk=True)
 
 
 def _cool_down(run: Run, branch: Branch, label: _StepsSoFar) -> RunResult:
@@ -123,7 +147,7 @@ def _copy_model(source: Path, target: Path) -> None:
     clear_rests(target)
     staging = target / STAGING
     staging.mkdir()
-    ours = {"run.json", "result.json", "health.jsonl"}
+    ours = {"run.json", "result.json", "health.jsonl", "samples.jsonl"}
     for path in source.iterdir():
         if path.is_file() and path.name not in ours and not path.name.startswith("."):
             shutil.copyfile(path, staging / path.name)
@@ -141,7 +165,7 @@ class _StepsSoFar:
         self.label, self.before, self.now = label, 0, 0
 
     def of(self, part: str) -> Callable[[int], str]:
-        """The label of the next part."""
+        """Return the label of the next part."""
         self.before, self.now = self.before + self.now, 0
 
         def say(steps: int) -> str:

@@ -40,20 +40,14 @@ def parse_tokens(text: str) -> int:
 
 
 def format_tokens(tokens: int) -> str:
-    """The shortest way to write a number of tokens that :func:`parse_tokens` reads back, such as ``1.5M``."""
+    """Return the shortest way to write a number of tokens that :func:`parse_tokens` reads back, such as ``1.5M``."""
     written = [f"{tokens / unit:.15g}{letter}" for letter, unit in TOKENS.items() if tokens >= unit]
     exact = [text for text in written if "e" not in text and parse_tokens(text) == tokens]
     return min(exact, key=len)
 
 
 def branches_of(budgets: Iterable[str], tokens_per_step: int, cooldown: float) -> tuple[Branch, ...]:
-    """The branch of each budget, in whole steps, the smallest first.
-
-    Args:
-        budgets: numbers of tokens.
-        tokens_per_step: of an optimiser step.
-        cooldown: share of a budget that is its cool-down.
-    """
+    """Return the branch of each budget in whole steps, the smallest first; ``cooldown`` is its share of the budget."""
     found = []
     for tokens in map(parse_tokens, budgets):
         steps = max(2, round(tokens / tokens_per_step))

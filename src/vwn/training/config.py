@@ -1,4 +1,4 @@
-"""What a training run is, as typed dataclasses. The command line is made from these, the checks are run by the runs."""
+"""Typed options of a training run, from which the command line is made; a run checks them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OutputInit = Literal["zero", "depth", "config"]
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """Where the text comes from and how it becomes tokens."""
+    """Options of the text and its tokens."""
 
     data: str = "stdlib"
     """Training text: `stdlib` (the Python standard library's sources), a .txt, .jsonl (also .xz, .gz or .zst) or
@@ -25,8 +25,8 @@ class CorpusConfig:
     stream: tuple[str, ...] = ()
     """Training text in place of --data that is read, tokenised and packed while the model trains: files, folders,
     patterns (`shards/*.parquet`) or hub ids, each with `=WEIGHT` for its share of the tokens. Needs --valid."""
-    tokenizer: str = "bytes"
-    """`bytes`, `bpe:SIZE` (trained on the corpus), a path, or a hub id."""
+    tokenizer: str | None = None
+    """`bytes` (the default), `bpe:SIZE` (trained on the corpus), a path, or a hub id."""
     control_tokens: bool = False
     """Give control tokens that are written in the text (`<|im_start|>`, `</s>`) their ids; otherwise they are text."""
     window: int = 256
@@ -34,9 +34,9 @@ class CorpusConfig:
     max_valid_tokens: int = 131_072
     """Validation tokens used, evenly spread over the validation text."""
     skip_bad_rows: int = 0
-    """Streamed rows that cannot be read and are left out and logged, by each process, before it stops."""
+    """Unreadable streamed rows that each process may skip, and log, before it stops."""
     workers: int = 0
-    """Processes that read ahead of each training process; the batches are the same with any number."""
+    """Processes that read ahead for each training process; any number gives the same batches."""
 
     def check(self) -> None:
         """Refuse what no run can do."""
@@ -52,19 +52,19 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class WidthOptions:
-    """How the width is made, whatever its size, and multi-token prediction, which plain models have too."""
+    """Options of a virtual width, whatever its size, and of multi-token prediction, which plain models have too."""
 
     mtp: int = 0
-    """Multi-token prediction modules; 1 also predicts the next token but one."""
+    """Multi-token prediction modules (num_mtp_modules in Python); 1 also predicts the next token but one."""
     mtp_loss_weight: float = 0.3
     """Weight of each further token's loss."""
     connection: Literal["ghc", "hc", "mhc"] = "ghc"
-    """What joins the sublayers: Generalized Hyper-Connections (virtual width), Hyper-Connections (m = 1;
+    """Connection between sublayers: Generalized Hyper-Connections (virtual width), Hyper-Connections (m = 1;
     Frac-Connections where n = m), or manifold-constrained Hyper-Connections (m = 1)."""
     carry_constraint: Literal["none", "doubly_stochastic"] = "none"
     """Constraint on the carry matrix of `ghc`."""
     static: bool = False
-    """Static routing matrices instead of token-dependent ones."""
+    """Static routing matrices instead of token-dependent ones (dynamic=False in Python)."""
     embedding: Literal["direct", "factorised", "replicated"] | None = None
     """Form of the over-width embedding; by default direct, and replicated for hc and mhc."""
     reduce: Literal["linear", "sum", "identity"] | None = None
@@ -72,13 +72,13 @@ class WidthOptions:
     reduce_norm: Literal["group_norm", "rms_norm", "none"] | None = None
     """Norm in front of the linear reduce; by default the paper's choice."""
     reduce_init: Literal["first_slots", "normal"] = "first_slots"
-    """Start of the linear reduce: as the plain residual stream, or random."""
+    """Initial linear reduce: the plain residual stream, or random."""
     ngram_order: int = 1
     """Longest n-gram whose hashed embedding is added to the token's; 1 adds none. Plain models have it too."""
     ngram_buckets: int = 0
     """Rows of the table of each order of n-grams."""
     table_factor: int = 1
-    """Of a plain model: embedding and unembedding so many times wider than the backbone, behind a linear each."""
+    """Plain models: embedding and unembedding so many times wider than the backbone, each with a linear layer."""
 
     def check(self) -> None:
         """Refuse what no run can do."""
@@ -94,12 +94,12 @@ class WidthOptions:
 
     @property
     def shape(self) -> WidthOptions:
-        """The options that only a width has a use for."""
+        """Return the options that only a width has a use for."""
         return replace(self, **{name: getattr(WidthOptions(), name) for name in PLAIN_OPTIONS})
 
     @property
     def of_plain(self) -> WidthOptions:
-        """The options that a plain model has a use for."""
+        """Return the options that a plain model has a use for."""
         return WidthOptions(**{name: getattr(self, name) for name in PLAIN_OPTIONS})
 
 
@@ -159,7 +159,7 @@ class OptimConfig:
         require(0 <= self.final_learning_rate <= 1, "final-learning-rate", "from 0 to 1", self.final_learning_rate)
         require(0 < self.cooldown < 1, "cooldown", "above 0 and below 1", self.cooldown)
         if self.schedule != "wsd" and self.cooldown != OptimConfig.cooldown:
-            raise UserError(f"--cooldown goes with --schedule wsd; with {self.schedule} leave it away")
+            raise UserError(f"--cooldown goes with --schedule wsd; drop it with {self.schedule}")
         if self.budgets:
             self._check_budgets()
         elif self.warmup_steps is not None:
@@ -175,7 +175,7 @@ class OptimConfig:
         if self.schedule != "wsd":
             raise UserError(f"--budgets are cool-downs of one trunk; use --schedule wsd with them, not {self.schedule}")
         if self.steps != OptimConfig.steps:
-            raise UserError(f"--budgets says how long to train; leave --steps {self.steps} away")
+            raise UserError(f"--budgets says how long to train; drop --steps {self.steps}")
         if self.warmup_steps is not None:
             require(self.warmup_steps >= 0, "warmup-steps", "0 or more", self.warmup_steps)
         for text in self.budgets:
@@ -184,10 +184,10 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class SpeedOptions:
-    """How fast a run is and how much memory it takes; the losses differ by rounding at most."""
+    """Options of speed and memory; the losses differ by rounding at most."""
 
     connection_backend: Literal["auto", "reference", "compiled", "triton"] = "auto"
-    """What runs the connections: C++ on a CPU, Triton on a GPU; `auto` takes the fastest there is and says so."""
+    """Implementation of the connections: C++ on a CPU, Triton on a GPU; `auto` takes the fastest and logs it."""
     keep_states_every: int = 1
     """Keep one over-width state in this many sublayers for the backward pass and rebuild the others."""
     loss_backend: Literal["auto", "torch", "liger"] = "auto"
@@ -206,16 +206,16 @@ class SpeedOptions:
 
     @property
     def of_plain(self) -> SpeedOptions:
-        """The options that a plain model has a use for."""
+        """Return the options that a plain model has a use for."""
         return replace(self, connection_backend="auto", keep_states_every=1)
 
 
 @dataclass(frozen=True)
 class ReliabilityOptions:
-    """What is kept, what is skipped, and how long is waited; may be changed when a run is resumed."""
+    """Options of checkpoints, bad steps and waiting; they may be changed when a run is resumed."""
 
     keep_last: int = 2
-    """Checkpoints that stay; an old one goes when a newer one is whole."""
+    """Checkpoints to keep; an old one is deleted when a newer one is complete."""
     skip_bad_steps: int = 3
     """Steps among the last 100 that may be skipped, because their loss or gradient was not finite or a spike, before
     the run stops; 0 stops at the first."""
@@ -223,7 +223,7 @@ class ReliabilityOptions:
     """Skip a step whose loss or gradient norm is so many robust standard deviations above the median of the last 128;
     0 skips only what is not finite."""
     distributed_timeout: float = 30.0
-    """Minutes after which a process that does not answer is taken for lost, where there are several."""
+    """Minutes after which a process that does not answer counts as lost, if there are several."""
 
     def check(self) -> None:
         """Refuse what no run can do."""
@@ -240,8 +240,8 @@ class TrainConfig:
     out: Path
     """Run directory; it must not exist yet, unless --resume."""
     backbone: str = "tiny"
-    """A preset (micro, nano, tiny, small, medium, large, tiny-moe), a transformers config (file or folder), or a hub
-    id: its sizes only; the weights start new. --init-from starts from weights."""
+    """A preset (micro, nano, tiny, small, medium, large, xl, tiny-moe), or a transformers config (file, folder or hub
+    id): its sizes only; the weights start new. --init-from starts from weights."""
     init_from: str | None = None
     """Train on from these weights, plain or widened (`vwn widen`): a folder or a hub id. It decides sizes, width and,
     without --tokenizer, the tokenizer."""
@@ -250,12 +250,12 @@ class TrainConfig:
     n: int | None = None
     """Slots of the over-width state; the virtual width factor is r = n/m."""
     hidden_size: int | None = None
-    """Width of the backbone, where it is to be another than its own; heads keep their size."""
+    """Another width of the backbone; heads keep their size."""
     intermediate_size: int | None = None
     """Width of its FFNs; by default in proportion to --hidden-size."""
     output_init: OutputInit | None = None
-    """Start of the last matrix of every attention and FFN: at zero, scaled with the depth by (2 L)^-1/2, or as the
-    backbone's config says; by default zero for a preset and config for any other backbone."""
+    """Initial last matrix of every attention and FFN: zero, scaled with the depth by (2 L)^-1/2, or as the backbone's
+    config says; by default zero for a preset and config for any other backbone."""
     seed: int = 0
     """Seed of initialisation and data order."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
@@ -269,6 +269,12 @@ class TrainConfig:
     """Steps between validations; by default 5 % of all."""
     save_every: int | None = None
     """Steps between checkpoints; by default 10 % of all."""
+    sample_tokens: int = 64
+    """Tokens of the text that the model writes at each validation (samples.jsonl, and TensorBoard), at most one for
+    every 1024 validation tokens; 0 for none."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Trackers that the logs go to, out of transformers' integrations (`tensorboard`, `wandb`, `trackio`, `mlflow`,
+    ...), or `none`."""
     health_every: int | None = None
     """Steps between measurements of gradients, state and routing (health.jsonl, and the logs); by default those
     between validations, 0 for none."""
@@ -316,6 +322,7 @@ class TrainConfig:
             value = getattr(self, name)
             require(value is None or value >= 1, name, "at least 1", value)
         require(self.health_every is None or self.health_every >= 0, "health-every", "0 or more", self.health_every)
+        require(self.sample_tokens >= 0, "sample-tokens", "0 or more", self.sample_tokens)
         self._check_branches()
 
     def _check_branches(self) -> None:
@@ -344,7 +351,7 @@ class TrainConfig:
         }
         if options := [name for name, is_given in given.items() if is_given]:
             raise UserError(
-                f"--init-from {self.init_from} decides the model; leave {', '.join(options)} away, or widen the "
+                f"--init-from {self.init_from} decides the model; drop {', '.join(options)}, or widen the "
                 "checkpoint first (vwn widen)"
             )
         if self.optim.learning_rate is None:

@@ -17,20 +17,13 @@ from vwn.common.files import read_json, write_json
 from vwn.common.provenance import provenance
 from vwn.training.budgets import format_tokens, parse_tokens
 from vwn.training.checkpoint.manifest import FORMAT, clear_rests, last_checkpoint
-from vwn.training.config import (
-    CorpusConfig,
-    OptimConfig,
-    ReliabilityOptions,
-    SpeedOptions,
-    TrainConfig,
-    WidthOptions,
-)
+from vwn.training.config import TrainConfig
 
 LOCK = ".lock"
 PARTIAL = re.compile(r"\..*\.partial")  # what a killed process had begun to write
 
 # Settings that a run may be continued with others of: the batches are the same, but for rows that cannot be read.
-FREE = ("corpus.workers", "corpus.skip_bad_rows")
+FREE = ("corpus.workers", "corpus.skip_bad_rows", "sample_tokens", "report_to")
 
 
 @contextmanager
@@ -56,7 +49,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def open_directory(directory: Path, record: str, resume: bool) -> dict[str, Any] | None:
-    """What a directory's ``record`` file says of the work in it; None for a new directory.
+    """Return a directory's ``record`` file; None for a new directory.
 
     Raises:
         UserError: something is there and ``resume`` was not asked for, or what is there is not ours.
@@ -86,21 +79,13 @@ def check_same(directory: Path, stored: dict[str, Any], asked: dict[str, Any], k
             longer = "; only a run with a constant rate, or one with --budgets, can be made longer"
             raise UserError(
                 f"the {kind} in {directory} was started with {name} = {stored.get(name)!r}, not {value!r}"
-                f"{longer if name == 'optim.steps' else ''}; leave the option away to continue it, or choose another "
+                f"{longer if name == 'optim.steps' else ''}; drop the option to continue it, or choose another "
                 "--out"
             )
 
 
 def extends(name: str, stored: dict[str, Any], value: Any) -> bool:
-    """Whether another value of a setting makes the run longer and leaves what was trained as it would have been.
-
-    These are more ``--steps`` at a constant rate, and more ``--budgets``.
-
-    Args:
-        name: of the setting, dotted.
-        stored: settings of the run.
-        value: asked for, as JSON has it.
-    """
+    """Return whether a setting's ``value`` makes a run longer: ``--steps`` at a constant rate, or ``--budgets``."""
     if name == "optim.steps":
         return stored["optim.schedule"] == "constant" and value > stored[name]
     return name == "optim.budgets" and bool(stored[name]) and set(stored[name]) <= set(value)
@@ -116,16 +101,17 @@ def check_same_text(directory: Path, stored: dict[str, Any], fingerprint: str) -
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:
-    """Everything that determines the run, flat, by dotted name; not where it lies, on what, or whether it resumes."""
+    """Return what determines a run as ``{dotted.name: value}``, without ``out``, ``parallel`` and ``resume``."""
     flat: dict[str, Any] = {}
     for name, value in dataclasses.asdict(config).items():
         flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
     flat["optim.budgets"] = tuple(format_tokens(parse_tokens(text)) for text in config.optim.budgets)
+    flat["corpus.tokenizer"] = config.corpus.tokenizer or "bytes"
     return {name: value for name, value in flat.items() if name not in ("out", "parallel", "resume")}
 
 
 def adopt(config: TrainConfig, given: Set[str]) -> TrainConfig:
-    """The configuration to resume: of the stored run, but for the options that were ``given``."""
+    """Return the configuration to resume: the stored one, but for the options that were ``given``."""
     if not config.resume or not (config.out / "run.json").exists():
         return config
     stored = read_json(config.out / "run.json").get("config", {})
@@ -134,26 +120,23 @@ def adopt(config: TrainConfig, given: Set[str]) -> TrainConfig:
         for name, value in settings(config).items()
     }
     flat["optim.budgets"] = tuple(dict.fromkeys([*stored.get("optim.budgets", ()), *flat["optim.budgets"]]))
-    parts: dict[str, Any] = {name: value for name, value in flat.items() if "." not in name}
-    groups: dict[str, Any] = {"corpus": CorpusConfig, "width": WidthOptions, "optim": OptimConfig}
-    groups |= {"speed": SpeedOptions, "reliability": ReliabilityOptions}
-    for group, make in groups.items():
-        parts[group] = make(**{k.split(".")[1]: v for k, v in flat.items() if k.startswith(f"{group}.")})
-    return TrainConfig(out=config.out, parallel=config.parallel, resume=config.resume, **parts)
+    changed: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        if dataclasses.is_dataclass(value):
+            own = {key.split(".")[1]: v for key, v in flat.items() if key.startswith(f"{name}.")}
+            changed[name] = dataclasses.replace(value, **own)  # type: ignore[type-var]
+        elif name in flat:
+            changed[name] = flat[name]
+    return dataclasses.replace(config, **changed)
 
 
 def as_tuple(stored: Any) -> Any:
-    """A value of a dataclass from one of JSON, which has lists only."""
+    """Return a tuple for one of JSON's lists, and any other value as it is."""
     return tuple(stored) if isinstance(stored, list) else stored
 
 
 def warmed_up(config: TrainConfig, record: dict[str, Any]) -> TrainConfig:
-    """The run with the steps of warm-up that it began with, which do not grow where the run is made longer.
-
-    Args:
-        config: as asked for.
-        record: the run's ``run.json``.
-    """
+    """Return the run with the warm-up of its ``run.json``, which does not grow where the run is made longer."""
     before = record["config"]
     steps = before.get("optim.warmup_steps")
     if steps is None:
@@ -184,7 +167,7 @@ def _json(value: Any) -> Any:
 
 
 def locate(checkpoint: str) -> Path | str:
-    """The folder of a checkpoint: itself, or the last one of a run directory; a hub id stays as it is.
+    """Return the folder of a checkpoint: itself, or the last one of a run directory; a hub id stays as it is.
 
     Raises:
         UserError: there is no model.

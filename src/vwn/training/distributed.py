@@ -26,11 +26,7 @@ SHARDED = ("fsdp2", "hsdp")
 
 
 def join(patience: timedelta) -> None:
-    """Meet the other processes of the launcher (``torchrun``, ``accelerate launch``, ``srun``), if there are any.
-
-    Args:
-        patience: how long one waits for the others, also for the first to prepare the text.
-    """
+    """Meet the other processes of the launcher, if there are any, and wait for them as long as ``patience``."""
     if launched_processes() > 1 and not dist.is_initialized():
         on_cpu = not torch.cuda.is_available()
         PartialState(cpu=on_cpu, timeout=patience, **({"backend": "gloo"} if on_cpu else {}))
@@ -82,7 +78,7 @@ def resolve(config: TrainConfig) -> str:
         if asked != "auto":
             raise UserError(
                 f"--parallel {asked} needs several processes and there is one; start with torchrun or accelerate "
-                "launch, or leave --parallel away"
+                "launch, or drop --parallel"
             )
         return "none"
     if by_launcher and asked == "ddp":
@@ -96,7 +92,7 @@ def resolve(config: TrainConfig) -> str:
     if parallel in SHARDED:
         for option, given in (("--keep-states-every", s.keep_states_every > 1), ("--compile", s.compile)):
             if given:
-                raise UserError(f"{option} does not go with --parallel {parallel}; leave it away")
+                raise UserError(f"{option} does not go with --parallel {parallel}; drop it")
         if o.optimizer == "muon":
             raise UserError(f"--optimizer muon needs matrices whole, which --parallel {parallel} shards; use adamw")
         if s.loss_backend == "liger":
@@ -122,7 +118,7 @@ def _per_node() -> int:
 
 
 def parallel_arguments(parallel: str, model: nn.Module) -> dict[str, Any]:
-    """What the Trainer's arguments say of ``parallel``, for ``model``."""
+    """Return what the Trainer's arguments say of ``parallel``, for ``model``."""
     arguments: dict[str, Any] = {}
     if parallel != "none" and not torch.cuda.is_available():
         arguments["ddp_backend"] = "gloo"
@@ -144,7 +140,7 @@ def parallel_arguments(parallel: str, model: nn.Module) -> dict[str, Any]:
 
 
 def layer_classes(model: Any) -> list[str] | None:
-    """Names of the classes of its layers, those of MTP modules too: each is sharded and gathered as one."""
+    """Return the class names of its layers, those of MTP modules too: each is sharded and gathered as one."""
     if not isinstance(model, VirtualWidthForCausalLM):
         return None  # transformers knows them
     layers: list[Any] = [*model.model.layers]
@@ -155,11 +151,7 @@ def layer_classes(model: Any) -> list[str] | None:
 
 
 class CheckParallel(TrainerCallback):
-    """Refuse to train unless the model is spread over the processes as it should be.
-
-    Args:
-        parallel: as :func:`resolve` gives it.
-    """
+    """Refuse to train unless the model is spread over the processes as ``parallel`` says."""
 
     def __init__(self, parallel: str) -> None:
         self.parallel = parallel

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vwn.common.errors import UserError
@@ -23,7 +23,7 @@ from vwn.training.presets import PRESETS
 
 
 def load_backbone(spec: str, vocab_size: int, window: int, eos_token_id: int | None = None) -> PreTrainedConfig:
-    """A backbone's transformers config.
+    """Load a backbone's transformers config.
 
     Args:
         spec: a preset's name, a config file or a folder with one, or a hub id.
@@ -61,12 +61,9 @@ def load_backbone(spec: str, vocab_size: int, window: int, eos_token_id: int | N
 
 
 def resize_backbone(backbone: PreTrainedConfig, hidden_size: int | None, intermediate_size: int | None) -> Any:
-    """The same backbone in another width; the size of its heads stays, their number follows.
+    """Return the same backbone with another width ``D``, and as many more heads of the same size.
 
-    Args:
-        backbone: a config; left as it is.
-        hidden_size: ``D``, or None for its own.
-        intermediate_size: of its FFNs, or None for the same multiple of ``D``.
+    ``intermediate_size`` None keeps the FFN's multiple of ``D``.
 
     Raises:
         UserError: a width that is no whole number of heads, or a backbone without these sizes.
@@ -92,7 +89,7 @@ def resize_backbone(backbone: PreTrainedConfig, hidden_size: int | None, interme
 
 
 def model_config(backbone: PreTrainedConfig, m: int | None, n: int | None, width: WidthOptions) -> PreTrainedConfig:
-    """The config to train: the backbone's own where there is nothing to add to it, else a virtual-width one."""
+    """Return the config to train: the backbone's own where there is nothing to add to it, else a virtual-width one."""
     shared: dict[str, Any] = dict(backbone=backbone, num_mtp_modules=width.mtp, mtp_loss_weight=width.mtp_loss_weight)
     if width.ngram_order > 1:
         shared |= dict(ngram_order=width.ngram_order, ngram_buckets=width.ngram_buckets)
@@ -118,16 +115,10 @@ def model_config(backbone: PreTrainedConfig, m: int | None, n: int | None, width
 def build_model(
     config: PreTrainedConfig, seed: int, embedding_std: float | None = None, output_init: OutputInit = "config"
 ) -> PreTrainedModel:
-    """The model, initialised so that models that share a module share its initial values.
+    """Build a model, initialised so that models that share a module share its initial values.
 
-    Args:
-        config: of the model.
-        seed: of the initialisation.
-        embedding_std: standard deviation of the embedding table, where it is not to be the config's.
-        output_init: start of the output matrices, see :func:`vwn.training.output_init.start_outputs`.
-
-    Raises:
-        UserError: output matrices that cannot be told, where they are to start otherwise than by the config.
+    ``embedding_std`` is the standard deviation of the embedding table, by default the config's; ``output_init`` is
+    as in :func:`vwn.training.output_init.start_outputs`, whose errors it raises.
     """
     model = AutoModelForCausalLM.from_config(config)
     initialise(model, seed)
@@ -139,12 +130,7 @@ def build_model(
 
 
 def start_from(checkpoint: str, vocab_size: int, window: int) -> PreTrainedModel:
-    """A trained model, plain or of virtual width, to train on, in float32.
-
-    Args:
-        checkpoint: a folder with a model, a run directory, or a hub id.
-        vocab_size: tokens that it has to know.
-        window: positions that it has to know.
+    """Load a trained model, plain or of virtual width, to train on in float32.
 
     Raises:
         UserError: there is no model, its weights are damaged or not all there, or it knows too few tokens or positions.
@@ -156,9 +142,25 @@ def start_from(checkpoint: str, vocab_size: int, window: int) -> PreTrainedModel
     if model.config.vocab_size < vocab_size:
         raise UserError(
             f"{checkpoint!r} knows {model.config.vocab_size} tokens, the tokenizer has {vocab_size}; "
-            "leave --tokenizer away to take its own"
+            "drop --tokenizer to use its own"
         )
     check_positions(model, window)
+    return model
+
+
+def record_start(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Write what :func:`recorded_start` and the text need to continue a run without the weights it started from."""
+    tokenizer.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    model.config.save_pretrained(folder)  # last: it makes the folder whole
+
+
+def recorded_start(folder: Path) -> PreTrainedModel:
+    """Return the model of :func:`start_from` with new weights, for those of a checkpoint."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).float()
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 

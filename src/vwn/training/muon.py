@@ -12,12 +12,7 @@ from vwn.common.errors import UserError
 
 
 class MuonWithAdamW(Optimizer):
-    """Both, with one state and one list of parameter groups, Muon's first.
-
-    Args:
-        muon: groups of matrices, each with ``lr`` and ``weight_decay``, as :func:`vwn.parameter_groups` gives them.
-        adamw: groups of the other parameters.
-        betas: of AdamW.
+    """Muon and AdamW with one state and one list of groups, Muon's first, as :func:`vwn.parameter_groups` makes.
 
     Raises:
         UserError: a torch without Muon.

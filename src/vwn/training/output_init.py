@@ -36,10 +36,10 @@ def start_outputs(model: PreTrainedModel, how: OutputInit) -> None:
             their streams, which keeps the sum's scale (arXiv 2409.19606).
 
     Raises:
-        UserError: the output matrices cannot be told.
+        UserError: the output matrices cannot be identified.
     """
     factor = {"zero": 0.0, "depth": (2 * model.config.get_text_config().num_hidden_layers) ** -0.5, "config": 1.0}[how]
-    if getattr(model.config, "connection", None) == "hc" and model.config.reduce == "sum":
+    if _sums_streams(model):
         factor *= model.config.geometry.ratio**-0.5
     if factor == 1:
         return
@@ -48,10 +48,10 @@ def start_outputs(model: PreTrainedModel, how: OutputInit) -> None:
 
 
 def output_matrices(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """The last matrix of every attention, FFN and expert, by parameter name.
+    """Return the last matrix of every attention, FFN and expert, by parameter name.
 
     Raises:
-        UserError: a sublayer has none that can be told by its name and shape.
+        UserError: a sublayer has none that its name and shape identify.
     """
     width = model.config.get_text_config().hidden_size
     names = {id(p): name for name, p in model.named_parameters()}
@@ -79,7 +79,7 @@ def _layers(model: PreTrainedModel) -> list[Any]:
 
 
 def _sublayers(layer: nn.Module) -> list[list[nn.Module]]:
-    """The modules of a layer that hold matrices, each a sublayer; matrices of the layer's own together are one."""
+    """Group the modules of a layer that hold matrices by sublayer; matrices of the layer's own together are one."""
     found: list[list[nn.Module]] = []
     own: list[nn.Module] = []
     for child in layer.children():
@@ -105,8 +105,12 @@ def _outputs(sublayer: nn.Module, width: int) -> list[nn.Parameter]:
     return found
 
 
-def _unknown(model: nn.Module, why: str) -> UserError:
-    return UserError(
-        f"the output matrices of {type(model).__name__} cannot be told ({why}); use --output-init config, which leaves "
-        "them as they start"
-    )
+def _unknown(model: Any, why: str) -> UserError:
+    advice = "use --output-init config, which leaves them as they start"
+    if _sums_streams(model):
+        advice = "they have to be scaled where Hyper-Connections sum their streams; use --connection ghc or mhc"
+    return UserError(f"the output matrices of {type(model).__name__} cannot be identified ({why}); {advice}")
+
+
+def _sums_streams(model: Any) -> bool:
+    return getattr(model.config, "connection", None) == "hc" and model.config.reduce == "sum"

@@ -9,21 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-# A fresh table of unit variance: with the usual 0.02 a small model learns its first tokens far more slowly.
-EMBEDDING_STD = 1.0
-
 
 @dataclass(frozen=True)
 class Preset:
-    """A small Llama (or, with experts, Mixtral) and its peak learning rates.
+    """A small Llama (or, with experts, of which 2 are active, a Mixtral) and its peak learning rates, plain and wide.
 
-    Args:
-        depth: layers.
-        width: hidden size; heads are 32 wide up to width 256, else 64.
-        experts: 0 for a dense FFN, else the number of experts, 2 of which are active.
-        learning_rate: of the plain backbone.
-        wide_learning_rate: of the same with a virtual width.
-        swept: whether the rates come from a sweep.
+    Heads are 32 wide up to width 256, else 64. ``swept`` says whether the rates come from a sweep.
     """
 
     depth: int
@@ -32,6 +23,13 @@ class Preset:
     wide_learning_rate: float
     experts: int = 0
     swept: bool = False
+
+    def parameters(self, vocab_size: int = 32_768) -> int:
+        """Return the number of parameters of the plain model."""
+        c = self.fields(vocab_size, 0)
+        attention, ffn = 4 * self.width**2, 3 * self.width * c["intermediate_size"]
+        experts = self.experts * (ffn + self.width) if self.experts else ffn  # with the router's row for each
+        return 2 * vocab_size * self.width + self.depth * (attention + experts + 2 * self.width) + self.width
 
     def fields(self, vocab_size: int, window: int) -> dict[str, Any]:
         """Keyword arguments of the transformers config."""
@@ -70,4 +68,5 @@ PRESETS = {
     "small": Preset(depth=6, width=256, learning_rate=3e-3, wide_learning_rate=3e-3),
     "medium": Preset(depth=12, width=384, learning_rate=2e-3, wide_learning_rate=2e-3),
     "large": Preset(depth=12, width=768, learning_rate=1e-3, wide_learning_rate=1e-3),
+    "xl": Preset(depth=24, width=1024, learning_rate=6e-4, wide_learning_rate=6e-4),
 }

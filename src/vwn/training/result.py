@@ -26,7 +26,8 @@ class RunResult:
     and ``decayed`` holds the same of the end of each budget's branch, the smallest first, its seconds with those of the
     trunk before it. ``peak_memory_bytes`` is the GPU's where there is one, else the process's.
     ``step_seconds_median`` and ``step_seconds_p90`` are the median and the 90th percentile of the time of an optimiser
-    step; where they differ much, something else was at work on the machine.
+    step; where they differ much, something else was at work on the machine. ``sample`` is the last text of
+    ``samples.jsonl``, the prompt included.
     """
 
     name: str
@@ -46,20 +47,30 @@ class RunResult:
     decayed: list[Point] = field(default_factory=list)
     step_seconds_median: float | None = None
     step_seconds_p90: float | None = None
+    sample: str | None = None
 
-    def is_whole(self, config: TrainConfig) -> bool:
-        """Whether it is of all that a run was asked for, which may have become longer; one that diverged is."""
-        last = self.curve[-1]
-        if last["loss"] is None or any(point["loss"] is None for point in self.decayed):
+    @property
+    def has_diverged(self) -> bool:
+        """Whether the run, or a branch of it, ended with a loss that is not finite."""
+        return any(point["loss"] is None for point in (*self.curve[-1:], *self.decayed))
+
+    def is_whole(self, config: TrainConfig, budgets: int | None = None) -> bool:
+        """Whether it is of all that a run was asked for, which may have become longer; one that diverged is.
+
+        Args:
+            config: the run.
+            budgets: how many of its budgets are asked for, the smallest first; by default all.
+        """
+        if self.has_diverged:
             return True
         if config.branches:
-            asked = [branch.steps * config.tokens_per_step for branch in config.branches]
-            return [point["tokens"] for point in self.decayed] == asked
-        return int(last["tokens"] or 0) >= config.optim.steps * config.tokens_per_step
+            asked = {branch.steps * config.tokens_per_step for branch in config.branches[:budgets]}
+            return asked <= {point["tokens"] for point in self.decayed}
+        return int(self.curve[-1]["tokens"] or 0) >= config.optim.steps * config.tokens_per_step
 
 
 def stored_result(out: Path) -> RunResult | None:
-    """The result of a run that has ended."""
+    """Return the result of a run that has ended."""
     path = out / "result.json"
     if not path.exists():
         return None
@@ -70,7 +81,7 @@ def stored_result(out: Path) -> RunResult | None:
 
 
 def training_facts(config: TrainConfig, result: RunResult, record: dict[str, Any]) -> TrainingFacts:
-    """What the model card says of a finished run, from its configuration, result and ``run.json``."""
+    """Say for the model card what was trained, from its configuration, result and ``run.json``."""
     last = result.curve[-1]
     losses = {"next-token loss": last["loss"], "next-2-token loss": last["loss_2"]}
     return TrainingFacts(

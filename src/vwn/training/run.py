@@ -10,7 +10,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM, TrainerState, default_data_collator
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging as hf_logging
@@ -19,15 +18,18 @@ from vwn.common.errors import UserError
 from vwn.common.memory import PeakMemory
 from vwn.common.processes import all_present, broadcast, rank
 from vwn.data import Corpus, PackedWindows, prepare
+from vwn.data.packing import spread
 from vwn.data.stream import prepare_stream
+from vwn.data.tokenizer import BYTES
 from vwn.hf import VirtualWidthForCausalLM
+from vwn.nn.embedding import EMBEDDING_STD
 from vwn.nn.groups import default_factors
 from vwn.training import directory
-from vwn.training.arguments import apply_speed, check_device, learning_rate_of, training_arguments
+from vwn.training.arguments import apply_speed, check_device, check_trackers, learning_rate_of, training_arguments
 from vwn.training.branches import train_branches
-from vwn.training.checkpoint.manifest import agreed_checkpoint
+from vwn.training.checkpoint.manifest import agreed_checkpoint, checkpoints
 from vwn.training.checkpoint.sharding import MODEL, load_weights
-from vwn.training.config import CorpusConfig, TrainConfig
+from vwn.training.config import TrainConfig
 from vwn.training.distributed import (
     SHARDED,
     CheckParallel,
@@ -38,30 +40,43 @@ from vwn.training.distributed import (
     resolve,
 )
 from vwn.training.groups import parse_factors
-from vwn.training.model import build_model, load_backbone, model_config, resize_backbone, start_from
-from vwn.training.presets import EMBEDDING_STD, PRESETS
+from vwn.training.model import (
+    build_model,
+    load_backbone,
+    model_config,
+    record_start,
+    recorded_start,
+    resize_backbone,
+    start_from,
+)
+from vwn.training.presets import PRESETS
 from vwn.training.result import Point, RunResult, flops_per_token, stored_result, training_facts, validation_curve
 from vwn.training.trainer import Diverged, ProgressBar, VirtualWidthTrainer
 from vwn.training.watch.preemption import Stopped, StopSignals
+from vwn.training.watch.samples import SampleLog, last_sample
 
 Label = str | Callable[[int], str]
+START = "start"
+"""In the run directory: config and tokenizer of the model that ``--init-from`` named, which may be gone later."""
 EPOCHS = 4
 """Passes over a text up to which a repeated token is worth about as much as a new one (arXiv 2305.16264)."""
 
 
-def train(config: TrainConfig, corpus: Corpus | None = None, label: Label | None = None) -> RunResult:
+def train(
+    config: TrainConfig, corpus: Corpus | None = None, label: Label | None = None, budgets: int | None = None
+) -> RunResult:
     """Train one model and leave in ``config.out`` its weights, tokenizer, checkpoints, logs, and ``result.json``.
 
     With several budgets the model is that of the largest, and every budget's is in ``branches``.
 
     Args:
-        config: the run; with ``resume``, exactly the one that was started, or a longer one.
+        config: the run; with ``resume``, the one that was started, or a longer one.
         corpus: its data, where that is prepared already.
-        label: what the progress bar says, or what gives it from the steps taken in this process.
+        label: text of the progress bar, or a function that makes it from the steps taken in this process.
+        budgets: how many of the budgets are trained now, the smallest first; by default all.
 
     Raises:
-        UserError: input that cannot be used, or a run directory that exists (without ``resume``) or belongs to another
-            configuration or text (with it).
+        UserError: unusable input, or a run directory that exists (without ``resume``) or belongs to another run.
         Diverged: the loss or the weights became non-finite; its ``curve`` ends there.
         Stopped: SIGTERM or Ctrl-C; a checkpoint is written.
         CannotWrite: the disk is full; what was saved is untouched.
@@ -70,11 +85,12 @@ def train(config: TrainConfig, corpus: Corpus | None = None, label: Label | None
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     config.check()
-    config = with_own_tokenizer(config)
+    config = with_tokenizer(config)
     check_device(config.speed)
+    check_trackers(config.report_to)
     join(timedelta(minutes=config.reliability.distributed_timeout))
     parallel = resolve(config)
-    stored, result = broadcast(on_all_ranks(lambda: _open(config, corpus) if rank() == 0 else (None, None)))
+    stored, result = broadcast(on_all_ranks(lambda: _open(config, corpus, budgets) if rank() == 0 else (None, None)))
     if result is not None:
         return result
     if stored is not None:
@@ -98,40 +114,37 @@ def train(config: TrainConfig, corpus: Corpus | None = None, label: Label | None
         for line in summary(config, corpus, model, learning_rate, run.rate_factors):
             print(f"vwn: {line}", file=sys.stderr)
     with ExitStack() as stack:
-        on_all_ranks(lambda: _begin(stack, run) if rank() == 0 else None)
-        return train_branches(run) if config.branches else run.train(config, model=model)
+        on_all_ranks(lambda: _begin(stack, run, model) if rank() == 0 else None)
+        return train_branches(run, budgets) if config.branches else run.train(config, model=model)
 
 
-def _open(config: TrainConfig, corpus: Corpus | None) -> tuple[dict[str, Any] | None, RunResult | None]:
-    """The record of the run in ``config.out`` and, if it has ended, its result; None for what is not there."""
+def _open(
+    config: TrainConfig, corpus: Corpus | None, budgets: int | None
+) -> tuple[dict[str, Any] | None, RunResult | None]:
+    """Return the record of the run in ``config.out``, and its result if it has ended."""
     stored = directory.open_directory(config.out, "run.json", bool(config.resume))
     if stored is None and config.resume is True:
-        raise UserError(f"there is no run in {config.out} to continue; leave --resume away, or use --resume auto")
+        raise UserError(f"there is no run in {config.out} to continue; drop --resume, or use --resume auto")
     if stored is None:
         return None, None
     directory.check_same(config.out, stored.get("config", {}), directory.settings(config))
     if corpus is not None:
         directory.check_same_text(config.out, stored, corpus.fingerprint)
     result = stored_result(config.out)
-    return stored, result if result is not None and result.is_whole(config) else None
+    return stored, result if result is not None and result.is_whole(config, budgets) else None
 
 
-def _begin(stack: ExitStack, run: Run) -> None:
+def _begin(stack: ExitStack, run: Run, model: Any) -> None:
     """Keep others out of the run directory for as long as ``stack`` is open, and record the run."""
-    stack.enter_context(directory.locked(run.config.out))
+    out = run.config.out
+    stack.enter_context(directory.locked(out))
     directory.start(run.config, run.corpus.fingerprint, run.rate_factors)
+    if run.config.init_from is not None and not (out / START / "config.json").exists():
+        record_start(model, run.corpus.tokenizer, out / START)
 
 
 class Run:
-    """A run under way: what is the same for its trunk and its branches.
-
-    Args:
-        config: of the run.
-        corpus: its data.
-        learning_rate: the peak.
-        label: what the progress bar says, or what gives it from the steps taken in this process.
-        parallel: as :func:`vwn.training.distributed.resolve` gives it.
-    """
+    """A run under way: what its trunk and its branches share."""
 
     def __init__(self, config: TrainConfig, corpus: Corpus, learning_rate: float, label: Label, parallel: str) -> None:
         self.config, self.corpus, self.learning_rate, self.label = config, corpus, learning_rate, label
@@ -139,9 +152,11 @@ class Run:
         self.rate_factors: dict[str, float] = {}
 
     def build(self) -> Any:
-        """The model as it starts."""
+        """Return the model as it starts."""
         c = self.config
         if c.init_from is not None:
+            if (c.out / START / "config.json").exists() and checkpoints(c.out):
+                return recorded_start(c.out / START)
             return start_from(c.init_from, len(self.corpus.tokenizer), c.corpus.window)
         tokenizer = self.corpus.tokenizer
         backbone = load_backbone(c.backbone, len(tokenizer), c.corpus.window, tokenizer.eos_token_id)
@@ -213,6 +228,7 @@ class Run:
 
     def _trainer(self, config: TrainConfig, model: Any, checkpoint: Path | None, label: Label) -> VirtualWidthTrainer:
         is_sharded = self.parallel in SHARDED
+        board = tensorboard(config.out / "logs") if "tensorboard" in config.report_to else None
         parallel = parallel_arguments(self.parallel, model)
         arguments = training_arguments(config, self.learning_rate, checkpoint is not None, parallel)
         if not is_sharded:  # a sharded one moves layer by layer
@@ -228,7 +244,7 @@ class Run:
             callbacks=[
                 CheckParallel(self.parallel),
                 ProgressBar(label, config.tokens_per_step),
-                tensorboard(config.out / "logs"),
+                *([board] if board else []),
             ],
             window=config.corpus.window,
             optimizer_name=config.optim.optimizer,
@@ -240,6 +256,7 @@ class Run:
             skip_bad_steps=config.reliability.skip_bad_steps,
             spike_factor=config.reliability.spike_factor,
         )
+        trainer.add_callback(SampleLog(trainer, config.sample_tokens, board))
         if checkpoint is not None:
             trainer.restore(checkpoint)
         return trainer
@@ -269,17 +286,12 @@ class Run:
             curve=curve,
             step_seconds_median=median,
             step_seconds_p90=p90,
+            sample=last_sample(config.out) if rank() == 0 else None,
         )
 
 
 def rate_factors(config: TrainConfig, model: Any, record: dict[str, Any] | None = None) -> dict[str, float]:
-    """The factors given, and the defaults for the other groups.
-
-    Args:
-        config: of the run.
-        model: as it starts.
-        record: ``run.json`` of a run that goes on, which keeps the factors that it began with.
-    """
+    """Return the factors given and the defaults for the other groups; a run that goes on keeps its ``record``'s."""
     given = parse_factors(config.optim.rate_factors)
     if record is None:
         return default_factors(model) | given
@@ -289,28 +301,30 @@ def rate_factors(config: TrainConfig, model: Any, record: dict[str, Any] | None 
 
 
 def load_corpus(config: TrainConfig) -> Corpus:
-    """The run's text, tokenised and packed, or to be streamed."""
+    """Return the run's text, tokenised and packed, or to be streamed."""
     c = config.corpus
-    if c.stream:
-        return prepare_stream(
-            c.stream,
-            valid=c.valid,
-            tokenizer=c.tokenizer,
-            window=c.window,
-            batch_size=config.optim.batch_size,
-            seed=config.seed,
-            skip_bad_rows=c.skip_bad_rows,
-            control_tokens=c.control_tokens,
-        )
-    return prepare(c.data, valid=c.valid, tokenizer=c.tokenizer, window=c.window, control_tokens=c.control_tokens)
+    shared: dict[str, Any] = {"valid": c.valid, "window": c.window, "control_tokens": c.control_tokens}
+    shared["tokenizer"] = c.tokenizer or BYTES
+    start = config.out / START
+    if config.init_from is not None and start.exists() and not Path(shared["tokenizer"]).exists():
+        shared["tokenizer"] = str(start)
+    if not c.stream:
+        return prepare(c.data, **shared)
+    return prepare_stream(
+        c.stream, batch_size=config.optim.batch_size, seed=config.seed, skip_bad_rows=c.skip_bad_rows, **shared
+    )
 
 
-def with_own_tokenizer(config: TrainConfig) -> TrainConfig:
-    """The run with the tokenizer of the weights that it starts from, where none is given."""
-    if config.init_from is None or config.corpus.tokenizer != CorpusConfig.tokenizer:
+def with_tokenizer(config: TrainConfig) -> TrainConfig:
+    """Fill in the tokenizer where none is given: the record's, that of the weights to start from, or bytes."""
+    if config.corpus.tokenizer is not None:
         return config
-    source = str(directory.locate(config.init_from))
-    return dataclasses.replace(config, corpus=dataclasses.replace(config.corpus, tokenizer=source))
+    record, name = config.out / "run.json", BYTES
+    if config.resume and record.exists():
+        name = directory.read_json(record).get("config", {}).get("corpus.tokenizer", BYTES)
+    elif config.init_from is not None:
+        name = str(directory.locate(config.init_from))
+    return dataclasses.replace(config, corpus=dataclasses.replace(config.corpus, tokenizer=name))
 
 
 def check_model(config: TrainConfig) -> None:
@@ -319,14 +333,14 @@ def check_model(config: TrainConfig) -> None:
         backbone = load_backbone(config.backbone, 1, config.corpus.window)
         backbone = resize_backbone(backbone, config.hidden_size, config.intermediate_size)
         model_config(backbone, config.m, config.n, config.width)
-    else:
+    elif not (config.out / START).exists():
         directory.locate(config.init_from)
 
 
 def summary(
     config: TrainConfig, corpus: Corpus, model: Any, learning_rate: float, rate_factors: dict[str, float]
 ) -> list[str]:
-    """What a run is going to do, in a few lines."""
+    """Say in a few lines what a run is going to do."""
     o = config.optim
     steps = config.branches[-1].steps if config.branches else o.steps
     tokens = steps * config.tokens_per_step
@@ -353,9 +367,3 @@ def tensorboard(logs: Path) -> TensorBoardCallback:
     callback = TensorBoardCallback()
     callback.logging_dir = str(logs)
     return callback
-
-
-def spread(dataset: Any, count: int) -> Any:
-    """At most ``count`` items (at least one), evenly spread, always the same."""
-    count = max(1, min(count, len(dataset)))
-    return Subset(dataset, [i * len(dataset) // count for i in range(count)])

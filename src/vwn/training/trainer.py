@@ -23,7 +23,6 @@ from vwn.common.errors import UserError
 from vwn.common.processes import world_size
 from vwn.data.stream import StreamLoader, TokenStream
 from vwn.nn.groups import GROUPS, parameter_groups
-from vwn.nn.weight_decay import no_weight_decay
 from vwn.training.checkpoint.manifest import checkpoints
 from vwn.training.checkpoint.saving import SavingTrainer, not_finite
 from vwn.training.checkpoint.sharding import ShardingTrainer
@@ -40,7 +39,7 @@ class Diverged(UserError):
 
 
 def head_losses(outputs: Any, router_aux_loss_coef: float = 0.0) -> Tensor:
-    """Unweighted mean cross-entropy of each head, next token first, ``[1 + depth]``, in nats per token."""
+    """Return unweighted mean cross-entropy of each head, next token first, ``[1 + depth]``, in nats per token."""
     if getattr(outputs, "losses", None) is not None:
         return torch.stack(outputs.losses)
     aux_loss = getattr(outputs, "aux_loss", None)  # a stock MoE backbone adds it to its loss
@@ -48,7 +47,7 @@ def head_losses(outputs: Any, router_aux_loss_coef: float = 0.0) -> Tensor:
 
 
 def mean_losses(prediction: EvalPrediction) -> dict[str, float]:
-    """Validation losses over all windows, by name."""
+    """Return validation losses over all windows, by name."""
     return named_losses(np.asarray(prediction.predictions, dtype=np.float64).mean(axis=0))
 
 
@@ -109,13 +108,8 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
             )
             self.add_callback(StreamedEpoch())
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Everything but what :func:`vwn.no_weight_decay` names."""
-        spared = no_weight_decay(model)
-        return [name for name, _ in model.named_parameters() if name not in spared]
-
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's AdamW on :func:`vwn.parameter_groups` with ``rate_factors``, or Muon and AdamW together."""
+        """Make AdamW on :func:`vwn.parameter_groups` with ``rate_factors``, or Muon and AdamW together."""
         if self.optimizer is not None:  # type: ignore[has-type]
             return super().create_optimizer(*args, **kwargs)
         a = self.args
@@ -130,7 +124,7 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The Trainer's, or with ``cooldown_steps`` a warm-up, the peak rate, and a linear cool-down at the end."""
+        """Make the Trainer's, or with ``cooldown_steps`` a warm-up, the peak rate, and a linear cool-down."""
         scheduler: Any = self.lr_scheduler  # type: ignore[has-type]
         if scheduler is None and self.cooldown_steps:
             warmup, leaves = self.args.get_warmup_steps(num_training_steps), num_training_steps - self.cooldown_steps
@@ -142,7 +136,7 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """As the Trainer's; remembers what the guard looks at, and shows complete gradients to the health log."""
+        """Take the Trainer's step; keep its loss for the guard, and show complete gradients to the health log."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.step_losses.append(loss)
         self.step_inputs.append(inputs["input_ids"])
@@ -157,7 +151,7 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's loss; remembers each head's."""
+        """Return the model's loss, and remember each head's."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             losses = self._head_losses(outputs)
@@ -182,11 +176,7 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
         self.log_window.skipped += 1
 
     def stop(self, why: str) -> NoReturn:
-        """End a run that cannot go on, naming what is left.
-
-        Raises:
-            Diverged: always.
-        """
+        """Raise `Diverged` for a run that cannot go on, naming what is left."""
         last = next(iter(checkpoints(Path(self.args.output_dir)).values()), None)
         kept = f"the last checkpoint is {last}; " if last else ""
         raise Diverged(
@@ -206,7 +196,7 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
         return RandomSampler(sampler.data_source, num_samples=size, generator=sampler.generator)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """All of the validation text, the last incomplete batch too."""
+        """Return batches of all of the validation text, the last incomplete one too."""
         drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             return super().get_eval_dataloader(*args, **kwargs)
@@ -216,7 +206,7 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Each head's loss in place of logits, one row per window, so that the Trainer averages them."""
+        """Return each head's loss in place of logits, one row per window, so that the Trainer averages them."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = self._head_losses(model(**inputs))
@@ -254,7 +244,7 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
 
 
 def cooled_down(step: int, warmup: int, leaves: int, ends: int, final: float) -> float:
-    """The share of the peak rate after ``step`` steps: the trunk's until it ``leaves``, then linear to ``final``."""
+    """Return the share of the peak rate after ``step`` steps: constant up to the cool-down, linear to ``final``."""
     if step < warmup:
         return step / warmup
     return 1.0 - (1.0 - final) * max(0, step - leaves) / (ends - leaves)
@@ -268,7 +258,7 @@ class LogWindow(TrainerCallback):
         self.saved: dict[str, Any] | None = None
 
     def mean_of_used(self, step: int) -> float:
-        """What turns the mean over all steps of the window into that over those not skipped; 1.0 if none was."""
+        """Return the factor from the mean over all steps of the window to that over those not skipped."""
         steps = step - self.logged
         return steps / (steps - self.skipped) if self.skipped else 1.0
 
@@ -299,27 +289,24 @@ class LogWindow(TrainerCallback):
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds spent in optimiser steps, validation and checkpoints left out, and those of single steps."""
-
-    KEPT = 1024
+    """Seconds spent in optimiser steps, without validation and checkpoints, and in each of the last 1024 steps."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self.count, self.every = 0, 1
-        self.steps: list[float] = []  # of every ``every``-th step
+        self.steps: deque[float] = deque(maxlen=1024)
 
     def quantiles(self) -> tuple[float | None, float | None]:
-        """Median and 90th percentile of the seconds of a step; None before the first."""
+        """Return median and 90th percentile of the seconds of a step; None before the first."""
         if not self.steps:
             return None, None
         median, p90 = np.quantile(self.steps, [0.5, 0.9])
         return float(median), float(p90)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "every": self.every, "steps": self.steps}
+        return {"steps": list(self.steps)}
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        self.count, self.every, self.steps = states[0]["count"], states[0]["every"], states[0]["steps"]
+        self.steps.extend(states[0]["steps"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
@@ -327,11 +314,7 @@ class Stopwatch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         took = time.perf_counter() - self.started
         self.seconds += took
-        self.count += 1
-        if self.count % self.every == 0:
-            self.steps.append(round(took, 6))
-        if len(self.steps) > self.KEPT:  # as many again, half as dense
-            self.steps, self.every = self.steps[1::2], 2 * self.every
+        self.steps.append(round(took, 6))
 
 
 class StreamedEpoch(TrainerCallback):
@@ -344,9 +327,7 @@ class StreamedEpoch(TrainerCallback):
 class ProgressBar(TrainerCallback):
     """One bar over the whole run with losses, pace and time left, also where there is no terminal to redraw.
 
-    Args:
-        label: in front of the bar; or what gives it, from the steps taken in this process.
-        tokens_per_step: for the pace, which is the median of the last 50 steps.
+    ``label`` is as in :func:`vwn.training.run.train`; the pace is the median of the last 50 steps.
     """
 
     def __init__(self, label: str | Callable[[int], str], tokens_per_step: int) -> None:

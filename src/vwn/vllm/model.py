@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 
 from vwn.nn.connection import Connection
+from vwn.nn.initialisation import current_name
 from vwn.vllm.plugin import prepare
 
 
@@ -23,6 +24,10 @@ class VirtualWidthForCausalLM(TransformersForCausalLM):
         for connection in (m for m in module.modules() if isinstance(m, Connection)):
             super().init_parameters(connection, torch.float32)
         super().init_parameters(module, dtype)
+
+    def load_weights(self, weights: Any) -> Any:
+        """Load ``(name, tensor)`` pairs, also of earlier checkpoints."""
+        return super().load_weights((current_name(name), weight) for name, weight in weights)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Over-width embeddings ``[..., D']``, which is what the base model takes in place of ids."""

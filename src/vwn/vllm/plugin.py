@@ -27,9 +27,7 @@ def prepare(config: Any, pipeline_stages: int = 1) -> None:
     """Have a ``VirtualWidthConfig`` say, in place, what vLLM's transformers backend reads from the backbone's config.
 
     That is the width of the embedding table and whether it is tied. MTP modules are left out: nothing would run them.
-
-    Raises:
-        UserError: an option that vLLM has no inputs or no place for.
+    An option that vLLM has no inputs or no place for is refused.
     """
     refused = {
         f"ngram_order = {config.ngram_order} needs the ids before each token": config.ngram_order > 1,

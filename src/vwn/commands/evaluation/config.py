@@ -63,5 +63,5 @@ class EvalConfig:
 
     @property
     def measures_text(self) -> bool:
-        """Whether losses on a text are asked for."""
+        """Return whether losses on a text are asked for."""
         return self.data is not None or not self.tasks

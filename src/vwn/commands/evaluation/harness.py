@@ -65,11 +65,10 @@ def load_tasks(names: Sequence[str], data_dir: Path) -> Tasks:
 def run_tasks(
     model: Any, tokenizer: Any, tasks: Tasks, limit: int | None = None, window: int | None = None, batch_size: int = 8
 ) -> dict[str, Any]:
-    """lm-eval's results, as it returns them, with the number of truncated requests under ``"truncated"``.
+    """Run tasks by lm-eval; return its results, with the number of truncated requests under ``"truncated"``.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
+        model, tokenizer: a causal language model and its tokenizer.
         tasks: from :func:`load_tasks`.
         limit: rows of each task, the first ones; all by default.
         window: tokens that the model reads at once; by default all of its positions.
@@ -96,7 +95,7 @@ def run_tasks(
 
 
 def _top_level(loaded: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-    """The groups, and the tasks that belong to no group."""
+    """Separate the groups from the tasks that belong to no group."""
     inside = {name for names in loaded["group_map"].values() for name in names}
     return list(loaded["groups"].values()), [t for name, t in loaded["tasks"].items() if name not in inside]
 
@@ -122,11 +121,9 @@ def _quiet() -> Iterator[None]:
 
 
 def scores(results: dict[str, Any]) -> dict[str, Any]:
-    """The scores of each task, and of a group those of its subsets, of what :func:`run_tasks` returned.
+    """Return of :func:`run_tasks`' results ``{task: {"n": rows, "scores": {metric: {"value", "stderr"}}}}``.
 
-    Returns:
-        ``{task: {"n": rows, "scores": {metric: {"value", "stderr"}}}}``, a group with ``subsets`` of the same form;
-        ``stderr`` is None where there are too few rows for one.
+    A group has its ``subsets`` in the same form; ``stderr`` is None where there are too few rows for one.
     """
     members = {name: subsets for name, subsets in results.get("group_subtasks", {}).items() if subsets}
     inside = {subset for subsets in members.values() for subset in subsets}

@@ -19,12 +19,10 @@ if TYPE_CHECKING:
 
 
 def load_rows(name: str, fields: Sequence[str], data_dir: str | Path | None = None, **_: Any) -> dict[str, Dataset]:
-    """``{"test": rows}`` of ``data_dir/name.jsonl.xz`` or ``.jsonl``; of ``set/subset`` also in ``set.tar.xz``.
+    """Load ``{"test": rows}`` from ``data_dir/name.jsonl.xz`` or ``.jsonl``; ``set/subset`` also from ``set.tar.xz``.
 
-    Args:
-        name: the file's name without its ending.
-        fields: fields that every row must have; others are left out. ``gold`` must be the index of one of ``choices``.
-        data_dir: the folder; lm-eval passes it on from its ``--metadata``, with other keys that are ignored.
+    Only the ``fields`` are kept, which every row must have; ``gold`` must be the index of one of ``choices``. lm-eval
+    passes ``data_dir`` on from its ``--metadata``, with other keys that are ignored.
 
     Raises:
         UserError: no folder named, no file, a damaged one, or a row without a field.
@@ -44,7 +42,7 @@ def load_rows(name: str, fields: Sequence[str], data_dir: str | Path | None = No
 
 
 def _read(folder: Path, name: str) -> tuple[Path, list[str]]:
-    """Where the lines were found, and the lines."""
+    """Find the lines; return where they were, too."""
     archive = folder / f"{name.split('/')[0]}.tar.xz"
     paths = [folder / f"{name}.jsonl.xz", folder / f"{name}.jsonl"]
     path = next((p for p in paths if p.is_file()), None)
@@ -65,7 +63,7 @@ def _read(folder: Path, name: str) -> tuple[Path, list[str]]:
 
 @lru_cache(maxsize=1)
 def _members(archive: Path, _modified: int) -> dict[str, bytes]:
-    """The files of an archive, by name without folders: unpacked once, not once for every subset."""
+    """Unpack the files of an archive by name without folders: once, not for every subset."""
     with tarfile.open(fileobj=io.BytesIO(_unpacked(archive))) as tar:
         files = {m.name: tar.extractfile(m) for m in tar if m.isfile()}
         return {name.split("/")[-1]: file.read() for name, file in files.items() if file is not None}

@@ -6,7 +6,13 @@ from importlib.metadata import version
 from typing import Any
 
 from vwn.commands.evaluation.config import EvalConfig
+from vwn.commands.evaluation.text import load_text, measure_text
 from vwn.common.extras import require_packages
+from vwn.common.files import write_json
+from vwn.common.provenance import provenance
+from vwn.data.tokenizer import load_checkpoint_tokenizer
+from vwn.hf.loading import load_model, positions_of
+from vwn.training.directory import locate, run_record
 
 
 def evaluate_checkpoint(config: EvalConfig) -> dict[str, Any]:
@@ -20,12 +26,6 @@ def evaluate_checkpoint(config: EvalConfig) -> dict[str, Any]:
     Raises:
         UserError: no checkpoint, no text, an unknown task, a missing file, or lm-eval is not installed.
     """
-    from vwn.commands.evaluation.text import load_text, measure_text
-    from vwn.common.provenance import provenance
-    from vwn.data.tokenizer import load_checkpoint_tokenizer
-    from vwn.hf.loading import load_model, positions_of
-    from vwn.training.directory import locate, run_record, write_json
-
     config.check()
     tasks: Any = None
     if config.tasks:
@@ -70,7 +70,7 @@ def text_line(result: dict[str, Any]) -> str:
 
 
 def tasks_table(result: dict[str, Any]) -> str:
-    """The scores with their standard errors, one line each; a group's subsets are in the JSON only."""
+    """Return the scores with their standard errors, one line each; a group's subsets are in the JSON only."""
     lines = [f"{'task':<16} {'rows':>7}  {'metric':<12} {'value':>10}   standard error"]
     for name, task in result["tasks"].items():
         for metric, score in task["scores"].items():

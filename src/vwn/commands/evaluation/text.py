@@ -19,6 +19,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vwn.common.errors import UserError
+from vwn.data.corpus import prepare_run, prepare_valid
+from vwn.data.packing import spread
+from vwn.data.tokenizer import load_checkpoint_tokenizer
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.hf.loading import check_positions, positions_of
 
@@ -37,20 +40,13 @@ class Text:
 
 
 def load_text(source: Path | str, data: str | None, record: dict[str, Any], tokenizer: Any = None) -> Text:
-    """Tokenise ``data``, or take the text that a run was validated on.
+    """Tokenise the text named ``data`` (see :func:`vwn.data.prepare`), or by default the validation text of the run.
 
-    Args:
-        source: the checkpoint.
-        data: name of a text, see :func:`vwn.data.prepare`; all of it, or its validation side if it has one.
-        record: the run's ``run.json``, where there is one.
-        tokenizer: for ``data``; by default the checkpoint's own.
+    ``record`` is the run's ``run.json``, empty if there is none; ``tokenizer`` is by default the checkpoint's own.
 
     Raises:
         UserError: no text, or not the one the run was validated on any more.
     """
-    from vwn.data.corpus import prepare_run, prepare_valid
-    from vwn.data.tokenizer import load_checkpoint_tokenizer
-
     run = record.get("config", {})
     if data is not None:
         tokenizer = tokenizer or load_checkpoint_tokenizer(source)
@@ -71,7 +67,7 @@ def load_text(source: Path | str, data: str | None, record: dict[str, Any], toke
 
 
 def byte_lengths(tokenizer: Any) -> np.ndarray:
-    """Length in UTF-8 bytes of each token id, ``[largest id + 1]``; 0 for the end of text.
+    """Return the length in UTF-8 bytes of each token id, ``[largest id + 1]``; 0 for the end of text.
 
     Exact for byte-level tokenisers, whose pieces have one character per byte. For others the piece's own text is
     counted, which can differ from the text that was tokenised (a leading space, another case).
@@ -101,19 +97,12 @@ def measure_text(
     max_tokens: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """Mean losses of a model over the windows of a text.
+    """Measure the mean losses of a model, of every head if it has MTP modules, over the windows of a text.
 
     Each window is read without context before it. All targets of the first window are counted, of the others the last
     ``stride``; a target of the next-but-``k`` head needs ``k + 1`` tokens before it. With a stride as long as the
-    window, the default, these are the windows and targets of a training run's validation.
-
-    Args:
-        model: a causal language model; with MTP modules, every head is measured.
-        text: what to measure it on.
-        window: tokens; no longer than the text.
-        stride: tokens between the starts of windows.
-        max_tokens: limit on the tokens of all windows, which are spread evenly; by default the text's own limit.
-        batch_size: windows per forward pass.
+    window, the default, these are the windows and targets of a training run's validation. ``max_tokens`` limits the
+    tokens of all windows, which are spread evenly; by default the text's own limit.
 
     Returns:
         ``loss`` and, of MTP modules, ``loss_2`` … [nats per token], ``perplexity``, ``bits_per_byte``, ``tokens``
@@ -167,7 +156,7 @@ def measure_text(
 
 
 def _check_window(model: Any, text: Text, window: int | None, heads: int) -> int:
-    """The window given, else the longest that text and model allow, up to ``DEFAULT_WINDOW``."""
+    """Return the window given, else the longest that text and model allow, up to ``DEFAULT_WINDOW``."""
     if window is None:
         window = min(DEFAULT_WINDOW, positions_of(model)[0] or DEFAULT_WINDOW, len(text.tokens))
     check_positions(model, window)
@@ -182,9 +171,7 @@ def _check_window(model: Any, text: Text, window: int | None, heads: int) -> int
 
 
 def _spread(windows: int, stride: int, max_tokens: int | None) -> list[int]:
-    """Starts of the windows that are used, evenly spread as a training run's validation spreads them."""
-    from vwn.training.run import spread
-
+    """Return the starts of the windows that are used, spread as a training run's validation spreads them."""
     count = windows if max_tokens is None else max_tokens // stride
     return [index * stride for index in spread(range(windows), count)]
 
@@ -198,7 +185,7 @@ def _check_ids(ids: np.ndarray, vocab_size: int) -> None:
 
 @torch.no_grad()
 def _losses(model: Any, ids: Tensor, heads: int) -> Iterator[Tensor]:
-    """Cross-entropy of every target of each head: of head ``k`` ``[B, W - 1 - k]``, in float32."""
+    """Yield cross-entropy of every target of each head: of head ``k`` ``[B, W - 1 - k]``, in float32."""
     further = {"output_mtp_logits": True} if heads > 1 else {}
     out = model(input_ids=ids, use_cache=False, **further)
     for k, logits in enumerate((out.logits, *(out.mtp_logits if heads > 1 else ()))):

@@ -40,7 +40,7 @@ def write_figures(result: dict[str, Any], directory: Path) -> dict[str, str]:
 
 
 def depth_figure(result: dict[str, Any]) -> Figure:
-    """Paths from source to reader, and what they carry, as two heat maps."""
+    """Draw the paths from source to reader, and what they carry, as two heat maps."""
     names = _names(result)
     sources, readers = ["embedding", *names], [*names, "final state"]
     cell = max(0.13, min(0.36, 4.2 / len(readers)))
@@ -63,7 +63,7 @@ def depth_figure(result: dict[str, Any]) -> Figure:
 
 
 def spectrum_figure(result: dict[str, Any]) -> Figure:
-    """Spectral radius of the carry of each sublayer."""
+    """Draw the spectral radius of the carry of each sublayer."""
     radii = [s["spectral_radius"] for s in result["sublayers"]]
     mean, low, high = (np.array([r[key] for r in radii]) for key in ("mean", "low", "high"))
     x = np.arange(len(radii))
@@ -80,7 +80,7 @@ def spectrum_figure(result: dict[str, Any]) -> Figure:
 
 
 def slots_figure(result: dict[str, Any]) -> Figure:
-    """How each sublayer reads, writes and keeps each slot, and what the slots hold."""
+    """Draw how each sublayer reads, writes and keeps each slot, and what the slots hold."""
     names = _names(result)
     of_slots = [s["slots"] for s in result["sublayers"]]
     columns = max(result["n"], 9)
@@ -104,7 +104,7 @@ def slots_figure(result: dict[str, Any]) -> Figure:
 
 
 def routing_figure(result: dict[str, Any]) -> Figure:
-    """Static and dynamic part of the routing matrices of each sublayer."""
+    """Draw the static and the dynamic part of the routing matrices of each sublayer."""
     names, x = _names(result), np.arange(len(result["sublayers"]))
     figure = Figure(figsize=(max(5.5, 0.3 * len(x) + 2.5), 5.6), layout="constrained")
     titles = {"read": "Read Å", "carry": "Carry Â", "write": "Write B"}
@@ -135,7 +135,7 @@ def _names(result: dict[str, Any]) -> list[str]:
 
 
 def _heat_map(figure: Figure, axes: Axes, grid: np.ndarray, rows: list[str], around_one: bool = False) -> Normalize:
-    """Cells from ``grid`` ``[rows, columns]``, empty where it is NaN; colours from 0 on, or to both sides of 1."""
+    """Draw ``grid``, ``[rows, columns]``, empty where it is NaN; colours from 0 on, or to both sides of 1."""
     low, high = float(np.nanmin(grid)), float(np.nanmax(grid)) or 1.0
     spread = float(np.nanmax(np.abs(grid - 1))) or 1.0
     norm = Normalize(1 - spread, 1 + spread) if around_one else Normalize(0, high)
@@ -152,7 +152,7 @@ def _heat_map(figure: Figure, axes: Axes, grid: np.ndarray, rows: list[str], aro
 
 
 def _write_numbers(axes: Axes, grid: np.ndarray, norm: Normalize) -> None:
-    """The value in each cell of a small heat map."""
+    """Write the value into each cell of a small heat map."""
     for (row, column), value in np.ndenumerate(grid):
         if np.isfinite(value):
             colour = "white" if norm(value) > 0.55 else INK

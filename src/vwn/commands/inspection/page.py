@@ -35,6 +35,7 @@ FRAME = (
 
 def render_page(result: dict[str, Any], figures: dict[str, str]) -> str:
     """Return the HTML text of a result and its SVG figures by name."""
+    error = f"{result['depth']['unrolled_error']:.0e}"
     title = text(f"Inside a {result['m']}×{result['n']} model")
     facts = (
         f"{_name(result['checkpoint'])} · {result['connection']} · {result['tokens']:,} tokens of "
@@ -51,7 +52,7 @@ def render_page(result: dict[str, Any], figures: dict[str, str]) -> str:
             f'<header><h1>{title}</h1>\n<p class="facts">{text(facts)}</p></header>',
             *[_section(name, svg) for name, svg in figures.items()],
             f'<p class="note">{_saturation(result)}</p>',
-            f'<p class="note">The unrolled sum of eq. 17 gives the final state to {_error(result)} relative. '
+            f'<p class="note">The unrolled sum of eq. 17 gives the final state to {error} relative. '
             "The numbers are in inspect.json.</p>\n</main>\n</body>\n</html>\n",
         ]
     )
@@ -83,7 +84,3 @@ def _saturation(result: dict[str, Any]) -> str:
     if share == 0:
         return "No tanh is saturated (|tanh| above 0.99) on any token."
     return text(f"Most saturated (|tanh| above 0.99) is the {name} of {sublayer}: {100 * share:.2g} % of its entries.")
-
-
-def _error(result: dict[str, Any]) -> str:
-    return f"{result['depth']['unrolled_error']:.0e}"

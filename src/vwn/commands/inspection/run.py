@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import AutoConfig
 
+from vwn.commands.evaluation.text import load_text
 from vwn.commands.inspection.config import InspectConfig
-from vwn.commands.inspection.loading import load_tokens, refuse_plain
+from vwn.commands.inspection.figures import write_figures
+from vwn.commands.inspection.page import render_page
 from vwn.common.errors import UserError
+from vwn.common.files import write_json
+from vwn.data import load_checkpoint_tokenizer
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.hf.loading import load_model
 from vwn.hf.measures import DepthMap, SublayerStatistics, Unrolled, split, static_routing, tanh_scales
 from vwn.hf.recording import record, sublayer_names
 from vwn.nn.connection import Connection
-from vwn.training.directory import locate
+from vwn.training.directory import locate, run_record
 
 BATCH_BYTES = 1 << 28
+DEFAULT_WINDOW = 512
 
 
 def inspect_checkpoint(config: InspectConfig) -> dict[str, Any]:
@@ -26,10 +35,6 @@ def inspect_checkpoint(config: InspectConfig) -> dict[str, Any]:
     Raises:
         UserError: no checkpoint, a plain model, no text, or something in the way at ``config.out``.
     """
-    from vwn.commands.inspection.figures import write_figures
-    from vwn.commands.inspection.page import render_page
-    from vwn.training.directory import write_json
-
     config.check()
     source = locate(config.checkpoint)
     refuse_plain(source)
@@ -46,11 +51,39 @@ def inspect_checkpoint(config: InspectConfig) -> dict[str, Any]:
     return result
 
 
-def measure(model: VirtualWidthForCausalLM, ids: Tensor, batch_bytes: int = BATCH_BYTES) -> dict[str, Any]:
-    """Measure the connections of a model on tokens ``[windows, window]``.
+def refuse_plain(source: Path | str) -> None:
+    """Refuse a model without an over-width state."""
+    config = AutoConfig.from_pretrained(source)
+    if getattr(config, "connection", "residual") == "residual":
+        raise UserError(
+            f"{source} is a plain model ({config.model_type}): its residual connections have no routing to "
+            "inspect; give a checkpoint with a virtual width"
+        )
 
-    Args:
-        batch_bytes: memory for the paths and outputs of one batch, which holds at least one window.
+
+def load_tokens(
+    source: Path | str, data: str | None, tokens: int, positions: int | None, tokenizer: str | None = None
+) -> tuple[Tensor, str]:
+    """Return windows ``[windows, window]`` of a text, spread evenly over it, and the text's name.
+
+    ``data`` and ``tokenizer`` are as in :func:`vwn.commands.evaluation.text.load_text`; ``positions`` is the longest
+    window that the model knows, ``None`` for any. The window is the run's.
+
+    Raises:
+        UserError: no text, or one of fewer than two tokens, or no longer the text of the run.
+    """
+    record = run_record(source)
+    text = load_text(source, data, record, load_checkpoint_tokenizer(source, tokenizer) if data else None)
+    window = record.get("config", {}).get("corpus.window", DEFAULT_WINDOW)
+    window = min(window, positions or window, tokens, len(text.tokens))
+    windows = text.tokens[: len(text.tokens) // window * window].reshape(-1, window)
+    count = min(len(windows), max(1, tokens // window))
+    chosen = windows[[i * len(windows) // count for i in range(count)]]
+    return torch.from_numpy(chosen.astype(np.int64)), text.name
+
+
+def measure(model: VirtualWidthForCausalLM, ids: Tensor, batch_bytes: int = BATCH_BYTES) -> dict[str, Any]:
+    """Measure the connections of a model on tokens ``[windows, window]``, in batches of about ``batch_bytes``.
 
     Returns:
         ``depth``, see :meth:`DepthMap.result`, ``sublayers``, each as :meth:`SublayerStatistics.result` with its

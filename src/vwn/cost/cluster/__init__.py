@@ -1,4 +1,1 @@
-"""Planning a training run on paper: what fits on a cluster, what is sent, how long a step takes (``docs/scale.md``).
-
-:func:`vwn.cost.cluster.plan.plans` is the whole of it; ``vwn cost --cluster`` shows it.
-"""
+"""What training on many GPUs needs: a GPU's memory and the bytes it sends. ``vwn cost --cluster`` shows it."""

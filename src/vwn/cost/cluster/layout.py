@@ -1,93 +1,78 @@
-"""Layouts of a model on a cluster: degrees of FSDP, replication, tensor and pipeline parallelism."""
+"""Clusters, and layouts of a model on them: degrees of FSDP, replication and tensor parallelism."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from itertools import pairwise
 
 from vwn.common.errors import UserError
-from vwn.cost.cluster.hardware import Cluster
 from vwn.cost.cluster.options import PlanOptions
 from vwn.cost.cluster.shape import ModelShape
+
+GPUS = {"a100": 80, "h100": 80, "h200": 141, "b200": 180, "mi300x": 192}
+"""Memory by kind of GPU, in 10^9 bytes, from the vendors' data sheets."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Equal nodes of equal GPUs."""
+
+    name: str
+    memory_gb: float
+    """Memory of a GPU, in 10^9 bytes."""
+    per_node: int
+    """GPUs in a node."""
+    nodes: int
+
+    @property
+    def gpus(self) -> int:
+        """Number of GPUs in all nodes."""
+        return self.per_node * self.nodes
+
+
+def parse_cluster(text: str) -> Cluster:
+    """Read a cluster from ``KIND:GPUSxNODES``, where the kind is one of :data:`GPUS` or a memory such as ``24gb``.
+
+    Raises:
+        UserError: another form, or a kind that is not known.
+    """
+    found = re.fullmatch(r"(\w+):([1-9]\d*)x([1-9]\d*)", text)
+    if not found:
+        raise UserError(f"--cluster is KIND:GPUSxNODES, such as h100:8x16 for 16 nodes of 8; got {text!r}")
+    kind, per_node, nodes = found[1], int(found[2]), int(found[3])
+    own = re.fullmatch(r"([1-9]\d*)gb", kind)
+    if not own and kind not in GPUS:
+        raise UserError(f"the GPU {kind!r} is not known ({', '.join(GPUS)}); give its memory, as in 24gb:8x2")
+    return Cluster(kind, int(own[1]) if own else GPUS[kind], per_node, nodes)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of parallelism, in torchtitan's order of ranks: neighbours share a tensor-parallel group, then an FSDP
-    group, then are replicas (HSDP); pipeline stages are the farthest apart."""
+    """Degrees of parallelism; tensor parallelism stays inside a node."""
 
     tp: int
     """Ranks that share every matrix, and the sequence of the over-width state."""
     fsdp: int
     """Ranks that share one copy of the parameters, each with its own data."""
     replicas: int
-    """Copies of the parameters."""
-    pp: int
-    """Pipeline stages."""
-    micro_batches: int
-    """Micro-batches of a step, one after the other."""
-
-    def stage_layers(self, layers: int) -> list[range]:
-        """The layers of each stage; the first stages take what does not divide, for the last has the unembedding."""
-        each, more = divmod(layers, self.pp)
-        starts = [stage * each + min(stage, more) for stage in range(self.pp + 1)]
-        return [range(a, b) for a, b in pairwise(starts)]
-
-    @property
-    def bubble(self) -> float:
-        """Share of the step in which a stage waits (1F1B)."""
-        return (self.pp - 1) / (self.micro_batches + self.pp - 1)
+    """Copies of the parameters (HSDP)."""
 
 
-def make_layout(shape: ModelShape, cluster: Cluster, options: PlanOptions, tp: int, fsdp: int, pp: int) -> Layout:
-    """Return the layout with these degrees.
+def make_layout(shape: ModelShape, cluster: Cluster, options: PlanOptions) -> Layout:
+    """Return the layout with the degrees asked for.
 
     Raises:
-        UserError: they do not fit the cluster, the model or the batch.
+        UserError: they do not fit the cluster or the model.
     """
-    heads, kv_heads = shape.heads
+    tp, (heads, kv_heads) = options.tp, shape.heads
     if kv_heads % tp or heads % tp:
         raise UserError(f"--tp {tp} does not divide the {kv_heads} key-value heads; take a divisor of {kv_heads}")
     if shape.window % tp:
         raise UserError(f"--tp {tp} does not divide the window of {shape.window}; it splits the sequence, so it must")
-    if pp > len(shape.layers):
-        raise UserError(f"--pp {pp} is more than the model's {len(shape.layers)} layers; lower it")
-    if pp > 1 and shape.mtp:
-        raise UserError(f"--pp {pp} does not go with MTP modules in the engine (torchtitan); take --pp 1 or --mtp 0")
-    if cluster.gpus % (tp * fsdp * pp):
-        raise UserError(
-            f"--tp {tp} × --fsdp {fsdp} × --pp {pp} = {tp * fsdp * pp} does not divide the {cluster.gpus} GPUs"
-        )
-    replicas = cluster.gpus // (tp * fsdp * pp)
-    at_once = fsdp * replicas * options.micro_batch * shape.window
-    if options.batch_tokens % at_once:
-        raise UserError(
-            f"--batch-tokens {options.batch_tokens} is no multiple of the {at_once:,} tokens that {fsdp * replicas} "
-            f"data-parallel ranks take at once ({options.micro_batch} × {shape.window} each); change one of them"
-        )
-    return Layout(tp, fsdp, replicas, pp, options.batch_tokens // at_once)
-
-
-def layouts(shape: ModelShape, cluster: Cluster, options: PlanOptions) -> list[Layout]:
-    """All layouts with the degrees asked for; those left open are tried, tensor parallelism inside a node only.
-
-    Raises:
-        UserError: there is none, with the reason of the one asked for or of the simplest.
-    """
-    found, reason = [], None
-    for tp in [options.tp] if options.tp else _divisors(cluster.per_node):
-        for pp in [options.pp] if options.pp else _divisors(cluster.gpus):
-            rest = max(1, cluster.gpus // (tp * pp))
-            for fsdp in [options.fsdp] if options.fsdp else reversed(_divisors(rest)):
-                try:
-                    found.append(make_layout(shape, cluster, options, tp, fsdp, pp))
-                except UserError as error:
-                    reason = reason or error
-    if not found:
-        assert reason is not None  # every list of divisors has a 1
-        raise reason
-    return found
-
-
-def _divisors(number: int) -> list[int]:
-    return [k for k in range(1, number + 1) if number % k == 0]
+    if cluster.per_node % tp:
+        raise UserError(f"--tp {tp} does not divide the {cluster.per_node} GPUs of a node, whose fast links it needs")
+    ranks = cluster.gpus // tp
+    fsdp = options.fsdp or ranks
+    if ranks % fsdp:
+        raise UserError(f"--tp {tp} × --fsdp {fsdp} = {tp * fsdp} does not divide the {cluster.gpus} GPUs")
+    return Layout(tp, fsdp, ranks // fsdp)

@@ -1,74 +1,23 @@
-"""Plans: the memory a model needs on a layout, whether it fits, what to change if not, the time of a step."""
+"""Plans: the memory a model needs on a cluster, whether it fits, what to change if not, and what is sent."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
-from vwn.cost.cluster.hardware import Cluster
-from vwn.cost.cluster.layout import Layout, layouts
-from vwn.cost.cluster.memory import Memory, memory
+from vwn.cost.cluster.layout import Cluster, Layout, make_layout
+from vwn.cost.cluster.memory import Memory, Traffic, memory, traffic
 from vwn.cost.cluster.options import PlanOptions
 from vwn.cost.cluster.shape import ModelShape, model_shape
-from vwn.cost.cluster.timing import StepTime, Traffic, step_time, traffic
+from vwn.cost.table import align, count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-
-@dataclass(frozen=True)
-class Plan:
-    """The memory, traffic and time of one model on one layout of a cluster."""
-
-    shape: ModelShape
-    cluster: Cluster
-    options: PlanOptions
-    layout: Layout
-    memory: Memory
-    traffic: Traffic
-    time: StepTime
-
-    @property
-    def usable(self) -> float:
-        """Bytes of a GPU that the run may use."""
-        return self.cluster.gpu.memory_gb * 1e9 * self.options.usable_memory
-
-    @property
-    def fits(self) -> bool:
-        """Whether the run fits in the usable memory."""
-        return self.memory.total <= self.usable
-
-    @property
-    def tokens_per_gpu(self) -> float:
-        """Tokens per second and GPU."""
-        return self.options.batch_tokens / self.time.step / self.cluster.gpus
-
-    @property
-    def mfu(self) -> float:
-        """Model FLOPs, without what runs again, over what the GPUs could do in the time of a step."""
-        return self.tokens_per_gpu * 3 * self.shape.cost.flops.total / (self.cluster.gpu.tflops * 1e12)
-
-    @property
-    def checkpoint_bytes(self) -> float:
-        """Parameters and optimiser state."""
-        return self.shape.parameters * (self.options.bytes.store + self.options.optimizer_bytes)
-
-    @property
-    def advice(self) -> str:
-        """Why the plan does not fit and what lowers the largest part; empty where it fits."""
-        if self.fits:
-            return ""
-        m = self.memory
-        parts = {"state": m.state, "buffers": m.buffers, "activations": m.activations, "logits": m.logits}
-        largest = max(parts, key=lambda name: parts[name])
-        return (
-            f"{m.total / 1e9:.1f} GB of {self.usable / 1e9:.1f} usable, most for {largest} ({parts[largest] / 1e9:.1f} "
-            f"GB, {_MOMENTS[m.moment]}); lower it by {_REMEDIES[largest]}"
-        )
-
-
-_MOMENTS = {"loss": "at the loss", "layer": "in a layer's backward", "table": "at the table's gradient"}
+USABLE = 0.92
+"""Share of a GPU's memory for the run; the rest is for the driver, communication and fragmentation."""
 _REMEDIES = {
     "state": "a larger --fsdp, or more GPUs",
     "buffers": "a larger --tp, or embedding=factorised for a wide table",
@@ -77,33 +26,103 @@ _REMEDIES = {
 }
 
 
-def make_plan(shape: ModelShape, cluster: Cluster, options: PlanOptions, layout: Layout) -> Plan:
-    """Plan one model on one layout."""
-    sent = traffic(shape, layout, options)
-    time = step_time(shape, layout, cluster, options, sent)
-    return Plan(shape, cluster, options, layout, memory(shape, layout, options), sent, time)
+@dataclass(frozen=True)
+class Plan:
+    """The memory and traffic of one model on a cluster."""
+
+    shape: ModelShape
+    cluster: Cluster
+    options: PlanOptions
+    layout: Layout
+    memory: Memory
+    traffic: Traffic
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a GPU that the run may use."""
+        return self.cluster.memory_gb * 1e9 * USABLE
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run fits in the usable memory."""
+        return self.memory.total <= self.usable
+
+    @property
+    def advice(self) -> str:
+        """Why the plan does not fit and what lowers the largest part; empty where it fits."""
+        if self.fits:
+            return ""
+        m = self.memory
+        largest = max(_REMEDIES, key=lambda name: getattr(m, name))
+        return (
+            f"{m.total / 1e9:.1f} GB of {self.usable / 1e9:.1f} usable, most for {largest} "
+            f"({getattr(m, largest) / 1e9:.1f} GB); lower it by {_REMEDIES[largest]}"
+        )
 
 
-def plans(configs: Mapping[str, PreTrainedConfig], cluster: Cluster, options: PlanOptions, window: int) -> dict:
-    """Find the fastest layouts of every model; where none fits, the one that comes closest.
+def plans(
+    configs: Mapping[str, PreTrainedConfig], cluster: Cluster, options: PlanOptions, window: int
+) -> dict[str, Plan]:
+    """Plan the training of every model.
 
     Args:
         configs: name to config.
         cluster: to train on.
-        options: degrees left open are tried.
+        options: of the run.
         window: tokens of a window.
 
-    Returns:
-        name to plans, ``options.show`` at most.
-
     Raises:
-        UserError: options out of range, a model whose cost is not known, no layout.
+        UserError: options out of range or that do not fit the cluster, or a model whose cost is not known.
     """
     options.check()
     found = {}
     for name, config in configs.items():
         shape = model_shape(config, window)
-        made = [make_plan(shape, cluster, options, layout) for layout in layouts(shape, cluster, options)]
-        fitting = sorted((p for p in made if p.fits), key=lambda p: p.time.step)
-        found[name] = fitting[: options.show] or [min(made, key=lambda p: p.memory.total)]
+        layout = make_layout(shape, cluster, options)
+        sizes = memory(shape, layout, options), traffic(shape, layout, options)
+        found[name] = Plan(shape, cluster, options, layout, *sizes)
     return found
+
+
+def plan_rows(found: Mapping[str, Plan]) -> list[dict[str, Any]]:
+    """Return plain numbers, in bytes, one dict for each plan."""
+    return [
+        {
+            "name": name,
+            "parameters": plan.shape.parameters,
+            "r": plan.shape.ratio,
+            "layout": asdict(plan.layout),
+            "memory": asdict(plan.memory) | {"total": plan.memory.total, "usable": plan.usable},
+            "fits": plan.fits,
+            "advice": plan.advice or None,
+            "sent": asdict(plan.traffic),
+        }
+        for name, plan in found.items()
+    ]
+
+
+def plan_text(found: Mapping[str, Plan]) -> str:
+    """Return what ``vwn cost --cluster`` prints, at most 110 columns wide."""
+    rows, notes = [["GB per GPU", "params", *_REMEDIES, "total", "fits", "sent: fsdp", "copies", "tp"]], []
+    for name, plan in found.items():
+        memory = [_gb(getattr(plan.memory, part)) for part in (*_REMEDIES, "total")]
+        sent = map(_gb, asdict(plan.traffic).values())
+        rows.append([name, count(plan.shape.parameters), *memory, "yes" if plan.fits else "NO", *sent])
+        if not plan.fits:
+            notes += textwrap.wrap(f"{name}: does not fit: {plan.advice}", 110, subsequent_indent="  ")
+    c, o, x = plan.cluster, plan.options, plan.layout
+    heading = [
+        f"{c.gpus} GPUs {c.name}, {c.nodes} nodes of {c.per_node}, {c.memory_gb:g} GB each: tensor parallel {x.tp}, "
+        f"FSDP {x.fsdp}, copies {x.replicas}",
+        f"windows of {plan.shape.window}, {o.micro_batch} at once; {o.precision}, checkpointing {o.checkpointing}, "
+        f"{'fused loss' if o.fused_loss else 'logits in memory'}",
+    ]
+    legend = [
+        "state: parameters, gradients, AdamW. buffers: gathered parameters, whole gradients.",
+        f"fits: in {USABLE:.0%} of memory. sent: by a GPU for each micro-batch; experts evenly, no expert parallelism.",
+    ]
+    return "\n".join([*heading, "", *align(rows), *([""] if notes else []), *notes, "", *legend])
+
+
+def _gb(value: float) -> str:
+    return f"{value / 1e9:.2f}"

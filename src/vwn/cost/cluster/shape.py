@@ -1,20 +1,25 @@
-"""Shape of a model, for plans: parameters by place, widths of saved activations, FLOPs by part."""
+"""Shape of a model, for plans: parameters by place, and widths of saved activations."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from vwn.common.errors import UserError
-from vwn.cost.model import ModelCost, cost_of_model, count, expert_shares
+from vwn.cost.model import cost_of_model, count, expert_shares
 from vwn.nn.geometry import Geometry
 from vwn.nn.ngram import NgramEmbedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+_UNKNOWN = (
+    "training of {} cannot be planned: its layers are not laid out as those of Llama, Qwen3, Mixtral or Qwen3-MoE. "
+    "Without --cluster its cost is shown"
+)
 
 
 @dataclass(frozen=True)
@@ -25,9 +30,6 @@ class Weights:
     """Matrices and tables, which tensor parallelism divides."""
     whole: int = 0
     """Norms, routers, connections and linears at the wide ends, which every tensor-parallel rank has."""
-
-    def __add__(self, other: Weights) -> Weights:
-        return Weights(self.split + other.split, self.whole + other.whole)
 
     def on_rank(self, tp: int) -> float:
         """Return the number on one tensor-parallel rank."""
@@ -51,8 +53,12 @@ class LayerShape:
 class ModelShape:
     """A causal language model, for plans."""
 
-    cost: ModelCost
-    """FLOPs per token and the cost of a connection."""
+    parameters: int
+    """Number of parameters, tied ones once."""
+    window: int
+    """Tokens of a window."""
+    widened: bool
+    """Whether it has connections; if not, a sublayer's output is not kept."""
     geometry: Geometry
     """``(D, m, n)``; ``(D, 1, 1)`` of a plain model, whose state is ``D`` wide."""
     layers: tuple[LayerShape, ...]
@@ -64,30 +70,19 @@ class ModelShape:
     """Whether the table's rows are as wide as the state, so that vocabulary-parallel ranks add up wide rows."""
     tail: Weights
     """Reduce, final norm and unembedding."""
-    tied: bool
     vocab_size: int
     heads: tuple[int, int]
     """Attention's query heads and key-value heads."""
-
-    @property
-    def widened(self) -> bool:
-        """Whether it has connections; if not, a sublayer's output is not kept."""
-        return self.cost.connection is not None
 
     @property
     def ratio(self) -> float:
         """Virtual width factor ``r``."""
         return self.geometry.ratio
 
-    @property
-    def window(self) -> int:
-        """Tokens of a window."""
-        return self.cost.sequence_length
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters, tied ones once."""
-        return self.cost.parameters
+    def on_rank(self, tp: int) -> float:
+        """Return the number of parameters on one tensor-parallel rank."""
+        groups = [self.table, *(x.weights for x in (*self.layers, *self.mtp)), self.tail]
+        return sum(w.on_rank(tp) for w in groups)
 
 
 def model_shape(config: PreTrainedConfig, window: int) -> ModelShape:
@@ -101,29 +96,26 @@ def model_shape(config: PreTrainedConfig, window: int) -> ModelShape:
         UserError: another kind of model, or as :func:`vwn.cost.model_cost`.
     """
     model, counted = count(config, window)
-    cost = cost_of_model(model, counted, window)
+    cost = cost_of_model(model, counted)
     base, text = model.base_model, model.config.get_text_config()
     if not all(hasattr(base, name) for name in ("layers", "embed_tokens")):
-        raise UserError(_unknown(model, "it has no layers and embed_tokens"))
+        raise UserError(_UNKNOWN.format(type(model).__name__))
     experts = expert_shares(model, counted)
     predictors = list(getattr(base, "mtp", ()))
     inner = {id(p) for part in (base.embed_tokens, base.layers, *predictors) for p in part.parameters()}
     tail = [module for module in model.modules() if any(id(p) not in inner for p in module.parameters(recurse=False))]
     geometry = cost.connection.geometry if cost.connection else Geometry(text.hidden_size, 1, 1)
 
-    def layer(module: nn.Module) -> LayerShape:
-        attention, hidden, routed = _saved_widths(model, module, experts, geometry.hidden_size)
-        return LayerShape(_weights([module], experts), attention, hidden, routed)
-
     return ModelShape(
-        cost=cost,
+        parameters=cost.parameters,
+        window=window,
+        widened=cost.connection is not None,
         geometry=geometry,
-        layers=tuple(map(layer, base.layers)),
-        mtp=tuple(map(layer, predictors)),
+        layers=tuple(_layer(model, layer, experts) for layer in base.layers),
+        mtp=tuple(_layer(model, predictor, experts) for predictor in predictors),
         table=_weights([base.embed_tokens], experts),
         direct=getattr(base.embed_tokens, "form", "direct") == "direct",
         tail=_weights(tail, experts, inner),
-        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         vocab_size=text.vocab_size,
         heads=(text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
     )
@@ -144,10 +136,8 @@ def _weights(modules: Iterable[nn.Module], experts: Container[nn.Module], withou
     return Weights(split, whole)
 
 
-def _saved_widths(
-    model: nn.Module, layer: nn.Module, experts: Mapping[nn.Module, float], width: int
-) -> tuple[int, int, int]:
-    """Return ``attention``, ``hidden`` and ``routed`` of :class:`LayerShape`."""
+def _layer(model: Any, layer: nn.Module, experts: Mapping[nn.Module, float]) -> LayerShape:
+    width = model.config.get_text_config().hidden_size
     attention = hidden = routed = 0
     inside: set[nn.Module] = set()
     for module in layer.modules():
@@ -163,12 +153,5 @@ def _saved_widths(
         elif isinstance(module, nn.Linear) and module not in inside and module.in_features == width:
             hidden += module.out_features
     if not attention:
-        raise UserError(_unknown(model, "one of its layers has no attention with q_proj and o_proj"))
-    return attention, hidden, routed
-
-
-def _unknown(model: nn.Module, why: str) -> str:
-    return (
-        f"training of {type(model).__name__} cannot be planned: {why}; known are decoders such as Llama, Qwen3, "
-        "Mixtral and Qwen3-MoE. Without --cluster its cost is shown"
-    )
+        raise UserError(_UNKNOWN.format(type(model).__name__))
+    return LayerShape(_weights([layer], experts), attention, hidden, routed)

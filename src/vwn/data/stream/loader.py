@@ -101,13 +101,11 @@ def prepare_stream(
     Args:
         sources: each a file, a folder, a pattern (`shards/*.parquet`) or a hub id, with `=WEIGHT` behind it for its
             share of the tokens.
-        valid: validation text, prepared as `prepare` does.
+        valid, window, control_tokens: as in `prepare`.
         tokenizer: `bytes`, a folder or a hub id.
-        window: tokens per window.
         batch_size: windows per optimiser step, of all processes together.
         seed: of the order of the file ranges and of the mixture.
         skip_bad_rows: how many rows that cannot be read each process leaves out and logs; at the next one it stops.
-        control_tokens: give control tokens that are written in the text their ids, as `prepare` does.
 
     Raises:
         UserError: a source that is missing, unreadable or empty; no `valid`; a tokeniser that is yet to be trained.

@@ -19,12 +19,12 @@ Encode = Callable[[str], list[int]]
 
 
 def reader_count(batch: int) -> int:
-    """The smallest multiple of the global batch (in windows) that is at least 16."""
+    """Return the smallest multiple of the global batch (in windows) that is at least 16."""
     return batch * -(-_LEAST // batch)
 
 
 def reader_of(step: int, slot: int, batch: int) -> int:
-    """The reader that fills a slot of a step's global batch."""
+    """Return the reader that fills a slot of a step's global batch."""
     return step % (reader_count(batch) // batch) * batch + slot
 
 
@@ -58,7 +58,7 @@ class Reader:
         return (*self._at, self._taken)
 
     def take(self, count: int) -> np.ndarray:
-        """The next tokens, `[count]`."""
+        """Return the next tokens, `[count]`."""
         taken = np.empty(count, dtype=np.int64)
         filled = 0
         while filled < count:
@@ -73,7 +73,7 @@ class Reader:
         return taken
 
     def _read(self, count: int, offset: int, first: int) -> Iterator[tuple[tuple[int, int, int], np.ndarray]]:
-        """Chunks as tokens, each with its place."""
+        """Yield chunks as tokens, each with its place."""
         while True:
             part = self._source.range_at(self._index + count * self._readers, self._seed)
             for chunk in self._source.read(part, offset, self._on_bad_row):
@@ -82,7 +82,7 @@ class Reader:
             count, offset, first = count + 1, 0, 0
 
     def _encoded(self, chunk: Chunk, part: FileRange) -> list[int]:
-        """The chunk's tokens, with the end of text if it ends a document; none if it is left out."""
+        """Return the chunk's tokens, with the end of text if it ends a document; none if it is left out."""
         try:
             ids = self._encode(chunk.text)
         except UserError as error:

@@ -64,7 +64,7 @@ class StreamedSource:
         return self.ranges[self._passes[seed, number][place]]
 
     def read(self, part: FileRange, offset: int, on_bad_row: OnBadRow | None = None) -> Iterator[Chunk]:
-        """The range's documents from `offset` on, as `read_range` gives them."""
+        """Yield the range's documents from `offset` on, as `read_range` gives them."""
         return (read_range if self.hub is None else self.hub.read)(part, offset, on_bad_row)
 
 
@@ -170,7 +170,7 @@ class HubRows:
     column: str
 
     def read(self, part: FileRange, offset: int, on_bad_row: OnBadRow | None = None) -> Iterator[Chunk]:
-        """The shard's rows; those before `offset` are fetched again but not looked at."""
+        """Yield the shard's rows; those before `offset` are fetched again but not looked at."""
         shard = self.rows.shard(num_shards=self.rows.num_shards, index=part.start, contiguous=True)
         for row, values in enumerate(shard.skip(offset) if offset else shard, offset):
             if part.owns(row):

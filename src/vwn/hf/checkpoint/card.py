@@ -26,15 +26,7 @@ PLAIN = "A causal language model of transformers with its own residual connectio
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """Facts about a training run for the card.
-
-    Args:
-        data: name of the text.
-        tokens: seen in training.
-        losses: validation losses in nats per token, by name.
-        command: that repeats the run.
-        versions: of packages, by name.
-    """
+    """Facts about a training run for the card; losses are of validation, in nats per token, by name."""
 
     data: str
     tokens: int

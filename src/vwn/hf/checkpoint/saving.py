@@ -16,6 +16,7 @@ from vwn.common.errors import UserError
 from vwn.hf.checkpoint.card import TrainingFacts, model_card
 from vwn.hf.configuration import NOT_PLAIN
 from vwn.nn.connection import Connection
+from vwn.nn.initialisation import OLD_NAMES
 
 SHIM = Path(__file__).with_name("shim.py")
 SHIM_MODULE = "modeling_virtual_width"
@@ -133,14 +134,19 @@ class SavingMixin:
                 ignore_mismatched_sizes=True,  # they are looked at below, with the missing ones
                 output_loading_info=True,
                 use_safetensors=True,
+                key_mapping=OLD_NAMES | (kwargs.pop("key_mapping", None) or {}),
                 **kwargs,
             )
         except SafetensorError as error:
             raise UserError(f"the weights in {source} are damaged ({error}); copy or download them again") from error
+        if conversions := getattr(model, "_weight_conversions", None):  # saving would bring the old names back
+            model._weight_conversions = [c for c in conversions if c.source_patterns[0] not in OLD_NAMES]
+        if info["mismatched_keys"] and source is not None:
+            _take_old_scalars(model, info, folder)
         if not ignore_mismatched_sizes:
             _check_complete(model, info, source)
         _check_sharding(model)
-        _keep_routing_weights_placed(model)
+        _free_connections(model)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -174,11 +180,7 @@ class SavingMixin:
 
 
 def check_weight_files(folder: Path, variant: str | None = None) -> None:
-    """Check that the safetensors files of a checkpoint are all there and that their headers can be read.
-
-    Raises:
-        UserError: no weights, only pickled ones, a missing shard, or a damaged file.
-    """
+    """Raise a ``UserError`` unless all safetensors files of a checkpoint are there and have readable headers."""
     whole, index = (_with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     if (folder / whole).exists():
         names: Iterable[str] = [whole]
@@ -247,30 +249,44 @@ def _check_complete(model: Any, info: dict[str, Any], source: Any) -> None:
         )
 
 
+@torch.no_grad()
+def _take_old_scalars(model: Any, info: dict[str, Any], folder: Path) -> None:
+    """Load the scales that earlier checkpoints in a local folder hold without a dimension."""
+    scalars = {name for name, stored, wanted in info["mismatched_keys"] if (*stored, 1) == tuple(wanted)}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as tensors:
+            keys = {key.removeprefix("model."): key for key in tensors.keys()}  # noqa: SIM118
+            for name in (name for name in scalars if name.removeprefix("model.") in keys):
+                model.get_parameter(name).copy_(tensors.get_tensor(keys[name.removeprefix("model.")]))
+                info["mismatched_keys"] = {key for key in info["mismatched_keys"] if key[0] != name}
+
+
 def _some(names: Iterable[str]) -> str:
     first = sorted(names)
     return ", ".join(first[:2]) + (", ..." if len(first) > 2 else "")
 
 
 def _check_sharding(model: Any) -> None:
-    """FSDP keeps each dtype in a group of its own, whose weights are there in that group's ``forward`` alone."""
-    if (getattr(model, "_fsdp_size", None) or 1) > 1 and model.dtype in (torch.float16, torch.bfloat16):
+    """Refuse FSDP's own mixed precision: it would round the routing, which is sharded in units of float32."""
+    distributed = getattr(model.config, "distributed_config", None)
+    if getattr(distributed, "fsdp_mixed_precision", False):
         raise UserError(
-            f"FSDP cannot hold a layer in {model.dtype} and its routing in float32; load with dtype=torch.float32 and "
-            "compute in lower precision by autocast"
+            "fsdp_mixed_precision = True would round the routing, which is computed in float32; leave it out, and load "
+            "with dtype=torch.bfloat16 or compute in bfloat16 by autocast"
         )
 
 
-def _keep_routing_weights_placed(model: Any) -> None:
-    """Load the routing weights that ``device_map`` offloads, for good.
+def _free_connections(model: Any) -> None:
+    """Take accelerate's hooks from the connections, and load for good what ``device_map`` offloads of them.
 
-    Offloading brings a module's weights in around its ``forward``, which a connection does not have: its layer reads
-    and writes through it. They are a small part of a layer.
+    The layer's own hook has moved the state by then. A hook on a connection would keep it from the fused ``write_read``
+    and from ``keep_states_every``, and its weights are a small part of a layer.
     """
     for connection in (m for m in model.modules() if isinstance(m, Connection)):
         hook = getattr(connection, "_hf_hook", None)
-        if hook is None or not getattr(hook, "offload", False):
+        if hook is None:
             continue
+        from accelerate.hooks import remove_hook_from_module
         from accelerate.utils import set_module_tensor_to_device
 
         for name, weight in connection.state_dict(keep_vars=True).items():
@@ -278,6 +294,8 @@ def _keep_routing_weights_placed(model: Any) -> None:
                 value = hook.weights_map[name]
                 set_module_tensor_to_device(connection, name, hook.execution_device, value=value, dtype=weight.dtype)
         hook.offload = False
+        remove_hook_from_module(connection)
+        vars(connection).pop("forward", None)  # it leaves the class's own in the instance
 
 
 def _first_rank() -> bool:

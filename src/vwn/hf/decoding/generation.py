@@ -100,13 +100,6 @@ class NgramGenerationMixin(GenerationMixin):
 
 
 def ngram_inputs(known: Tensor, length: int, order: int, attention_mask: Tensor | None) -> dict[str, Tensor]:
-    """``preceding_ids`` and ``padding_mask`` for the last ``length`` of all ids so far.
-
-    Args:
-        known: ``[B, T]``.
-        length: of the chunk to embed.
-        order: ``K`` of the n-grams.
-        attention_mask: of ``known``, see :func:`vwn.nn.ngram.with_context`.
-    """
+    """Return ``preceding_ids`` and ``padding_mask`` for the last ``length`` of all ids so far, ``known`` ``[B, T]``."""
     ids = with_context(known, order, attention_mask=attention_mask)[:, -(order - 1 + length) :]
     return {"preceding_ids": ids[:, : order - 1].contiguous(), "padding_mask": ids[:, order - 1 :] != NO_TOKEN}

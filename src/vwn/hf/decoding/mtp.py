@@ -50,13 +50,7 @@ class DraftCounts:
 
 
 class MtpDrafts(CandidateGenerator):
-    """Drafts for ``GenerationMixin._assisted_decoding``, from the MTP modules and the main model's over-width states.
-
-    Args:
-        model: a ``VirtualWidthForCausalLM`` with MTP modules.
-        generation_config: of the call: its ``max_length`` and whether it samples.
-        logits_processor: of the call; drafts go through it as the main model's choices do.
-    """
+    """Drafts for ``generate`` from the MTP modules and the over-width states of the main model."""
 
     requires_model_outputs = True
     model_kwargs_overrides = {"output_over_width_state": True}
@@ -172,27 +166,20 @@ class MtpGenerationMixin(NgramGenerationMixin):
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_generation_config(*args, **kwargs)
-        config = prepared[0]
-        if config.use_mtp and self._is_stateful:
-            raise UserError(
-                f"use_mtp has to take back what the backbone's cache has seen, which one of type "
-                f"{self.config.backbone.model_type} cannot; leave use_mtp away"
-            )
-        if config.use_mtp and not self.config.num_mtp_modules:
-            raise UserError(
-                "use_mtp needs MTP modules and this model has none (num_mtp_modules = 0); train one with them, or "
-                "leave use_mtp away"
-            )
-        if config.use_mtp and config.use_cache is False:
-            raise UserError("use_mtp needs the cache; leave use_cache = False away")
-        if config.use_mtp and (config.num_beams or 1) > 1:
-            raise UserError(f"use_mtp goes with greedy decoding and sampling, not with num_beams = {config.num_beams}")
-        kind = self.config.backbone._attn_implementation
-        if config.use_mtp and config.return_dict_in_generate and config.output_attentions and kind != "eager":
-            raise UserError(
-                f"output_attentions needs attention weights, which attn_implementation {kind!r} does not give; call "
-                "set_attn_implementation('eager') first, or leave output_attentions away"
-            )
+        config, kind = prepared[0], self.config.backbone._attn_implementation
+        weights = config.return_dict_in_generate and config.output_attentions and kind != "eager"
+        refused = {
+            "has to take back what the backbone's cache has seen, which one of type "
+            f"{self.config.backbone.model_type} cannot": self._is_stateful,
+            "needs MTP modules and this model has none (num_mtp_modules = 0)": not self.config.num_mtp_modules,
+            "needs the cache, not use_cache = False": config.use_cache is False,
+            f"goes with greedy decoding and sampling, not with num_beams = {config.num_beams}": config.num_beams
+            not in (None, 1),
+            f"with output_attentions needs attention weights, which attn_implementation {kind!r} does not give; call "
+            "set_attn_implementation('eager')": weights,
+        }
+        for reason in (reason for reason, holds in refused.items() if config.use_mtp and holds):
+            raise UserError(f"use_mtp {reason}, or leave use_mtp away")
         return prepared
 
     def _get_candidate_generator(self, generation_config: GenerationConfig, **kwargs: Any) -> CandidateGenerator:

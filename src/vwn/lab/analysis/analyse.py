@@ -39,11 +39,8 @@ def add_analysis(report: dict[str, Any]) -> dict[str, Any]:
         `speedup`           1 / `tokens_fraction`
         `equal_flops`, `equal_seconds`  see `compute.at_equal_cost`
 
-    `report["summary"]` holds one object per arm, in the order of the arms:
-      `name`, `m`, `n`, `r`, `connection`, `mtp`, `embedding` (None where the run does not say), `seeds`,
-      `is_baseline`; `params`, `flops_per_token`, `learning_rate` (None if the seeds differ); `tokens_per_second`
-      and `step_seconds_median` (means), `uneven` (see `compute.is_uneven`), `peak_memory_bytes` (largest);
-      and `loss`, `loss_2` (None if not measured):
+    `report["summary"]` holds one object per arm, in the order of the arms: its geometry and options, `seeds`,
+    `is_baseline`, cost and speed (None if the seeds differ, or means), and `loss`, `loss_2` (None if not measured):
         `final`, `difference`  estimates; mean None if a seed diverged
         `verdict`              "baseline", "lower", "higher", "undecided" or "unknown", see `estimates.verdict`
         `reason`               why it is undecided or unknown, else None
@@ -54,11 +51,8 @@ def add_analysis(report: dict[str, Any]) -> dict[str, Any]:
         `gap_curve`            loss minus the baseline's over training, see `curves.mean_gap_curve`
         `equal_flops`, `equal_seconds`  see `compute.over_seeds`; None for the baseline
 
-    `report["pairwise"]`: {"loss": ..., "loss_2": ... or None}: arm -> other arm -> see `paired.difference_of`.
-    `report["scaling"]`: {"paper": {"slope", "intercept", "r2"}, "loss": ..., "loss_2": ... or None}, the fit
-      `loss = intercept + slope log2 r`, see `scaling.fit_family`.
-    `report["budgets"]`: {"loss": ..., "loss_2": ...}, see `budgets.BudgetStudy`; {} without decayed losses.
-    `report["claims"]`: a list of `claims.Claim`.
+    There are also, by loss, `pairwise` (arm -> other arm -> `paired.difference_of`), `scaling` (`scaling.fit_scaling`)
+    and `budgets` (`budgets.BudgetStudy`; {} without decayed losses); and `claims` (a list of `claims.Claim`).
     """
     report = {**report, "arms": with_judged_points(report["arms"])}
     references = baseline_by_seed(report)

@@ -19,7 +19,8 @@ from vwn.lab.analysis.compute import cost_ratio
 from vwn.lab.analysis.curves import Curve, loss_at, tokens_to_loss
 from vwn.lab.analysis.estimates import Estimate
 from vwn.lab.analysis.runs import LOSS_KEYS, Run, runs_by_arm
-from vwn.lab.analysis.scaling import fit_family, width_family
+from vwn.lab.analysis.scaling import FEWEST_WIDTHS, fit_family, width_family
+from vwn.lab.analysis.wording import bounded
 
 COSTS = ("tokens", "flops", "seconds")
 # Budgets that a law of three numbers needs.
@@ -46,6 +47,18 @@ class Measured:
     over_seeds: Estimate
     extrapolated: bool
 
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The 95 % interval over three seeds or more, the range of two; None of one, and without a mean."""
+        interval, values = self.over_seeds.interval, self.by_seed.values()
+        if interval is None:
+            return None
+        return (interval[0], interval[1]) if len(values) > 2 else (min(values), max(values))
+
+    def text(self, form: str, unit: str = "") -> str:
+        """`1.19× (1.12 to 1.26)`: the mean and its bounds, or `1.19× (one seed)`; a dash without a mean."""
+        return bounded(self.over_seeds.mean, self.bounds, form, unit)
+
 
 @dataclass(frozen=True)
 class EqualCost:
@@ -70,9 +83,9 @@ class BudgetPoint:
     equal: dict[str, EqualCost]
 
     @property
-    def speedup(self) -> Estimate:
+    def speedup(self) -> Measured:
         """The speed-up in tokens."""
-        return self.equal["tokens"].speedup.over_seeds
+        return self.equal["tokens"].speedup
 
 
 @dataclass(frozen=True)
@@ -91,9 +104,9 @@ class BudgetStudy:
     baseline: list[BaselinePoint]
     law: Law | None
     arms: dict[str, list[BudgetPoint]]
-    """By arm, without the baseline; only budgets that the arm and the baseline share a seed at."""
+    """Points of each arm but the baseline; only budgets that the arm and the baseline share a seed at."""
     widths: list[dict[str, Any]]
-    """The fit of `fit_family` to the decayed losses of each budget, with its `tokens`."""
+    """The fit of `fit_family` to the decayed losses of each budget that has three widths or more, with its `tokens`."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +190,9 @@ def _study(report: dict[str, Any], baseline: list[Run], key: str) -> BudgetStudy
     for tokens in sorted({tokens for runs in family.values() for run in runs for tokens in _budgets(run, key)}):
         cut = {name: [at_budget(run, tokens) for run in runs] for name, runs in family.items()}
         some = {name: [run for run in runs if run is not None] for name, runs in cut.items()}
-        fits.append({"tokens": tokens, **fit_family({name: runs for name, runs in some.items() if runs}, key)})
+        some = {name: runs for name, runs in some.items() if runs}
+        if len({runs[0]["r"] for runs in some.values()}) >= FEWEST_WIDTHS:
+            fits.append({"tokens": tokens, **fit_family(some, key)})
     rows = [
         BaselinePoint(
             tokens,

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from vwn.lab.analysis.curves import loss_at
 from vwn.lab.analysis.estimates import Estimate, verdict
-from vwn.lab.analysis.runs import Run, judged_points, pair_status, read_curve
+from vwn.lab.analysis.runs import Run, pair_status, read_curve
 
-# A run is uneven if a tenth of its steps took this many times the median, or its slowest quarter its fastest.
+# A run is uneven if a tenth of its steps took this many times the median.
 UNEVEN = 1.5
 
 
@@ -79,16 +77,9 @@ def over_seeds(pairs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def is_uneven(run: Run) -> bool:
-    """Whether the run's speed varied so much that it says little: by `UNEVEN` between its steps or its quarters."""
+    """Whether the run's speed varied so much that it says little."""
     median, slow = run.get("step_seconds_median"), run.get("step_seconds_p90")
-    if median and slow:
-        return slow / median > UNEVEN
-    points = [(point["tokens"], point.get("seconds")) for point in judged_points(run)]
-    if len(points) < 4 or any(seconds is None for _, seconds in points):
-        return False
-    tokens, seconds = np.array(points, dtype=np.float64).T
-    quarters = np.diff(np.interp(np.linspace(tokens[0], tokens[-1], 5), tokens, seconds))
-    return bool(quarters.max() > UNEVEN * quarters.min())
+    return bool(median and slow and slow / median > UNEVEN)
 
 
 def _quotient(value: float | None, reference: float | None) -> float | None:

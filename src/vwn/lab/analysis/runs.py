@@ -19,13 +19,14 @@ def judged_points(run: Run) -> list[dict[str, Any]]:
 
 
 def with_judged_points(runs: list[Run]) -> list[Run]:
-    """`runs`, where all have decayed losses at budgets that they share, with these as `judged`."""
-    budgets = [{point["tokens"] for point in run.get("decayed") or []} for run in runs]
+    """`runs` with their decayed losses at the budgets that all share as `judged`; one that diverged first has none."""
+    budgets = [{point["tokens"] for point in run["decayed"]} for run in runs if run.get("decayed")]
     shared = set.intersection(*budgets) if budgets else set()
     clean = [{field: value for field, value in run.items() if field != "judged"} for run in runs]
-    if not shared:
+    if any(not run.get("decayed") and read_curve(run, "loss").final_loss is not None for run in clean):
         return clean
-    return [{**run, "judged": [point for point in run["decayed"] if point["tokens"] in shared]} for run in clean]
+    judged = [[point for point in run.get("decayed") or [] if point["tokens"] in shared] for run in clean]
+    return [{**run, "judged": points} if points else run for run, points in zip(clean, judged, strict=True)]
 
 
 def read_curve(run: Run | None, key: str) -> Curve:

@@ -8,12 +8,12 @@ from typing import Any
 
 from vwn.common.errors import UserError
 from vwn.lab.analysis import wording
-from vwn.lab.analysis.budgets import BudgetPoint, BudgetStudy
+from vwn.lab.analysis.budgets import BudgetPoint, BudgetStudy, Measured
 from vwn.lab.analysis.compute import is_uneven
 from vwn.lab.analysis.estimates import Estimate
 from vwn.lab.analysis.paired import with_pairs
 from vwn.lab.analysis.runs import LOSS_KEYS, baseline_by_seed, judged_points, runs_by_arm, with_judged_points
-from vwn.lab.analysis.wording import LOSS_NAMES, PERCENT, PLUS_MINUS
+from vwn.lab.analysis.wording import LOSS_NAMES, PERCENT, PLUS_MINUS, budget
 
 Summary = dict[str, Any]
 
@@ -57,15 +57,18 @@ def headline(report: dict[str, Any]) -> str:
 
 
 def read_recorded(path: Path) -> dict[str, Any]:
-    """What `report["recorded"]` holds, from the report.json of an earlier comparison: see `recorded_runs`.
+    """What `report["recorded"]` holds, from an earlier comparison's folder or report.json: see `recorded_runs`.
 
     Raises:
         UserError: the file cannot be read or holds no report.
     """
+    path = path / "report.json" if path.is_dir() else path
     try:
         return recorded_runs(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} holds no recorded comparison ({error!r}); give a report.json") from error
+        raise UserError(
+            f"--recorded: {path} holds no comparison ({error!r}); give a folder with a report.json"
+        ) from error
 
 
 def recorded_runs(report: dict[str, Any]) -> dict[str, Any]:
@@ -104,29 +107,54 @@ def recorded_sentence(report: dict[str, Any]) -> str:
 
 
 def budget_sentence(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> str:
-    """What the widest arm gained at its largest budget, and at its first; empty without decayed losses."""
-    width = {arm["name"]: (arm["r"], -place) for place, arm in enumerate(report["summary"])}
-    names = {name for study in studies.values() for name in study.arms}
-    if not names:
+    """How many times the tokens the baseline needs at the last budget and at the first; empty without budgets.
+
+    It is about the widest arm that has a speed-up in every loss, else in the first.
+    """
+    if not any(study.arms for study in studies.values()):
         return ""
-    name, baseline = max(names, key=lambda arm: width[arm]), report.get("baseline")
-    found = {
-        LOSS_NAMES[key]: {point.tokens: point for point in study.arms.get(name, []) if point.speedup.mean is not None}
-        for key, study in studies.items()
-    }
-    points = {loss: known for loss, known in found.items() if known}
-    if not points:
-        return f"{name} has no speed-up over {baseline} at any budget."
-    budgets = sorted(set.intersection(*map(set, points.values())))
-    if not budgets:
-        loss, known = next(iter(points.items()))
-        points, budgets = {loss: known}, sorted(known)
-    first, last = budgets[0], budgets[-1]
-    factors = [f"{_speedup(known[last])} the tokens for {name}’s {loss}" for loss, known in points.items()]
-    start = wording.listed(_speedup(known[first]) for known in points.values())
-    before = f" (at {wording.scaled(first)}: {start})" if first != last else ""
-    seeds = wording.seeds_text(next(iter(points.values()))[last].speedup.n)
-    return f"At {wording.scaled(last)} tokens {baseline} needs {wording.listed(factors)}{before}, over {seeds}."
+    for some in (studies, dict(list(studies.items())[:1])):
+        name, known = _widest(report, some)
+        budgets = sorted(set.intersection(*map(set, known.values()))) if known else []
+        if budgets:
+            break
+    else:
+        return f"No arm has a speed-up over {report.get('baseline')} at any budget."
+
+    def at(tokens: int) -> tuple[str, list[str]]:
+        points = [found[tokens].speedup for found in known.values()]
+        return f"at {budget(tokens)} tokens ({wording.seeds_text(points[0].over_seeds.n)})", [*map(_factor, points)]
+
+    (end, factors), (start, before) = at(budgets[-1]), at(budgets[0])
+    clauses = [f"{factor} for the same {LOSS_NAMES[key]}" for key, factor in zip(known, factors, strict=True)]
+    earlier = f"; {start} {wording.listed(before)}" if len(budgets) > 1 else ""
+    return f"{report.get('baseline')} needs more tokens than {name}, {end} {wording.listed(clauses)}{earlier}."
+
+
+def budget_growth(report: dict[str, Any], study: BudgetStudy, key: str) -> str:
+    """The sentence under the figure of the speed-up: how it changed from the first budget to the last."""
+    name, known = _widest(report, {key: study})
+    points = [known[key][tokens].speedup.over_seeds.mean or 0.0 for tokens in sorted(known[key])] if known else []
+    if len(points) < 2:
+        return ""
+    word = "grows" if points[-1] > points[0] else "does not grow"
+    first, last = min(known[key]), max(known[key])
+    return (
+        f"The speed-up of {name} {word} with the budget: {points[0]:.2f}× at {budget(first)} tokens, "
+        f"{points[-1]:.2f}× at {budget(last)}."
+    )
+
+
+def _widest(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> tuple[str, dict[str, dict[int, BudgetPoint]]]:
+    """The widest arm with a speed-up in each loss, and its points that have one, by loss and tokens."""
+    for arm in sorted(report["summary"], key=lambda arm: -arm["r"]):
+        known = {
+            key: {p.tokens: p for p in study.arms.get(arm["name"], []) if p.speedup.over_seeds.mean is not None}
+            for key, study in studies.items()
+        }
+        if all(known.values()):
+            return arm["name"], known
+    return "", {}
 
 
 def budget_explanation(report: dict[str, Any], study: BudgetStudy) -> str:
@@ -136,8 +164,8 @@ def budget_explanation(report: dict[str, Any], study: BudgetStudy) -> str:
         return ""
     return (
         f"The speed-up is about exp(gap ÷ slope): a gap saves more tokens where {report.get('baseline')}’s decayed "
-        f"loss falls by {last.slope:.3f} nats per e-fold of tokens ({wording.scaled(last.tokens)}) than where it falls "
-        f"by {first.slope:.3f} ({wording.scaled(first.tokens)})."
+        f"loss falls by {last.slope:.3f} nats per e-fold of tokens ({budget(last.tokens)}) than where it falls "
+        f"by {first.slope:.3f} ({budget(first.tokens)})."
     )
 
 
@@ -208,9 +236,11 @@ def _fewer_tokens(loss: Summary, baseline: str, ending: str) -> str:
     return f"{bound}{abs(saved):.0f}{spread}{PERCENT} {'fewer' if saved > 0 else 'more'} tokens{ending}"
 
 
-def _speedup(point: BudgetPoint) -> str:
-    mark = " (extrapolated)" if point.equal["tokens"].speedup.extrapolated else ""
-    return f"{point.speedup.mean:.2f}×{mark}"
+def _factor(speedup: Measured) -> str:
+    notes = [f"{speedup.bounds[0]:.2f} to {speedup.bounds[1]:.2f}"] if speedup.bounds else []
+    notes += ["extrapolated"] if speedup.extrapolated else []
+    factor = f"{speedup.over_seeds.mean:.2f}×"
+    return f"{factor} ({', '.join(notes)})" if notes else factor
 
 
 def _has_difference(loss: Summary | None) -> bool:

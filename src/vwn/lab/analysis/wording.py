@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 NOTHING = "–"
 # No-break spaces: a number and what belongs to it stay on one line.
 PLUS_MINUS = "\u00a0±\u00a0"
 PERCENT = "\u00a0%"
+UNITS = {1: "", 10**3: "k", 10**6: "M", 10**9: "G", 10**12: "T"}
 LOSS_NAMES = {"loss": "next-token loss", "loss_2": "next-2-token loss"}
 VERDICT_WORDS = {"lower": "lower", "higher": "higher", "undecided": "not significant", "unknown": "not comparable"}
 
@@ -22,13 +23,21 @@ def scaled(value: float | None) -> str:
     """Three significant digits with k, M, G, T, or a dash."""
     if value is None:
         return NOTHING
-    units, power = ("", "k", "M", "G", "T"), 0
+    units, power = tuple(UNITS.values()), 0
     # Half below the step, as it will be rounded: 999,999 is 1M, not 1000k.
     while value / 1000.0**power >= 999.5 and power < len(units) - 1:
         power += 1
     number = value / 1000.0**power
     digits = 0 if number >= 100 or (power == 0 and number == int(number)) else 1 if number >= 10 else 2
     return f"{number:.{digits}f}{units[power]}"
+
+
+def budget(tokens: float) -> str:
+    """A budget as it was asked for, `1M` for the 999,424 tokens of whole steps; three digits if it is not round."""
+    near = float(f"{tokens:.1e}")
+    value = near if abs(near / tokens - 1) < 0.001 else tokens
+    unit = max(unit for unit in UNITS if unit <= value)
+    return f"{value / unit:.3g}{UNITS[unit]}"
 
 
 def mebibytes(value: float | None) -> str:
@@ -47,13 +56,15 @@ def estimate(value: dict[str, Any], signed: bool = False) -> str:
 
 def interval(value: dict[str, Any], form: str, unit: str = "") -> str:
     """`1.19× (1.12 to 1.26)`: the mean and its 95 % interval, or `1.19× (one seed)`; a dash without a mean."""
-    if value["mean"] is None:
+    return bounded(value["mean"], value["interval"], form, unit)
+
+
+def bounded(mean: float | None, bounds: Sequence[float] | None, form: str, unit: str = "") -> str:
+    """The mean and what it lies between, as in `interval`."""
+    if mean is None:
         return NOTHING
-    mean = f"{value['mean']:{form}}{unit}"
-    if value["interval"] is None:
-        return f"{mean} (one seed)"
-    low, high = value["interval"]
-    return f"{mean} ({low:{form}} to {high:{form}})"
+    between = "one seed" if bounds is None else f"{bounds[0]:{form}} to {bounds[1]:{form}}"
+    return f"{mean:{form}}{unit} ({between})"
 
 
 def tokens_needed(loss: dict[str, Any]) -> str:

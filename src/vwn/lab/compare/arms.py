@@ -29,6 +29,9 @@ RUN_OPTIONS: dict[str, Any] = {
     **dict.fromkeys(MATCHES, str),
 }
 
+# Options of an arm that goes on from a trained model.
+START_OPTIONS = ("embedding", "connection", "learning_rate", "rate_factors", "match_params")
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -115,6 +118,18 @@ def check_arms(arms: Iterable[Arm]) -> tuple[Arm, ...]:
         if arm.matches and arm.matches[1] not in {a.name for a in arms if not a.matches}:
             raise UserError(f"the arm {arm.name!r} matches {arm.matches[1]!r}, which is not another arm here")
     return arms
+
+
+def check_start_options(arms: Iterable[Arm]) -> None:
+    """Refuse options of arms that a trained model decides.
+
+    Raises:
+        UserError: there is one.
+    """
+    for arm in arms:
+        if decided := sorted(arm.own.keys() - set(START_OPTIONS)):
+            known = ", ".join(START_OPTIONS)
+            raise UserError(f"the arm {arm.name!r} sets {decided[0]}, which --init-from decides; arms take {known}")
 
 
 def parse_width(name: str) -> tuple[int | None, int | None]:

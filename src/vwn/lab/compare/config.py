@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vwn.common.errors import UserError, require
-from vwn.lab.compare.arms import BASELINE, Arm, check_arms, parse_arm
+from vwn.lab.compare.arms import BASELINE, Arm, check_arms, check_start_options, parse_arm
 from vwn.lab.compare.studies import STUDIES
 from vwn.training.config import (
     CorpusConfig,
@@ -50,6 +50,9 @@ class SweepOptions:
             raise UserError(f"--sweep-seed {self.sweep_seed} is one of the --seeds; a sweep takes another")
 
 
+DEFAULT_WIDTH = WidthOptions(mtp=1)
+
+
 @dataclass(frozen=True)
 class CompareConfig:
     """A comparison: arms × seeds, everything else equal."""
@@ -57,12 +60,15 @@ class CompareConfig:
     out: Path
     """Directory of the comparison; it must not exist yet, unless --resume."""
     study: str | None = None
-    """Arms that answer one question: widths, fraction-rate, mtp, family, embedding or controls."""
+    """Arms that answer one question: widths, fraction-rate, mtp, family, embedding, controls or widen."""
     arms: tuple[str, ...] = ()
     """Arms, besides the study's, as `[NAME:]WIDTH[,OPTION=VALUE...]` with WIDTH `plain` (the untouched backbone) or
     `MxN`, such as `4x16` or `hc:1x4,connection=hc`; without a study `plain 4x16`."""
     backbone: str = "tiny"
     """A preset, a transformers config (file or folder), or a hub id."""
+    init_from: str | None = None
+    """Let all arms go on from a trained plain model (a folder, a checkpoint of a training run, or a hub id): `plain` as
+    it is, an `MxN` arm widened, an arm with match_params with wider FFNs. They compute the same at first."""
     output_init: OutputInit | None = None
     """Start of the last matrix of every attention and FFN, as in `vwn train`."""
     seeds: tuple[int, ...] = (0,)
@@ -72,13 +78,16 @@ class CompareConfig:
     preset's."""
     sweep: SweepOptions = field(default_factory=SweepOptions)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    width: WidthOptions = field(default_factory=lambda: WidthOptions(mtp=1))
+    width: WidthOptions = field(default_factory=lambda: DEFAULT_WIDTH)
     optim: OptimConfig = field(default_factory=OptimConfig)
     speed: SpeedOptions = field(default_factory=SpeedOptions)
     eval_every: int | None = None
     """Steps between validations; by default 5 % of all."""
     save_every: int | None = None
     """Steps between checkpoints; by default 10 % of all."""
+    recorded: str | None = None
+    """Folder of an earlier comparison of the same budget (with its report.json), which the report compares this one
+    with."""
     resume: bool = False
     """Continue the comparison in --out; finished arms are not repeated, and arms and seeds may be added."""
 
@@ -87,6 +96,7 @@ class CompareConfig:
         if self.study is not None and self.study not in STUDIES:
             raise UserError(f"--study must be one of {', '.join(STUDIES)}; got {self.study!r}")
         check_arms(self.parsed)
+        self._check_start()
         if self.corpus.stream:
             raise UserError(
                 "a comparison trains all arms on prepared text; give --data, and leave --stream to vwn train"
@@ -99,6 +109,25 @@ class CompareConfig:
         unknown = set(self.rates) - {arm.name for arm in self.parsed}
         if unknown:
             raise UserError(f"--learning-rates names {', '.join(sorted(unknown))}, which is not among the arms")
+
+    def _check_start(self) -> None:
+        if self.init_from is None:
+            if self.study == "widen":
+                raise UserError("--study widen needs --init-from: a trained plain model, or a checkpoint-N of its run")
+            return
+        given = {
+            "--backbone": self.backbone != CompareConfig.backbone,
+            "--output-init": self.output_init is not None,
+            "the options of a width": self.width not in (DEFAULT_WIDTH, WidthOptions()),
+        }
+        if options := [name for name, is_given in given.items() if is_given]:
+            raise UserError(f"--init-from {self.init_from} decides the model; leave {', '.join(options)} away")
+        check_start_options(self.parsed)
+
+    @property
+    def common_width(self) -> WidthOptions:
+        """The options of a width that all arms share; with --init-from the model decides them."""
+        return self.width if self.init_from is None else WidthOptions()
 
     @cached_property
     def parsed(self) -> tuple[Arm, ...]:
@@ -143,17 +172,22 @@ class CompareConfig:
         rate = self.rates.get(arm.name, self.optim.learning_rate)
         factors = arm.run.get("rate_factors")
         optim = dataclasses.replace(self.optim, learning_rate=rate)
+        model: dict[str, Any] = {
+            "backbone": self.backbone,
+            "m": arm.m,
+            "n": arm.n,
+            "hidden_size": sizes[0],
+            "intermediate_size": sizes[1],
+            "output_init": arm.run.get("output_init", self.output_init),
+            "width": arm.options(self.width),
+        }
+        if self.init_from is not None:
+            model = {"init_from": str(self.out / "starts" / arm.name)}
         return TrainConfig(
+            **model,
             out=self.out / "arms" / f"{arm.name}-seed{seed}",
-            backbone=self.backbone,
-            m=arm.m,
-            n=arm.n,
-            hidden_size=sizes[0],
-            intermediate_size=sizes[1],
-            output_init=arm.run.get("output_init", self.output_init),
             seed=seed,
             corpus=self.corpus,
-            width=arm.options(self.width),
             optim=optim if factors is None else dataclasses.replace(optim, rate_factors=tuple(factors.split("+"))),
             speed=self.speed if not arm.is_plain else self.speed.of_plain,
             eval_every=self.eval_every,

@@ -6,6 +6,8 @@ import dataclasses
 import shutil
 import sys
 from collections.abc import Set
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -15,25 +17,29 @@ from vwn.common.provenance import provenance
 from vwn.cost import model_cost
 from vwn.data import Corpus, prepare
 from vwn.lab.analysis.analyse import add_analysis
+from vwn.lab.analysis.story import read_recorded
 from vwn.lab.compare.arms import BASELINE, Arm
 from vwn.lab.compare.config import CompareConfig
+from vwn.lab.compare.finished import facts, finished_runs
 from vwn.lab.compare.models import Sizes, arm_models
 from vwn.lab.compare.progress import Progress
-from vwn.lab.compare.studies import STUDIES
+from vwn.lab.compare.starts import start_models, write_starts
 from vwn.lab.compare.sweep import Losses, as_given, first_rates, outcome, sweep, sweep_run
 from vwn.lab.report.write import format_table, write_report
 from vwn.training import directory
 from vwn.training.arguments import check_device, learning_rate_of
+from vwn.training.branches import finished
 from vwn.training.config import TrainConfig
 from vwn.training.model import load_backbone
 from vwn.training.presets import PRESETS
 from vwn.training.result import RunResult, stored_result
-from vwn.training.run import check_model, train
+from vwn.training.run import check_model, train, with_tokenizer
 from vwn.training.trainer import Diverged
+from vwn.training.watch.preemption import Stopped
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
-    """Run the comparison; write ``report.json``, ``curves.csv`` and ``report.html`` after every arm; return the report.
+    """Run the comparison; return the report, which is written whenever a run, or a budget of one, has ended.
 
     An arm that diverges is reported as such and does not keep the others from being trained. With ``resume``, arms,
     seeds and their learning rates may be added; everything else must be as it was.
@@ -46,11 +52,15 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         run = config.run(arm, config.seeds[0])
         check_device(run.speed)
         start_rate(config, run)
+    starts = {} if config.init_from is None else start_models(config.parsed, config.init_from)
     for arm in config.parsed:  # sizes of matched arms follow when the vocabulary is known
-        if not arm.matches and "hidden_scale" not in arm.run:
+        if not starts and not arm.matches and "hidden_scale" not in arm.run:
             size = arm.run.get("hidden_size"), arm.run.get("intermediate_size")
             check_model(config.run(arm, config.seeds[0], size))
+    recorded = None if config.recorded is None else read_recorded(Path(config.recorded))
     stored = directory.open_directory(config.out, "compare.json", config.resume)
+    own_text = with_tokenizer(TrainConfig(config.out, init_from=config.init_from, corpus=config.corpus)).corpus
+    config = dataclasses.replace(config, corpus=own_text)
     shared = shared_settings(config)
     if stored is not None:
         directory.check_same(config.out, stored.get("config", {}), shared, "comparison")
@@ -59,8 +69,12 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     corpus = prepare(c.data, valid=c.valid, tokenizer=c.tokenizer, window=c.window, control_tokens=c.control_tokens)
     if stored is not None:
         directory.check_same_text(config.out, stored, corpus.fingerprint)
-    backbone = load_backbone(config.backbone, len(corpus.tokenizer), c.window)
-    models, sizes = arm_models(config.parsed, backbone, config.width, c.window)
+    if starts:
+        models = {name: model.config for name, model in starts.items()}
+        sizes: dict[str, Sizes] = dict.fromkeys(starts, (None, None))
+    else:
+        backbone = load_backbone(config.backbone, len(corpus.tokenizer), c.window)
+        models, sizes = arm_models(config.parsed, backbone, config.width, c.window)
     check_runs(config, sizes)
     warn_of_untuned_rates(config)
     with directory.locked(config.out):
@@ -70,7 +84,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
             record["continued"] = [*stored.get("continued", []), made]
         record["plan"] = plan(config)
         directory.write_json(config.out / "compare.json", record)
-        return Comparison(config, corpus, models, sizes, record).run()
+        write_starts(starts, config.out / "starts")
+        return Comparison(config, corpus, models, sizes, record).run(recorded)
 
 
 class Comparison:
@@ -96,8 +111,14 @@ class Comparison:
         self.progress = Progress({name: _flops(model, config.corpus.window) for name, model in models.items()})
         self.swept = {a.name for a in config.parsed if config.sweeps and a.name not in config.rates}
 
-    def run(self) -> dict[str, Any]:
-        """Sweep, train and report; the report."""
+    def run(self, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Sweep, train and report; the report.
+
+        With budgets, all arms and seeds are trained to the first, then all to the next, and so on.
+
+        Args:
+            recorded: of :func:`vwn.lab.analysis.story.read_recorded`, for the report.
+        """
         config = self.config
         for arm in config.parsed:
             if arm.name in self.swept:
@@ -107,39 +128,37 @@ class Comparison:
             self.progress.plan(arm.name, planned * len(config.seeds))
         sweeps = [self._rate(arm) for arm in config.parsed]
         rates = {entry["arm"]: entry["best"] for entry in sweeps}
-        about = {
-            **{name: self.record.get(name) for name in ("command", "created", "versions", "machine")},
-            "continued": self.record.get("continued", []),
-            "study": config.study,
-            "question": STUDIES[config.study].question if config.study else None,
-            "config": describe(config, self.corpus),
-            "baseline": config.baseline,
-            "sweep": sweeps,
-        }
-        runs = [
-            (arm, seed, self._measured(arm, seed, rates[arm.name])) for seed in config.seeds for arm in config.parsed
-        ]
-        # What had ended comes first, so that a report never holds less than the one before it.
-        ended = [item for item in runs if has_ended(item[2])]
-        runs = ended + [item for item in runs if item not in ended]
-        results: dict[tuple[int, str], dict[str, Any]] = {}
-        report: dict[str, Any] = {}
-        for number, (arm, seed, run) in enumerate(runs, 1):
-            result = self._train(arm.name, run, f"[{number}/{len(runs)}] {arm.name} seed {seed}")
-            results[seed, arm.name] = {**dataclasses.asdict(result), "name": arm.name, "options": arm.own}
-            if number >= len(ended):
-                order = [(seed, arm.name) for seed in config.seeds for arm in config.parsed]
-                report = add_analysis({**about, "arms": [results[key] for key in order if key in results]})
+        about = {**facts(config, self.record), "config": describe(config, self.corpus), "sweep": sweeps}
+        about |= {"recorded": recorded} if recorded else {}
+
+        def written() -> dict[str, Any]:
+            report = add_analysis({**about, "arms": finished_runs(config)})
+            if report["arms"]:
                 write_report(report, config.out)
+            return report
+
+        runs = [(arm, seed) for seed in config.seeds for arm in config.parsed]
+        left = []
+        for budgets in range(1, 1 + max(1, len(config.optim.budgets))):
+            for number, (arm, seed) in enumerate(runs, 1):
+                run = self._measured(arm, seed, rates[arm.name])
+                steps = steps_of_round(run, budgets)
+                if has_ended(run, budgets):
+                    self.progress.skip(arm.name, steps)
+                else:
+                    label = f"[{number}/{len(runs)}] {arm.name} seed {seed}"
+                    left.append(partial(self._train, arm.name, run, steps, label, budgets))
+        report = written()
+        for train_more in left:
+            train_more()
+            report = written()
         print(format_table(report))
         print(f"\nreport: {config.out / 'report.html'}")
         return report
 
     def _measured(self, arm: Arm, seed: int, rate: float | None = None) -> TrainConfig:
         run = self.config.run(arm, seed, self.sizes[arm.name])
-        return (
-            run if rate is None else dataclasses.replace(run, optim=dataclasses.replace(run.optim, learning_rate=rate))
-        )
+        return run if rate is None else with_rate(run, rate)
 
     def _rate(self, arm: Arm) -> dict[str, Any]:
         measured = self._measured(arm, self.config.seeds[0])
@@ -152,15 +171,23 @@ class Comparison:
             run = sweep_run(self.config, measured, arm.name, rate)
             if rate not in planned:
                 self.progress.plan(arm.name, run.optim.steps)
-            result = self._train(arm.name, run, f"[sweep] {arm.name} rate {rate:.3g}")
+            result = self._train(arm.name, run, run.optim.steps, f"[sweep] {arm.name} rate {rate:.3g}")
             for path in (*run.out.glob("checkpoint-*"), *run.out.glob("*.safetensors")):  # only the result is of use
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             return outcome(result, run.width.mtp_loss_weight)
 
         return sweep(self.config, arm, start, final_loss)
 
-    def _train(self, name: str, run: TrainConfig, label: str) -> RunResult:
-        """The result of one run, also of one that diverged, or of one that had ended before."""
+    def _train(self, name: str, run: TrainConfig, steps: int, label: str, budgets: int | None = None) -> RunResult:
+        """Train one run, all of it or so many of its budgets; its result, also if it diverged or had ended before.
+
+        Args:
+            name: of the arm.
+            run: its configuration.
+            steps: that are counted as done at the end.
+            label: of the progress bar.
+            budgets: how many of its budgets are trained now, by default all.
+        """
         self.progress.start(name)
 
         def shown(steps: int) -> str:
@@ -168,19 +195,37 @@ class Comparison:
             return f"{label} ({self.progress.text()})"
 
         try:
-            result = train(dataclasses.replace(run, resume="auto"), self.corpus, shown)
+            result = train(dataclasses.replace(run, resume="auto"), self.corpus, shown, budgets)
+        except Stopped:
+            if (self.config.out / "report.html").exists():
+                print(f"vwn: what has ended is in {self.config.out / 'report.html'}", file=sys.stderr)
+            raise
         except Diverged as diverged:
             print(f"vwn: {label}: {diverged}", file=sys.stderr)
             directory.write_json(run.out / "result.json", dataclasses.asdict(diverged.result))
             result = diverged.result
-        self.progress.finish(run.planned_steps)
+        self.progress.finish(steps)
         return result
 
 
-def has_ended(run: TrainConfig) -> bool:
-    """Whether a run has been trained to the end that it has now."""
-    result = stored_result(run.out)
-    return result is not None and result.is_whole(run)
+def with_rate(run: TrainConfig, rate: float) -> TrainConfig:
+    """A run at another learning rate."""
+    return dataclasses.replace(run, optim=dataclasses.replace(run.optim, learning_rate=rate))
+
+
+def has_ended(run: TrainConfig, budgets: int) -> bool:
+    """Whether a run has been trained to the end that it has now, or so many of its budgets have."""
+    is_last = budgets >= len(run.branches)
+    result = stored_result(run.out) if is_last else finished(run.out)
+    return result is not None and result.is_whole(run, budgets)
+
+
+def steps_of_round(run: TrainConfig, budgets: int) -> int:
+    """Optimiser steps of a run from where the branch of the budget before leaves the trunk to the end of this one."""
+    if not run.branches:
+        return run.optim.steps
+    before = run.branches[budgets - 2].leaves if budgets > 1 else 0
+    return run.branches[budgets - 1].steps - before
 
 
 def check_same_study(config: CompareConfig, stored: dict[str, Any]) -> None:
@@ -199,7 +244,7 @@ def check_runs(config: CompareConfig, sizes: dict[str, Sizes]) -> None:
         for seed in config.seeds:
             run = config.run(arm, seed, sizes[arm.name])
             try:
-                run.check()
+                with_rate(run, start_rate(config, run)).check()
             except UserError as error:
                 raise UserError(f"arm {arm.name}: {error}") from error
             path = run.out / "run.json"
@@ -218,8 +263,10 @@ def start_rate(config: CompareConfig, run: TrainConfig) -> float:
     """
     if config.sweeps and config.sweep.sweep_rates and run.optim.learning_rate is None:
         return min(config.sweep.sweep_rates)
-    if config.sweeps and run.optim.learning_rate is None and run.backbone not in PRESETS:
-        raise UserError(f"--sweep-rates is needed: no learning rate is known for the backbone {run.backbone!r}")
+    if run.optim.learning_rate is None and (run.init_from or (config.sweeps and run.backbone not in PRESETS)):
+        model = config.init_from or f"the backbone {run.backbone!r}"
+        needed = "--sweep-rates is" if config.sweeps else "--learning-rate is"
+        raise UserError(f"{needed} needed: no learning rate is known for {model}")
     return learning_rate_of(run)
 
 
@@ -231,13 +278,15 @@ def plan(config: CompareConfig) -> dict[str, Any]:
         "seeds": list(config.seeds),
         "learning_rates": list(config.learning_rates),
         "learning_rate": config.optim.learning_rate,
+        "recorded": config.recorded,
         "sweep": dataclasses.asdict(config.sweep),
     }
 
 
 def shared_settings(config: CompareConfig) -> dict[str, Any]:
     """Everything that all arms have in common, by dotted name."""
-    arm = dataclasses.replace(config.run(Arm(BASELINE), 0), width=config.width, speed=config.speed, optim=config.optim)
+    own: Any = {"width": config.common_width, "speed": config.speed, "optim": config.optim}
+    arm = dataclasses.replace(config.run(Arm(BASELINE), 0), **own, init_from=config.init_from)
     apart = ("m", "n", "hidden_size", "intermediate_size", "seed", "optim.learning_rate")
     return {k: v for k, v in directory.settings(arm).items() if k not in apart and not k.startswith("reliability.")}
 

@@ -53,6 +53,17 @@ STUDIES: dict[str, Study] = {
             "ngram:4x16,embedding=factorised,ngram_order=3,ngram_buckets=16384",
         ),
     ),
+    "widen": Study(
+        "Does widening a trained model pay? As it is, widened with copies or new table columns, or with wider FFNs",
+        (
+            "plain",
+            "4x8:4x8,embedding=replicated",
+            "4x16:4x16,embedding=replicated",
+            "4x8-table:4x8,embedding=direct",
+            "4x16-table:4x16,embedding=direct",
+            "plain-params:plain,match_params=4x16-table",
+        ),
+    ),
     "controls": Study(
         "Is it the width? Learned residuals without width, a wide table without a wide state, wider plain backbones",
         (

@@ -86,7 +86,7 @@ def sweep(config: CompareConfig, arm: Arm, start: float, final_loss: Callable[[f
         "arm": arm.name,
         "seed": config.sweep.sweep_seed,
         "steps": sweep_steps(config),
-        "criterion": CRITERIA[arm.options(config.width).mtp > 0],
+        "criterion": CRITERIA[arm.options(config.common_width).mtp > 0],
         "rates": [{"learning_rate": rate, **found[rate]} for rate in sorted(found)],
         "best": best,
         "bracketed": min(losses) < best < max(losses),

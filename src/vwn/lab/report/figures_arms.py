@@ -9,8 +9,7 @@ import numpy as np
 
 from vwn.lab.analysis import story
 from vwn.lab.analysis.budgets import BudgetPoint, BudgetStudy
-from vwn.lab.analysis.wording import LOSS_NAMES, interval, scaled
-from vwn.lab.report.draw import tokens_label
+from vwn.lab.analysis.wording import LOSS_NAMES, budget, interval
 from vwn.lab.report.figures import INK_STYLE, PAPER_STYLE, Axis, Figure, LineStyle, Series, arm_styles, padded_range
 
 # The paper's speed-ups, at its last budget.
@@ -36,13 +35,14 @@ def budget_figure(report: dict[str, Any], studies: dict[str, BudgetStudy], key: 
     end, baseline = log2(budgets[-1]), str(report.get("baseline"))
     hover = [f"the paper, ×8 at {PAPER_TOKENS} tokens"]
     series.append(Series("the paper", "mark", PAPER_STYLE, [end + BREAK], [PAPER_SPEEDUP[key]], hover=hover))
-    ticks = [(log2(tokens), tokens_label(tokens)) for tokens in budgets[:: -(-len(budgets) // MOST_BUDGETS)]]
+    ticks = [(log2(tokens), budget(tokens)) for tokens in budgets[:: -(-len(budgets) // MOST_BUDGETS)]]
     return Figure(
         name="speedup-over-budget",
         key=key,
         title=f"Speed-up over budget, {LOSS_NAMES[key]}",
-        caption=f"Tokens that {baseline} needs for an arm’s decayed loss, over the arm’s tokens. Bars: 95\u00a0% "
-        "interval over seeds (Student’s t). Hollow: extrapolated with the fit E + B·T^−β. "
+        caption=f"{story.budget_growth(report, study, key)} Speed-up: tokens that {baseline} needs for an arm’s "
+        "decayed loss, over the arm’s tokens. Bars: 95\u00a0% interval over three seeds or more (Student’s t), the "
+        "range of two, none for one. Hollow: extrapolated with the fit E + B·T^−β. "
         f"Beyond the break: the paper’s {PAPER_SPEEDUP[key]}× at {PAPER_TOKENS} tokens.",
         x=Axis("training tokens (logarithmic)", (*ticks, (end + BREAK, PAPER_TOKENS))),
         y=Axis("speed-up in tokens", range=padded_range([*(value for one in series for value in one.y), 1.0])),
@@ -125,22 +125,21 @@ def width_law_figure(report: dict[str, Any], key: str) -> Figure | None:
 
 
 def _budget_series(name: str, style: LineStyle, points: list[BudgetPoint]) -> Series:
-    known = [point for point in points if point.speedup.mean is not None]
-    bounds = [point.speedup.interval or (None, None) for point in known]
-    extrapolated = [point.equal["tokens"].speedup.extrapolated for point in known]
+    known = [point for point in points if point.speedup.over_seeds.mean is not None]
+    bounds = [point.speedup.bounds or (None, None) for point in known]
     hover = [
-        f"{name} at {scaled(point.tokens)} tokens: {interval(point.speedup.described(), '.2f', '×')}"
-        f"{', extrapolated' if beyond else ''}"
-        for point, beyond in zip(known, extrapolated, strict=True)
+        f"{name} at {budget(point.tokens)} tokens: {point.speedup.text('.2f', '×')}"
+        f"{', extrapolated' if point.speedup.extrapolated else ''}"
+        for point in known
     ]
     return Series(
         name,
         "points",
         style,
         x=[log2(point.tokens) for point in known],
-        y=[point.speedup.mean for point in known],
+        y=[point.speedup.over_seeds.mean for point in known],
         low=[low for low, _ in bounds],
         high=[high for _, high in bounds],
         hover=hover,
-        hollow=extrapolated,
+        hollow=[point.speedup.extrapolated for point in known],
     )

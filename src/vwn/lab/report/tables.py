@@ -69,8 +69,16 @@ def budget_table(report: dict[str, Any], studies: dict[str, BudgetStudy], key: s
             gap, *gaps = (_measured(point.equal[cost].gap, point.equal[cost].reason, "+.4f") for cost in COSTS)
             speedups = (_measured(point.equal[cost].speedup, point.equal[cost].reason, ".2f", "×") for cost in COSTS)
             slope = Cell(wording.fixed(slopes[point.tokens], ".3f"))
-            rows.append((_arm(report, name), Cell(wording.scaled(point.tokens)), gap, slope, *speedups, *gaps))
-    heads = ("Arm", "Budget", "Gap at equal tokens", f"Slope of {report.get('baseline')}", "Speed-up in tokens")
+            seeds = Cell(str(point.equal["tokens"].gap.over_seeds.n))
+            rows.append((_arm(report, name), Cell(wording.budget(point.tokens)), seeds, gap, slope, *speedups, *gaps))
+    heads = (
+        "Arm",
+        "Budget",
+        "Seeds",
+        "Gap at equal tokens",
+        f"Slope of {report.get('baseline')}",
+        "Speed-up in tokens",
+    )
     more = ("in FLOPs", "in seconds", "Gap at equal FLOPs", "at equal seconds")
     return Table(f"Decayed losses, {LOSS_NAMES[key]}", (*heads, *more), tuple(rows))
 
@@ -80,7 +88,7 @@ def budget_width_table(studies: dict[str, BudgetStudy], key: str) -> Table:
     rows = []
     for fit in studies[key].widths:
         slope = interval(fit["slope"], "+.4f") if fit["slope"] else str(fit["reason"])
-        words = (wording.scaled(fit["tokens"]), slope, wording.fixed(fit["r2"], ".3f"), str(len(fit["seeds"])))
+        words = (wording.budget(fit["tokens"]), slope, wording.fixed(fit["r2"], ".3f"), str(len(fit["seeds"])))
         rows.append(tuple(map(Cell, words)))
     heads = ("Budget", "Nats per doubling of r", "R²", "Seeds")
     return Table(f"Log-linear fit in r, {LOSS_NAMES[key]}", heads, tuple(rows))
@@ -220,4 +228,4 @@ def _equal(found: dict[str, Any], arm: str, baseline: str | None) -> Cell:
 def _measured(found: Measured, reason: str | None, form: str, unit: str = "") -> Cell:
     if found.over_seeds.mean is None:
         return Cell(NOTHING, (reason,) if reason else ())
-    return Cell(interval(found.over_seeds.described(), form, unit), ("extrapolated",) if found.extrapolated else ())
+    return Cell(found.text(form, unit), ("extrapolated",) if found.extrapolated else ())

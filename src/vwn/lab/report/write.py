@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 import textwrap
 from pathlib import Path
@@ -52,9 +51,8 @@ def write_report(report: dict[str, Any], directory: Path) -> None:
         (folder / f"{name}.svg").unlink(missing_ok=True)
 
 
-def renew(directory: Path) -> None:
-    """Make everything in `directory` again from its report.json, and the tables that its README.md marks."""
-    report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+def renew(report: dict[str, Any], directory: Path) -> None:
+    """Write `report` into `directory`, and the tables that its README.md marks."""
     write_report(report, directory)
     readme = directory / "README.md"
     if readme.exists():
@@ -97,7 +95,7 @@ def curves_csv(report: dict[str, Any]) -> str:
 
 
 def format_table(report: dict[str, Any]) -> str:
-    """One table per measured loss, the claims, and last a sentence and a picture of what was gained.
+    """One table per measured loss, and last a sentence and a picture of what was gained.
 
     Plain text of at most 100 columns, without a final newline.
     """
@@ -109,9 +107,6 @@ def format_table(report: dict[str, Any]) -> str:
         if arms:
             lines = _aligned(["arm", "final loss", f"minus {baseline}", "tokens"], [_cells(arm, key) for arm in arms])
             blocks.append("\n".join([f"{name}, nats per token", *lines]))
-    found = [f"{claim['title']}: {claim['word']}" for claim in analysed["claims"]]
-    if found:
-        blocks.append("\n".join(["the paper's claims (numbers in report.html)", *found]))
     sentences = story.first_lines(analysed, budget_studies(analysed))
     blocks += [_wrapped(wording.printable(sentence)) for sentence in sentences]
     blocks += [bars] if (bars := _bars(analysed)) else []

@@ -19,11 +19,12 @@ from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights
 MOST_SLOTS = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)
-"""Of the GPU: Ampere, the first with TF32 and bfloat16."""
+"""Compute capability of Ampere, the first with TF32 and bfloat16."""
 _LEAST_TRITON = (3, 6)
 """The oldest version the kernels were compiled with."""
 _PROGRAMS = 264
-"""At most, of a backward: two for each processor of an H100. A constant, so that sums are the same on every GPU."""
+"""Most programs of a backward: two for each processor of an H100. It is a constant, so that
+sums are the same on every GPU."""
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, slots: int = 1) -> str | None:
@@ -119,7 +120,7 @@ def _replaced(weights: Any, tensors: Iterator[Tensor | None]) -> Any:
 def _constants(
     state: Tensor, write: RoutingWeights | None, read: ReadWeights | None, norm: NormWeights | None
 ) -> dict[str, Any]:
-    """What both kernels are compiled for."""
+    """Compile-time arguments of both kernels."""
     weights = write if write is not None else read
     assert weights is not None
     n, m = weights.n, weights.m

@@ -42,7 +42,7 @@ def tanh_backward(
     n: tl.constexpr, row_stride: tl.constexpr, column_stride: tl.constexpr, DYNAMIC: tl.constexpr,
     WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of coefficients ``static + scale * tanh(logits)`` to that of the logits, ``[BT, N, K]``.
+    """Turn the gradient of ``static + scale * tanh(logits)`` into that of the logits, ``[BT, N, K]``.
 
     ``first``: where in ``static`` and ``scale`` these columns begin.
     """
@@ -178,7 +178,7 @@ def backward(
                     grad_weight = tl.sum(x_c.to(tl.float32) * load_tile(grad_x, t, c, T, m, M, d), 0)
                     add_to(norm_part.weight + my_part, grad_weight, k, c, m, d, d, 1)
             grad_logits = tanh_backward(
-                grad_routing, logits, read.scale_alpha, read_part.static_alpha, read_part.scale_alpha, my_part, 0, m,
+                grad_routing, logits, read.scale_alpha, read_part.bias_alpha, read_part.scale_alpha, my_part, 0, m,
                 n, m + n, 1, READ_DYNAMIC, WEIGHTS,
             )  # fmt: skip
 
@@ -191,14 +191,14 @@ def backward(
                 g = mix_columns(routing, g, PRECISION)
                 if READ_DYNAMIC:
                     h = load_tile(new, t, c, T, n, N, d)
-                    gain = tl.load(read.norm_weight + c, c < d, 0.0)
+                    gain = tl.load(read.slot_norm + c, c < d, 0.0)
                     grad_h, grad_gain = projection_backward(
                         grad_logits, h, gain, c, read.dynamic_alpha, read_part.dynamic_alpha, my_part, 0, m, d, m + n,
                         WEIGHTS,
                     )  # fmt: skip
                     g += grad_h - h * slot_slope[:, :, None]
                     if WEIGHTS:
-                        add_to(read_part.norm_weight + my_part, grad_gain[None, :], tl.arange(0, 1), c, 1, d, d, 1)
+                        add_to(read_part.slot_norm + my_part, grad_gain[None, :], tl.arange(0, 1), c, 1, d, d, 1)
                 if grad_new is not None:
                     g += load_tile(grad_new, t, c, T, n, N, d)
                 tl.debug_barrier()
@@ -220,11 +220,11 @@ def backward(
                 grad_beta += products(g, load_tile(z, t, c, T, m, M, d), PRECISION)
                 store_tile(grad_z, mix_rows(beta, g, PRECISION), t, c, T, m, M, d)
             grad_carry = tanh_backward(
-                grad_carry, carry_logits, write.scale_alpha, write_part.static_alpha, write_part.scale_alpha, my_part,
+                grad_carry, carry_logits, write.scale_alpha, write_part.bias_alpha, write_part.scale_alpha, my_part,
                 m, n, n, m + n, 1, WRITE_DYNAMIC, WEIGHTS,
             )  # fmt: skip
             grad_beta = tanh_backward(
-                grad_beta, beta_logits, write.scale_beta, write_part.static_beta, write_part.scale_beta, my_part, 0, m,
+                grad_beta, beta_logits, write.scale_beta, write_part.bias_beta, write_part.scale_beta, my_part, 0, m,
                 n, 1, n, WRITE_DYNAMIC, WEIGHTS,
             )  # fmt: skip
 
@@ -238,7 +238,7 @@ def backward(
                 g = mix_columns(carry, load_tile(grad, t, c, T, n, N, d), PRECISION)
                 if WRITE_DYNAMIC:
                     h = load_tile(state, t, c, T, n, N, d)
-                    gain = tl.load(write.norm_weight + c, c < d, 0.0)
+                    gain = tl.load(write.slot_norm + c, c < d, 0.0)
                     grad_h, grad_gain = projection_backward(
                         grad_carry, h, gain, c, write.dynamic_alpha, write_part.dynamic_alpha, my_part, m, n, d,
                         m + n, WEIGHTS,
@@ -250,7 +250,7 @@ def backward(
                     g += grad_h + grad_h_of_beta - h * slot_slope[:, :, None]
                     if WEIGHTS:
                         grad_gain = (grad_gain + grad_gain_of_beta)[None, :]
-                        add_to(write_part.norm_weight + my_part, grad_gain, tl.arange(0, 1), c, 1, d, d, 1)
+                        add_to(write_part.slot_norm + my_part, grad_gain, tl.arange(0, 1), c, 1, d, d, 1)
                 tl.debug_barrier()
                 store_tile(grad_state, g, t, c, T, n, N, d)
         tl.debug_barrier()  # the next tile adds to the same part

@@ -25,7 +25,7 @@ def every(sizes: tuple[tuple[int, int, int], ...]) -> list[triton.Config]:
 FORWARD = every(FORWARD_SIZES[: 1 if INTERPRETED else None])
 BACKWARD = every(BACKWARD_SIZES[: 1 if INTERPRETED else None])
 KEY = ["n", "m", "d", "WRITE", "READ", "NORM", "WRITE_DYNAMIC", "READ_DYNAMIC", "FEW"]
-"""What the choice depends on, beside the dtypes."""
+"""Arguments on which the choice depends, beside the dtypes."""
 
 
 def first_if_deterministic(configs: list[triton.Config], *_: Any, **__: Any) -> list[triton.Config]:

@@ -159,13 +159,13 @@ def write_routing(
     carry_logits = tl.zeros((BT, N, N), tl.float32)
     beta_logits = tl.zeros((BT, N, M), tl.float32)
     squares, rstd = tl.zeros((BT, N), tl.float32), tl.zeros((BT, N), tl.float32)
-    carry = carry_logits + load_matrix(w.static_alpha + m, i, i, n, n, m + n, 1)[None, :, :]
-    beta = beta_logits + load_matrix(w.static_beta, i, k, n, m, 1, n)[None, :, :]
+    carry = carry_logits + load_matrix(w.bias_alpha + m, i, i, n, n, m + n, 1)[None, :, :]
+    beta = beta_logits + load_matrix(w.bias_beta, i, k, n, m, 1, n)[None, :, :]
     if DYNAMIC:
         for first in range(0, d, BD):
             c = first + tl.arange(0, BD)
             h = load_tile(state, t, c, T, n, N, d)
-            gain = tl.load(w.norm_weight + c, c < d, 0.0)[:, None]
+            gain = tl.load(w.slot_norm + c, c < d, 0.0)[:, None]
             squares += tl.sum(h * h, 2)
             carry_logits += project(h, gain * load_matrix(w.dynamic_alpha + m, c, i, d, n, m + n, 1))
             beta_logits += project(h, gain * load_matrix(w.dynamic_beta, c, k, d, m, m, 1))
@@ -190,12 +190,12 @@ def read_routing(
     i, k = tl.arange(0, N), tl.arange(0, M)
     logits = tl.zeros((BT, N, M), tl.float32)
     squares, rstd = tl.zeros((BT, N), tl.float32), tl.zeros((BT, N), tl.float32)
-    routing = logits + load_matrix(w.static_alpha, i, k, n, m, m + n, 1)[None, :, :]
+    routing = logits + load_matrix(w.bias_alpha, i, k, n, m, m + n, 1)[None, :, :]
     if DYNAMIC:
         for first in range(0, d, BD):
             c = first + tl.arange(0, BD)
             h = load_tile(state, t, c, T, n, N, d)
-            gain = tl.load(w.norm_weight + c, c < d, 0.0)[:, None]
+            gain = tl.load(w.slot_norm + c, c < d, 0.0)[:, None]
             squares += tl.sum(h * h, 2)
             logits += project(h, gain * load_matrix(w.dynamic_alpha, c, k, d, m, m + n, 1))
         rstd = rsqrt_of_mean(squares, w.eps, d)

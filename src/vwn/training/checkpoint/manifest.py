@@ -29,13 +29,13 @@ DISCARDED = ".discarded-"  # in front of the name of what is being deleted
 
 
 def checkpoints(directory: Path) -> dict[int, Path]:
-    """What bears a checkpoint's name in a run directory, by step, newest first; clocks have no say in it."""
+    """Return the checkpoints in a run directory by step, newest first, whole or not; clocks have no say in it."""
     found = {int(m[1]): p for p in directory.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))}
     return dict(sorted(found.items(), reverse=True))
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that is whole; None where there has never been one.
+    """Return the newest checkpoint that is whole; None where there has never been one.
 
     Raises:
         UserError: there are checkpoints, and none of them is whole.
@@ -44,24 +44,21 @@ def last_checkpoint(directory: Path) -> Path | None:
 
 
 def agreed_checkpoint(directory: Path) -> Path | None:
-    """As :func:`last_checkpoint`, for all processes of a run together: each reads a share, and all find the same."""
-    steps = broadcast(list(checkpoints(directory)))
-
-    def damage(checkpoint: Path) -> str | None:
-        return next((d for d in all_gather_object(damage_of(checkpoint, rank(), world_size())) if d), None)
-
-    return _newest(directory, steps, damage)
+    """Return :func:`last_checkpoint` for all processes of a run: each reads a share, and all find the same."""
+    return _newest(directory, broadcast(list(checkpoints(directory))), _agreed_damage)
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint is there and undamaged, for all processes of a run together, as in the above."""
-    if not broadcast(checkpoint.is_dir()):
-        return False
-    return not any(all_gather_object(damage_of(checkpoint, rank(), world_size())))
+    """Return whether a checkpoint is there and undamaged, for all processes of a run together."""
+    return broadcast(checkpoint.is_dir()) and _agreed_damage(checkpoint) is None
+
+
+def _agreed_damage(checkpoint: Path) -> str | None:
+    return next((d for d in all_gather_object(damage_of(checkpoint, rank(), world_size())) if d), None)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimiser step in a checkpoint's name."""
+    """Return the optimiser step in a checkpoint's name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -85,13 +82,7 @@ def _newest(directory: Path, steps: Sequence[int], damage: Callable[[Path], str 
 
 
 def damage_of(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
-    """Why a checkpoint cannot be used; None if it can.
-
-    Args:
-        checkpoint: its folder.
-        share: which part of its contents to read, where several processes read it together.
-        shares: how many parts there are.
-    """
+    """Return why a checkpoint cannot be used, or None; of ``shares`` processes each reads one ``share`` of it."""
     if not (checkpoint / MANIFEST).exists():
         return _damage_without_manifest(checkpoint)
     try:
@@ -168,14 +159,9 @@ def publish(checkpoint: Path, directory: Path) -> Path:
 
 
 def rotate(directory: Path, keep: int, whole: Iterable[int], upto: int) -> None:
-    """Delete old checkpoints.
+    """Delete the checkpoints up to step ``upto`` but the last ``keep`` of those in ``whole``, which are good.
 
-    Args:
-        directory: of the run.
-        keep: how many stay.
-        whole: steps of those that may be counted on; others do not keep a good one out.
-        upto: the step of the last one; those after it are leftovers of a run that was taken up again before them,
-            damaged, and stay until they are written anew.
+    Those after ``upto`` are damaged leftovers of a run that was continued before them; they stay until written anew.
     """
     stays = sorted(set(whole) & {step for step in checkpoints(directory) if step <= upto})[-keep:]
     for step, path in checkpoints(directory).items():
@@ -199,7 +185,7 @@ def clear_rests(directory: Path) -> None:
 
 
 def _files(checkpoint: Path) -> set[str]:
-    """Names of all files but the manifest, below the checkpoint, those of sharded states in their folders too."""
+    """List all files but the manifest, those of sharded states in their folders too."""
     return {p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if p.is_file()} - {MANIFEST}
 
 

@@ -25,13 +25,13 @@ RUN_STATE = "run_state.json"
 
 
 class Stateful(Protocol):
-    """Something of which a run must know again where it was: the data, a guard."""
+    """Part of a run that a checkpoint has to remember: the data, a guard."""
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON; floats come back to the bit, and must be finite."""
+        """Return values for JSON; floats come back to the bit, and must be finite."""
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Take up what every process of the run had said, by rank; there may have been more or fewer than now."""
+        """Take up the states of all processes, by rank; there may have been more or fewer than now."""
 
 
 class SavingTrainer(Trainer):
@@ -92,10 +92,7 @@ class SavingTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_data_state(self, checkpoint: Path) -> None:
-        """Where the training data stands, into a checkpoint that is being written; on every rank, the first writes.
-
-        Nothing for packed windows: their place follows from the number of steps.
-        """
+        """Write where streamed data stand into a checkpoint; packed windows follow from the number of steps."""
         if self.stream is not None:
             state = self.stream.state_dict()
             if self.args.should_save:
@@ -122,11 +119,7 @@ class SavingTrainer(Trainer):
 
     @contextmanager
     def _aside(self, what: str, optimiser: bool) -> Iterator[Path]:
-        """A folder to write in; where that fails in any process, it goes, and all say so in a sentence.
-
-        Raises:
-            CannotWrite: the disk is full or broken.
-        """
+        """Yield a folder to write in; where that fails in any process, it goes, and all raise `CannotWrite`."""
         run_dir = Path(self.args.output_dir)
         staging, need, failure = run_dir / STAGING, self._bytes_to_save(optimiser), None
         free = broadcast(shutil.disk_usage(run_dir).free)
@@ -154,7 +147,7 @@ class SavingTrainer(Trainer):
         )
 
     def _bytes_to_save(self, optimiser: bool) -> int:
-        """Of the weights and the optimiser's state; little else is written."""
+        """Count the bytes of the weights and the optimiser's state; little else is written."""
         tensors: list[Any] = list(self.model.state_dict().values())
         if optimiser:
             tensors += [t for state in self.optimizer.state.values() for t in state.values()]
@@ -168,7 +161,7 @@ class SavingTrainer(Trainer):
 
 
 def not_finite(model: nn.Module) -> str | None:
-    """Name of a parameter that is no longer finite in any of the processes, which ask together."""
+    """Return the name of a parameter that is not finite in any of the processes, which ask together."""
     bad = None
     for name, parameter in model.named_parameters():
         value = parameter.detach()
@@ -180,7 +173,7 @@ def not_finite(model: nn.Module) -> str | None:
 
 
 def _is_of_writing(error: BaseException) -> bool:
-    """Whether an error is the disk's: torch hides the system's in its own, and sharded saving in another."""
+    """Return whether an error is the disk's: torch hides the system's in its own, and sharded saving in another."""
     if isinstance(error, OSError | SafetensorError | CannotWrite):
         return True
     signs = ("PytorchStreamWriter", "unexpected pos", "iostream error")

@@ -25,6 +25,7 @@ from transformers import Trainer
 
 from vwn.common.errors import UserError
 from vwn.common.processes import rank
+from vwn.nn.initialisation import current_name
 from vwn.training.distributed import on_all_ranks
 
 MODEL, OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
@@ -47,7 +48,7 @@ class ShardingTrainer(Trainer):
             plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's; of a sharded model the whole weights, but for a checkpoint, which has them in parts."""
+        """Save whole weights; a checkpoint of a sharded model has them in parts already."""
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
         elif not _internal_call:
@@ -84,11 +85,7 @@ class ShardingTrainer(Trainer):
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """The weights of a sharded run's checkpoint into a model that is whole in each process.
-
-    Raises:
-        UserError: a weight is missing there, or of another shape.
-    """
+    """Load a sharded run's weights into a model that is whole in each process. Raises `UserError` where they differ."""
     state = {"model": get_model_state_dict(model)}
     try:
         dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint / MODEL))
@@ -102,7 +99,7 @@ def _load_whole_weights(model: nn.Module, checkpoint: Path) -> None:
     def read() -> dict[str, Any]:
         weights: dict[str, Any] = {}
         for path in sorted(checkpoint.glob("*.safetensors")):
-            weights |= load_file(path)
+            weights |= {current_name(name): weight for name, weight in load_file(path).items()}
         tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
         if missing := sorted(name for name, _ in model.named_parameters() if name not in weights.keys() | tied):
             raise UserError(f"{checkpoint} lacks {len(missing)} weights of the model, such as {missing[0]}")
@@ -113,7 +110,7 @@ def _load_whole_weights(model: nn.Module, checkpoint: Path) -> None:
 
 
 def _by_name(stored: dict[str, Any], model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """An optimiser's state by the parameters' names instead of their numbers; the groups are the same in any run."""
+    """Key an optimiser's state by parameters' names instead of numbers; the groups are the same in any run."""
     names = {id(p): name for name, p in model.named_parameters()}
     name_of: dict[int, str] = {}
     groups = []

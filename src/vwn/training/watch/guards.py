@@ -27,17 +27,14 @@ SPAN = 100
 HISTORY = 128
 """Good steps that a spike is measured against, of which half must have been seen."""
 FOLDER = "skipped"
-"""Of the run directory: ``step-N.json`` says why, ``step-N-rankR.safetensors`` holds the batch."""
+"""Folder in the run directory: ``step-N.json`` says why, ``step-N-rankR.safetensors`` holds the batch."""
 
 
 class StepGuard(TrainerCallback):
     """Decides between the backward pass and the optimiser's step.
 
-    Args:
-        trainer: a :class:`vwn.training.trainer.VirtualWidthTrainer`.
-        limit: bad steps allowed among the last :data:`SPAN`; at the next one the run stops.
-        factor: a spike is above the median of the last steps by so many robust standard deviations
-            (1.4826 times the median absolute deviation); 0 looks for none.
+    At most ``limit`` bad steps are skipped among the last :data:`SPAN`. A spike is ``factor`` robust standard
+    deviations (1.4826 times the median absolute deviation) above the median of the last steps; 0 looks for none.
     """
 
     def __init__(self, trainer: Any, limit: int, factor: float) -> None:
@@ -75,7 +72,7 @@ class StepGuard(TrainerCallback):
         trainer.forget_step()
 
     def verdict(self, loss: float, norm: float) -> str | None:
-        """What is wrong with a step; None if nothing is."""
+        """Say what is wrong with a step; None if nothing is."""
         if not math.isfinite(loss):
             return "the loss is no longer finite"
         if not math.isfinite(norm):

@@ -5,7 +5,6 @@ Every measurement is a line of ``health.jsonl`` in the run directory; what is wo
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -17,19 +16,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from vwn.common.errors import UserError
-from vwn.common.files import finite
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.hf.measures import SublayerStatistics, split, static_routing, tanh_scales
 from vwn.hf.recording import record, sublayer_names
 from vwn.nn.connection import Connection
 from vwn.nn.groups import group_of_parameters
+from vwn.training.watch.lines import StepLines
 
 FILE = "health.jsonl"
 PROBE_TOKENS = 256
 """Validation tokens that the state is looked at with, always the same."""
 ROUTED_TOKENS = 32
-"""Of these, evenly spread, those whose routing matrices are looked at."""
+"""Number of these, evenly spread, whose routing matrices are looked at."""
 LARGEST_STATE = 1e6
 """RMS above which a state is reported; sound runs stay below 2e5 (results/stability)."""
 logger = logging.getLogger(__name__)
@@ -37,23 +35,18 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 class HealthLog(TrainerCallback):
-    """Measures every ``every`` steps, and at the first and the last; training itself is not changed by it.
-
-    Args:
-        trainer: whose model, validation text and log are used.
-        every: steps between two measurements.
-    """
+    """Measures every ``every`` steps, and at the first and the last; training itself is not changed by it."""
 
     def __init__(self, trainer: Any, every: int) -> None:
         self.trainer, self.every = trainer, every
-        self.path = Path(trainer.args.output_dir) / FILE
+        self.lines = StepLines(Path(trainer.args.output_dir) / FILE)
         self.warned: set[str] = set()
         self.gradients: dict[str, Any] = {}
         self.unlogged: dict[str, float] = {}
         """What is worst of the last measurement, for the next training log to take along."""
 
     def is_due(self, step: int) -> bool:
-        """Whether the optimiser step ``step``, counted from 1, is measured."""
+        """Return whether the optimiser step ``step``, counted from 1, is measured."""
         return step == 1 or step % self.every == 0 or step == self.trainer.args.max_steps
 
     def see_gradients(self, model: nn.Module) -> None:
@@ -62,11 +55,8 @@ class HealthLog(TrainerCallback):
             self.gradients = gradient_norms(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.path.exists():  # a resumed run takes its last steps once more
-            lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= state.global_step]
-            partial = self.path.with_name(f".{self.path.name}.partial")
-            partial.write_text("".join(f"{line}\n" for line in lines))
-            partial.replace(self.path)  # a kill in between loses no line
+        if state.is_world_process_zero:
+            self.lines.forget_after(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.is_due(state.global_step):
@@ -79,8 +69,7 @@ class HealthLog(TrainerCallback):
             "state": measure_state(self.trainer.model, seen),
         }
         if state.is_world_process_zero:
-            with self.path.open("a") as file:
-                file.write(json.dumps(finite(entry), allow_nan=False) + "\n")
+            self.lines.append(entry)
             for name, sentence in concerns(entry).items():
                 if name not in self.warned:
                     logger.warning("step %d: %s", state.global_step, sentence)
@@ -116,18 +105,14 @@ def gradient_norms(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure_state(model: nn.Module, ids: Tensor) -> dict[str, Any]:
-    """The state on some tokens, in evaluation mode.
-
-    Args:
-        model: any causal language model; what is plain has no routing to look at.
-        ids: ``[1, S]``.
+    """Measure the state on the tokens ``ids``, ``[1, S]``, in evaluation mode.
 
     Returns:
-        ``rms``: of the state that each sublayer reads and, last, of the final one (where the model is plain, of what
-        each layer reads); and for every sublayer its ``name``, ``spectral_radius`` of the carry (mean over tokens),
-        ``saturated`` (share of the dynamic routing whose tanh is above 0.99 in magnitude, the largest of read, carry
-        and write; None without one), ``effective_slots`` (of ``n``: how many directions the slots span) and
-        ``weakest_slot`` (RMS of the smallest slot over that of all).
+        ``rms`` of the state that each sublayer reads and, last, of the final one (of a plain model, of what each layer
+        reads); and for every sublayer its ``name``, ``spectral_radius`` of the carry (mean over tokens), ``saturated``
+        (share of the dynamic routing whose tanh is above 0.99 in magnitude, the largest of read, carry and write; None
+        without one), ``effective_slots`` (of ``n``: how many directions the slots span) and ``weakest_slot`` (RMS of
+        the smallest slot over that of all).
     """
     training = model.training
     model.eval()
@@ -151,12 +136,9 @@ def _measure_sublayers(model: VirtualWidthForCausalLM, ids: Tensor) -> dict[str,
         rms.append(_rms(state))
         tokens = state.flatten(0, -2)
         tokens = tokens[:: max(1, len(tokens) // ROUTED_TOKENS)].float()
-        if not tokens.isfinite().all():
-            rows.append({})
-            return
         routing, statistics = connection.routing_matrices(tokens), SublayerStatistics()
         slots = tokens.unflatten(-1, (n, -1))
-        if not all(part.isfinite().all() for part in split(routing).values()):
+        if not all(part.isfinite().all() for part in (tokens, *split(routing).values())):
             rows.append({})
             return
         statistics.add(slots, routing, static_routing(connection, tokens), tanh_scales(connection))
@@ -183,14 +165,9 @@ def _measure_sublayers(model: VirtualWidthForCausalLM, ids: Tensor) -> dict[str,
 
 
 def effective_slots(slots: Tensor) -> float:
-    """How many independent slots a state amounts to: from 1, where all are multiples of one, to ``min(n, d)``.
+    """Return how many independent slots a state ``[T, n, d]`` amounts to, from 1 to ``min(n, d)``.
 
-    Args:
-        slots: ``[T, n, d]``.
-
-    Returns:
-        ``(tr G)² / ‖G‖²`` with ``G`` the slots' Gram matrix, the participation ratio of its eigenvalues, mean over
-        tokens.
+    It is ``(tr G)² / ‖G‖²`` with ``G`` the slots' Gram matrix, the participation ratio of its eigenvalues.
     """
     gram = slots @ slots.mT
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -198,7 +175,7 @@ def effective_slots(slots: Tensor) -> float:
 
 
 def worst(entry: dict[str, Any]) -> dict[str, float]:
-    """What to watch of a measurement: the extreme over the layers of each number, those only that are known."""
+    """Return the extreme over the layers of each number of a measurement that is known."""
     state, gradients = entry["state"], entry["gradient_norm"]
     chosen = {
         "layer_grad_norm_max": (max, gradients.get("layers")),
@@ -214,7 +191,7 @@ def worst(entry: dict[str, Any]) -> dict[str, float]:
 
 
 def concerns(entry: dict[str, Any]) -> dict[str, str]:
-    """What of a measurement the user should hear about, a sentence each, by a name of its own."""
+    """Return what the user should hear about a measurement, a sentence each, by a name of its own."""
     found, seen = {}, worst(entry)
     radius = seen.get("spectral_radius_max")
     if not all(rms < LARGEST_STATE for rms in entry["state"]["rms"]):  # NaN too
@@ -234,27 +211,5 @@ def concerns(entry: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def read_health(directory: Path) -> list[dict[str, Any]]:
-    """The measurements of a run, in the order of its steps; none where none were made.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    path = directory / FILE
-    if not path.exists():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it or restore it") from error
-
-
 def _rms(values: Tensor) -> float:
     return float(values.float().square().mean().sqrt())
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # cut off by a kill

@@ -14,7 +14,7 @@ from vwn.common.errors import UserError
 from vwn.common.processes import all_reduce_max
 
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
-"""Of the command line: EX_TEMPFAIL of sysexits.h, and a shell's for Ctrl-C."""
+"""Exit codes of the command line: EX_TEMPFAIL of sysexits.h, and a shell's for Ctrl-C."""
 AT_ONCE = 5.0  # seconds after which a second signal is one: launchers pass on what their processes had got already
 
 
