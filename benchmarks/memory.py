@@ -21,12 +21,11 @@ from torch import Tensor
 from benchmarks import listing, measure, models
 from benchmarks.models import Training
 from benchmarks.report import NOT_MEASURED, Report, parser
+from benchmarks.rivals import mapped
 from vwn import GeneralizedHyperConnection, ops
 from vwn.common.errors import UserError
 from vwn.hf.lookahead import Lookahead, Reader
 from vwn.hf.loss import choose_loss
-from vwn.ops import RoutingWeights
-from vwn.ops.weights import pack, unpack
 
 SHAPES = [(2, 3), (4, 8), (4, 16), (8, 64)]
 KEEP = (1, 2, 4, 8)
@@ -100,9 +99,9 @@ def _op_chain(state: Tensor, connections: list[GeneralizedHyperConnection], keep
 
 
 def _listing_chain(state: Tensor, connections: list[GeneralizedHyperConnection], keep: int) -> Tensor:
+    dtype = state.dtype
     for connection in connections:
-        w = connection.weights
-        w = unpack(RoutingWeights, [t.to(state.dtype) for t in pack(w)], w.eps)
+        w = mapped(connection.weights, lambda t: t.to(dtype))
         x, carried, beta = listing.width_connection(state, w)
         state = listing.depth_connection(carried, beta, -x)
     return state
