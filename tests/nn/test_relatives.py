@@ -79,8 +79,8 @@ def test_ghc_equals_the_package_where_the_formulas_agree(streams, fractions, dyn
     with torch.no_grad():
         theirs.dynamic_alpha_fn.mul_(dynamic)
         theirs.dynamic_beta_fn.mul_(dynamic and fractions == 1)
-        ours.bias_alpha.copy_(theirs.bias_alpha[rows][:, order])
-        ours.bias_beta.copy_(theirs.bias_beta.expand(fractions, n))
+        ours.bias_alpha.copy_(theirs.static_alpha[rows][:, order])
+        ours.bias_beta.copy_(theirs.static_beta.expand(fractions, n))
         if dynamic:  # one scalar scale, and no tau
             ours.dynamic_alpha.copy_(theirs.dynamic_alpha_fn[:, order] * d**0.5)
             ours.dynamic_beta.copy_(theirs.dynamic_beta_fn.reshape(d, fractions) * d**0.5)
@@ -105,14 +105,14 @@ def test_hyper_and_frac_connections_equal_the_package(streams, fractions):
 
     def translated(name: str, t: Tensor) -> tuple[str, Tensor]:
         """A tensor of theirs, or its gradient, in our layout and under our name."""
-        if name == "bias_alpha":
+        if name == "static_alpha":
             return "bias_alpha", t[rows][:, order]
         if name == "dynamic_alpha_fn":
             return "dynamic_alpha", t[:, order]
         if name == "dynamic_beta_fn":
             return "dynamic_beta", t.reshape(d, fractions)
         renamed = {"dynamic_alpha_scale": "scale_alpha", "dynamic_beta_scale": "scale_beta"}
-        renamed |= {"bias_beta": "bias_beta", "norm.weight": "slot_norm", "norm.bias": "slot_norm_bias"}
+        renamed |= {"static_beta": "bias_beta", "norm.weight": "slot_norm", "norm.bias": "slot_norm_bias"}
         return renamed.get(name, name), t.reshape(1) if name.endswith("scale") else t
 
     with torch.no_grad():
