@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import NOT_MEASURED, Report, parser
-from benchmarks.rivals import Inputs
+from benchmarks.rivals import Inputs, mapped
 from vwn import ops
 from vwn.common.errors import UserError
 from vwn.ops import RoutingWeights
-from vwn.ops.weights import pack, unpack
 
 SHAPES = ((2, 3), (4, 8), (4, 16), (8, 64))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,14 +69,15 @@ def errors(backend: str, inputs: Inputs) -> dict[str, Any]:
 def run(backend: str, inputs: Inputs, gradients: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """New state, what is read, and the gradients of state, ``z`` and all weights."""
     compute = torch.promote_types(dtype, torch.float32)
-    leaves = [t.detach().to(dtype).requires_grad_() for t in (inputs.state, inputs.z)]
-    leaves += [t.detach().to(compute).requires_grad_() for t in pack(inputs.weights)]
-    w = unpack(RoutingWeights, leaves[2:], inputs.weights.eps)
-    outputs = ops.write_read(*leaves[:2], w, w, backend=backend)
-    given = [g.to(dtype) for g in gradients]
-    return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, given)]
+    state, z = (t.detach().to(dtype).requires_grad_() for t in (inputs.state, inputs.z))
+    w = mapped(inputs.weights, lambda t: t.detach().to(compute).requires_grad_())
+    outputs = ops.write_read(state, z, w, w, backend=backend)
+    leaves = [t for t in (state, z, *w) if isinstance(t, Tensor)]
+    found = torch.autograd.grad(outputs, leaves, [g.to(dtype) for g in gradients])
+    return [*(o.detach() for o in outputs), *found]
 
 
+@torch.no_grad()
 def routing_rms(backend: str, state: Tensor, w: RoutingWeights) -> float:
     """Error of the routing itself, seen through the op: a float32 state whose sublayer wrote unit segments.
 
@@ -97,7 +97,7 @@ def routing_rms(backend: str, state: Tensor, w: RoutingWeights) -> float:
 
 
 def _doubled(w: RoutingWeights) -> RoutingWeights:
-    return unpack(RoutingWeights, [t.double() for t in pack(w)], w.eps)
+    return mapped(w, Tensor.double)
 
 
 def ulps(actual: Tensor, exact: Tensor) -> float:

@@ -1,9 +1,7 @@
-"""What the connections keep for the backward, per token and sublayer, against ``(r+1) D e`` and section 6.
+"""What the connections keep for the backward, per token and sublayer, against ``(r+1) D e``.
 
-Two ways. A chain of connections whose sublayers keep nothing (they negate), so that all that is kept is theirs. And
-models of two depths, of which the slope per sublayer less that of the plain backbone is what virtual width adds; the
-plain one keeps the input of each norm as well, so nothing else differs, unless the read takes on the norm (Triton):
-then that input is not kept and less is added.
+A chain of connections whose sublayers keep nothing (they negate) keeps only what is theirs; what whole models keep is
+in ``benchmarks.training_step``.
 
 And the most that a training step holds above its parameters, with the logits of every head in memory and with
 Liger-Kernel's loss, which never holds them all.
@@ -13,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -23,13 +21,11 @@ from torch import Tensor
 from benchmarks import listing, measure, models
 from benchmarks.models import Training
 from benchmarks.report import NOT_MEASURED, Report, parser
-from vwn import GeneralizedHyperConnection, Geometry, ops
+from benchmarks.rivals import mapped
+from vwn import GeneralizedHyperConnection, ops
 from vwn.common.errors import UserError
-from vwn.cost.connection import connection_cost
 from vwn.hf.lookahead import Lookahead, Reader
 from vwn.hf.loss import choose_loss
-from vwn.ops import RoutingWeights
-from vwn.ops.weights import pack, unpack
 
 SHAPES = [(2, 3), (4, 8), (4, 16), (8, 64)]
 KEEP = (1, 2, 4, 8)
@@ -38,8 +34,7 @@ SUBLAYERS = 8, 24
 NOTES = {
     "saved": "bytes per token and sublayer that are allocated after the forward, slope over two depths",
     "share of bound": "over (r+1)De, the state and the sublayer's output",
-    "paper": "over eta r D e with eta = 1/2, section 6's saved activations of a sublayer's connection",
-    "chain": "sublayers keep nothing themselves; 'model' is what is added to the plain backbone's",
+    "chain": "sublayers keep nothing themselves",
     "loss": "peak of forward and backward with all gradients, per token; 'logits' are those of one head, as stored",
     "not seen": "what the C++ backend allocates for itself while it runs, which is never kept",
 }
@@ -52,10 +47,6 @@ COLUMNS = {
     "saved_bytes": "11.0f",
     "bound_bytes": "11.0f",
     "share_of_bound": "14.3f",
-    "rebuilt_bound": "13.3f",
-    "over_paper": "10.2f",
-    "plain_bytes": "11.0f",
-    "model_ratio": "11.3f",
     "logits_bytes": "12.0f",
     "peak_bytes": "11.0f",
     "loss": "9.5f",
@@ -72,9 +63,6 @@ def main() -> None:
         for who in ("reference", native, "listing"):
             for keep in KEEP[:1] if who == "listing" else KEEP[::2] if options.quick else KEEP:
                 report.add(_chain(shape, who, keep, options))
-    for shape in options.shapes or (SHAPES[:1] if options.quick else SHAPES[::2]):
-        for keep in KEEP[:1] if options.quick else KEEP:
-            report.add(_model(shape, options.backend, keep, options))
     for who in ("torch", "liger"):
         report.add(_loss(who, options))
     report.done()
@@ -96,7 +84,9 @@ def _chain(shape: tuple[int, int], who: str, keep: int, options: argparse.Namesp
     state = torch.randn(tokens, connections[0].geometry.over_width, device=device).to(dtype).requires_grad_()
     run = _listing_chain if who == "listing" else _op_chain
     saved = _slope({count: partial(run, state, connections[:count], keep) for count in SUBLAYERS}, device)
-    return labels | _against(saved / tokens, shape, width, dtype, keep)
+    bound = (shape[1] / shape[0] + 1) * width * dtype.itemsize
+    saved /= tokens
+    return labels | {"saved_bytes": saved, "bound_bytes": bound, "share_of_bound": saved / bound}
 
 
 def _op_chain(state: Tensor, connections: list[GeneralizedHyperConnection], keep: int) -> Tensor:
@@ -109,9 +99,9 @@ def _op_chain(state: Tensor, connections: list[GeneralizedHyperConnection], keep
 
 
 def _listing_chain(state: Tensor, connections: list[GeneralizedHyperConnection], keep: int) -> Tensor:
+    dtype = state.dtype
     for connection in connections:
-        w = connection.weights
-        w = unpack(RoutingWeights, [t.to(state.dtype) for t in pack(w)], w.eps)
+        w = mapped(connection.weights, lambda t: t.to(dtype))
         x, carried, beta = listing.width_connection(state, w)
         state = listing.depth_connection(carried, beta, -x)
     return state
@@ -127,28 +117,6 @@ def _slope(calls: dict[int, Callable[[], Any]], device: torch.device) -> float:
         del result
     small, large = min(live), max(live)
     return (live[large] - live[small]) / (large - small)
-
-
-def _model(shape: tuple[int, int], backend: str, keep: int, options: argparse.Namespace) -> dict[str, Any]:
-    size = models.preset("dense", options.device, options.quick)
-    labels = {"where": "model", "connection": list(shape), "width": size.width, "who": backend}
-    plain = _model_slope(size, None, "auto", 1, options.device, options.quick)
-    wide = _model_slope(size, shape, backend, keep, options.device, options.quick)
-    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    compared = _against(wide - plain, shape, size.width, dtype, keep)
-    return labels | {"keep_states_every": keep, **compared, "plain_bytes": plain, "model_ratio": wide / plain}
-
-
-@cache
-def _model_slope(
-    size: models.Preset, connection: tuple[int, int] | None, backend: str, keep: int, device: str, quick: bool
-) -> float:
-    """Bytes per token and sublayer."""
-    batch = (1, 16) if quick else (2, models.tokens(device, quick)[1])
-    common: dict[str, Any] = {"mtp": 0, "backend": backend, "keep_states_every": keep}
-    trainings = {count: Training(size, connection, device, batch, depth=count // 2, **common) for count in SUBLAYERS}
-    slope = _slope({count: t.loss for count, t in trainings.items()}, torch.device(device))
-    return slope / (batch[0] * batch[1])
 
 
 def _loss(who: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -181,21 +149,6 @@ def _loss(who: str, options: argparse.Namespace) -> dict[str, Any]:
         "logits_bytes": logits,
         "peak_bytes": memory.peak / tokens,
         "loss": loss.item(),
-    }
-
-
-def _against(saved: float, shape: tuple[int, int], width: int, dtype: torch.dtype, keep: int) -> dict[str, float]:
-    m, n = shape
-    element, r = dtype.itemsize, n / m
-    bound = (r + 1) * width * element
-    # the formula is for 16 bit and for both connections of a layer
-    paper = connection_cost(Geometry(width, m, n)).activation_bytes / 2 * element / 2
-    return {
-        "saved_bytes": saved,
-        "bound_bytes": bound,
-        "share_of_bound": saved / bound,
-        "rebuilt_bound": saved / ((r / keep + 1) * width * element),
-        "over_paper": saved / paper,
     }
 
 

@@ -47,7 +47,6 @@ class Training:
         keep_states_every: as in :class:`vwn.VirtualWidthModel`.
         checkpointing: gradient checkpointing of every layer.
         compiled: whether the model goes through ``torch.compile``.
-        depth: layers, if not the backbone's own.
         vocab: size of the vocabulary, if not the one that suits the device.
     """
 
@@ -62,12 +61,10 @@ class Training:
         keep_states_every: int = 1,
         checkpointing: bool = False,
         compiled: bool = False,
-        depth: int | None = None,
         vocab: int | None = None,
     ) -> None:
         vocab = vocab or VOCAB[device]
         fields = size.fields(vocab, batch[1])
-        fields |= {} if depth is None else {"num_hidden_layers": depth}
         backbone = CONFIG_MAPPING[fields.pop("model_type")](**fields)
         width: dict[str, Any] = {"connection": "residual"}
         if connection is not None:

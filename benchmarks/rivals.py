@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from benchmarks import listing
 from vwn import ops
 from vwn.ops import NormWeights, RoutingWeights
-from vwn.ops.weights import unpack
 
 LISTING = "listing, eager"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -39,6 +38,11 @@ class Rival(NamedTuple):
         """Forward, and backward to the state, ``z`` and every weight."""
         outputs = self.run()
         return torch.autograd.grad(outputs, self.leaves, [o.detach() for o in outputs])
+
+
+def mapped(w: RoutingWeights, change: Callable[[Tensor], Tensor]) -> RoutingWeights:
+    """The weights, each tensor changed."""
+    return RoutingWeights(*(change(t) if isinstance(t, Tensor) else t for t in w))
 
 
 class Inputs:
@@ -65,7 +69,7 @@ class Inputs:
 
     def connection(self, dtype: torch.dtype) -> RoutingWeights:
         """The weights as leaves of their own."""
-        return unpack(RoutingWeights, [t.to(dtype, copy=True).requires_grad_() for t in self._small], 1e-6)
+        return RoutingWeights(*(t.to(dtype, copy=True).requires_grad_() for t in self._small), 1e-6)
 
     def leaves(self, weights: RoutingWeights) -> list[Tensor]:
         """What gradients are for."""

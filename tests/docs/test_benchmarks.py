@@ -88,8 +88,6 @@ def test_memory(tmp_path):
             if "not measured" not in chain[who, keep]:
                 assert chain[who, keep]["saved_bytes"] == (3 / 2 / keep + 1) * 64 * 4
     assert chain["listing", 1]["saved_bytes"] > 2 * bound
-    [model] = [row for row in rows if row["where"] == "model"]
-    assert model["saved_bytes"] == pytest.approx((3 / 2 + 1) * 32 * 4, rel=0.01)
     loss = {row["who"]: row for row in rows if row["where"] == "loss"}
     assert loss["torch"]["peak_bytes"] > loss["torch"]["heads"] * loss["torch"]["logits_bytes"] == 2 * 512 * 4
     if os.environ.get("TRITON_INTERPRET") == "1":

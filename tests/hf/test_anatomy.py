@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,105 +15,56 @@ from vwn.hf.anatomy import Anatomy, find_anatomy
 from vwn.hf.sublayers import run_probe
 
 
-class Stack(nn.Module):
-    """A base model of two layers; subclasses differ in their forward."""
+def through(model: Any, h: Tensor) -> Tensor:
+    for layer in model.layers:
+        h = layer(h)
+    return h
 
-    def __init__(self) -> None:
+
+def usual(model: Any, h: Tensor) -> Tensor:
+    return model.norm(through(model, model.drop(h)))
+
+
+class Stack(nn.Module):
+    """A base model of two layers.
+
+    Args:
+        order: what its forward does.
+        parts: further modules, or ``None`` for one that it lacks.
+    """
+
+    def __init__(self, order: Callable[[Any, Tensor], Tensor] = usual, **parts: nn.Module | None) -> None:
         super().__init__()
+        self.order, self.config = order, SimpleNamespace(model_type="stack")
         self.tokens, self.other_tokens = nn.Embedding(5, 4), nn.Embedding(5, 4)
         self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
         self.rotations = nn.ModuleList([nn.Identity()])
-        self.drop, self.norm, self.config = nn.Dropout(0.0), nn.LayerNorm(4), SimpleNamespace(model_type="stack")
+        self.drop, self.norm, self.project = nn.Dropout(0.0), nn.LayerNorm(4), nn.Linear(4, 4)
+        for name, part in parts.items():
+            if part is None:
+                delattr(self, name)
+            else:
+                setattr(self, name, part)
 
     def get_input_embeddings(self) -> Any:
         return self.tokens
 
-
-class Usual(Stack):
-    def forward(self, input_ids: Any = None, inputs_embeds: Any = None) -> Tensor:
-        h = self.tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        h = self.drop(h)
-        for i, layer in enumerate(self.layers[:2]):
-            h = layer(h) + i
-        return self.norm(h)
+    def forward(self, inputs_embeds: Tensor) -> Tensor:
+        return self.order(self, inputs_embeds)
 
     def run(self, inputs_embeds: Tensor, **_: Any) -> Tensor:
-        return self(inputs_embeds=inputs_embeds)
-
-
-class NoNorm(Usual):
-    def __init__(self) -> None:
-        super().__init__()
-        del self.norm
-
-    def forward(self, inputs_embeds: Tensor) -> Tensor:
-        for layer in self.layers:
-            inputs_embeds = layer(inputs_embeds)
-        return inputs_embeds
-
-
-class NormTwice(Usual):
-    def forward(self, inputs_embeds: Tensor) -> Tensor:
-        h = self.norm(inputs_embeds)
-        for layer in self.layers:
-            h = layer(h)
-        return self.norm(h)
-
-
-class LoopTwice(Usual):
-    def forward(self, inputs_embeds: Tensor) -> Tensor:
-        for layer in self.layers:
-            inputs_embeds = layer(inputs_embeds)
-        for layer in self.layers:
-            inputs_embeds = layer(inputs_embeds)
-        return self.norm(inputs_embeds)
-
-
-class Backwards(Usual):
-    def forward(self, inputs_embeds: Tensor) -> Tensor:
-        return self.norm(self.layers[0](self.layers[1](inputs_embeds)))
-
-
-class NormUnused(Usual):
-    def forward(self, inputs_embeds: Tensor) -> Tensor:
-        return self.layers[1](self.layers[0](inputs_embeds))
-
-
-class TwoStacks(Usual):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers_too = nn.ModuleList([nn.Linear(4, 4)])
-
-
-class TwoNorms(Usual):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm2 = nn.LayerNorm(4)
+        return self(inputs_embeds)
 
 
 class Inside(Stack):
-    """The loop is in a module inside, and the embedding elsewhere."""
+    """The layers are in a module inside, and the embedding elsewhere."""
 
     def __init__(self) -> None:
-        super().__init__()
-        del self.layers
-        self.decoder, self.front = Usual(), nn.ModuleDict({"words": nn.Embedding(5, 4)})
+        super().__init__(lambda model, h: model.decoder(h), layers=None, decoder=Stack())
+        self.front = nn.ModuleDict({"words": nn.Embedding(5, 4)})
 
     def get_input_embeddings(self) -> Any:
         return self.front["words"]
-
-    def forward(self, inputs_embeds: Tensor) -> Tensor:
-        return self.decoder(inputs_embeds=inputs_embeds)
-
-    run = Usual.run
-
-
-class ExpertsInside(Usual):
-    """A layer with a loop over a list of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Usual(), Usual()])
 
 
 class NoEmbeds(Stack):
@@ -120,100 +72,62 @@ class NoEmbeds(Stack):
         return self.tokens(input_ids)
 
 
-class NoTable(Usual):
-    def get_input_embeddings(self) -> Any:
-        return self.layers[0]
-
-
-FOUND = {
-    Usual: Anatomy("", "layers", "norm", "tokens"),
-    NoNorm: Anatomy("", "layers", "", "tokens"),
-    Inside: Anatomy("decoder", "layers", "norm", "front.words"),
-    ExpertsInside: Anatomy("", "layers", "norm", "tokens"),
-}
-
-
-@pytest.mark.parametrize("model_class", FOUND)
-def test_the_parts_are_found(model_class: type) -> None:
-    assert find_anatomy(model_class()) == FOUND[model_class]
+def probed(model: Any) -> Anatomy:
+    model = model.to("meta", torch.bfloat16)
+    model.anatomy = find_anatomy(model)
+    run_probe(model, 4)
+    return model.anatomy
 
 
 @pytest.mark.parametrize(
-    ("model_class", "reason"),
+    ("model", "anatomy"),
     [
-        (TwoNorms, "one norm behind its layers, found norm, norm2"),
-        (TwoStacks, "one list of decoder layers, found layers, layers_too"),
-        (NoEmbeds, "takes no inputs_embeds"),
-        (NoTable, "no token embedding"),
+        (Stack(), Anatomy("", "layers", "norm", "tokens")),
+        (Stack(through, norm=None), Anatomy("", "layers", "", "tokens")),
+        (Stack(lambda m, h: m.norm(m.drop(through(m, h)))), Anatomy("", "layers", "norm", "tokens")),
+        (Stack(layers=nn.ModuleList([Stack(), Stack()])), Anatomy("", "layers", "norm", "tokens")),
+        (Inside(), Anatomy("decoder", "layers", "norm", "front.words")),
     ],
+    ids=["usual", "no norm", "drops behind", "lists of their own in the layers", "inside"],
 )
-def test_what_is_not_there_once_is_refused(model_class: type, reason: str) -> None:
-    with pytest.raises(UserError, match=f"^{model_class.__name__} cannot be widened: .*{reason}"):
-        find_anatomy(model_class())
+def test_the_parts_are_found(model: Any, anatomy: Anatomy) -> None:
+    assert probed(model) == anatomy
+
+
+BEHIND = "its norm and nothing else, not "
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Stack(norm2=nn.LayerNorm(4)), "one norm behind its layers, found norm, norm2"),
+        (Stack(layers_too=nn.ModuleList([nn.Linear(4, 4)])), "one list of decoder layers, found layers, layers_too"),
+        (NoEmbeds(), "takes no inputs_embeds"),
+        (Stack(tokens=nn.Linear(4, 4)), "no token embedding"),
+        (Stack(lambda m, h: usual(m, m.norm(h))), "uses its final norm 'norm' elsewhere as well"),
+        (Stack(lambda m, h: usual(m, through(m, h))), "each of its layers once"),
+        (
+            Stack(lambda m, h: m.norm(m.layers[0](m.layers[1](h)))),
+            "each of its layers once, from the first to the last",
+        ),
+        (Stack(through), BEHIND + "nothing"),
+        (Stack(lambda m, h: m.norm(m.project(through(m, h)))), BEHIND + r"project \(Linear\), norm \(LayerNorm\)"),
+        (Stack(lambda m, h: m.project(usual(m, h))), BEHIND + r"norm \(LayerNorm\), project \(Linear\)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_models_are_refused(model: Any, reason: str) -> None:
+    with pytest.raises(UserError, match=f"^{type(model).__name__} cannot be widened: .*{reason}"):
+        probed(model)
 
 
 def test_the_norm_and_the_embedding_are_taken() -> None:
-    model = Inside()
-    norm, table = model.decoder.norm, model.front["words"]
+    model, h = Inside(), torch.randn(2, 4)
+    norm, table, wanted = model.decoder.norm, model.front["words"], model(h)
     anatomy = find_anatomy(model)
     assert anatomy.take_norm(model) is norm
     assert anatomy.take_embedding(model) is table
     assert model.front["words"] is None
-    h = torch.randn(2, 4)
-    torch.testing.assert_close(norm(model(h)), norm(Usual.forward(model.decoder, inputs_embeds=h)))
+    torch.testing.assert_close(norm(model(h)), wanted)
     assert anatomy.layers(model) is model.decoder.layers
-    assert isinstance(Anatomy("", "layers", "", "tokens").take_norm(NoNorm()), nn.Identity)
-
-
-class NoNormBehind(Usual):
-    """A projection is the first module behind the layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.project = nn.Linear(4, 4)
-
-    def forward(self, inputs_embeds: Tensor) -> Tensor:
-        for layer in self.layers:
-            inputs_embeds = layer(inputs_embeds)
-        return self.norm(self.project(inputs_embeds))
-
-
-class DropsFirst(NoNormBehind):
-    def forward(self, inputs_embeds: Tensor) -> Tensor:
-        for layer in self.layers:
-            inputs_embeds = layer(inputs_embeds)
-        return self.norm(self.drop(inputs_embeds))
-
-
-class ProjectsBehind(NoNormBehind):
-    def forward(self, inputs_embeds: Tensor) -> Tensor:
-        for layer in self.layers:
-            inputs_embeds = layer(inputs_embeds)
-        return self.project(self.norm(inputs_embeds))
-
-
-def probed(model_class: type) -> None:
-    model = model_class().to("meta", torch.bfloat16)
-    model.anatomy = find_anatomy(model)
-    run_probe(model, 4)
-
-
-@pytest.mark.parametrize(
-    ("model_class", "reason"),
-    [
-        (NormTwice, "uses its final norm 'norm' elsewhere as well"),
-        (LoopTwice, "each of its layers once"),
-        (Backwards, "each of its layers once, from the first to the last"),
-        (NormUnused, r"its norm and nothing else, not nothing"),
-        (NoNormBehind, r"its norm and nothing else, not project \(Linear\), norm \(LayerNorm\)"),
-        (ProjectsBehind, r"its norm and nothing else, not norm \(LayerNorm\), project \(Linear\)"),
-    ],
-)
-def test_what_runs_in_another_order_is_refused(model_class: type, reason: str) -> None:
-    with pytest.raises(UserError, match=f"^{model_class.__name__} cannot be widened: .*{reason}"):
-        probed(model_class)
-
-
-@pytest.mark.parametrize("model_class", [Usual, NoNorm, Inside, DropsFirst])
-def test_the_usual_order_is_taken(model_class: type) -> None:
-    probed(model_class)
+    assert isinstance(Anatomy("", "layers", "", "tokens").take_norm(Stack(through, norm=None)), nn.Identity)

@@ -160,21 +160,6 @@ def test_what_is_not_decayed():
 
 
 @EVERY_KIND
-def test_flops_are_those_the_counter_sees(kind):
-    connection = make(kind, width=24)
-    g, m, n = connection.geometry, connection.geometry.m, connection.geometry.n
-    rounds = 20 if kind in ("mhc", "ghc_ds") else 0
-    assert connection.sinkhorn_rounds == rounds
-    cost = connection_cost(g, kind=connection.kind, sinkhorn_rounds=rounds)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        connection(torch.randn(2, 5, g.over_width, dtype=torch.float64), lambda x: x)
-    assert cost.matmul_flops == counter.get_total_flops() / 10
-    columns = 2 * n + n * n if kind == "mhc" else 2 * m + n
-    assert cost.dynamic_parameter_flops == 2 * columns * g.over_width
-    assert cost.flops - cost.matmul_flops == 4 * n * n * rounds + cost.norm_flops
-
-
-@EVERY_KIND
 def test_cost_of_a_model(kind):
     config = vwn_config(num_mtp_modules=1, **KINDS[kind])
     config.backbone._attn_implementation = "eager"

@@ -98,24 +98,6 @@ def test_layers_that_are_offloaded(checkpoint, tmp_path, offloaded, dtype):
         assert all(torch.equal(stored[name], value) for name, value in model.state_dict().items())
 
 
-def test_offloading_from_weights_in_memory(checkpoint):
-    """As behind a GPU that is too small: what is offloaded waits in a dictionary, not in a file."""
-    from accelerate import dispatch_model
-
-    from vwn.hf.checkpoint.saving import _free_connections
-
-    path, model = checkpoint
-    again = AutoModelForCausalLM.from_pretrained(path)
-    waiting = {name: value for name, value in again.state_dict().items() if ".layers.1." in name}
-    places = {f"model.{name}": "cpu" for name in HERE} | {"lm_head": "cpu", "unembed_expand": "cpu"}
-    places["model.backbone.layers.1"] = "disk"
-    dispatch_model(again, places, main_device="cpu", state_dict=waiting, offload_index={})
-    assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)  # the connections are module calls
-    _free_connections(again)  # and are brought in once for good
-    assert again.model.backbone.layers[1].mlp.up_proj.weight.is_meta
-    assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
-
-
 # Export, compiled decoding, vocabulary
 
 

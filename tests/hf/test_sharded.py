@@ -43,6 +43,7 @@ def sharded_equals_whole(folders):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_bfloat16_model_shards_with_its_routing_in_float32(tmp_path):
     for name, (m, n, options) in KINDS.items():
         perturb(build(vwn_config("llama", m, n, **options))).save_pretrained(tmp_path / name)

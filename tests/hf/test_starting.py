@@ -20,6 +20,7 @@ def onwards(out, text, start, **changes):
     )
 
 
+@pytest.mark.slow
 def test_trained_weights_are_trained_on(tmp_path, text, finished, capsys):
     before, result = finished
     run = onwards(tmp_path / "run", text, before.out)
@@ -67,6 +68,7 @@ def test_what_cannot_be_built_is_refused_before_the_text_is_read(tmp_path, text,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_will_do_and_where_it_goes_on(tmp_path, text, capsys):
     run = config(tmp_path / "run", text, optim={"steps": 8, "schedule": "constant"})
     corpus = load_corpus(run)
