@@ -145,8 +145,8 @@ def _config(model: Any, embedding: str, **fields: Any) -> VirtualWidthConfig:
     lacking = [key for key, weight in model.named_parameters() if weight.is_meta]
     if lacking:
         raise UserError(
-            f"{len(lacking)} weights of the {name} are offloaded or on the meta device ({lacking[0]} is one) and could "
-            "not be kept; load it without offloading, widen it, and offload the result"
+            f"{len(lacking)} weights of the {name} are offloaded ({lacking[0]} is one), or on the meta device, and "
+            "could not be kept; load it without offloading, widen it, and offload the result"
         )
     if getattr(model, "is_quantized", False):
         raise UserError(f"the {name} is quantised, and its logits with it; widen the full-precision model")

@@ -11,7 +11,9 @@ from vwn.nn.initialisation import StatesItsInitialValues
 NO_TOKEN = -1
 """Id where there is no token: before the start of a sequence and at its padding."""
 
-_INCREMENT, _FACTORS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of SplitMix64
+# of SplitMix64, as signed numbers
+_INCREMENT = 0x9E3779B97F4A7C15 - (1 << 64)
+_FACTORS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 
 
 class NgramEmbedding(StatesItsInitialValues):
@@ -120,15 +122,11 @@ def hash_ngrams(ids: Tensor, order: int, buckets: int, documents: Tensor | None 
 
 def _mix(x: Tensor) -> Tensor:
     """SplitMix64's output function after one step: a bijection of 64-bit numbers that changes about half the bits."""
-    x = x + _signed(_INCREMENT)
+    x = x + _INCREMENT
     for shift, factor in zip((30, 27), _FACTORS, strict=True):
-        x = (x ^ _shift_right(x, shift)) * _signed(factor)
+        x = (x ^ _shift_right(x, shift)) * factor
     return x ^ _shift_right(x, 31)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch's shift copies the sign
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
