@@ -288,7 +288,7 @@ def test_a_nan_stays_in_its_token(backend, m, n, d, where, bad):
         assert not any(result[name][4].isfinite().all() for name in reached)
         if dynamic and where == "state":
             assert all(result[name][4].isnan().all() for name in reached)
-        assert not all(result[f"write.static_{name}"].isfinite().all() for name in ("alpha", "beta"))
+        assert not all(result[f"write.bias_{name}"].isfinite().all() for name in ("alpha", "beta"))
         for name in ("new", "x", "state", "z"):
             assert torch.equal(result[name][rest], clean[name][rest]), (name, dynamic, norm)
         assert same_bits(run("write_read", t, backend), clean)
