@@ -55,14 +55,14 @@ def _schema(writes: bool, reads: bool) -> str:
     return ", ".join(["Tensor state", *written, *read, "str backend"])
 
 
-def _run(step: str, given: Inputs, *before: Any, **options: Any) -> Any:
+def _run(step: str, given: Inputs, before: Sequence[Any] = (), after: Sequence[Any] = ()) -> Any:
     """Run ``forward`` or ``backward`` of the backend, chosen here, where ``torch.compile`` does not look."""
     state, z, write, read, norm, backend = given
     name = choose(backend, state.device, state.dtype, (write or read).n)  # type: ignore[union-attr]
     if name == "reference":  # torch.matmul takes another route, to other bits, for what requires a gradient
         write, read = _detached(write), _detached(read)
     tokens = [None if t is None else _tokens(t) for t in (*before, state, z)]
-    return getattr(module(name), step)(*tokens, write, read, norm, **options)
+    return getattr(module(name), step)(*tokens, write, read, norm, *after)
 
 
 def _tokens(t: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def _define(name: str, writes: bool, reads: bool) -> CustomOpDef:
         grads, needs_weights = inputs[:results], inputs[-1]
         given = _parsed(inputs[results:-1], writes, reads)
         before = (grads[0] if writes else None, grads[-1] if reads else None)
-        found = _run("backward", given, *before, needs_weights=needs_weights)
+        found = _run("backward", given, before, [needs_weights])
         shapes = [t.shape for t in inputs[results : results + first]]
         return [*map(_shaped, found[:first], shapes), *found[first:]]
 
