@@ -97,7 +97,7 @@ def _summarise_loss(runs: list[Run], references: dict[int, Run], key: str, is_ba
 
 
 def pairwise_differences(report: dict[str, Any]) -> dict[str, Any]:
-    """Return for each loss measured (else None) arm -> other arm -> `difference_of`, for all ordered pairs of arms."""
+    """Compare all ordered pairs of arms: loss -> arm -> other arm -> `difference_of`; None for a loss not measured."""
     arms = runs_by_arm(report)
     result: dict[str, Any] = {}
     for key in LOSS_KEYS:

@@ -85,6 +85,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         record["plan"] = plan(config)
         directory.write_json(config.out / "compare.json", record)
         write_starts(starts, config.out / "starts")
+        starts.clear()  # every run reads its own
         return Comparison(config, corpus, models, sizes, record).run(recorded)
 
 
