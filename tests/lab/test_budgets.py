@@ -13,7 +13,7 @@ from curves import BUDGETS, POWER, SCALE, arm, budget_runs, curve, law, report
 from vwn.lab.analysis.analyse import add_analysis
 from vwn.lab.analysis.budgets import BudgetStudy, budget_studies, fit_law
 from vwn.lab.analysis.curves import Curve
-from vwn.lab.analysis.story import budget_explanation, budget_growth, budget_sentence
+from vwn.lab.analysis.story import budget_explanation, budget_growth, budget_sentence, cautions
 
 
 def studied(*arms: dict[str, Any]) -> BudgetStudy:
@@ -97,6 +97,19 @@ def test_missing_budgets_and_seeds_are_left_out() -> None:
     assert [row.loss.n for row in study.baseline] == [3, 3, 3, 1, 1]
     assert budget_studies(report(*budget_runs("4x16"))) == {}
     assert add_analysis(report(arm("plain", 0, curve([5, 4]))))["budgets"] == {}
+
+
+def test_a_run_that_diverges_behind_a_budget_is_said_to_and_the_others_keep_theirs() -> None:
+    wide = budget_runs("4x16", 1.5)
+    ended = wide[1]["decayed"][:1]
+    end = {"tokens": BUDGETS[1], "loss": None, "loss_2": None, "seconds": 1.0}
+    for decayed in (ended, [*ended, end]):  # on the trunk, or in the next budget's cool-down
+        wide[1] |= {"decayed": decayed, "curve": [*wide[0]["curve"][:1], end]}
+        analysed = add_analysis(report(*budget_runs("plain"), *wide))
+        assert [arm["loss"]["diverged_seeds"] for arm in analysed["summary"]] == [[], [1]]
+        assert "not finite in seed 1" in " ".join(cautions(analysed))
+        judged = [[point["tokens"] for point in run.get("judged", [])] for run in analysed["arms"]]
+        assert judged == [BUDGETS] * 4 + [[], BUDGETS]
 
 
 def test_a_diverged_run_leaves_no_mean() -> None:

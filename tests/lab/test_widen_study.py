@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Phi3Config
 
 from conftest import perturb
 from runs import compare_config
@@ -16,7 +16,7 @@ from vwn.data.tokenizer import load_tokenizer
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
 from vwn.lab.compare.arms import parse_arm
 from vwn.lab.compare.run import adopt, compare
-from vwn.lab.compare.starts import plain_model, start_models
+from vwn.lab.compare.starts import plain_model, start_models, with_wider_ffn
 from vwn.lab.compare.studies import STUDIES
 from vwn.training.config import OptimConfig, WidthOptions
 
@@ -88,6 +88,15 @@ def test_refusals(source: Path, tmp_path: Path, text: Path, changes: dict, expec
     with pytest.raises(UserError, match=expected):
         compare(compare_config(tmp_path / "out", text, **options))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", [Phi3Config, MixtralConfig])
+def test_ffns_whose_maps_are_in_one_weight_are_not_grown(kind: type) -> None:
+    sizes = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(kind(**sizes, **heads))
+    with pytest.raises(UserError, match="gate_up_proj.* holds several maps in one"):
+        with_wider_ffn(model, round(1.2 * model.num_parameters()))
 
 
 def test_a_wide_model_is_no_start(source: Path, tmp_path: Path) -> None:

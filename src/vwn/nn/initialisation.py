@@ -55,6 +55,6 @@ class StatesItsInitialValues(nn.Module):
             key, earlier = prefix + name, prefix + _EARLIER.get(name, name)
             if key not in state_dict and earlier in state_dict:
                 state_dict[key] = state_dict.pop(earlier)
-            if own is not None and own.shape == (1,) and key in state_dict:
+            if own is not None and own.shape == (1,) and key in state_dict and state_dict[key].ndim == 0:
                 state_dict[key] = state_dict[key].reshape(1)  # scales had no dimension
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

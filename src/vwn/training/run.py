@@ -306,7 +306,7 @@ def load_corpus(config: TrainConfig) -> Corpus:
     shared: dict[str, Any] = {"valid": c.valid, "window": c.window, "control_tokens": c.control_tokens}
     shared["tokenizer"] = BYTES if c.tokenizer is None else c.tokenizer
     start = config.out / START
-    if config.init_from is not None and start.exists() and not Path(shared["tokenizer"]).exists():
+    if config.init_from is not None and (start / "config.json").exists() and not Path(shared["tokenizer"]).exists():
         shared["tokenizer"] = str(start)
     if not c.stream:
         return prepare(c.data, **shared)
@@ -333,7 +333,7 @@ def check_model(config: TrainConfig) -> None:
         backbone = load_backbone(config.backbone, 1, config.corpus.window)
         backbone = resize_backbone(backbone, config.hidden_size, config.intermediate_size)
         model_config(backbone, config.m, config.n, config.width)
-    elif not (config.out / START).exists():
+    elif not (config.out / START / "config.json").exists():
         directory.locate(config.init_from)
 
 

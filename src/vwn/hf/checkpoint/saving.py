@@ -253,11 +253,12 @@ def _check_complete(model: Any, info: dict[str, Any], source: Any) -> None:
 def _take_old_scalars(model: Any, info: dict[str, Any], folder: Path) -> None:
     """Load the scales that earlier checkpoints in a local folder hold without a dimension."""
     scalars = {name for name, stored, wanted in info["mismatched_keys"] if (*stored, 1) == tuple(wanted)}
+    weights = model.state_dict()  # also of frozen connections, whose scales are buffers
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as tensors:
             keys = {key.removeprefix("model."): key for key in tensors.keys()}  # noqa: SIM118
             for name in (name for name in scalars if name.removeprefix("model.") in keys):
-                model.get_parameter(name).copy_(tensors.get_tensor(keys[name.removeprefix("model.")]))
+                weights[name].copy_(tensors.get_tensor(keys[name.removeprefix("model.")]))
                 info["mismatched_keys"] = {key for key in info["mismatched_keys"] if key[0] != name}
 
 

@@ -19,14 +19,14 @@ def judged_points(run: Run) -> list[dict[str, Any]]:
 
 
 def with_judged_points(runs: list[Run]) -> list[Run]:
-    """Add to `runs` the decayed losses at the budgets that all share, as `judged`; one that diverged first has none."""
-    budgets = [{point["tokens"] for point in run["decayed"]} for run in runs if run.get("decayed")]
-    shared = set.intersection(*budgets) if budgets else set()
+    """Add to `runs` the decayed losses at the budgets that all share, as `judged`; one that diverged has none."""
     clean = [{field: value for field, value in run.items() if field != "judged"} for run in runs]
-    if any(not run.get("decayed") and read_curve(run, "loss").final_loss is not None for run in clean):
-        return clean
-    judged = [[point for point in run.get("decayed") or [] if point["tokens"] in shared] for run in clean]
-    return [{**run, "judged": points} if points else run for run, points in zip(clean, judged, strict=True)]
+    whole = [read_curve(run, "loss").final_loss is not None for run in clean]  # also if a smaller budget had ended
+    points = [(run.get("decayed") or []) if ended else [] for run, ended in zip(clean, whole, strict=True)]
+    budgets = [{point["tokens"] for point in some} for some, ended in zip(points, whole, strict=True) if ended]
+    shared = set.intersection(*budgets) if budgets else set()
+    judged = [[point for point in some if point["tokens"] in shared] for some in points]
+    return [{**run, "judged": some} if some else run for run, some in zip(clean, judged, strict=True)]
 
 
 def read_curve(run: Run | None, key: str) -> Curve:

@@ -108,6 +108,12 @@ def with_wider_ffn(model: PreTrainedModel, parameters: int) -> PreTrainedModel:
     for name, value in new.items():
         before = old[name]
         if value.shape != before.shape:
+            grew = [now - was for now, was in zip(value.shape, before.shape, strict=True)]
+            if value.ndim > 2 or sorted(grew) != [0] * (value.ndim - 1) + [units]:
+                raise UserError(
+                    f"the FFNs of a {backbone.model_type} cannot be grown, as {name} holds several maps in one; leave "
+                    "out the arm with match_params"
+                )
             into = [slice(0, length) for length in before.shape]
             if value.ndim == 2 and value.shape[1] == before.shape[1]:  # [units, D]: a map into the FFN
                 value[into[0]] = before

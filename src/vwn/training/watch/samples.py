@@ -42,23 +42,20 @@ class SampleLog(TrainerCallback):
         if not self.tokens or not (is_sharded or state.is_world_process_zero):
             return
         try:
-            ids = self._generate()
-        except Exception as error:  # transformers cannot generate with every backbone
+            prompt, text = self._generate()
+        except Exception as error:  # not every backbone can generate, nor every tokenizer decode all of a model's ids
             logger.warning("no samples are written: %s: %s", type(error).__name__, str(error).split("\n")[0])
             self.tokens = 0
             return
         if state.is_world_process_zero:
-            decode, start = self.trainer.processing_class.decode, len(self.prompt)
             entry = {"step": state.global_step, "tokens": state.global_step * self.trainer.tokens_per_step}
-            entry["prompt"] = decode(ids[:start], skip_special_tokens=True)
-            entry["text"] = decode(ids[start:], skip_special_tokens=True)
-            self.lines.append(entry)
+            self.lines.append({**entry, "prompt": prompt, "text": text})
             if getattr(self.board, "tb_writer", None):
-                as_code = "    " + (entry["prompt"] + entry["text"]).replace("\n", "\n    ")
+                as_code = "    " + (prompt + text).replace("\n", "\n    ")
                 self.board.tb_writer.add_text("sample", as_code, state.global_step)
 
-    def _generate(self) -> Any:
-        """Return the ids of the prompt and its continuation."""
+    def _generate(self) -> tuple[str, str]:
+        """Return the prompt and its continuation."""
         model, device = self.trainer.model, self.trainer.args.device
         training, prompt = model.training, self.prompt[None].to(device)
         model.eval()
@@ -80,7 +77,8 @@ class SampleLog(TrainerCallback):
                 )
         finally:
             model.train(training)
-        return out[0]
+        decode, start = self.trainer.processing_class.decode, len(self.prompt)
+        return decode(out[0, :start], skip_special_tokens=True), decode(out[0, start:], skip_special_tokens=True)
 
 
 def last_sample(directory: Path) -> str | None:
