@@ -95,7 +95,7 @@ def test_ffns_whose_maps_are_in_one_weight_are_not_grown(kind: type) -> None:
     sizes = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0}
     model = AutoModelForCausalLM.from_config(kind(**sizes, **heads))
-    with pytest.raises(UserError, match="gate_up_proj.* holds several maps in one"):
+    with pytest.raises(UserError, match=r"gate_up_proj.* holds several maps in one"):
         with_wider_ffn(model, round(1.2 * model.num_parameters()))
 
 
