@@ -257,7 +257,7 @@ COMMANDS = {
             "train --out runs/small --backbone small --m 4 --n 16 --tokenizer bpe:8192 --window 512",
         ),
         ("out", "data", "backbone", "m", "n", "steps"),
-        packages=("accelerate", "tensorboard"),
+        packages=("accelerate",),
         file="a run's directory or run.json, to repeat it, or options in .yaml or .json; those typed beside it win.",
     ),
     "compare": Command(

@@ -99,7 +99,7 @@ for data in (str(folder / "rows.parquet"), "owner/name"):
         (
             ["train", "--out", "x"],
             ("tyro",),
-            "vwn: vwn train needs accelerate and tensorboard; install vwn with [train]: pip install '.[train]'",
+            "vwn: vwn train needs accelerate; install vwn with [train]: pip install '.[train]'",
         ),
         (
             ["compare", "--out", "x"],
