@@ -11,7 +11,7 @@ import pytest
 
 from curves import BUDGETS, POWER, SCALE, arm, budget_runs, curve, law, report
 from vwn.lab.analysis.analyse import add_analysis
-from vwn.lab.analysis.budgets import BudgetStudy, budget_studies, fit_law
+from vwn.lab.analysis.budgets import REACH, BudgetStudy, budget_studies, fit_law
 from vwn.lab.analysis.curves import Curve
 from vwn.lab.analysis.story import budget_explanation, budget_growth, budget_sentence, cautions
 
@@ -32,6 +32,10 @@ def test_a_known_speedup_is_recovered_at_every_budget(speed: float) -> None:
             assert point.equal["tokens"].speedup.extrapolated == (outside and expected != 1)
             # The chord between two budgets lies above the law, by which the baseline comes late.
             mean = point.speedup.over_seeds.mean
+            if tokens > REACH * BUDGETS[-1]:  # a guess, of which there is no number
+                assert mean is None
+                assert point.equal["tokens"].reason == "beyond 3 times the baseline’s budgets"
+                continue
             assert mean == pytest.approx(expected, rel=1e-3 if outside else 0.04)
             assert mean >= expected * (1 - 1e-3)
             assert point.equal["tokens"].gap.over_seeds.mean == pytest.approx(
@@ -72,7 +76,7 @@ def test_beyond_the_last_budget_without_a_law_there_is_no_number() -> None:
 def test_a_loss_below_the_laws_floor_is_never_reached() -> None:
     point = studied(*budget_runs("plain"), *budget_runs("4x16", gap=-2.0)).arms["4x16"][-1]
     assert point.equal["tokens"].gap.over_seeds.mean == pytest.approx(-2.0)
-    assert (point.speedup.over_seeds.mean, point.equal["tokens"].reason) == (None, "beyond the fit’s floor")
+    assert (point.speedup.over_seeds.mean, point.equal["tokens"].reason) == (None, "beyond 3 times the baseline’s budgets")
 
 
 def test_missing_budgets_and_seeds_are_left_out() -> None:
@@ -222,7 +226,7 @@ def test_the_sentences_name_the_first_and_the_last_budget() -> None:
     assert "falls by 0.414 nats per e-fold of tokens (16M)" in budget_explanation(source, studies["loss"])
     assert budget_sentence(source, {}) == ""
     wide = budget_runs("4x16", 1.5)
-    for run in wide:  # next-token loss below the fit's floor at first, next-2-token loss afterwards
+    for run in wide:  # next-token loss out of the fit's reach at first, next-2-token loss afterwards
         for place, point in enumerate(run["decayed"]):
             point["loss" if place < 2 else "loss_2"] -= 3
     source = add_analysis(report(*budget_runs("plain"), *wide))

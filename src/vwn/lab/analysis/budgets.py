@@ -1,8 +1,8 @@
 """Decayed losses over training budgets: gap, slope and speed-up at each.
 
 A run has one cool-down per budget, branched off a constant-rate trunk; its field `decayed` holds their final losses.
-Between its budgets the baseline's decayed loss is interpolated over log tokens. Beyond them a law `E + B T^-β` is used,
-with B and β fitted to all seeds and E such that it meets the seed's nearest budget; such numbers are marked.
+Between its budgets the baseline's decayed loss is interpolated over log tokens. Up to three times beyond them a law `E + B T^-β` is
+used, with B and β fitted to all seeds and E such that it meets the seed's nearest budget; such numbers are marked.
 
 The speed-up of an arm at budget T is T'/T: T' are the tokens the baseline needs for the arm's decayed loss at T. It
 is about exp(gap / slope), where the slope is the fall of the baseline's decayed loss per e-fold of tokens.
@@ -11,6 +11,7 @@ is about exp(gap / slope), where the slope is the fall of the baseline's decayed
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from vwn.lab.analysis.wording import bounded
 COSTS = ("tokens", "flops", "seconds")
 # Budgets that a law of three numbers needs.
 FEWEST_BUDGETS = 3
+# A law of few points says nothing further than so many times beyond the budgets it was fitted to.
+REACH = 3.0
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Decayed:
         first, last = self.curve.tokens[0], self.curve.tokens[-1]
         if first <= tokens <= last:
             return loss_at(self.curve, tokens), False
-        if self.law is None:
+        if self.law is None or not first / REACH <= tokens <= last * REACH:
             return None, True
         near = first if tokens < first else last
         gain = self.law.scale * (tokens**-self.law.power - near**-self.law.power)
@@ -129,6 +132,7 @@ class Decayed:
 
     def tokens_for(self, loss: float) -> tuple[float | None, bool]:
         """Return the tokens of a run that ends at `loss`, and whether they are extrapolated."""
+        first, last = self.curve.tokens[0], self.curve.tokens[-1]
         found = tokens_to_loss(self.curve, loss)
         if found is not None and (not found.at_most or loss == self.curve.losses[0]):
             return found.tokens, False
@@ -136,7 +140,8 @@ class Decayed:
             return None, True
         place = 0 if found is not None else -1
         rest = (loss - self.curve.losses[place]) / self.law.scale + self.curve.tokens[place] ** -self.law.power
-        return (float(rest ** (-1 / self.law.power)) if rest > 0 else None), True
+        tokens = float(rest ** (-1 / self.law.power)) if rest > 0 else inf
+        return (tokens if first / REACH <= tokens <= last * REACH else None), True
 
 
 def budget_studies(report: dict[str, Any]) -> dict[str, BudgetStudy]:
@@ -230,7 +235,7 @@ def _equal_cost(pairs: list[tuple[Run, Run, Decayed]], tokens: int, cost: str, k
     for run, baseline, decayed in pairs:
         ratio, loss = cost_ratio(run, baseline, cost), _loss(run, tokens, key)
         if loss is None or not decayed.curve.is_finite:
-            reasons.append("diverged")
+            reasons.insert(0, "diverged")
             continue
         if ratio is None:
             reasons.append("no FLOPs" if cost == "flops" else "no clock")
@@ -243,7 +248,7 @@ def _equal_cost(pairs: list[tuple[Run, Run, Decayed]], tokens: int, cost: str, k
         if needed is not None:
             speedups[run["seed"]] = needed / (ratio * tokens)
         if reference is None or needed is None:
-            reasons.append("beyond the baseline’s budgets" if decayed.law is None else "beyond the fit’s floor")
+            reasons.append(f"beyond {'' if decayed.law is None else f'{REACH:.0f} times '}the baseline’s budgets")
     gap, speedup = (
         Measured(by_seed, Estimate.over([*by_seed.values()], honest=len(by_seed) == len(pairs)), extrapolated)
         for by_seed, extrapolated in ((gaps, gap_beyond), (speedups, speedup_beyond))
