@@ -57,7 +57,7 @@ from vwn.training.watch.samples import SampleLog, last_sample
 
 Label = str | Callable[[int], str]
 START = "start"
-"""Folder in the run directory with config and tokenizer of the model that ``--init-from`` named, which may be gone later."""
+"""Folder in the run directory with config and tokenizer of the model that ``--init-from`` named, which may go away."""
 EPOCHS = 4
 """Passes over a text up to which a repeated token is worth about as much as a new one (arXiv 2305.16264)."""
 
