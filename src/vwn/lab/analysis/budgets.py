@@ -1,8 +1,9 @@
 """Decayed losses over training budgets: gap, slope and speed-up at each.
 
 A run has one cool-down per budget, branched off a constant-rate trunk; its field `decayed` holds their final losses.
-Between its budgets the baseline's decayed loss is interpolated over log tokens. Up to three times beyond them a law `E + B T^-β` is
-used, with B and β fitted to all seeds and E such that it meets the seed's nearest budget; such numbers are marked.
+Between its budgets the baseline's decayed loss is interpolated over log tokens. Up to three times beyond them a law
+`E + B T^-β` is used, with B and β fitted to all seeds and E such that it meets the seed's nearest budget; such numbers
+are marked.
 
 The speed-up of an arm at budget T is T'/T: T' are the tokens the baseline needs for the arm's decayed loss at T. It
 is about exp(gap / slope), where the slope is the fall of the baseline's decayed loss per e-fold of tokens.
