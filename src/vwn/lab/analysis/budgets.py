@@ -232,7 +232,8 @@ def _point(runs: list[Run], references: dict[int, tuple[Run, Decayed]], tokens: 
 def _equal_cost(pairs: list[tuple[Run, Run, Decayed]], tokens: int, cost: str, key: str) -> EqualCost:
     gaps: dict[int, float] = {}
     speedups: dict[int, float] = {}
-    reasons, gap_beyond, speedup_beyond = [], False, False
+    reasons: list[str] = []
+    gap_beyond = speedup_beyond = False
     for run, baseline, decayed in pairs:
         ratio, loss = cost_ratio(run, baseline, cost), _loss(run, tokens, key)
         if loss is None or not decayed.curve.is_finite:
