@@ -35,8 +35,8 @@ def scaled(value: float | None) -> str:
 def budget(tokens: float) -> str:
     """Write a budget as asked for, `1M` for the 999,424 tokens of whole steps; three digits if it is not round."""
     near = float(f"{tokens:.1e}")
-    value = near if abs(near / tokens - 1) < 0.001 else tokens
-    unit = max(unit for unit in UNITS if unit <= value)
+    value = near if abs(near - tokens) < 0.001 * tokens else tokens
+    unit = max((unit for unit in UNITS if unit <= value), default=1)
     return f"{value / unit:.3g}{UNITS[unit]}"
 
 

@@ -14,7 +14,6 @@ from transformers import PreTrainedConfig
 
 from vwn.common.errors import UserError
 from vwn.common.provenance import provenance
-from vwn.cost import model_cost
 from vwn.data import Corpus, prepare
 from vwn.lab.analysis.analyse import add_analysis
 from vwn.lab.analysis.story import read_recorded
@@ -32,7 +31,7 @@ from vwn.training.branches import finished
 from vwn.training.config import TrainConfig
 from vwn.training.model import load_backbone
 from vwn.training.presets import PRESETS
-from vwn.training.result import RunResult, stored_result
+from vwn.training.result import RunResult, flops_per_token, stored_result
 from vwn.training.run import check_model, train, with_tokenizer
 from vwn.training.trainer import Diverged
 from vwn.training.watch.preemption import Stopped
@@ -109,7 +108,8 @@ class Comparison:
         record: dict[str, Any],
     ) -> None:
         self.config, self.corpus, self.sizes, self.record = config, corpus, sizes, record
-        self.progress = Progress({name: _flops(model, config.corpus.window) for name, model in models.items()})
+        window = config.corpus.window
+        self.progress = Progress({name: flops_per_token(model, window) or 1.0 for name, model in models.items()})
         self.swept = {a.name for a in config.parsed if config.sweeps and a.name not in config.rates}
 
     def run(self, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -189,10 +189,12 @@ class Comparison:
             label: of the progress bar.
             budgets: how many of its budgets are trained now, by default all.
         """
-        self.progress.start(name)
+        taken = 0
 
-        def shown(steps: int) -> str:
-            self.progress.advance(steps)
+        def shown(so_far: int) -> str:
+            nonlocal taken
+            self.progress.take(name, so_far - taken)
+            taken = so_far
             return f"{label} ({self.progress.text()})"
 
         try:
@@ -205,7 +207,7 @@ class Comparison:
             print(f"vwn: {label}: {diverged}", file=sys.stderr)
             directory.write_json(run.out / "result.json", dataclasses.asdict(diverged.result))
             result = diverged.result
-        self.progress.finish(steps)
+        self.progress.skip(name, steps - taken)  # an earlier process took them, or the run diverged before
         return result
 
 
@@ -351,10 +353,3 @@ def adopt(config: CompareConfig, given: Set[str]) -> CompareConfig:
     if "learning_rate" not in given and "learning_rate" in planned:
         parts["optim"] = dataclasses.replace(parts["optim"], learning_rate=planned["learning_rate"])
     return dataclasses.replace(config, **parts)
-
-
-def _flops(model: PreTrainedConfig, window: int) -> float:
-    try:
-        return model_cost(model, sequence_length=window).forward_flops_per_token
-    except UserError:  # attention that the formulas do not know
-        return 1.0
