@@ -56,6 +56,7 @@ def add_analysis(report: dict[str, Any]) -> dict[str, Any]:
     references = baseline_by_seed(report)
     runs_by_arm(report)
     analysed = {**report, "arms": [with_pairs(run, references.get(run["seed"])) for run in report["arms"]]}
+    analysed.pop("claims", None)  # of reports that were made before
     baseline = report.get("baseline")
     analysed["summary"] = [summarise(runs, references, baseline) for runs in runs_by_arm(analysed).values()]
     analysed["pairwise"] = pairwise_differences(analysed)

@@ -83,7 +83,9 @@ def loss_figure(
             figure.arrow(start, end, target, text)
             room = ARROW_ROOM / (1 - ARROW_ROOM) * (limits[1] - target)
             limits = min(limits[0], target - room), limits[1]
-    figure.axes.set_ylim(limits)
+    figure.axes.set(xlim=(0, None), ylim=limits)
+    figure.axes.xaxis.set_major_formatter(lambda value, _: budget(value))
+    figure.axes.locator_params(axis="x", nbins=5)
     return figure
 
 

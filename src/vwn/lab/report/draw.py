@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure as Canvas
 
 from vwn.lab.analysis.runs import runs_by_arm
-from vwn.lab.analysis.wording import budget, printable
+from vwn.lab.analysis.wording import printable
 from vwn.lab.report.colours import LIGHT
 
 # Inches: a column of a paper.
@@ -84,7 +84,7 @@ class Figure:
         key: "loss" or "loss_2".
         title, caption: plain text for the page.
         x, y: titles of its axes.
-        ticks: place and label of each tick of the x axis; without them it is of training tokens.
+        ticks: place and label of each tick of the x axis; by default matplotlib's.
     """
 
     def __init__(
@@ -100,10 +100,6 @@ class Figure:
         if ticks:
             self.axes.set_xticks([place for place, _ in ticks], [label for _, label in ticks])
             self.axes.margins(x=0.08)
-        else:
-            self.axes.set_xlim(left=0)
-            self.axes.xaxis.set_major_formatter(lambda value, _: budget(value))
-            self.axes.locator_params(axis="x", nbins=5)
 
     def line(self, name: str, style: LineStyle, x: Any, y: Any, hover: Iterable[str] = (), **changes: Any) -> None:
         """Draw a line that the legend names, with a text to hover over for each point; NaN leaves a gap."""
