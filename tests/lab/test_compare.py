@@ -120,8 +120,8 @@ def test_other_settings_are_refused_on_resume(done, text):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"optim": OptimConfig(steps=2, batch_size=4, learning_rate=1e-2)}, "one learning rate for plain, 1x1"),
-        ({"optim": OptimConfig(steps=2, batch_size=4)}, "preset 'nano' are a rule of thumb"),
+        ({"optim": OptimConfig(steps=2, batch_size=4, learning_rate=1e-2)}, "rates of plain, 1x1 are one for all"),
+        ({"optim": OptimConfig(steps=2, batch_size=4)}, "rates of plain, 1x1 are a rule of thumb"),
         ({"learning_rates": ("plain=0.01", "1x1=0.02")}, ""),
         ({"backbone": "tiny", "optim": OptimConfig(steps=2, batch_size=4)}, ""),
     ],

@@ -124,17 +124,16 @@ def test_progress_learns_its_pace_from_what_was_done_in_this_process(monkeypatch
     p.plan("wide", 20)
     p.skip("plain", 20)
     assert p.text() == "25%"
-    p.start("plain")
+    p.take("plain", 0)
     now[0] = 5.0
-    p.advance(5)
+    p.take("plain", 5)
     assert p.text() == "31%, 55 s left"  # 55 of 80 to come, one a second
     now[0] = 10.0
-    p.advance(10)
-    p.finish(20)  # ten of them in an earlier process
+    p.take("plain", 5)
+    p.skip("plain", 10)  # of an earlier process
     assert p.text() == "50%, 40 s left"
-    p.start("wide")
     now[0] = 40.0
-    p.advance(5)
+    p.take("wide", 5)
     assert p.text() == "62%, 1 min left"  # 20 of work in 40 s
 
 

@@ -296,15 +296,12 @@ def shared_settings(config: CompareConfig) -> dict[str, Any]:
 
 def warn_of_untuned_rates(config: CompareConfig) -> None:
     """Name the arms whose rates were not tuned: an arm at a rate that suits another says nothing about the arm."""
-    if config.sweeps:
-        return
     untuned = [arm.name for arm in config.parsed if arm.name not in config.rates]
-    if len(untuned) > 1 and config.optim.learning_rate is not None:
-        print(f"vwn: one learning rate for {', '.join(untuned)}; tune each arm (--lr-sweep on)", file=sys.stderr)
-    by_preset = config.optim.learning_rate is None and config.backbone in PRESETS
-    if untuned and by_preset and not PRESETS[config.backbone].swept:
+    given = config.optim.learning_rate is not None
+    tuned = len(untuned) == 1 if given else config.backbone in PRESETS and PRESETS[config.backbone].swept
+    if untuned and not tuned and not config.sweeps:
         print(
-            f"vwn: the learning rates of the preset {config.backbone!r} are a rule of thumb, not tuned; "
+            f"vwn: the learning rates of {', '.join(untuned)} are {'one for all' if given else 'a rule of thumb'}; "
             "tune each arm (--lr-sweep on) before you trust the comparison",
             file=sys.stderr,
         )
