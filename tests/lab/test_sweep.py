@@ -90,10 +90,10 @@ def test_studies_sweep_unless_a_rate_is_given(tmp_path):
 
 @pytest.mark.slow
 def test_a_swept_comparison_measures_each_arm_at_its_best_rate(tmp_path, text):
-    sweeping = SweepOptions(lr_sweep="on", sweep_rates=(1e-5, 5e-3, 1e-2), sweep_extensions=1)
+    sweeping = SweepOptions(lr_sweep="on", sweep_rates=(1e-5, 5e-3, 1e-2), sweep_extensions=0)
     asked = compare_config(
         tmp_path / "out", text, arms=("plain", "1x1"), seeds=(0,), learning_rates=("1x1=0.004",), sweep=sweeping,
-        optim=OptimConfig(steps=8, batch_size=4),
+        optim=OptimConfig(steps=4, batch_size=4),
     )  # fmt: skip
     report = compare(asked)
     plain, given = report["sweep"]
