@@ -54,9 +54,9 @@ def estimate(value: dict[str, Any], signed: bool = False) -> str:
     return mean if value["std"] is None else f"{mean}{PLUS_MINUS}{value['std']:.{digits}f}"
 
 
-def interval(value: dict[str, Any], form: str, unit: str = "") -> str:
-    """Write `1.19× (1.12 to 1.26)`, the mean and its 95 % interval, `1.19× (one seed)`, or a dash without a mean."""
-    return bounded(value["mean"], value["interval"], form, unit)
+def interval(value: dict[str, Any], form: str) -> str:
+    """Write `1.19 (1.12 to 1.26)`, the mean and its 95 % interval, `1.19 (one seed)`, or a dash without a mean."""
+    return bounded(value["mean"], value["interval"], form)
 
 
 def bounded(mean: float | None, bounds: Sequence[float] | None, form: str, unit: str = "") -> str:

@@ -23,7 +23,7 @@ from vwn.lab.compare.finished import facts, finished_runs
 from vwn.lab.compare.models import Sizes, arm_models
 from vwn.lab.compare.progress import Progress
 from vwn.lab.compare.starts import start_models, write_starts
-from vwn.lab.compare.sweep import Losses, as_given, first_rates, outcome, sweep, sweep_run
+from vwn.lab.compare.sweep import Losses, first_rates, outcome, sweep, sweep_run
 from vwn.lab.report.write import format_table, write_report
 from vwn.training import directory
 from vwn.training.arguments import check_device, learning_rate_of
@@ -142,7 +142,7 @@ class Comparison:
         left = []
         for budgets in range(1, 1 + max(1, len(config.optim.budgets))):
             for number, (arm, seed) in enumerate(runs, 1):
-                run = self._measured(arm, seed, rates[arm.name])
+                run = with_rate(self._measured(arm, seed), rates[arm.name])
                 steps = steps_of_round(run, budgets)
                 if has_ended(run, budgets):
                     self.progress.skip(arm.name, steps)
@@ -157,15 +157,14 @@ class Comparison:
         print(f"\nreport: {config.out / 'report.html'}")
         return report
 
-    def _measured(self, arm: Arm, seed: int, rate: float | None = None) -> TrainConfig:
-        run = self.config.run(arm, seed, self.sizes[arm.name])
-        return run if rate is None else with_rate(run, rate)
+    def _measured(self, arm: Arm, seed: int) -> TrainConfig:
+        return self.config.run(arm, seed, self.sizes[arm.name])
 
     def _rate(self, arm: Arm) -> dict[str, Any]:
         measured = self._measured(arm, self.config.seeds[0])
         start = start_rate(self.config, measured)
         if arm.name not in self.swept:
-            return as_given(arm.name, start)
+            return {"arm": arm.name, "rates": [], "best": start, "bracketed": False}
         planned = set(first_rates(self.config, start))
 
         def final_loss(rate: float) -> Losses:

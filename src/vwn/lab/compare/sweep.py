@@ -95,11 +95,6 @@ def _best(found: Mapping[float, Losses]) -> float:
     return min(found, key=lambda rate: (inf if found[rate]["loss"] is None else found[rate]["loss"], rate))
 
 
-def as_given(name: str, rate: float) -> dict[str, Any]:
-    """Return the entry of an arm whose rate was not swept."""
-    return {"arm": name, "seed": None, "steps": None, "rates": [], "best": rate, "bracketed": False}
-
-
 def outcome(result: RunResult, weight: float) -> Losses:
     """Return ``{loss, next_token, next_2_token}`` at a run's end, None where there is none; ``weight`` is λ."""
     last = result.curve[-1]

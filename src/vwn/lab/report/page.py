@@ -82,7 +82,8 @@ def render_page(report: dict[str, Any], drawn: Drawn) -> str:
     environment.filters["prose"] = prose
     template = environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     studies = budget_studies(report)
-    leads = _lead_figures(drawn)
+    budgets = [name for name in ("speedup-over-budget", "speedup-over-budget-2") if name in drawn]
+    leads = budgets or [name for name in ("fewer-tokens", "loss-over-tokens") if name in drawn][:1]
     commands = [report.get("command", NOTHING), *(part["command"] for part in report.get("continued") or [])]
     return template.render(
         title=f"Virtual width against {report.get('baseline')}",
@@ -106,12 +107,6 @@ def render_page(report: dict[str, Any], drawn: Drawn) -> str:
 def prose(sentence: str) -> str:
     """Return text with true minus signs, and no line broken before a percent sign."""
     return re.sub(r"(?<!\w)-(?=\d)", "−", str(sentence)).replace(" %", PERCENT)
-
-
-def _lead_figures(drawn: Drawn) -> list[str]:
-    """Return the identifiers of the figures of the first lines: the budgets, or the loss of the best arm."""
-    budgets = [name for name in ("speedup-over-budget", "speedup-over-budget-2") if name in drawn]
-    return budgets or [name for name in ("fewer-tokens", "loss-over-tokens") if name in drawn][:1]
 
 
 def _facts(report: dict[str, Any]) -> str:
