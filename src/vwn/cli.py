@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -148,7 +148,7 @@ def run_compare(config: CompareConfig) -> None:
 
 def run_generate(config: GenerateConfig) -> None:
     """`vwn generate`."""
-    from vwn.commands.generate import continuation, continue_with_mtp, load
+    from vwn.commands.generate import continuation, continue_with_mtp, drafting_line, load
 
     if config.mtp:
         if config.temperature:
@@ -160,14 +160,13 @@ def run_generate(config: GenerateConfig) -> None:
     for prompt in _prompts(config.prompt):
         loaded = loaded or load(config.checkpoint, config.tokenizer)
         if config.mtp:
-            drafted = continue_with_mtp(*loaded, prompt, config.max_new_tokens)
-            result, text = asdict(drafted), drafted.text
+            result = continue_with_mtp(*loaded, prompt, config.max_new_tokens)
         else:
             text = continuation(*loaded, prompt, config.max_new_tokens, temperature, config.top_p, config.seed)
             result = {"text": text}
-        print(json.dumps(result) if config.json else text, flush=True)
+        print(json.dumps(result) if config.json else result["text"], flush=True)
         if config.mtp and not config.json:
-            print(f"vwn: {drafted.summary()}", file=sys.stderr)
+            print(f"vwn: {drafting_line(result)}", file=sys.stderr)
 
 
 def _prompts(given: str | None) -> Iterator[str]:
@@ -218,7 +217,7 @@ def run_widen(config: WidenConfig) -> None:
 def run_cost(config: CostConfig) -> None:
     """`vwn cost`."""
     from vwn.cost import cost_table
-    from vwn.cost.cluster.layout import parse_cluster
+    from vwn.cost.cluster.options import parse_cluster
     from vwn.cost.cluster.plan import plan_rows, plan_text, plans
     from vwn.lab.compare.models import arm_models
     from vwn.training.model import load_backbone

@@ -331,14 +331,14 @@ def test_lm_evals_own_command_line_gives_the_same(checkpoint, data_dir, found, t
         *(sys.executable, "-c", "import vwn.hf, runpy; runpy.run_module('lm_eval', run_name='__main__')", "run"),
         *("--model", "hf", "--device", "cpu", "--batch_size", "4"),
         *("--model_args", f"pretrained={checkpoint},max_length={WINDOW}"),
-        *("--include_path", str(TASKS), "--tasks", "lambada,piqa,blimp"),
+        *("--include_path", str(TASKS), "--tasks", "lambada,piqa"),
         *("--metadata", json.dumps({"data_dir": str(data_dir)}), "--output_path", str(tmp_path), "--log_samples"),
     ]  # fmt: skip
     offline = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "DISABLE_MULTIPROC": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | offline, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(next(tmp_path.rglob("results_*.json")).read_text())["results"]
-    for task in ("lambada_openai", "piqa", "blimp", f"blimp::{SUBSETS[3]}"):
+    for task in ("lambada_openai", "piqa"):
         for metric, value in found["results"][task].items():
             if metric.endswith(",none") and "stderr" not in metric:
                 assert results[task][metric] == pytest.approx(value, rel=1e-5), (task, metric)

@@ -1,11 +1,9 @@
-"""``vwn cost --cluster``: memory against models that were built and run, traffic against what engines really send."""
+"""``vwn cost --cluster``: memory against models that were built and run."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,23 +11,18 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from counted import backbone
 from runs import run_vwn
 from vwn.common.errors import UserError
-from vwn.cost.cluster.layout import Cluster, Layout, parse_cluster
-from vwn.cost.cluster.memory import memory, saved_per_token, traffic
-from vwn.cost.cluster.options import PlanOptions
+from vwn.cost.cluster.memory import Layout, memory, saved_per_token
+from vwn.cost.cluster.options import Cluster, PlanOptions, parse_cluster
 from vwn.cost.cluster.plan import plan_rows, plan_text, plans
 from vwn.cost.cluster.shape import model_shape
 from vwn.hf import VirtualWidthConfig
-from vwn.nn.generalized import GeneralizedHyperConnection
 from vwn.training.presets import PRESETS
 
 WINDOW = 64
@@ -127,129 +120,11 @@ def test_a_layer_saves_what_the_formula_says(shape: tuple[int, int] | None) -> N
         assert formula - bare == 2 * (model.ratio + 1) * 128 * 4
 
 
-@contextmanager
-def fake_ranks(size: int) -> Iterator[None]:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def test_fsdp_sends_what_the_plan_says() -> None:
-    """The bytes that FSDP2 hands to its collectives, on a process group that moves nothing."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    made, seen = config(2, 3, reduce_norm="none"), dict.fromkeys(("all_gather", "reduce_scatter"), 0)
-
-    def counted(name: str) -> Any:
-        calls = [f"{name}_single", f"{name}_into_tensor", f"{name}_tensor"]  # newer PyTorch first
-        call = next(c for c in calls if hasattr(dist, c))
-        real = getattr(dist, call)
-
-        def count(*args: Any, **kwargs: Any) -> Any:
-            seen[name] += max(t.nbytes for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
-            return real(*args, **kwargs)
-
-        return mock.patch.object(dist, call, count)
-
-    model: Any = AutoModelForCausalLM.from_config(made)
-    with fake_ranks(4):
-        mesh = init_device_mesh("cpu", (4,))
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for part in (model.model.embed_tokens, *model.model.layers, [model.lm_head, model.model.norm,
-                                                                     model.model.reduce], model):  # fmt: skip
-            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        ids = torch.randint(1, 320, (1, 8))
-        with counted("all_gather"), counted("reduce_scatter"):
-            model(ids, use_cache=False).logits.float().sum().backward()
-    shape = model_shape(made, WINDOW)
-    planned = traffic(shape, Layout(1, 4, 1), options()).fsdp
-    # rows are padded to the group's size, which the plan leaves out
-    assert seen["all_gather"] == pytest.approx(2 * 2 * shape.parameters, rel=0.01)
-    assert seen["reduce_scatter"] == pytest.approx(4 * shape.parameters, rel=0.01)
-    assert planned == (2 * 2 + 4) * shape.parameters * 3 / 4
-
-
-class Collectives(TorchDispatchMode):
-    """Adds up the larger side of every collective."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **kwargs or {})
-        if any(name in str(func) for name in ("all_gather_into_tensor", "reduce_scatter_tensor")):
-            self.bytes += max(args[0].nbytes, out.nbytes)
-        return out
-
-
-def test_tensor_parallelism_sends_the_backbones_width_however_wide_the_state() -> None:
-    """A sublayer between sequence shards, in PyTorch's own tensor parallelism: four times ``D`` per token."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        PrepareModuleInput,
-        RowwiseParallel,
-        parallelize_module,
-    )  # fmt: skip
-
-    width, tokens = 16, 8
-    block = nn.Sequential(nn.Linear(width, 4 * width, bias=False), nn.GELU(), nn.Linear(4 * width, width, bias=False))
-    with fake_ranks(2):
-        mesh = init_device_mesh("cpu", (2,))
-        parallelize_module(block, mesh, {
-            "": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
-            "0": ColwiseParallel(),
-            "2": RowwiseParallel(output_layouts=Shard(1)),
-        })  # fmt: skip
-        assert isinstance(block[0].weight, DTensor)
-        x = torch.randn(1, tokens // 2, width, requires_grad=True)
-        with Collectives() as seen:
-            block(x).sum().backward()
-    assert seen.bytes == 4 * width * tokens * 4
-    shape = model_shape(config(4, 16), WINDOW)
-    planned = traffic(shape, Layout(2, 1, 1), options(precision="float32", checkpointing="none")).tp
-    per_token = 2 * planned / WINDOW / 4 / 128  # each of two ranks sends half
-    assert per_token == 3 * 2 * 4 + 2 * shape.ratio + 2  # three layers of two sublayers, the table, the head
-
-
-@pytest.mark.parametrize(("m", "n", "sublayers"), [(2, 3, 1), (2, 3, 2), (2, 8, 3), (2, 8, 4), (2, 8, 7), (1, 3, 2)])
-def test_no_fewer_numbers_say_what_a_state_is(m: int, n: int, sublayers: int) -> None:
-    """The state is linear in the outputs before it; the rank of that map is what a boundary cannot do without."""
-    torch.manual_seed(0)
-    width = 4 * m
-    chain = [GeneralizedHyperConnection(width, m, n, dynamic=False).double() for _ in range(sublayers)]
-    with torch.no_grad():
-        for p in (p for c in chain for p in c.parameters()):
-            p.add_(0.3 * torch.randn_like(p))
-
-    def state(outputs: torch.Tensor) -> torch.Tensor:
-        h = torch.zeros(1, n * 4, dtype=torch.float64)
-        for connection, z in zip(chain, outputs, strict=True):
-            h = connection.write(h, z[None])
-        return h[0]
-
-    jacobian = torch.autograd.functional.jacobian(state, torch.zeros(sublayers, width, dtype=torch.float64))
-    rank = torch.linalg.matrix_rank(jacobian.flatten(1)).item()
-    assert rank == min(n / m, sublayers) * width
-
-
-def test_replicas_by_hand() -> None:
-    """Each of two copies reduces a quarter of the float32 gradients, then gathers it."""
-    shape = model_shape(config(2, 3), WINDOW)
-    assert traffic(shape, Layout(1, 4, 2), options()).replicas == 2 * shape.parameters / 4 * 4 / 2
-
-
 def test_what_grows_with_what() -> None:
     eight, o = Layout(1, 8, 1), options()
     wide = [model_shape(config(*mn), WINDOW) for mn in [(None,), (2, 3), (4, 16), (8, 64)]]
     for narrower, wider in itertools.pairwise(wide):
         assert memory(narrower, eight, o).total < memory(wider, eight, o).total
-        assert traffic(narrower, eight, o).fsdp < traffic(wider, eight, o).fsdp
     deep = model_shape(config(4, 16, num_hidden_layers=24), WINDOW)
     saved = [memory(deep, eight, options(checkpointing=c)).activations for c in ("none", "selective", "full")]
     assert saved == sorted(saved, reverse=True)

@@ -92,7 +92,7 @@ def test_every_study_is_arms_that_can_be_built_and_given_by_hand(name, tmp_path)
     assert study.parsed[0].name == "plain"
     by_hand = CompareConfig(out=tmp_path, arms=STUDIES[name].arms)
     assert by_hand.parsed == study.parsed
-    models, _ = arm_models(study.parsed, load_backbone("tiny", 512, 64), study.width, 64)
+    models, _ = arm_models(study.parsed, load_backbone("nano", 512, 64), study.width, 64)
     assert list(models) == [arm.name for arm in study.parsed]
     assert len({model.to_json_string(use_diff=False) for model in models.values()}) == len(models)
 
@@ -103,14 +103,14 @@ def test_arms_are_added_to_a_study(tmp_path):
 
 
 def test_matched_backbones_cost_what_they_should():
-    backbone = load_backbone("tiny", 4096, 256)
+    backbone = load_backbone("nano", 1024, 64)
     target = model_config(backbone, 4, 16, MTP)
-    wanted = model_cost(target, sequence_length=256)
+    wanted = model_cost(target, sequence_length=64)
     for what, tolerance in (("params", 0.01), ("flops", 0.02)):
-        sizes = matched_sizes(backbone, MTP, target, what, 256)
+        sizes = matched_sizes(backbone, MTP, target, what, 64)
         config = model_config(resize_backbone(backbone, *sizes), None, None, MTP)
         model = AutoModelForCausalLM.from_config(config)
-        got = model_cost(config, sequence_length=256)
+        got = model_cost(config, sequence_length=64)
         if what == "params":
             assert sum(p.numel() for p in model.parameters()) == pytest.approx(wanted.parameters, rel=tolerance)
         else:
@@ -118,7 +118,7 @@ def test_matched_backbones_cost_what_they_should():
 
 
 def test_what_cannot_be_matched_is_refused():
-    backbone = load_backbone("tiny", 256, 64)
+    backbone = load_backbone("nano", 256, 64)
     with pytest.raises(UserError, match="by hand"):
         matched_sizes(backbone, MTP, model_config(load_backbone("large", 256, 64), 8, 64, MTP), "params", 64)
 

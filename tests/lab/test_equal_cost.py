@@ -1,9 +1,8 @@
-"""The gap over training, and arms at equal cost, on curves whose answers are known."""
+"""Arms at equal cost, on curves whose answers are known."""
 
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import pytest
@@ -26,23 +25,10 @@ def test_a_diverged_seed_leaves_no_number_anywhere() -> None:
         runs = copy.deepcopy(plain() + arms_of("4x16", power_law(speed=2)))
         next(r for r in runs if r["name"] == broken and r["seed"] == 1)["curve"][-1]["loss"] = None
         row = summary(*runs)["4x16"]["loss"]
-        assert row["gap_curve"]
-        assert all(p["mean"] is None for p in row["gap_curve"])
         assert row["speedup"]["mean"] is None
         for field in ("equal_flops", "equal_seconds"):
             assert row[field]["difference"]["mean"] is None
             assert row[field]["status"] == "diverged"
-
-
-def test_the_gap_is_a_curve_with_its_interval() -> None:
-    runs = plain() + arms_of("4x16", power_law(gap=-0.1, noise=0.01))
-    points = summary(*runs)["4x16"]["loss"]["gap_curve"]
-    assert len(points) == 21
-    half = 4.303 * 0.01 / math.sqrt(3)
-    for point in points[1:]:
-        assert point["mean"] == pytest.approx(-0.1)
-        assert point["std"] == pytest.approx(0.01)
-        assert point["interval"] == pytest.approx([-0.1 - half, -0.1 + half])
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.25, 0.8])

@@ -12,7 +12,7 @@ import pytest
 
 from curves import arm, curve, realistic, report
 from vwn.lab.analysis.analyse import add_analysis
-from vwn.lab.analysis.curves import Curve, Reached, gap_curve, loss_at, mean_curve, tokens_to_loss
+from vwn.lab.analysis.curves import Curve, Reached, loss_at, mean_curve, tokens_to_loss
 from vwn.lab.analysis.estimates import Estimate, verdict
 
 NAN = math.nan
@@ -195,11 +195,47 @@ def test_mistakes_of_the_runner_are_refused() -> None:
         analysed(arm("plain", 0, [*curve([4, 3]), *curve([2])]))
 
 
-def test_mean_and_gap_curves() -> None:
+def test_mean_curves() -> None:
     mean = mean_curve([losses([4, 3, 2]), losses([6, 4], [100, 300]), losses([])])
     assert mean.tokens.tolist() == [100, 300]
     assert mean.losses.tolist() == [5, 3]
-    gap = gap_curve(losses([3, 3, 3, 3], [50, 150, 300, 400]), losses([4, 3, 2]))
-    assert gap.tokens.tolist() == [150, 300]
-    assert gap.losses == pytest.approx([-0.5, 1.0])
     assert np.isnan(mean_curve([losses([4, NAN]), losses([4, 3])]).losses[1])
+
+
+def ends(name: str, *values: float | None, **changes: Any) -> list[dict[str, Any]]:
+    return [arm(name, seed, curve([9, value]), **changes) for seed, value in enumerate(values)]
+
+
+def test_pairs_of_arms_are_paired_by_seed_and_mirror_each_other() -> None:
+    runs = ends("plain", 3.0, 4.0, 5.0) + ends("4x8", 2.9, 3.89, 4.91) + ends("4x16", 2.8, 3.9, 4.2)
+    cells = add_analysis(report(*runs))["pairwise"]
+    assert cells["loss_2"] is None
+    cell = cells["loss"]["4x8"]["plain"]
+    assert cell["difference"]["mean"] == pytest.approx(-0.1)
+    assert cell["difference"]["std"] == pytest.approx(0.01)
+    assert (cell["verdict"], cell["reason"]) == ("lower", None)
+    assert cells["loss"]["plain"]["4x8"]["verdict"] == "higher"
+    assert cells["loss"]["plain"]["4x8"]["difference"]["mean"] == pytest.approx(0.1)
+    assert (cells["loss"]["4x16"]["4x8"]["verdict"], cells["loss"]["4x16"]["4x8"]["reason"]) == (
+        "undecided",
+        "within the 95 % interval",
+    )
+    assert "4x8" not in cells["loss"]["4x8"]
+
+
+@pytest.mark.parametrize(
+    ("others", "verdict", "reason"),
+    [
+        (ends("4x16", 2.0), "undecided", "one seed"),
+        (ends("4x16", 2.0, None), "unknown", "diverged"),
+        ([arm("4x16", 7, curve([9, 2]))], "unknown", "no shared seed"),
+        ([arm("4x16", 0, curve([9, 2, 2]))], "unknown", "different budgets"),
+        ([arm("4x16", 0, [])], "unknown", "no data"),
+        (ends("4x16", 2.0, 3.01), "lower", None),
+        (ends("4x16", 3.0, 4.0), "undecided", "within the 95 % interval"),
+    ],
+)
+def test_a_pair_says_why_there_is_no_verdict(others: Any, verdict: str, reason: str | None) -> None:
+    cell = add_analysis(report(*ends("plain", 3.0, 4.0), *others))["pairwise"]["loss"]["4x16"]["plain"]
+    assert (cell["verdict"], cell["reason"]) == (verdict, reason)
+    assert (cell["difference"]["mean"] is None) == (verdict == "unknown")

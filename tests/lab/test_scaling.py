@@ -49,10 +49,7 @@ def test_the_law_is_recovered(key: str) -> None:
     assert fit["slope"]["interval"] == pytest.approx([fit["slope"]["mean"] - half, fit["slope"]["mean"] + half])
     assert fit["intercept"]["mean"] == pytest.approx(3.5 + (key == "loss_2"))
     assert fit["r2"] == pytest.approx(1)
-    assert fit["curvature"]["mean"] == pytest.approx(0, abs=1e-9)
-    assert fit["verdict"] == "falls"
     assert fit["reason"] is None
-    assert scaling(*family(slopes))["paper"] == {"slope": -0.0069, "intercept": 1.6212, "r2": 0.9986}
 
 
 def test_r2_and_slope_agree_with_the_sums_by_hand() -> None:
@@ -63,7 +60,6 @@ def test_r2_and_slope_agree_with_the_sums_by_hand() -> None:
     correlation = statistics.correlation(x, y)
     assert fit["r2"] == pytest.approx(correlation**2)
     assert fit["slope"]["mean"] == pytest.approx(correlation * statistics.stdev(y) / statistics.stdev(x))
-    assert fit["curvature"]["mean"] == pytest.approx((3.0 - 2 * 2.9 + 2.85) / 2)
 
 
 def test_the_baseline_is_not_fitted_and_two_widths_make_no_line() -> None:
@@ -73,13 +69,12 @@ def test_the_baseline_is_not_fitted_and_two_widths_make_no_line() -> None:
     assert "plain" not in fit["arms"]
     found = scaling(*plain([3.0, 3.5]), *family([-0.05, -0.051], [2.0, 4.0]))["loss"]
     assert found["slope"] is None
-    assert (found["verdict"], found["reason"]) == ("not significant", "2 different widths, where a line needs 3")
+    assert found["reason"] == "2 different widths, where a line needs 3"
 
 
-def test_one_seed_gives_a_line_and_decides_nothing() -> None:
+def test_one_seed_gives_a_line_without_an_interval() -> None:
     fit = scaling(*family([-0.05]))["loss"]
     assert fit["slope"] == {"mean": pytest.approx(-0.05), "std": None, "n": 1, "interval": None}
-    assert (fit["verdict"], fit["reason"]) == ("not significant", "one seed")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +90,7 @@ def test_what_spoils_one_run_leaves_no_fit(points: list[dict[str, Any]], reason:
     runs[1] = {**runs[1], "curve": points}
     fit = scaling(*runs)["loss"]
     assert fit["slope"] is None
-    assert (fit["verdict"], fit["reason"]) == ("not significant", reason)
+    assert fit["reason"] == reason
 
 
 def test_only_seeds_that_all_widths_share_are_fitted() -> None:

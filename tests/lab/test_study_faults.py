@@ -21,7 +21,7 @@ def study(out, text):
     return [
         sys.executable, "-m", "vwn", "compare", "--out", str(out), "--data", str(text), "--window", "32",
         "--max-valid-tokens", "256", "--backbone", "nano", "--arms", "plain", "wide:4x10", "--lr-sweep", "on",
-        "--sweep-rates", "0.002", "0.005", "0.01", "--sweep-extensions", "1", "--sweep-steps", "4", "--seeds", "0", "1",
+        "--sweep-rates", "0.002", "0.005", "0.01", "--sweep-extensions", "0", "--sweep-steps", "4", "--seeds", "0",
         "--steps", "12", "--batch-size", "4", "--eval-every", "4", "--save-every", "2",
     ]  # fmt: skip
 
@@ -32,7 +32,7 @@ def losses(out):
     return arms, report["sweep"]
 
 
-def test_a_study_killed_three_times_has_the_same_losses_bit_for_bit(tmp_path, text):
+def test_a_study_killed_twice_has_the_same_losses_bit_for_bit(tmp_path, text):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     start = time.monotonic()
     subprocess.run(study(tmp_path / "whole", text), env=env, check=True, capture_output=True)
@@ -40,13 +40,13 @@ def test_a_study_killed_three_times_has_the_same_losses_bit_for_bit(tmp_path, te
 
     killed = study(tmp_path / "killed", text)
     moments, kills = random.Random(0), []
-    while len(kills) < 3:
+    while len(kills) < 2:
         more = ["--resume"] if (tmp_path / "killed" / "compare.json").exists() else []
         process = subprocess.Popen([*killed, *more], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         after = moments.uniform(0.2, 0.45) * duration
         try:
             process.wait(timeout=after)
-            break  # a fast machine was done before the third kill
+            break  # a fast machine was done before the second kill
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()

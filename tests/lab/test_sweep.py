@@ -90,10 +90,10 @@ def test_studies_sweep_unless_a_rate_is_given(tmp_path):
 
 @pytest.mark.slow
 def test_a_swept_comparison_measures_each_arm_at_its_best_rate(tmp_path, text):
-    sweeping = SweepOptions(lr_sweep="on", sweep_rates=(1e-5, 5e-3, 1e-2), sweep_extensions=1)
+    sweeping = SweepOptions(lr_sweep="on", sweep_rates=(1e-5, 5e-3, 1e-2), sweep_extensions=0)
     asked = compare_config(
         tmp_path / "out", text, arms=("plain", "1x1"), seeds=(0,), learning_rates=("1x1=0.004",), sweep=sweeping,
-        optim=OptimConfig(steps=8, batch_size=4),
+        optim=OptimConfig(steps=4, batch_size=4),
     )  # fmt: skip
     report = compare(asked)
     plain, given = report["sweep"]
@@ -124,17 +124,16 @@ def test_progress_learns_its_pace_from_what_was_done_in_this_process(monkeypatch
     p.plan("wide", 20)
     p.skip("plain", 20)
     assert p.text() == "25%"
-    p.start("plain")
+    p.take("plain", 0)
     now[0] = 5.0
-    p.advance(5)
+    p.take("plain", 5)
     assert p.text() == "31%, 55 s left"  # 55 of 80 to come, one a second
     now[0] = 10.0
-    p.advance(10)
-    p.finish(20)  # ten of them in an earlier process
+    p.take("plain", 5)
+    p.skip("plain", 10)  # of an earlier process
     assert p.text() == "50%, 40 s left"
-    p.start("wide")
     now[0] = 40.0
-    p.advance(5)
+    p.take("wide", 5)
     assert p.text() == "62%, 1 min left"  # 20 of work in 40 s
 
 

@@ -154,8 +154,7 @@ def sweep_of(name: str, place: int, bracketed: bool = True) -> dict[str, Any]:
     losses = [3.31, 3.22 - place / 100, None if place == 1 else 3.4]
     rates = [{"learning_rate": 0.003 * 2**i, "loss": loss} for i, loss in enumerate(losses)]
     rates = rates if bracketed else rates[:2]
-    found = {"arm": name, "seed": 1000, "steps": 250, "criterion": "next-token loss + λ · next-2-token loss"}
-    return found | {"rates": rates, "best": 0.006, "bracketed": bracketed}
+    return {"arm": name, "seed": 1000, "steps": 250, "rates": rates, "best": 0.006, "bracketed": bracketed}
 
 
 # Decayed losses over budgets, on a law whose gap, slope and speed-up are known

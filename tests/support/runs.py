@@ -64,5 +64,6 @@ def compare_config(out, text, **changes):
         corpus=CorpusConfig(data=str(text), window=32, max_valid_tokens=256),
         optim=OptimConfig(steps=6, batch_size=4, learning_rate=1e-2),
         eval_every=2,
+        save_every=6,
     )
     return CompareConfig(**options | changes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -48,49 +47,15 @@ def continuation(
     return tokenizer.decode(out[0], skip_special_tokens=True)
 
 
-@dataclass(frozen=True)
-class DraftedText:
-    """A prompt continued with drafts of the MTP modules, and how well that went.
-
-    Args:
-        text: the prompt and its continuation.
-        new_tokens: number of tokens in the continuation.
-        drafted: number of tokens that the MTP modules drafted.
-        accepted: number of drafted tokens that the main model kept.
-        acceptance_rate: accepted over drafted; None where nothing was drafted.
-        forward_passes: forward passes of the main model, the prompt's included.
-        tokens_per_pass: new tokens per forward pass of the main model; plain decoding has 1.
-        seconds: time of decoding with the MTP modules, the prompt included.
-        greedy_seconds: time of plain greedy decoding, right before.
-        equals_greedy: whether both gave the same tokens; in low precision, rounding can make them differ.
-    """
-
-    text: str
-    new_tokens: int
-    drafted: int
-    accepted: int
-    acceptance_rate: float | None
-    forward_passes: int
-    tokens_per_pass: float
-    seconds: float
-    greedy_seconds: float
-    equals_greedy: bool
-
-    def summary(self) -> str:
-        """Return the numbers in one line."""
-        rate = "" if self.acceptance_rate is None else f" ({self.acceptance_rate:.1%})"
-        parts = (
-            f"accepted {self.accepted} of {self.drafted} drafted tokens{rate}",
-            f"{self.tokens_per_pass:.2f} tokens per forward pass of the main model",
-            f"{self.seconds:.2f} s against {self.greedy_seconds:.2f} s of plain greedy decoding "
-            f"({self.greedy_seconds / self.seconds:.2f} times as fast)",
-        )
-        warning = "" if self.equals_greedy else "; the tokens are not those of plain greedy decoding (rounding)"
-        return ", ".join(parts) + warning
-
-
-def continue_with_mtp(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> DraftedText:
+def continue_with_mtp(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> dict[str, Any]:
     """Decode greedily with drafts of the MTP modules (:mod:`vwn.hf.decoding.mtp`), and compare with plain decoding.
+
+    Returns:
+        ``text``, the prompt and its continuation; ``new_tokens``; of the MTP modules ``drafted``, ``accepted`` and
+        ``acceptance_rate`` (None where nothing was drafted); of the main model ``forward_passes``, the prompt's
+        included, and ``tokens_per_pass``, which is 1 in plain decoding; ``seconds`` with the MTP modules, and
+        ``greedy_seconds`` of plain greedy decoding right before; ``equals_greedy``, whether both gave the same tokens,
+        which rounding can prevent in low precision.
 
     Raises:
         UserError: a model without MTP modules, an empty prompt, or a number out of range.
@@ -105,18 +70,29 @@ def continue_with_mtp(model: Any, tokenizer: Any, prompt: str, max_new_tokens: i
     greedy, greedy_seconds = timed(model, ids, max_new_tokens=max_new_tokens, **options)
     drafted, seconds = timed(model, ids, max_new_tokens=max_new_tokens, use_mtp=True, **options)
     counts = model.draft_counts
-    return DraftedText(
-        text=tokenizer.decode(drafted[0], skip_special_tokens=True),
-        new_tokens=counts.new_tokens,
-        drafted=sum(counts.drafted),
-        accepted=sum(counts.accepted),
-        acceptance_rate=counts.acceptance_rate,
-        forward_passes=counts.forward_passes,
-        tokens_per_pass=counts.tokens_per_pass,
-        seconds=seconds,
-        greedy_seconds=greedy_seconds,
-        equals_greedy=torch.equal(greedy, drafted),
-    )
+    return {
+        "text": tokenizer.decode(drafted[0], skip_special_tokens=True),
+        "new_tokens": counts.new_tokens,
+        "drafted": sum(counts.drafted),
+        "accepted": sum(counts.accepted),
+        "acceptance_rate": counts.acceptance_rate,
+        "forward_passes": counts.forward_passes,
+        "tokens_per_pass": counts.tokens_per_pass,
+        "seconds": seconds,
+        "greedy_seconds": greedy_seconds,
+        "equals_greedy": torch.equal(greedy, drafted),
+    }
+
+
+def drafting_line(result: dict[str, Any]) -> str:
+    """Say in one line how well :func:`continue_with_mtp` went."""
+    rate = "" if result["acceptance_rate"] is None else f" ({result['acceptance_rate']:.1%})"
+    seconds, greedy = result["seconds"], result["greedy_seconds"]
+    return (
+        f"accepted {result['accepted']} of {result['drafted']} drafted tokens{rate}, {result['tokens_per_pass']:.2f} "
+        f"tokens per forward pass of the main model, {seconds:.2f} s against {greedy:.2f} s of plain greedy decoding "
+        f"({greedy / seconds:.2f} times as fast)"
+    ) + ("" if result["equals_greedy"] else "; the tokens are not those of plain greedy decoding (rounding)")
 
 
 def timed(model: Any, ids: Tensor, **options: Any) -> tuple[Tensor, float]:

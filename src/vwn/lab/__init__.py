@@ -1,1 +1,1 @@
-"""Compare models and judge the paper's claims."""
+"""Compare models: train them, analyse their curves, report."""

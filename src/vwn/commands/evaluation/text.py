@@ -120,7 +120,9 @@ def measure_text(
         raise UserError(f"--max-tokens {max_tokens} is less than one window of {window}; raise it, or lower --window")
     if stride > window:
         raise UserError(f"--stride must be at most the window of {window}, got {stride}")
-    starts = _spread((len(text.tokens) - window) // stride + 1, stride, max_tokens or text.max_tokens)
+    windows, limit = (len(text.tokens) - window) // stride + 1, max_tokens or text.max_tokens
+    # As a training run's validation spreads them.
+    starts = [index * stride for index in spread(range(windows), windows if limit is None else limit // stride)]
     lengths = byte_lengths(text.tokenizer)
     sums, counts, covered = torch.zeros(heads, dtype=torch.float64), [0] * heads, 0
     with tqdm(total=len(starts), desc="evaluating", unit="window") as bar:
@@ -168,12 +170,6 @@ def _check_window(model: Any, text: Text, window: int | None, heads: int) -> int
     if window <= heads:
         raise UserError(f"a window of {window} tokens predicts nothing {heads} tokens ahead; take a longer one")
     return window
-
-
-def _spread(windows: int, stride: int, max_tokens: int | None) -> list[int]:
-    """Return the starts of the windows that are used, spread as a training run's validation spreads them."""
-    count = windows if max_tokens is None else max_tokens // stride
-    return [index * stride for index in spread(range(windows), count)]
 
 
 def _check_ids(ids: np.ndarray, vocab_size: int) -> None:

@@ -16,12 +16,11 @@ from matplotlib.figure import Figure
 from vwn.lab.report.colours import LIGHT
 from vwn.lab.report.draw import STYLE as REPORT_STYLE
 
-INK, MUTED, BLUE, ORANGE = LIGHT["ink"], LIGHT["muted"], LIGHT["arm-0"], LIGHT["arm-1"]
+MUTED, BLUE, ORANGE = LIGHT["muted"], LIGHT["arm-0"], LIGHT["arm-1"]
 RATES = ("read", "carry", "write")
 # A figure in an <img> has no fonts of the page, so its letters are paths.
 STYLE: Any = {**REPORT_STYLE, "font.size": 9, "axes.titlesize": 10, "axes.grid": False, "svg.fonttype": "path"}
 MOST_LABELS = 25
-MOST_NUMBERED = 13
 MOST_LINEAR = 50  # a wider range of values than this gets a logarithmic scale
 
 
@@ -54,10 +53,8 @@ def depth_figure(result: dict[str, Any]) -> Figure:
         grid = np.full((len(readers), len(sources)), np.nan)
         for row, values in enumerate(result["depth"][key]):
             grid[row, : len(values)] = values
-        norm = _heat_map(figure, axes, grid, readers)
+        _heat_map(figure, axes, grid, readers)
         _label(axes, "x", sources, 0.5)
-        if len(readers) <= MOST_NUMBERED:
-            _write_numbers(axes, grid, norm)
         axes.set(title=title, xlabel="written by", ylabel="read by", aspect="equal")
     return figure
 
@@ -114,9 +111,8 @@ def routing_figure(result: dict[str, Any]) -> Figure:
         for i, (key, label, colour) in enumerate(bars):
             heights = [s["routing"][part][key] for s in result["sublayers"]]
             axes.bar(x + (i - 1) * 0.27, heights, 0.25, color=colour, label=label)
-        axes.set(title=titles[part], ylabel="RMS of an entry")
-        axes.title.set_position((0, 1))
-        axes.title.set_horizontalalignment("left")
+        axes.set_title(titles[part], loc="left")
+        axes.set_ylabel("RMS of an entry")
     _label(every[-1], "x", names, 0)
     _legend(figure, every[0])
     return figure
@@ -134,7 +130,7 @@ def _names(result: dict[str, Any]) -> list[str]:
     return [s["name"] for s in result["sublayers"]]
 
 
-def _heat_map(figure: Figure, axes: Axes, grid: np.ndarray, rows: list[str], around_one: bool = False) -> Normalize:
+def _heat_map(figure: Figure, axes: Axes, grid: np.ndarray, rows: list[str], around_one: bool = False) -> None:
     """Draw ``grid``, ``[rows, columns]``, empty where it is NaN; colours from 0 on, or to both sides of 1."""
     low, high = float(np.nanmin(grid)), float(np.nanmax(grid)) or 1.0
     spread = float(np.nanmax(np.abs(grid - 1))) or 1.0
@@ -148,16 +144,6 @@ def _heat_map(figure: Figure, axes: Axes, grid: np.ndarray, rows: list[str], aro
     _label(axes, "y", rows, 0.5)
     bar = figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.02)
     bar.outline.set_visible(False)
-    return norm
-
-
-def _write_numbers(axes: Axes, grid: np.ndarray, norm: Normalize) -> None:
-    """Write the value into each cell of a small heat map."""
-    for (row, column), value in np.ndenumerate(grid):
-        if np.isfinite(value):
-            colour = "white" if norm(value) > 0.55 else INK
-            number = f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
-            axes.text(column + 0.5, row + 0.5, number, ha="center", va="center", fontsize=6, color=colour)
 
 
 def _label(

@@ -51,7 +51,6 @@ def render_page(result: dict[str, Any], figures: dict[str, str]) -> str:
             f"<title>{title}</title>\n<style>{style_sheet()}{FRAME}</style>\n</head>\n<body>\n<main>",
             f'<header><h1>{title}</h1>\n<p class="facts">{text(facts)}</p></header>',
             *[_section(name, svg) for name, svg in figures.items()],
-            f'<p class="note">{_saturation(result)}</p>',
             f'<p class="note">The unrolled sum of eq. 17 gives the final state to {error} relative. '
             "The numbers are in inspect.json.</p>\n</main>\n</body>\n</html>\n",
         ]
@@ -74,13 +73,3 @@ def _section(name: str, svg: str) -> str:
         f'<img alt="{text(title)}" src="data:image/svg+xml;base64,{data}"><figcaption>{text(caption)}</figcaption>'
         "</figure></section>"
     )
-
-
-def _saturation(result: dict[str, Any]) -> str:
-    shares = [(part["saturated"], s["name"], name) for s in result["sublayers"] for name, part in s["routing"].items()]
-    share, sublayer, name = max((s for s in shares if s[0] is not None), default=(None, "", ""))
-    if share is None:
-        return "This connection has no tanh that could saturate."
-    if share == 0:
-        return "No tanh is saturated (|tanh| above 0.99) on any token."
-    return text(f"Most saturated (|tanh| above 0.99) is the {name} of {sublayer}: {100 * share:.2g} % of its entries.")

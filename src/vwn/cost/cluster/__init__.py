@@ -1,1 +1,1 @@
-"""What training on many GPUs needs: a GPU's memory and the bytes it sends. ``vwn cost --cluster`` shows it."""
+"""The memory that a GPU of many needs for training. ``vwn cost --cluster`` shows it."""

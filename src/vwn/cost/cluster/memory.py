@@ -1,4 +1,4 @@
-"""The peak memory of one GPU during a step, and the bytes that it sends.
+"""Layouts of a model on a cluster, and the peak memory of one GPU during a step.
 
 Parameters, gradients and AdamW's state stay. The peak is the largest of three moments: the loss (all activations, the
 logits, the unembedding gathered), the backward of a layer (all activations, the layer gathered and its gradients
@@ -10,12 +10,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vwn.cost.cluster.layout import Layout
-from vwn.cost.cluster.options import PlanOptions
+from vwn.common.errors import UserError
+from vwn.cost.cluster.options import Cluster, PlanOptions
 from vwn.cost.cluster.shape import LayerShape, ModelShape, Weights
 
 ADAMW_BYTES = 8
 """AdamW's state per parameter: two float32 numbers."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of parallelism; tensor parallelism stays inside a node."""
+
+    tp: int
+    """Ranks that share every matrix, and the sequence of the over-width state."""
+    fsdp: int
+    """Ranks that share one copy of the parameters, each with its own data."""
+    replicas: int
+    """Copies of the parameters (HSDP)."""
+
+
+def make_layout(shape: ModelShape, cluster: Cluster, options: PlanOptions) -> Layout:
+    """Return the layout with the degrees asked for.
+
+    Raises:
+        UserError: they do not fit the cluster or the model.
+    """
+    tp, (heads, kv_heads) = options.tp, shape.heads
+    if kv_heads % tp or heads % tp:
+        raise UserError(f"--tp {tp} does not divide the {kv_heads} key-value heads; take a divisor of {kv_heads}")
+    if shape.window % tp:
+        raise UserError(f"--tp {tp} does not divide the window of {shape.window}; it splits the sequence, so it must")
+    if cluster.per_node % tp:
+        raise UserError(f"--tp {tp} does not divide the {cluster.per_node} GPUs of a node, whose fast links it needs")
+    ranks = cluster.gpus // tp
+    fsdp = options.fsdp or ranks
+    if ranks % fsdp:
+        raise UserError(f"--tp {tp} × --fsdp {fsdp} = {tp * fsdp} does not divide the {cluster.gpus} GPUs")
+    return Layout(tp, fsdp, ranks // fsdp)
 
 
 @dataclass(frozen=True)
@@ -85,28 +117,3 @@ def _buffers(layout: Layout, options: PlanOptions, groups: Sequence[Weights], ga
         return 0.0
     reduced = e.compute + (e.reduce if data_parallel > 1 else 0)
     return max(w.on_rank(layout.tp) for w in groups) * (gathered_at_once * gathered + reduced)
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that each GPU sends for a micro-batch; it receives as many."""
-
-    fsdp: float
-    """All-gathers of parameters, for forward and backward, and reduce-scatters of gradients."""
-    replicas: float
-    """All-reduces of the sharded gradients over the replicas, each a reduce-scatter and an all-gather."""
-    tp: float
-    """Around every sublayer ``D`` wide, at a direct table ``D'`` wide, at the heads ``D`` wide."""
-
-
-def traffic(shape: ModelShape, layout: Layout, options: PlanOptions) -> Traffic:
-    """Count the bytes. Of a collective's data each of ``N`` ranks sends ``(N - 1) / N``."""
-    e, held, heads = options.bytes, shape.on_rank(layout.tp), 1 + len(shape.mtp)
-    per_layer = 4 + {"none": 4, "selective": 6, "full": 8}[options.checkpointing]  # forward and backward
-    inner = (len(shape.layers) + len(shape.mtp)) * per_layer + 2 * (shape.ratio if shape.direct else 1) + 2 * heads
-    elements = options.micro_batch * shape.window * inner * shape.geometry.hidden_size
-    return Traffic(
-        fsdp=held * (2 * e.compute + e.reduce) * (1 - 1 / layout.fsdp),
-        replicas=2 * held / layout.fsdp * e.reduce * (1 - 1 / layout.replicas),
-        tp=elements * e.compute * (1 - 1 / layout.tp),
-    )

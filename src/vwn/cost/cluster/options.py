@@ -1,11 +1,48 @@
-"""Options of a plan as a typed dataclass. Needs no torch: the command line is made from it."""
+"""Clusters, and the options of a plan. Needs no torch: the command line is made from it."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from vwn.common.errors import UserError, require
+
+GPUS = {"a100": 80, "h100": 80, "h200": 141, "b200": 180, "mi300x": 192}
+"""Memory by kind of GPU, in 10^9 bytes, from the vendors' data sheets."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Equal nodes of equal GPUs."""
+
+    name: str
+    memory_gb: float
+    """Memory of a GPU, in 10^9 bytes."""
+    per_node: int
+    """GPUs in a node."""
+    nodes: int
+
+    @property
+    def gpus(self) -> int:
+        """Number of GPUs in all nodes."""
+        return self.per_node * self.nodes
+
+
+def parse_cluster(text: str) -> Cluster:
+    """Read a cluster from ``KIND:GPUSxNODES``, where the kind is one of :data:`GPUS` or a memory such as ``24gb``.
+
+    Raises:
+        UserError: another form, or a kind that is not known.
+    """
+    found = re.fullmatch(r"(\w+):([1-9]\d*)x([1-9]\d*)", text)
+    if not found:
+        raise UserError(f"--cluster is KIND:GPUSxNODES, such as h100:8x16 for 16 nodes of 8; got {text!r}")
+    kind, per_node, nodes = found[1], int(found[2]), int(found[3])
+    own = re.fullmatch(r"([1-9]\d*)gb", kind)
+    if not own and kind not in GPUS:
+        raise UserError(f"the GPU {kind!r} is not known ({', '.join(GPUS)}); give its memory, as in 24gb:8x2")
+    return Cluster(kind, int(own[1]) if own else GPUS[kind], per_node, nodes)
 
 
 class Precision(NamedTuple):

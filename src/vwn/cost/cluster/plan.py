@@ -1,4 +1,4 @@
-"""Plans: the memory a model needs on a cluster, whether it fits, what to change if not, and what is sent."""
+"""Plans: the memory a model needs on a cluster, whether it fits, and what to change if not."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from vwn.cost.cluster.layout import Cluster, Layout, make_layout
-from vwn.cost.cluster.memory import Memory, Traffic, memory, traffic
-from vwn.cost.cluster.options import PlanOptions
+from vwn.cost.cluster.memory import Layout, Memory, make_layout, memory
+from vwn.cost.cluster.options import Cluster, PlanOptions
 from vwn.cost.cluster.shape import ModelShape, model_shape
 from vwn.cost.table import align, count
 
@@ -28,14 +27,13 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory and traffic of one model on a cluster."""
+    """The memory of one model on a cluster."""
 
     shape: ModelShape
     cluster: Cluster
     options: PlanOptions
     layout: Layout
     memory: Memory
-    traffic: Traffic
 
     @property
     def usable(self) -> float:
@@ -79,8 +77,7 @@ def plans(
     for name, config in configs.items():
         shape = model_shape(config, window)
         layout = make_layout(shape, cluster, options)
-        sizes = memory(shape, layout, options), traffic(shape, layout, options)
-        found[name] = Plan(shape, cluster, options, layout, *sizes)
+        found[name] = Plan(shape, cluster, options, layout, memory(shape, layout, options))
     return found
 
 
@@ -95,7 +92,6 @@ def plan_rows(found: Mapping[str, Plan]) -> list[dict[str, Any]]:
             "memory": asdict(plan.memory) | {"total": plan.memory.total, "usable": plan.usable},
             "fits": plan.fits,
             "advice": plan.advice or None,
-            "sent": asdict(plan.traffic),
         }
         for name, plan in found.items()
     ]
@@ -103,11 +99,10 @@ def plan_rows(found: Mapping[str, Plan]) -> list[dict[str, Any]]:
 
 def plan_text(found: Mapping[str, Plan]) -> str:
     """Return what ``vwn cost --cluster`` prints, at most 110 columns wide."""
-    rows, notes = [["GB per GPU", "params", *_REMEDIES, "total", "fits", "sent: fsdp", "copies", "tp"]], []
+    rows, notes = [["GB per GPU", "params", *_REMEDIES, "total", "fits"]], []
     for name, plan in found.items():
         memory = [_gb(getattr(plan.memory, part)) for part in (*_REMEDIES, "total")]
-        sent = map(_gb, asdict(plan.traffic).values())
-        rows.append([name, count(plan.shape.parameters), *memory, "yes" if plan.fits else "NO", *sent])
+        rows.append([name, count(plan.shape.parameters), *memory, "yes" if plan.fits else "NO"])
         if not plan.fits:
             notes += textwrap.wrap(f"{name}: does not fit: {plan.advice}", 110, subsequent_indent="  ")
     c, o, x = plan.cluster, plan.options, plan.layout
@@ -119,7 +114,7 @@ def plan_text(found: Mapping[str, Plan]) -> str:
     ]
     legend = [
         "state: parameters, gradients, AdamW. buffers: gathered parameters, whole gradients.",
-        f"fits: in {USABLE:.0%} of memory. sent: by a GPU for each micro-batch; experts evenly, no expert parallelism.",
+        f"fits: in {USABLE:.0%} of memory. Without expert parallelism.",
     ]
     return "\n".join([*heading, "", *align(rows), *([""] if notes else []), *notes, "", *legend])
 

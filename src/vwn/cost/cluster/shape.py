@@ -66,8 +66,6 @@ class ModelShape:
     """The MTP modules; their weights include fuse and reduce."""
     table: Weights
     """The embedding."""
-    direct: bool
-    """Whether the table's rows are as wide as the state, so that vocabulary-parallel ranks add up wide rows."""
     tail: Weights
     """Reduce, final norm and unembedding."""
     vocab_size: int
@@ -114,7 +112,6 @@ def model_shape(config: PreTrainedConfig, window: int) -> ModelShape:
         layers=tuple(_layer(model, layer, experts) for layer in base.layers),
         mtp=tuple(_layer(model, predictor, experts) for predictor in predictors),
         table=_weights([base.embed_tokens], experts),
-        direct=getattr(base.embed_tokens, "form", "direct") == "direct",
         tail=_weights(tail, experts, inner),
         vocab_size=text.vocab_size,
         heads=(text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads),

@@ -1,1 +1,1 @@
-"""What the curves of a comparison say: paired differences, speed-ups, fits and verdicts, from numbers to numbers."""
+"""What the curves of a comparison say: paired differences, speed-ups and fits, from numbers to numbers."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 from vwn.lab.analysis.budgets import budget_studies
-from vwn.lab.analysis.claims import claims
 from vwn.lab.analysis.estimates import as_json
 from vwn.lab.analysis.paired import pairwise_differences, summarise, with_pairs
 from vwn.lab.analysis.runs import baseline_by_seed, runs_by_arm, with_judged_points
@@ -48,21 +47,19 @@ def add_analysis(report: dict[str, Any]) -> dict[str, Any]:
         `tokens_pairs`         the number of seeds in which the target is defined
         `tokens_at_most`       whether `tokens_fraction` is an upper bound (and `speedup` a lower one)
         `diverged_seeds`       seeds whose final loss is not finite
-        `gap_curve`            loss minus the baseline's over training, see `curves.mean_gap_curve`
         `equal_flops`, `equal_seconds`  see `compute.over_seeds`; None for the baseline
 
     There are also, by loss, `pairwise` (arm -> other arm -> `paired.difference_of`), `scaling` (`scaling.fit_scaling`)
-    and `budgets` (`budgets.BudgetStudy`; {} without decayed losses); and `claims` (a list of `claims.Claim`).
+    and `budgets` (`budgets.BudgetStudy`; {} without decayed losses).
     """
     report = {**report, "arms": with_judged_points(report["arms"])}
     references = baseline_by_seed(report)
     runs_by_arm(report)
     analysed = {**report, "arms": [with_pairs(run, references.get(run["seed"])) for run in report["arms"]]}
+    analysed.pop("claims", None)  # of reports that were made before
     baseline = report.get("baseline")
     analysed["summary"] = [summarise(runs, references, baseline) for runs in runs_by_arm(analysed).values()]
     analysed["pairwise"] = pairwise_differences(analysed)
     analysed["scaling"] = fit_scaling(analysed)
-    studies = budget_studies(analysed)
-    analysed["budgets"] = as_json(studies)
-    analysed["claims"] = as_json(claims(analysed, studies))
+    analysed["budgets"] = as_json(budget_studies(analysed))
     return analysed

@@ -1,4 +1,4 @@
-"""Validation curves: where one stays below a loss, its loss at a token count, means over seeds, gaps.
+"""Validation curves: where one stays below a loss, its loss at a token count, means over seeds.
 
 Between two validation points the loss is taken as linear in the logarithm of the tokens. Loss curves bend far less
 there than over the tokens themselves, and the chord of a bent curve lies above it: over plain tokens a curve of few
@@ -9,11 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-
-from vwn.lab.analysis.estimates import Estimate
 
 
 @dataclass(frozen=True)
@@ -97,41 +94,10 @@ def mean_curve(curves: Iterable[Curve]) -> Curve:
     filled = [curve for curve in curves if not curve.is_empty]
     if not filled:
         return EMPTY
-    shared, losses = _at_shared_tokens(filled)
-    return Curve(shared, losses.mean(axis=0))
-
-
-def gap_curve(curve: Curve, baseline: Curve) -> Curve:
-    """Return `curve` minus `baseline` (interpolated linearly), at the points of `curve` inside the baseline's range."""
-    if curve.is_empty or baseline.is_empty:
-        return EMPTY
-    inside = (curve.tokens >= baseline.tokens[0]) & (curve.tokens <= baseline.tokens[-1])
-    tokens = curve.tokens[inside]
-    return Curve(tokens, curve.losses[inside] - np.interp(tokens, baseline.tokens, baseline.losses))
-
-
-def mean_gap_curve(gaps: list[Curve], diverged: bool) -> list[dict[str, Any]]:
-    """Average gaps to the baseline, in nats per token, over seeds, at the token counts that all seeds share.
-
-    Each point: `tokens`; `mean`, `std`, `n`, `interval`. No mean where a seed's gap is not finite, nor anywhere if a
-    seed `diverged`.
-    """
-    filled = [gap for gap in gaps if not gap.is_empty]
-    if not filled:
-        return []
-    shared, losses = _at_shared_tokens(filled)
-    return [
-        {"tokens": float(tokens), **Estimate.over(values, not diverged and bool(np.isfinite(values).all())).described()}
-        for tokens, values in zip(shared, losses.T.tolist(), strict=True)
-    ]
-
-
-def _at_shared_tokens(curves: list[Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the token counts [points] that all curves have, and their losses [curves, points] there."""
-    shared = curves[0].tokens
-    for curve in curves[1:]:
+    shared = filled[0].tokens
+    for curve in filled[1:]:
         shared = np.intersect1d(shared, curve.tokens)
-    return shared, np.stack([curve.losses[np.isin(curve.tokens, shared)] for curve in curves])
+    return Curve(shared, np.mean([curve.losses[np.isin(curve.tokens, shared)] for curve in filled], axis=0))
 
 
 def _finite(value: float) -> float | None:

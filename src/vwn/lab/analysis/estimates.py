@@ -44,14 +44,13 @@ class Estimate:
         half = t_95(self.n) * self.standard_error
         return [self.mean - half, self.mean + half]
 
-    def sign(self, zero: float = 0.0) -> int:
-        """Return -1 or 1 if the 95 % interval lies below or above `zero`; 0 if it does not decide, or there is none."""
+    def sign(self) -> int:
+        """Return -1 or 1 if the 95 % interval lies below or above zero; 0 if it does not decide, or there is none."""
         if self.mean is None or self.standard_error is None:
             return 0
-        distance = self.mean - zero
-        if abs(distance) <= max(t_95(self.n) * self.standard_error, ROUNDING):
+        if abs(self.mean) <= max(t_95(self.n) * self.standard_error, ROUNDING):
             return 0
-        return -1 if distance < 0 else 1
+        return -1 if self.mean < 0 else 1
 
     def described(self) -> dict[str, Any]:
         """Return `{"mean", "std", "n", "interval"}`, JSON types only."""

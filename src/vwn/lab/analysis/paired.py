@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vwn.lab.analysis.compute import at_equal_cost, is_uneven, over_seeds
-from vwn.lab.analysis.curves import gap_curve, mean_gap_curve, tokens_to_loss
+from vwn.lab.analysis.curves import tokens_to_loss
 from vwn.lab.analysis.estimates import Estimate, verdict
 from vwn.lab.analysis.runs import LOSS_KEYS, Run, has_loss, pair_status, read_curve, runs_by_arm
 
@@ -90,10 +90,8 @@ def _summarise_loss(runs: list[Run], references: dict[int, Run], key: str, is_ba
         "diverged_seeds": diverged,
     }
     if is_baseline:
-        return {**found, "verdict": "baseline", "gap_curve": [], "equal_flops": None, "equal_seconds": None}
-    gaps = [gap_curve(read_curve(run, key), read_curve(references.get(run["seed"]), key)) for run in runs]
-    equal = {f"equal_{cost}": over_seeds([pair[f"equal_{cost}"] for pair in pairs]) for cost in COSTS}
-    return {**found, "gap_curve": mean_gap_curve(gaps, any_diverged), **equal}
+        return {**found, "verdict": "baseline", "equal_flops": None, "equal_seconds": None}
+    return {**found, **{f"equal_{cost}": over_seeds([pair[f"equal_{cost}"] for pair in pairs]) for cost in COSTS}}
 
 
 def pairwise_differences(report: dict[str, Any]) -> dict[str, Any]:

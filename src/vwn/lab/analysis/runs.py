@@ -50,6 +50,11 @@ def has_loss(run: Run, key: str) -> bool:
     return key == "loss" or any(point.get(key) is not None for point in judged_points(run))
 
 
+def measured_losses(report: dict[str, Any]) -> list[str]:
+    """Return the losses that some arm of an analysed report was measured in."""
+    return [key for key in LOSS_KEYS if any(arm[key] is not None for arm in report["summary"])]
+
+
 def runs_by_arm(report: dict[str, Any]) -> dict[str, list[Run]]:
     """Return arm name -> its runs, both in the report's order. Raises ValueError if an arm holds a seed twice."""
     grouped: dict[str, list[Run]] = {}
@@ -87,8 +92,3 @@ def is_generalized(run: Run, baseline: str | None) -> bool:
     embedding and its MTP modules; where the run does not say, all but the baseline are."""
     own = run.get("options", {}).keys() - {"connection", "embedding", "mtp", "learning_rate"}
     return run["name"] != baseline and run.get("connection", "ghc") == "ghc" and not own
-
-
-def is_width_arm(run: Run, baseline: str | None) -> bool:
-    """Return whether the arm is a virtual width: Generalized Hyper-Connections with more slots than segments, r > 1."""
-    return is_generalized(run, baseline) and run["n"] > run["m"]

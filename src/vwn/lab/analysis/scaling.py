@@ -10,25 +10,22 @@ from vwn.lab.analysis.curves import Curve
 from vwn.lab.analysis.estimates import ROUNDING, Estimate
 from vwn.lab.analysis.runs import LOSS_KEYS, Run, has_loss, is_generalized, read_curve, runs_by_arm
 
-# The paper's fit, next-token loss of MoE-A0.8B at m = 8 after 500 B tokens.
-PAPER = {"slope": -0.0069, "intercept": 1.6212, "r2": 0.9986}
 FEWEST_WIDTHS = 3
 
 Arms = dict[str, list[Run]]
 
 
 def fit_scaling(report: dict[str, Any]) -> dict[str, Any]:
-    """Return the law fitted to the final losses of the report's width family: {"paper", "loss", "loss_2"}.
+    """Return the law fitted to the final losses of the report's width family, by loss; None if it was not measured.
 
-    `paper` holds its constants; each loss the fit of `fit_family`, or None if it was not measured. The baseline is not
-    fitted: it does not lie on the paper's own line either (0.020 from there to r = 2, then 0.008 and 0.007).
+    The baseline is not fitted: it does not lie on the paper's own line either (0.020 from there to r = 2, then 0.008
+    and 0.007).
     """
     family = width_family(report)
-    fits = {
+    return {
         key: fit_family(family, key) if any(has_loss(run, key) for runs in family.values() for run in runs) else None
         for key in LOSS_KEYS
     }
-    return {"paper": PAPER, **fits}
 
 
 def width_family(report: dict[str, Any]) -> Arms:
@@ -56,9 +53,7 @@ def fit_family(arms: Arms, key: str) -> dict[str, Any]:
       `losses`              mean final losses in nats per token, one per arm
       `slope`, `intercept`  {"mean", "std", "n", "interval"} over seeds, nats per token per doubling and at r = 1
       `r2`                  of the mean losses; None if all are equal
-      `curvature`           the quadratic coefficient in log2 r, likewise over seeds
-      `verdict`             "falls", "rises" or "not significant"
-      `reason`              why it is not significant, or why there is no fit; else None
+      `reason`              why there is no fit; else None
     """
     widths = np.array([runs[0]["r"] for runs in arms.values()], dtype=np.float64)
     by_seed = [{run["seed"]: run for run in runs} for runs in arms.values()]
@@ -68,24 +63,17 @@ def fit_family(arms: Arms, key: str) -> dict[str, Any]:
     reason = _no_fit(widths, curves)
     about: dict[str, Any] = {"arms": list(arms), "widths": widths.tolist(), "seeds": seeds}
     if reason is not None:
-        empty = ("losses", "slope", "intercept", "r2", "curvature")
-        return {**about, **dict.fromkeys(empty), "verdict": "not significant", "reason": reason}
+        return {**about, **dict.fromkeys(("losses", "slope", "intercept", "r2")), "reason": reason}
     x = np.log2(widths)
     slopes, intercepts = np.polyfit(x, finals.T, 1)
-    slope, means = Estimate.over(slopes.tolist()), finals.mean(axis=0)
-    if slope.n == 1:
-        reason = "one seed"
-    elif slope.sign() == 0:
-        reason = "within the 95 % interval"
+    means = finals.mean(axis=0)
     return {
         **about,
         "losses": means.tolist(),
-        "slope": slope.described(),
+        "slope": Estimate.over(slopes.tolist()).described(),
         "intercept": Estimate.over(intercepts.tolist()).described(),
         "r2": _r2(x, means),
-        "curvature": Estimate.over(np.polyfit(x, finals.T, 2)[0].tolist()).described(),
-        "verdict": {-1: "falls", 0: "not significant", 1: "rises"}[slope.sign()],
-        "reason": reason,
+        "reason": None,
     }
 
 

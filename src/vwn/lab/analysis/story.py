@@ -130,20 +130,6 @@ def budget_sentence(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> 
     return f"{report.get('baseline')} needs more tokens than {name}, {end} {wording.listed(clauses)}{earlier}."
 
 
-def budget_growth(report: dict[str, Any], study: BudgetStudy, key: str) -> str:
-    """Return the sentence under the figure of the speed-up: how it changed from the first budget to the last."""
-    name, known = _widest(report, {key: study})
-    points = [known[key][tokens].speedup.over_seeds.mean or 0.0 for tokens in sorted(known[key])] if known else []
-    if len(points) < 2:
-        return ""
-    word = "grows" if points[-1] > points[0] else "does not grow"
-    first, last = min(known[key]), max(known[key])
-    return (
-        f"The speed-up of {name} {word} with the budget: {points[0]:.2f}× at {budget(first)} tokens, "
-        f"{points[-1]:.2f}× at {budget(last)}."
-    )
-
-
 def _widest(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> tuple[str, dict[str, dict[int, BudgetPoint]]]:
     """Return the widest arm with a speed-up in each loss, and its points that have one, by loss and tokens."""
     for arm in sorted(report["summary"], key=lambda arm: -arm["r"]):

@@ -35,8 +35,8 @@ def scaled(value: float | None) -> str:
 def budget(tokens: float) -> str:
     """Write a budget as asked for, `1M` for the 999,424 tokens of whole steps; three digits if it is not round."""
     near = float(f"{tokens:.1e}")
-    value = near if abs(near / tokens - 1) < 0.001 else tokens
-    unit = max(unit for unit in UNITS if unit <= value)
+    value = near if abs(near - tokens) < 0.001 * tokens else tokens
+    unit = max((unit for unit in UNITS if unit <= value), default=1)
     return f"{value / unit:.3g}{UNITS[unit]}"
 
 
@@ -54,9 +54,9 @@ def estimate(value: dict[str, Any], signed: bool = False) -> str:
     return mean if value["std"] is None else f"{mean}{PLUS_MINUS}{value['std']:.{digits}f}"
 
 
-def interval(value: dict[str, Any], form: str, unit: str = "") -> str:
-    """Write `1.19× (1.12 to 1.26)`, the mean and its 95 % interval, `1.19× (one seed)`, or a dash without a mean."""
-    return bounded(value["mean"], value["interval"], form, unit)
+def interval(value: dict[str, Any], form: str) -> str:
+    """Write `1.19 (1.12 to 1.26)`, the mean and its 95 % interval, `1.19 (one seed)`, or a dash without a mean."""
+    return bounded(value["mean"], value["interval"], form)
 
 
 def bounded(mean: float | None, bounds: Sequence[float] | None, form: str, unit: str = "") -> str:

@@ -90,7 +90,7 @@ def matched_sizes(
         slope = plain(hidden, 2) - base
         ffn = round((wanted - base) / slope) + 1
         proportion = ffn / hidden / (own.intermediate_size / own.hidden_size)
-        if 0.25 <= proportion <= 4 and abs(plain(hidden, ffn) / wanted - 1) <= TOLERANCE[what]:
+        if 0.25 <= proportion <= 4 and abs((base + slope * (ffn - 1)) / wanted - 1) <= TOLERANCE[what]:
             found.append((abs(log(proportion)), hidden, ffn))
     if not found:
         raise UserError(

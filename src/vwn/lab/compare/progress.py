@@ -9,8 +9,8 @@ from collections.abc import Mapping
 class Progress:
     """Work done and to come over all runs of a comparison, sweeps included.
 
-    Work is counted in optimiser steps times the arm's FLOPs per token. How long it takes is learnt from the steps that
-    were taken in this process.
+    Work is counted in optimiser steps times the arm's FLOPs per token. How long it takes is learnt from the time since
+    the first run of this process began.
 
     Args:
         flops: FLOPs per token of each arm, by name; of unknown ones any equal number.
@@ -18,50 +18,30 @@ class Progress:
 
     def __init__(self, flops: Mapping[str, float]) -> None:
         self._flops = flops
-        self._planned = self._done = 0.0  # in all
-        self._taken = self._seconds = 0.0  # in this process
-        self._running: tuple[str, float, int] | None = None
+        self._planned = self._done = self._taken = 0.0  # taken: in this process
+        self._since: float | None = None
 
     def plan(self, arm: str, steps: int) -> None:
         """Add steps of an arm that are to come."""
         self._planned += steps * self._flops[arm]
 
     def skip(self, arm: str, steps: int) -> None:
-        """Count steps of an arm that had been taken before."""
+        """Count steps of an arm that are done and were not counted."""
         self._done += steps * self._flops[arm]
 
-    def start(self, arm: str) -> None:
-        """Begin a run of this arm."""
-        self._running = arm, time.monotonic(), 0
-
-    def advance(self, steps: int) -> None:
-        """Set how many steps of the present run were taken in this process."""
-        assert self._running is not None
-        self._running = *self._running[:2], steps
-
-    def finish(self, steps: int) -> None:
-        """End the present run, of ``steps`` in all."""
-        assert self._running is not None
-        work, seconds = self._of_running()
-        self._taken, self._seconds = self._taken + work, self._seconds + seconds
-        self.skip(self._running[0], steps)
-        self._running = None
+    def take(self, arm: str, steps: int) -> None:
+        """Count steps of an arm that were taken in this process; the first call, with 0 steps, starts the clock."""
+        self._since = time.monotonic() if self._since is None else self._since
+        self._taken += steps * self._flops[arm]
+        self.skip(arm, steps)
 
     def text(self) -> str:
         """Say such as ``31 %, 1 h 12 min left``; no time before there is anything to learn from."""
-        work, seconds = self._of_running()
-        done, taken, seconds = self._done + work, self._taken + work, self._seconds + seconds
-        share = f"{min(1.0, done / self._planned):.0%}" if self._planned else "100%"
-        if not taken:
+        share = f"{min(1.0, self._done / self._planned):.0%}" if self._planned else "100%"
+        if not self._taken or self._since is None:
             return share
-        return f"{share}, {duration(max(0.0, self._planned - done) * seconds / taken)} left"
-
-    def _of_running(self) -> tuple[float, float]:
-        """Return work and seconds of the present run so far."""
-        if self._running is None or not self._running[2]:
-            return 0.0, 0.0
-        arm, since, steps = self._running
-        return steps * self._flops[arm], time.monotonic() - since
+        pace = (time.monotonic() - self._since) / self._taken
+        return f"{share}, {duration(max(0.0, self._planned - self._done) * pace)} left"
 
 
 def duration(seconds: float) -> str:

@@ -14,7 +14,6 @@ from transformers import PreTrainedConfig
 
 from vwn.common.errors import UserError
 from vwn.common.provenance import provenance
-from vwn.cost import model_cost
 from vwn.data import Corpus, prepare
 from vwn.lab.analysis.analyse import add_analysis
 from vwn.lab.analysis.story import read_recorded
@@ -24,7 +23,7 @@ from vwn.lab.compare.finished import facts, finished_runs
 from vwn.lab.compare.models import Sizes, arm_models
 from vwn.lab.compare.progress import Progress
 from vwn.lab.compare.starts import start_models, write_starts
-from vwn.lab.compare.sweep import Losses, as_given, first_rates, outcome, sweep, sweep_run
+from vwn.lab.compare.sweep import Losses, first_rates, outcome, sweep, sweep_run
 from vwn.lab.report.write import format_table, write_report
 from vwn.training import directory
 from vwn.training.arguments import check_device, learning_rate_of
@@ -32,7 +31,7 @@ from vwn.training.branches import finished
 from vwn.training.config import TrainConfig
 from vwn.training.model import load_backbone
 from vwn.training.presets import PRESETS
-from vwn.training.result import RunResult, stored_result
+from vwn.training.result import RunResult, flops_per_token, stored_result
 from vwn.training.run import check_model, train, with_tokenizer
 from vwn.training.trainer import Diverged
 from vwn.training.watch.preemption import Stopped
@@ -109,7 +108,8 @@ class Comparison:
         record: dict[str, Any],
     ) -> None:
         self.config, self.corpus, self.sizes, self.record = config, corpus, sizes, record
-        self.progress = Progress({name: _flops(model, config.corpus.window) for name, model in models.items()})
+        window = config.corpus.window
+        self.progress = Progress({name: flops_per_token(model, window) or 1.0 for name, model in models.items()})
         self.swept = {a.name for a in config.parsed if config.sweeps and a.name not in config.rates}
 
     def run(self, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class Comparison:
         left = []
         for budgets in range(1, 1 + max(1, len(config.optim.budgets))):
             for number, (arm, seed) in enumerate(runs, 1):
-                run = self._measured(arm, seed, rates[arm.name])
+                run = with_rate(self._measured(arm, seed), rates[arm.name])
                 steps = steps_of_round(run, budgets)
                 if has_ended(run, budgets):
                     self.progress.skip(arm.name, steps)
@@ -157,15 +157,14 @@ class Comparison:
         print(f"\nreport: {config.out / 'report.html'}")
         return report
 
-    def _measured(self, arm: Arm, seed: int, rate: float | None = None) -> TrainConfig:
-        run = self.config.run(arm, seed, self.sizes[arm.name])
-        return run if rate is None else with_rate(run, rate)
+    def _measured(self, arm: Arm, seed: int) -> TrainConfig:
+        return self.config.run(arm, seed, self.sizes[arm.name])
 
     def _rate(self, arm: Arm) -> dict[str, Any]:
         measured = self._measured(arm, self.config.seeds[0])
         start = start_rate(self.config, measured)
         if arm.name not in self.swept:
-            return as_given(arm.name, start)
+            return {"arm": arm.name, "rates": [], "best": start, "bracketed": False}
         planned = set(first_rates(self.config, start))
 
         def final_loss(rate: float) -> Losses:
@@ -189,10 +188,12 @@ class Comparison:
             label: of the progress bar.
             budgets: how many of its budgets are trained now, by default all.
         """
-        self.progress.start(name)
+        taken = 0
 
-        def shown(steps: int) -> str:
-            self.progress.advance(steps)
+        def shown(so_far: int) -> str:
+            nonlocal taken
+            self.progress.take(name, so_far - taken)
+            taken = so_far
             return f"{label} ({self.progress.text()})"
 
         try:
@@ -205,7 +206,7 @@ class Comparison:
             print(f"vwn: {label}: {diverged}", file=sys.stderr)
             directory.write_json(run.out / "result.json", dataclasses.asdict(diverged.result))
             result = diverged.result
-        self.progress.finish(steps)
+        self.progress.skip(name, steps - taken)  # an earlier process took them, or the run diverged before
         return result
 
 
@@ -294,15 +295,12 @@ def shared_settings(config: CompareConfig) -> dict[str, Any]:
 
 def warn_of_untuned_rates(config: CompareConfig) -> None:
     """Name the arms whose rates were not tuned: an arm at a rate that suits another says nothing about the arm."""
-    if config.sweeps:
-        return
     untuned = [arm.name for arm in config.parsed if arm.name not in config.rates]
-    if len(untuned) > 1 and config.optim.learning_rate is not None:
-        print(f"vwn: one learning rate for {', '.join(untuned)}; tune each arm (--lr-sweep on)", file=sys.stderr)
-    by_preset = config.optim.learning_rate is None and config.backbone in PRESETS
-    if untuned and by_preset and not PRESETS[config.backbone].swept:
+    given = config.optim.learning_rate is not None
+    tuned = len(untuned) == 1 if given else config.backbone in PRESETS and PRESETS[config.backbone].swept
+    if untuned and not tuned and not config.sweeps:
         print(
-            f"vwn: the learning rates of the preset {config.backbone!r} are a rule of thumb, not tuned; "
+            f"vwn: the learning rates of {', '.join(untuned)} are {'one for all' if given else 'a rule of thumb'}; "
             "tune each arm (--lr-sweep on) before you trust the comparison",
             file=sys.stderr,
         )
@@ -351,10 +349,3 @@ def adopt(config: CompareConfig, given: Set[str]) -> CompareConfig:
     if "learning_rate" not in given and "learning_rate" in planned:
         parts["optim"] = dataclasses.replace(parts["optim"], learning_rate=planned["learning_rate"])
     return dataclasses.replace(config, **parts)
-
-
-def _flops(model: PreTrainedConfig, window: int) -> float:
-    try:
-        return model_cost(model, sequence_length=window).forward_flops_per_token
-    except UserError:  # attention that the formulas do not know
-        return 1.0

@@ -107,21 +107,16 @@ def with_wider_ffn(model: PreTrainedModel, parameters: int) -> PreTrainedModel:
     old, new = model.state_dict(), grown.state_dict()
     for name, value in new.items():
         before = old[name]
-        if value.shape != before.shape:
-            grew = [now - was for now, was in zip(value.shape, before.shape, strict=True)]
+        grew = [now - was for now, was in zip(value.shape, before.shape, strict=True)]
+        if any(grew):
             if value.ndim > 2 or sorted(grew) != [0] * (value.ndim - 1) + [units]:
                 raise UserError(
                     f"the FFNs of a {backbone.model_type} cannot be grown, as {name} holds several maps in one; leave "
                     "out the arm with match_params"
                 )
-            into = [slice(0, length) for length in before.shape]
-            if value.ndim == 2 and value.shape[1] == before.shape[1]:  # [units, D]: a map into the FFN
-                value[into[0]] = before
-                continue
-            value.zero_()  # [D, units], the map out of it, or a bias
-            value[tuple(into)] = before
-        else:
-            value.copy_(before)
+            if value.ndim == 1 or not grew[0]:  # a bias, or [D, units], the map out of the FFN
+                value.zero_()
+        value[tuple(map(slice, before.shape))] = before
     return grown
 
 

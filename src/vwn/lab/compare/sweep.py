@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from math import inf
 from typing import Any
 
 from vwn.common.errors import UserError
@@ -17,8 +18,6 @@ from vwn.training.result import RunResult
 
 FACTOR = 2.0
 """Between neighbouring rates."""
-CRITERIA = ("next-token loss", "next-token loss + λ · next-2-token loss")
-"""What a rate is judged by, of the validation text at the end: the loss that is trained on, without and with MTP."""
 
 Losses = dict[str, float | None]
 
@@ -64,56 +63,40 @@ def sweep(config: CompareConfig, arm: Arm, start: float, final_loss: Callable[[f
         final_loss: trains at a rate and returns the final validation losses, see :func:`outcome`.
 
     Returns:
-        ``{arm, seed, steps, criterion, rates: [{learning_rate, loss, next_token, next_2_token}], best, bracketed}``,
-        rates ascending; ``loss`` is the criterion, what the arm was trained on.
+        ``{arm, seed, steps, rates: [{learning_rate, loss, next_token, next_2_token}], best, bracketed}``, rates
+        ascending; ``loss``, of the validation text at the end, is what the arm was trained on, and what decides.
 
     Raises:
         UserError: the arm diverged at every rate.
     """
     found = {rate: final_loss(rate) for rate in first_rates(config, start)}
+    best = _best(found)
     for _ in range(config.sweep.sweep_extensions):
-        further = _beyond({rate: outcome["loss"] for rate, outcome in found.items()})
-        if further is None:
+        if min(found) < best < max(found):
             break
+        further = best / FACTOR if best == min(found) else best * FACTOR
         found[further] = final_loss(further)
-    losses = {rate: outcome["loss"] for rate, outcome in found.items()}
-    finite = {rate: loss for rate, loss in losses.items() if loss is not None}
-    if not finite:
-        tried = ", ".join(f"{rate:.3g}" for rate in sorted(losses))
+        best = _best(found)
+    if found[best]["loss"] is None:
+        tried = ", ".join(f"{rate:.3g}" for rate in sorted(found))
         raise UserError(f"the arm {arm.name} diverged at every rate of its sweep ({tried}); give lower --sweep-rates")
-    best = min(finite, key=lambda rate: (finite[rate], rate))
     return {
         "arm": arm.name,
         "seed": config.sweep.sweep_seed,
         "steps": sweep_steps(config),
-        "criterion": CRITERIA[arm.options(config.common_width).mtp > 0],
         "rates": [{"learning_rate": rate, **found[rate]} for rate in sorted(found)],
         "best": best,
-        "bracketed": min(losses) < best < max(losses),
+        "bracketed": min(found) < best < max(found),
     }
 
 
-def _beyond(losses: Mapping[float, float | None]) -> float | None:
-    """Return the next rate to try: beyond the edge at which the best one lies; None if it lies inside."""
-    worst = float("inf")
-    best = min(losses, key=lambda rate: (worst if losses[rate] is None else losses[rate], rate))
-    if best == min(losses) or losses[best] is None:
-        return min(losses) / FACTOR
-    return best * FACTOR if best == max(losses) else None
-
-
-def as_given(name: str, rate: float) -> dict[str, Any]:
-    """Return the entry of an arm whose rate was not swept."""
-    return {"arm": name, "seed": None, "steps": None, "criterion": None, "rates": [], "best": rate, "bracketed": False}
+def _best(found: Mapping[float, Losses]) -> float:
+    """Return the rate with the lowest loss, of equal ones the lowest; a diverged run is worse than any other."""
+    return min(found, key=lambda rate: (inf if found[rate]["loss"] is None else found[rate]["loss"], rate))
 
 
 def outcome(result: RunResult, weight: float) -> Losses:
-    """``{loss, next_token, next_2_token}`` at the end of a sweep's run; None where it diverged or there is no MTP.
-
-    Args:
-        result: of the run.
-        weight: λ, of the next-2-token loss.
-    """
+    """Return ``{loss, next_token, next_2_token}`` at a run's end, None where there is none; ``weight`` is λ."""
     last = result.curve[-1]
     first, second = last["loss"], last["loss_2"]
     judged = first if first is None or second is None else first + weight * second

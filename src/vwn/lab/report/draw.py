@@ -1,4 +1,4 @@
-"""The report's figures as SVG: one drawing for the page and for the files beside it.
+"""How the report's figures are drawn: one style, a line for each arm, one SVG for the page and for the file beside it.
 
 A point's values are in a `<title>`, which browsers show on hovering.
 """
@@ -8,24 +8,28 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure as Canvas
 
+from vwn.lab.analysis.runs import runs_by_arm
 from vwn.lab.analysis.wording import printable
 from vwn.lab.report.colours import LIGHT
-from vwn.lab.report.figures import Arrow, Figure, Series
 
 # Inches: a column of a paper.
 WIDTH, HEIGHT, LEGEND_LINE = 3.3, 2.45, 0.15
 LONGEST_NAME = 30
-DASHES: dict[str, Any] = {"solid": "-", "dash": (0, (5, 2)), "dot": (0, (1.2, 1.6))}
+ARM_COLOURS = 7
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.2, 1.6)))
 # One for each arm, besides its colour, for readers and printers without colours.
 MARKERS = "osD^vPX<>*hp"
 MARKED_POINTS = 7
-# The dotted line's place among the style indices in a legend: last.
-LEVEL = 10_000
 POINTS_PER_INCH = 72
 STYLE: Any = {
     **{"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 7.5},
@@ -42,35 +46,126 @@ STYLE: Any = {
 }
 
 
-def draw(figure: Figure) -> str:
-    """Return the figure as the text of an SVG file, in the colours of light mode."""
-    import matplotlib
-    from matplotlib.figure import Figure as Canvas
+@dataclass(frozen=True)
+class LineStyle:
+    """How an arm is drawn everywhere: colour of `colours.LIGHT`, dash, marker, and the first point that has it."""
 
-    named = {index: _name(series.name) for index, series in sorted(figure.legend.items())}
-    if figure.level is not None:
-        named[LEVEL] = _name(figure.level_name)
-    # About as many characters as fit beside each other.
-    columns = max(1, min(len(named), int(WIDTH / (0.42 + 0.062 * max(map(len, named.values()))))))
-    lines = -(-len(named) // columns)
-    content = io.StringIO()
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        # Scripts that the font lacks cannot be measured; the reader's browser has them.
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        canvas = Canvas(figsize=(WIDTH, HEIGHT + LEGEND_LINE * lines), dpi=POINTS_PER_INCH, layout="constrained")
-        axes = canvas.subplots()
-        handles = _draw_panel(axes, figure)
+    colour: str
+    dash: Any = DASHES[0]
+    marker: str | None = None
+    first_marked: int = 0
+
+    @property
+    def css(self) -> str:
+        """The colour as a CSS variable, which the page resolves for light and dark."""
+        return f"var(--{self.colour})"
+
+
+def arm_styles(report: dict[str, Any]) -> dict[str, LineStyle]:
+    """Return arm name -> line style; the baseline has the neutral colour; up to 21 others all look different."""
+    styles = {}
+    others = 0
+    for index, name in enumerate(runs_by_arm(report)):
+        marker = MARKERS[index % len(MARKERS)]
+        if name == report.get("baseline"):
+            styles[name] = LineStyle("baseline", DASHES[0], marker, index)
+        else:
+            dash = DASHES[others // ARM_COLOURS % len(DASHES)]
+            styles[name] = LineStyle(f"arm-{others % ARM_COLOURS}", dash, marker, index)
+            others += 1
+    return styles
+
+
+class Figure:
+    """One figure, in the colours of light mode.
+
+    Args:
+        name: of its file; that of the next-2-token loss ends in `-2`.
+        key: "loss" or "loss_2".
+        title, caption: plain text for the page.
+        x, y: titles of its axes.
+        ticks: place and label of each tick of the x axis; by default matplotlib's.
+    """
+
+    def __init__(
+        self, name: str, key: str, title: str, caption: str, x: str, y: str, ticks: Sequence[tuple[float, str]] = ()
+    ) -> None:
+        self.identifier = name if key == "loss" else f"{name}-2"
+        self.key, self.title, self.caption = key, title, caption
+        self.canvas = Canvas(figsize=(WIDTH, HEIGHT), dpi=POINTS_PER_INCH, layout="constrained")
+        self.axes: Any = self.canvas.subplots()
+        self.axes.set(xlabel=x, ylabel=y)
+        self.named: dict[str, Any] = {}
+        self.hovers: list[tuple[float, float, str]] = []
+        if ticks:
+            self.axes.set_xticks([place for place, _ in ticks], [label for _, label in ticks])
+            self.axes.margins(x=0.08)
+
+    def line(self, name: str, style: LineStyle, x: Any, y: Any, hover: Iterable[str] = (), **changes: Any) -> None:
+        """Draw a line that the legend names, with a text to hover over for each point; NaN leaves a gap."""
+        every = max(1, len(x) // MARKED_POINTS)
+        # Each arm's markers at points of their own, where lines lie on one another.
+        look = {"markevery": (style.first_marked % every, every), "markeredgewidth": 0, "markersize": 3.5}
+        look |= {"color": LIGHT[style.colour], "linestyle": style.dash, "marker": style.marker}
+        self.named[name] = self.axes.plot(x, y, **look | changes)[0]
+        self.hovers += zip(x, y, hover, strict=False)
+
+    def bars(self, style: LineStyle, x: Any, bounds: Iterable[Sequence[float] | None]) -> None:
+        """Draw a bar between each point's bounds, where it has any."""
+        low, high = np.array([found or (np.nan, np.nan) for found in bounds], dtype=float).T
+        self.axes.vlines(x, low, high, color=LIGHT[style.colour], linewidth=0.9, zorder=1.8)
+
+    def level(self, name: str, y: float) -> None:
+        """Draw a dotted line across, which the legend names."""
+        dotted = {"color": LIGHT["baseline"], "linewidth": 0.9, "linestyle": (0, (1, 1.5))}
+        self.named[name] = self.axes.axhline(y, **dotted, zorder=1.5)
+
+    def arrow(self, start: float, end: float, y: float, text: str) -> None:
+        """Draw a horizontal arrow with a text below its end."""
+        style: Any = {"arrowstyle": "-|>", "color": LIGHT["ink"], "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0}
+        self.axes.annotate("", (end, y), (start, y), arrowprops=style)
+        below: Any = {"xytext": (-2, -4), "textcoords": "offset points", "ha": "right", "va": "top"}
+        self.axes.annotate(_short(text), (end, y), **below)
+
+    def cut_axis(self, x: float) -> None:
+        """Mark a break of the x axis."""
+        where: Any = {"ha": "center", "va": "center", "transform": self.axes.get_xaxis_transform(), "fontsize": 9}
+        self.axes.text(x, 0, "//", **where, bbox={"facecolor": LIGHT["paper"], "linewidth": 0, "pad": 0.4})
+
+    @cached_property
+    def svg(self) -> str:
+        """The text of an SVG file."""
+        names = [_short(name) for name in self.named]
+        # About as many characters as fit beside each other.
+        columns = max(1, min(len(names), int(WIDTH / (0.42 + 0.062 * max(map(len, names))))))
         layout: Any = {"loc": "outside lower center", "ncols": columns, "frameon": False, "borderpad": 0.1}
         spaces: Any = {"handlelength": 2.4, "columnspacing": 1.2, "handletextpad": 0.5, "labelspacing": 0.3}
-        canvas.legend([handles[index] for index in named], list(named.values()), **layout, **spaces)
-        canvas.savefig(content, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-        hovers = _hovers(figure, axes)
-    svg = re.sub(r' (d|transform|x|y)="[^"]*"', _rounded, content.getvalue())
-    return svg.replace("</svg>", f'<g class="hover" fill-opacity="0">{hovers}</g>\n</svg>')
+        content = io.StringIO()
+        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+            # Scripts that the font lacks cannot be measured; the reader's browser has them.
+            warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+            self.canvas.set_size_inches(WIDTH, HEIGHT + LEGEND_LINE * -(-len(names) // columns))
+            self.canvas.legend(list(self.named.values()), names, **layout, **spaces)
+            self.canvas.savefig(content, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        svg = re.sub(r' (d|transform|x|y)="[^"]*"', _rounded, content.getvalue())
+        return svg.replace("</svg>", f'<g class="hover" fill-opacity="0">{self._hover_circles()}</g>\n</svg>')
+
+    def _hover_circles(self) -> str:
+        """Return invisible circles on the points that have a text, in the SVG's own coordinates."""
+        height = self.canvas.get_size_inches()[1] * POINTS_PER_INCH
+        lowest, highest = self.axes.get_ylim()
+        found = []
+        for x, y, text in self.hovers:
+            if lowest <= y <= highest:
+                left, bottom = self.axes.transData.transform((x, y))
+                title = escape(printable(text.replace("-", "−")), quote=False)
+                place = f'cx="{left:.1f}" cy="{height - bottom:.1f}"'
+                found.append(f'<circle {place} r="4"><title>{title}</title></circle>')
+        return "\n".join(found)
 
 
 def inline(svg: str, identifier: str, label: str) -> str:
-    """Return an SVG of `draw` as an element of the page: its colours are CSS variables, its ids its own."""
+    """Return a figure's SVG as an element of the page: its colours are CSS variables, its ids its own."""
     body = svg[svg.index("<svg") :]
     for name, colour in LIGHT.items():
         body = body.replace(f": {colour}", f": var(--{name})")
@@ -82,111 +177,23 @@ def inline(svg: str, identifier: str, label: str) -> str:
     return re.sub(r' (width|height)="[^"]*"', "", start).replace("<svg", head, 1) + ">" + rest
 
 
-def _draw_panel(axes: Any, figure: Figure) -> dict[int, Any]:
-    """Draw everything but the legend; the handle of each style index."""
-    handles: dict[int, Any] = {}
-    for order, series in enumerate(figure.series):
-        line = _draw_series(axes, series, 2 + order)
-        if figure.legend.get(series.style.index) is series:
-            handles.setdefault(series.style.index, line)
-    if figure.level is not None:
-        level = axes.axhline(figure.level, color=LIGHT["baseline"], linewidth=0.9, linestyle=(0, (1, 1.5)), zorder=1.5)
-        handles.setdefault(LEVEL, level)
-    axes.set_xlabel(figure.x.title)
-    axes.set_ylabel(figure.y.title)
-    if figure.x.ticks:
-        axes.set_xticks([place for place, _ in figure.x.ticks], [label for _, label in figure.x.ticks])
-        axes.margins(x=0.08)
-    else:
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_formatter(lambda value, _: tokens_label(value))
-        axes.locator_params(axis="x", nbins=5)
-    if figure.y.range is not None:
-        axes.set_ylim(figure.y.range)
-    if figure.axis_break is not None:
-        cut: Any = {
-            "ha": "center",
-            "va": "center",
-            "transform": axes.get_xaxis_transform(),
-            "fontsize": 9,
-            "zorder": 60,
-        }
-        axes.text(figure.axis_break, 0, "//", **cut, bbox={"facecolor": LIGHT["paper"], "linewidth": 0, "pad": 0.4})
-    if figure.arrow is not None:
-        _draw_arrow(axes, figure.arrow)
-    return handles
-
-
-def _draw_series(axes: Any, series: Series, order: int) -> Any:
-    colour = LIGHT[series.style.colour]
-    x, y = np.array(series.x, dtype=float), np.array(series.y, dtype=float)
-    look: dict[str, Any] = {"color": colour, "zorder": order, "linestyle": DASHES[series.style.dash]}
-    if series.role == "ring":
-        return axes.plot(x, y, "o", color=colour, markersize=6, fillstyle="none", zorder=order)[0]
-    if series.role == "mark":
-        return axes.plot(x, y, "*", color=colour, markersize=9, markeredgewidth=0, zorder=order)[0]
-    if series.role == "seed":
-        return axes.plot(x, y, **look | {"linewidth": 0.5, "alpha": 0.4, "linestyle": "-"})[0]
-    if any(value is not None for value in series.low):
-        _draw_bounds(axes, series, x, colour)
-    is_arm = series.style.index < len(MARKERS)
-    marker = MARKERS[series.style.index % len(MARKERS)] if is_arm or series.role == "points" or x.size == 1 else None
-    every = max(1, x.size // MARKED_POINTS) if series.role == "mean" else 1
-    size = 4.5 if series.role == "points" else 3.5
-    # Each arm's markers at points of their own, where lines lie on one another.
-    start = series.style.index % every
-    line = axes.plot(x, y, **look, marker=marker, markevery=(start, every), markeredgewidth=0, markersize=size)[0]
-    if any(series.hollow):
-        hollow = np.array(series.hollow)
-        inside: Any = {"color": LIGHT["paper"], "markeredgewidth": 0, "markersize": size - 1.8, "zorder": order + 0.5}
-        axes.plot(x[hollow], y[hollow], marker=marker, linestyle="none", **inside)
-    return line
-
-
-def _draw_bounds(axes: Any, series: Series, x: np.ndarray, colour: str) -> None:
-    """Draw the bounds; matplotlib leaves out those that are NaN."""
-    low, high = np.array(series.low, dtype=float), np.array(series.high, dtype=float)
-    if series.role == "mean":
-        axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0, zorder=1)
-    else:
-        axes.vlines(x, low, high, color=colour, linewidth=0.9, zorder=1.8)
-
-
-def _draw_arrow(axes: Any, arrow: Arrow) -> None:
-    style: Any = {"arrowstyle": "-|>", "color": LIGHT["ink"], "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", (arrow.end, arrow.y), (arrow.start, arrow.y), arrowprops=style, zorder=50)
-    below: Any = {"xytext": (-2, -4), "textcoords": "offset points", "ha": "right", "va": "top", "zorder": 50}
-    axes.annotate(_name(arrow.text), (arrow.end, arrow.y), **below)
-
-
-def _hovers(figure: Figure, axes: Any) -> str:
-    """Return invisible circles on the points that have a text, in the SVG's own coordinates."""
-    height = axes.figure.get_size_inches()[1] * POINTS_PER_INCH
-    found = []
-    for series in figure.series:
-        for x, y, text in zip(series.x, series.y, series.hover, strict=False):
-            if y is None or not text or not axes.get_ylim()[0] <= y <= axes.get_ylim()[1]:
-                continue
-            left, bottom = axes.transData.transform((x, y))
-            if not figure.x.ticks:
-                text = f"{series.name} at {tokens_label(x)} tokens: {text}"
-            title = escape(printable(text.replace("-", "−")), quote=False)
-            found.append(f'<circle cx="{left:.1f}" cy="{height - bottom:.1f}" r="4"><title>{title}</title></circle>')
-    return "\n".join(found)
-
-
-def tokens_label(value: float) -> str:
-    """Write `0`, `500k`, `1.5M`, `2G`."""
-    for step, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= step:
-            return f"{value / step:.4g}{unit}"
-    return f"{value:g}"
+def padded_range(values: Iterable[float], room: Iterable[float] = ()) -> tuple[float, float] | None:
+    """Return an axis range around all finite `values`; it gives way to `room`, but not until `values` are flat."""
+    found = np.array([*values], dtype=float)
+    found = found[np.isfinite(found)]
+    if found.size == 0 or found.min() == found.max():
+        return None
+    low, high = float(found.min()), float(found.max())
+    span, bounds = high - low, [*room]
+    low, high = max(min([low, *bounds]), low - span), min(max([high, *bounds]), high + span)
+    pad = 0.06 * (high - low)
+    return low - pad, high + pad
 
 
 def _rounded(attribute: re.Match[str]) -> str:
     return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), attribute[0])
 
 
-def _name(text: str) -> str:
+def _short(text: str) -> str:
     clean = printable(text)
     return clean if len(clean) <= LONGEST_NAME else f"{clean[: LONGEST_NAME - 1]}…"

@@ -10,18 +10,16 @@ from typing import Any
 
 from vwn.lab.analysis import story, wording
 from vwn.lab.analysis.budgets import BudgetStudy, budget_studies
-from vwn.lab.analysis.claims import CONTRADICTED, SUPPORTED
+from vwn.lab.analysis.runs import measured_losses
 from vwn.lab.analysis.wording import LOSS_NAMES, NOTHING, PERCENT
 from vwn.lab.report import tables
 from vwn.lab.report.colours import DARK, LIGHT
-from vwn.lab.report.draw import inline
-from vwn.lab.report.figures import Figure
+from vwn.lab.report.draw import Figure, inline
 from vwn.lab.report.tables import Table
 
 CONTENT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
 )
-SIDES = {SUPPORTED: "for", CONTRADICTED: "against"}
 # Arms whose text samples stand beside each other at the top.
 MOST_SAMPLES = 4
 
@@ -42,7 +40,6 @@ SWEPT = (
     "on (next-token loss; with multi-token prediction plus λ times the next-2-token loss) on the validation text of "
     "the results, in nats per token. Bracketed: a lower and a higher rate were tried, and both are worse."
 )
-NOT_SWEPT = "No learning rate was swept: they were given or are those of the preset."
 PAIRWISE = (
     "Final loss of the row’s arm minus the column’s in nats per token, paired by seed. Each pair is judged alone at "
     "95 %, uncorrected for their number."
@@ -53,20 +50,19 @@ EQUAL_COST = (
     "is named."
 )
 
-Drawn = Mapping[str, tuple[Figure, str]]
-"""Figures with their SVG, by identifier."""
+Drawn = Mapping[str, Figure]
+"""Figures by identifier."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """One section of the page; `more` is a table behind a disclosure."""
+    """One section of the page."""
 
     id: str
     title: str
     note: str = ""
     tables: tuple[Table, ...] = ()
     figures: tuple[dict[str, str], ...] = ()
-    more: Table | None = None
 
 
 def style_sheet() -> str:
@@ -86,12 +82,9 @@ def render_page(report: dict[str, Any], drawn: Drawn) -> str:
     environment.filters["prose"] = prose
     template = environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     studies = budget_studies(report)
-    leads = _lead_figures(report, drawn)
+    budgets = [name for name in ("speedup-over-budget", "speedup-over-budget-2") if name in drawn]
+    leads = budgets or [name for name in ("fewer-tokens", "loss-over-tokens") if name in drawn][:1]
     commands = [report.get("command", NOTHING), *(part["command"] for part in report.get("continued") or [])]
-    claims = [
-        {**claim, "side": SIDES.get(claim["word"], "open"), "table": tables.claims_table(claim)}
-        for claim in report["claims"]
-    ]
     return template.render(
         title=f"Virtual width against {report.get('baseline')}",
         policy=CONTENT_POLICY,
@@ -101,7 +94,6 @@ def render_page(report: dict[str, Any], drawn: Drawn) -> str:
         first_lines=story.first_lines(report, studies),
         lead_figures=_figures(drawn, leads),
         samples=_samples(report),
-        claims=claims,
         cautions=story.cautions(report),
         sections=_sections(report, drawn, studies, leads),
         commands="\n".join(dict.fromkeys(commands)),
@@ -112,22 +104,9 @@ def render_page(report: dict[str, Any], drawn: Drawn) -> str:
     )
 
 
-def is_measured(report: dict[str, Any], key: str) -> bool:
-    """Return whether any arm has this loss."""
-    return any(arm[key] is not None for arm in report["summary"])
-
-
 def prose(sentence: str) -> str:
     """Return text with true minus signs, and no line broken before a percent sign."""
     return re.sub(r"(?<!\w)-(?=\d)", "−", str(sentence)).replace(" %", PERCENT)
-
-
-def _lead_figures(report: dict[str, Any], drawn: Drawn) -> list[str]:
-    """Return the identifiers of the figures of the first lines: the budgets, or the loss, and what was recorded."""
-    budgets = [name for name in ("speedup-over-budget", "speedup-over-budget-2") if name in drawn]
-    first = budgets or ["fewer-tokens" if "fewer-tokens" in drawn else "loss-over-tokens"]
-    beside = ["gain", "gain-2"] if story.recorded_sentence(report) else []
-    return [name for name in (*first, *beside) if name in drawn]
 
 
 def _facts(report: dict[str, Any]) -> str:
@@ -155,9 +134,9 @@ def _samples(report: dict[str, Any]) -> list[tuple[str, str]]:
 def _figures(drawn: Drawn, names: list[str]) -> tuple[dict[str, str], ...]:
     found = []
     for name in names:
-        figure, svg = drawn[name]
-        label = f"{figure.title}. All points are in curves.csv."
-        found.append({"title": figure.title, "caption": figure.caption, "svg": inline(svg, name, label)})
+        figure = drawn[name]
+        svg = inline(figure.svg, name, f"{figure.title}. All points are in curves.csv.")
+        found.append({"title": figure.title, "caption": figure.caption, "svg": svg})
     return tuple(found)
 
 
@@ -168,17 +147,14 @@ def _sections(report: dict[str, Any], drawn: Drawn, studies: dict[str, BudgetStu
         shown += [tables.budget_width_table(studies, key) for key in studies if studies[key].widths]
         found.append(Section("budgets", "Over training budgets", BUDGETS.format(baseline=baseline), tuple(shown)))
     rest = [name for name in drawn if name not in (*leads, "fewer-tokens")]
-    measured = [key for key in LOSS_NAMES if is_measured(report, key)]
+    measured = measured_losses(report)
     for key in measured:
         note = RESULTS.format(baseline=baseline) + (DECAYED if studies else "") if key == "loss" else ""
-        figures = _figures(drawn, [name for name in rest if drawn[name][0].key == key])
-        results, more = (tables.result_table(report, key),), tables.run_table(report, key)
-        found.append(Section(key, LOSS_NAMES[key].capitalize(), note, results, figures, more))
+        figures = _figures(drawn, [name for name in rest if drawn[name].key == key])
+        found.append(Section(key, LOSS_NAMES[key].capitalize(), note, (tables.result_table(report, key),), figures))
     found.append(Section("arms", "Arms and their cost", tables=(tables.cost_table(report),)))
-    if report.get("sweep"):
-        swept = next((entry for entry in report["sweep"] if entry["rates"]), None)
-        note = NOT_SWEPT if swept is None else SWEPT.format(**swept)
-        found.append(Section("rates", "Learning rates", note, (tables.sweep_table(report),)))
+    if swept := next((entry for entry in report.get("sweep") or [] if entry["rates"]), None):
+        found.append(Section("rates", "Learning rates", SWEPT.format(**swept), (tables.sweep_table(report),)))
     if len(report["summary"]) > 2:
         pairs = tuple(tables.pairwise_table(report, key) for key in measured)
         found.append(Section("pairwise", "Every arm against every other", PAIRWISE, pairs))

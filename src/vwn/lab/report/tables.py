@@ -7,10 +7,9 @@ from typing import Any
 
 from vwn.lab.analysis import wording
 from vwn.lab.analysis.budgets import COSTS, BudgetStudy, Measured
-from vwn.lab.analysis.runs import judged_points
 from vwn.lab.analysis.story import baseline_summary
 from vwn.lab.analysis.wording import LOSS_NAMES, NOTHING, PERCENT, VERDICT_WORDS, interval
-from vwn.lab.report.figures import arm_styles
+from vwn.lab.report.draw import arm_styles
 
 CONNECTION_NAMES = {"residual": "residual", "ghc": "GHC", "hc": "HC", "mhc": "mHC"}
 
@@ -43,21 +42,6 @@ def result_table(report: dict[str, Any], key: str) -> Table:
             rows.append((_arm(report, arm["name"]), Cell(wording.estimate(arm[key]["final"])), difference, needed))
     heads = ("Arm", "Final loss", f"Minus {report.get('baseline')}", "Tokens needed")
     return Table(f"Results in {LOSS_NAMES[key]}", heads, tuple(rows))
-
-
-def run_table(report: dict[str, Any], key: str) -> Table:
-    """Return one row per arm and seed, in the loss `key`."""
-    rows = []
-    for run in report["arms"]:
-        pair, points = run["paired"][key], judged_points(run)
-        if pair is not None:
-            seconds = wording.fixed(points[-1].get("seconds") if points else None, ",.0f")
-            difference = pair["status"] if pair["difference"] is None else f"{pair['difference']:+.4f}"
-            own = "baseline" if run["name"] == report.get("baseline") else difference
-            words = (str(run["seed"]), wording.fixed(pair["final"], ".4f"), own, seconds)
-            rows.append((_arm(report, run["name"]), *map(Cell, words)))
-    heads = ("Arm", "Seed", "Final loss", f"Minus {report.get('baseline')}", "Seconds")
-    return Table(f"Every run, {LOSS_NAMES[key]}", heads, tuple(rows))
 
 
 def budget_table(report: dict[str, Any], studies: dict[str, BudgetStudy], key: str) -> Table:
@@ -135,18 +119,17 @@ def cost_table(report: dict[str, Any]) -> Table:
 
 
 def sweep_table(report: dict[str, Any]) -> Table:
-    """Return one row per arm: the chosen rate, whether worse ones lie on both sides of it, and every rate tried."""
+    """Return one row per swept arm: the chosen rate, whether it is bracketed by worse ones, and all rates tried."""
     rows = []
     for entry in report["sweep"]:
-        if entry["arm"] not in arm_styles(report):
+        if not entry["rates"] or entry["arm"] not in arm_styles(report):
             continue
-        tried = [
+        tried = tuple(
             f"{r['learning_rate']:.3g}: {'diverged' if r['loss'] is None else format(r['loss'], '.4f')}"
             for r in entry["rates"]
-        ]
-        bracketed = ("yes" if entry["bracketed"] else "no, at the edge") if tried else "not swept"
-        last = Cell("", tuple(tried)) if tried else Cell(NOTHING)
-        rows.append((_arm(report, entry["arm"]), Cell(f"{entry['best']:.3g}"), Cell(bracketed), last))
+        )
+        bracketed = Cell("yes" if entry["bracketed"] else "no, at the edge")
+        rows.append((_arm(report, entry["arm"]), Cell(f"{entry['best']:.3g}"), bracketed, Cell("", tried)))
     heads = ("Arm", "Chosen rate", "Bracketed", "Criterion at each rate tried")
     return Table("Learning-rate sweep", heads, tuple(rows))
 
@@ -170,13 +153,6 @@ def equal_cost_table(report: dict[str, Any], key: str) -> Table:
             rows.append((_arm(report, arm["name"]), _difference(arm[key]), *equal))
     heads = ("Arm", "Equal tokens", "Equal training FLOPs", "Equal training time")
     return Table(f"At equal cost, {LOSS_NAMES[key]}", heads, tuple(rows))
-
-
-def claims_table(claim: dict[str, Any]) -> Table:
-    """Return one row per arm and test: the numbers that decide a claim, and the verdict."""
-    return Table(
-        claim["title"], ("", "Test", "Numbers", "Verdict"), tuple(tuple(map(Cell, row)) for row in claim["rows"])
-    )
 
 
 def markdown(table: Table) -> str:

@@ -13,12 +13,10 @@ from vwn.common.files import finite, write_json, write_text
 from vwn.lab.analysis import story, wording
 from vwn.lab.analysis.analyse import add_analysis
 from vwn.lab.analysis.budgets import budget_studies
+from vwn.lab.analysis.runs import measured_losses
 from vwn.lab.report import tables
-from vwn.lab.report.draw import draw
-from vwn.lab.report.figures import NAMES, Figure
-from vwn.lab.report.figures_arms import budget_figure, gain_figure, width_law_figure
-from vwn.lab.report.figures_training import fewer_tokens_figure, gap_figure, loss_figure
-from vwn.lab.report.page import is_measured, render_page
+from vwn.lab.report.charts import NAMES, report_figures
+from vwn.lab.report.page import render_page
 
 CSV_COLUMNS = ("arm", "m", "n", "r", "seed", "tokens", "seconds", "loss", "loss_2")
 TERMINAL_WIDTH = 100
@@ -39,14 +37,14 @@ def write_report(report: dict[str, Any], directory: Path) -> None:
     """
     clean = finite(report)
     analysed = add_analysis(clean)
-    drawn = {figure.identifier: (figure, draw(figure)) for figure in report_figures(analysed)}
+    drawn = {figure.identifier: figure for figure in report_figures(analysed)}
     folder = directory / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(directory / "report.json", analysed)
     write_text(directory / "curves.csv", curves_csv(clean))
     write_text(directory / "report.html", render_page(analysed, drawn))
-    for name, (_, svg) in drawn.items():
-        write_text(folder / f"{name}.svg", svg)
+    for name, figure in drawn.items():
+        write_text(folder / f"{name}.svg", figure.svg)
     for name in {f"{name}{part}" for name in NAMES for part in ("", "-2")} - drawn.keys():
         (folder / f"{name}.svg").unlink(missing_ok=True)
 
@@ -63,24 +61,13 @@ def renew(report: dict[str, Any], directory: Path) -> None:
 
 def readme_tables(report: dict[str, Any]) -> str:
     """Return the results of an analysed report as Markdown tables."""
-    measured = [key for key in wording.LOSS_NAMES if is_measured(report, key)]
+    measured = measured_losses(report)
     studies = budget_studies(report)
     shown = [tables.result_table(report, key) for key in measured]
     shown += [tables.budget_table(report, studies, key) for key in studies]
     shown += [tables.equal_cost_table(report, key) for key in measured if not studies]
     shown.append(tables.cost_table(report))
     return "\n\n".join(f"{table.name}:\n\n{tables.markdown(table)}" for table in shown)
-
-
-def report_figures(report: dict[str, Any]) -> list[Figure]:
-    """Return the figures that the data of an analysed report has, in the page's order."""
-    studies = budget_studies(report)
-    found: list[Figure | None] = [budget_figure(report, studies, key) for key in wording.LOSS_NAMES]
-    found.append(fewer_tokens_figure(report))
-    for key in wording.LOSS_NAMES:
-        if is_measured(report, key):
-            found += [make(report, key) for make in (loss_figure, gap_figure, gain_figure, width_law_figure)]
-    return [figure for figure in found if figure is not None and not figure.is_empty]
 
 
 def curves_csv(report: dict[str, Any]) -> str:
