@@ -240,7 +240,7 @@ def test_on_the_command_line(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("model_type", ["mamba", "bloom"])
 def test_backbones_that_hand_their_layers_the_state_alone(model_type):
     """Every sublayer can be looked into all the same; dropped states cannot be rebuilt."""
-    from vwn.hf.recording import record, sublayer_names
+    from vwn.hf.measures import record, sublayer_names
 
     wide, seen = widen(zoo.tiny_causal_lm(model_type), m=2, n=4), []
     record(wide, ids_of(), lambda i, *_: seen.append(i))
@@ -253,7 +253,7 @@ def test_backbones_that_hand_their_layers_the_state_alone(model_type):
 @pytest.mark.parametrize("model_type", ["gpt2", "gemma3_text", "qwen3_next", "cohere2"])
 def test_the_stream_reaches_the_layers_of_others(model_type):
     """Rebuilt states give the same gradients, and every sublayer can be looked into."""
-    from vwn.hf.recording import record, sublayer_names
+    from vwn.hf.measures import record, sublayer_names
 
     wide = perturb(widen(zoo.tiny_causal_lm(model_type), m=2, n=4), scale=0.05).train()
     seen = []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vwn.common.errors import UserError
 from vwn.hf.anatomy import check_order
-from vwn.hf.families import FoundLayout
+from vwn.hf.layouts import FoundLayout, Sublayer
 from vwn.hf.on_demand import own_class
 from vwn.hf.reading import ReadingNorm, called_modules
 from vwn.hf.residual import LayerPass
@@ -65,7 +65,7 @@ class ProbePass(LayerPass):
             self.refuse("it uses its residual stream behind the last sum with it")
         norms = [[norm for i, norm in self._reads if i == k] for k in range(self.version)]
         single = [reads[0] if len(reads) == 1 else None for reads in norms]
-        return FoundLayout(tuple(self._names[: self.version]), tuple(single))
+        return FoundLayout(Sublayer(*found) for found in zip(self._names, single, strict=False))
 
 
 def meta_copy(model: Any) -> Any:
