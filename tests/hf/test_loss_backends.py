@@ -60,12 +60,6 @@ def test_loss_and_gradients_are_those_with_logits(kind, fields):
         assert_close(actual[name], grad, rtol=1e-4, atol=1e-5 * float(1 + grad.abs().max()), msg=name)
 
 
-def test_the_plain_baseline_and_accumulated_batches():
-    model = perturb(build(vwn_config("llama", 1, 1, connection="residual", num_mtp_modules=1))).train()
-    (a, _), (b, _) = with_and_without_logits(model, input_ids=token_ids(), labels=token_ids(), num_items_in_batch=57)
-    assert_close(b.loss, a.loss, rtol=1e-5, atol=1e-5)
-
-
 def test_the_kernel_really_ran(monkeypatch):
     model = build(vwn_config("llama", 2, 4, num_mtp_modules=1)).train()
     model.loss_backend = "liger"
