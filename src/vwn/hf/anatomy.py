@@ -83,8 +83,7 @@ def check_order(model: Any, ran: list[nn.Module]) -> None:
         wanted.append(model.get_submodule(model.anatomy.norm_path))
     found = [m for i, m in enumerate(ran) if m in wanted or (i > last and not isinstance(m, nn.Dropout))]
     if found != wanted:
-        names = ", ".join(type(module).__name__ for module in found)
-        _refuse(model, f"it should run each of its layers once, in turn, and behind them its norm alone, not {names}")
+        _refuse(model, "it should run each of its layers once, in turn, and its norm once, with nothing else behind")
 
 
 def _refuse(model: Any, reason: str) -> NoReturn:

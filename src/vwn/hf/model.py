@@ -136,9 +136,10 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
         )
         if backbone is None:
             self.embed_tokens.table._is_hf_initialized = False  # type: ignore[assignment] # its rows may be new
-        self.reduce = self._new_reduce()
+        reduce = g, config.reduce, config.reduce_norm, config.reduce_init
+        self.reduce = OverWidthReduce(*reduce)
         self.mtp = nn.ModuleList(
-            MultiTokenPredictor(g, layer, self._new_reduce(), norm)
+            MultiTokenPredictor(g, layer, OverWidthReduce(*reduce), norm)
             for layer, norm in (build_mtp_layer(config, k, self.layers[-1]) for k in range(config.num_mtp_modules))
         )
         self.post_init()
@@ -147,10 +148,6 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
     def layers(self) -> Any:
         """The backbone's layers."""
         return self.backbone.anatomy.layers(self.backbone)
-
-    def _new_reduce(self) -> OverWidthReduce:
-        c = self.config
-        return OverWidthReduce(c.geometry, c.reduce, c.reduce_norm, c.reduce_init)
 
     @can_return_tuple
     def forward(

@@ -41,7 +41,7 @@ class LayerPass:
         self.layer, self.shape, self.sublayers = layer, shape, sublayers
         self.version = 0  # writes so far
         self._grad = torch.is_grad_enabled()
-        self._seen: list[tuple[Tensor, int]] = []  # what was read, and its count of changes in place
+        self.seen: list[tuple[Tensor, int]] = []  # what was read, and its count of changes in place
 
     def stream(self, state: Tensor) -> ResidualStream:
         """The layer's residual stream at its start."""
@@ -61,7 +61,7 @@ class LayerPass:
 
     def scale(self, state: Tensor, factor: Any) -> Tensor:
         """The state times a number, or times ``D`` numbers in every slot."""
-        raise NotImplementedError
+        return state * factor
 
     def begin_sum(self) -> None:
         """The layer adds to its stream; called before the write, which waits until the sum is used."""
@@ -93,15 +93,9 @@ class LayerPass:
         """Raise a ``UserError`` if what was read was changed in place, or gradients are switched off for a part."""
         if torch.is_grad_enabled() != self._grad:
             self.refuse("it uses its residual stream in a part of its forward that switches gradients off or on")
-        for x, version in self._seen:
+        for x, version in self.seen:
             if x._version != version:
                 self.refuse("its residual stream is changed in place")
-
-    def saw(self, x: Tensor) -> Tensor:
-        """Note what was read, so that :meth:`check` finds changes in place; compiled code does not count them."""
-        if not torch.compiler.is_compiling() and not x.is_inference():
-            self._seen.append((x, x._version))
-        return x
 
 
 class _Node:
@@ -167,7 +161,9 @@ class _Node:
         elif self.x is None:
             state = self.settle()
             self.check_sublayer()
-            self.x = self.run.saw(self.run.read(self.version, state))
+            self.x = x = self.run.read(self.version, state)
+            if not torch.compiler.is_compiling() and not x.is_inference():  # which do not count changes in place
+                self.run.seen.append((x, x._version))
         return self.x
 
     def check_sublayer(self) -> None:

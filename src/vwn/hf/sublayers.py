@@ -16,7 +16,7 @@ from vwn.common.errors import UserError
 from vwn.hf.anatomy import check_order
 from vwn.hf.layouts import FoundLayout, Sublayer
 from vwn.hf.on_demand import own_class
-from vwn.hf.reading import ReadingNorm, called_modules
+from vwn.hf.reading import called_modules
 from vwn.hf.residual import LayerPass
 
 
@@ -41,16 +41,12 @@ class ProbePass(LayerPass):
 
     def read_normed(self, i: int, state: Tensor, norm: nn.Module) -> Tensor:
         self._reads.append((i, next((name for name, module in self._modules.items() if module is norm), None)))
-        assert isinstance(norm, ReadingNorm)
         return norm.forward(state)
 
     def write(self, i: int, state: Tensor, z: Tensor) -> Tensor:
         if z.shape != state.shape:
             self.refuse(f"it adds a tensor {list(z.shape)} to its residual stream {list(state.shape)}")
         return state + z.to(state.dtype)
-
-    def scale(self, state: Tensor, factor: Any) -> Tensor:
-        return state * factor
 
     def begin_sum(self) -> None:
         name = next(iter(self._calls), f"sublayer_{len(self._names)}")

@@ -43,8 +43,9 @@ def model_card(model: Any, facts: TrainingFacts | None = None) -> ModelCard:
         pipeline_tag="text-generation",
         tags=["vwn", "virtual-width-networks", c.backbone.model_type],
     )
-    wide = c.connection != "residual"
-    parts = [f"---\n{data.to_yaml()}\n---", f"# {_title(c)}", METHOD if wide else PLAIN, _table(_architecture(model))]
+    name, wide = type(c.backbone).__name__.removesuffix("Config"), c.connection != "residual"
+    title = f"# {name} with virtual width {c.n / c.m:g}" if wide else f"# {name}, plain"
+    parts = [f"---\n{data.to_yaml()}\n---", title, METHOD if wide else PLAIN, _table(_architecture(model))]
     parts += ["## Loading", LOADING]
     if facts is not None:
         losses = {f"validation {name}, nats per token": f"{value:.4f}" for name, value in facts.losses.items()}
@@ -58,11 +59,6 @@ def without_folders(text: str) -> str:
     """The last part of every absolute path in comma-separated ``text``; hub ids and relative paths stay."""
     paths = text.split(",")
     return ",".join(PurePath(p).name or p if os.path.isabs(p) or p.startswith(("~", "..")) else p for p in paths)
-
-
-def _title(config: Any) -> str:
-    name = type(config.backbone).__name__.removesuffix("Config")
-    return f"{name} with virtual width {config.n / config.m:g}" if config.connection != "residual" else f"{name}, plain"
 
 
 def _architecture(model: Any) -> dict[str, str]:
