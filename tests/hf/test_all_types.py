@@ -208,13 +208,6 @@ def check_attention(model_type: str) -> None:
         assert taken[0] == taken[1], request
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "mamba"])
-def test_an_attention_that_the_backbone_does_not_have_is_refused(model_type: str) -> None:
-    config = VirtualWidthConfig(backbone=zoo.tiny_config(model_type), m=2, n=4, tie_word_embeddings=False)
-    with pytest.raises(ValueError, match="does not support"):
-        built(VirtualWidthForCausalLM, config, attn_implementation="sdpa")
-
-
 def test_a_plain_model_that_runs_eager_is_widened_so(tmp_path: Any) -> None:
     plain = zoo.tiny_causal_lm("llama")
     plain.set_attn_implementation("eager")

@@ -67,11 +67,6 @@ class Inside(Stack):
         return self.front["words"]
 
 
-class NoEmbeds(Stack):
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.tokens(input_ids)
-
-
 def probed(model: Any) -> Anatomy:
     model = model.to("meta", torch.bfloat16)
     model.anatomy = find_anatomy(model)
@@ -102,7 +97,6 @@ ORDER = "run each of its layers once, in turn, and its norm once, with nothing e
     [
         (Stack(norm2=nn.LayerNorm(4)), "one norm behind its layers, found norm, norm2"),
         (Stack(layers_too=nn.ModuleList([nn.Linear(4, 4)])), "one list of decoder layers, found layers, layers_too"),
-        (NoEmbeds(), "takes no inputs_embeds"),
         (Stack(tokens=nn.Linear(4, 4)), "no token embedding"),
         (Stack(lambda m, h: usual(m, m.norm(h))), ORDER),
         (Stack(lambda m, h: usual(m, through(m, h))), ORDER),

@@ -214,17 +214,3 @@ def test_generation_stops_at_the_backbones_end_token():
     assert out[0, -1] == end
     assert end not in out[0, 5:-1].tolist()
     assert out.shape[1] <= 5 + 3
-
-
-def test_outputs_of_generation():
-    model = build(vwn_config("llama", 2, 4, attn_implementation="eager"))
-    ids = token_ids(2, 5)
-    out = generate(
-        model, ids, return_dict_in_generate=True, output_hidden_states=True, output_attentions=True, output_logits=True
-    )
-    assert len(out.hidden_states) == len(out.attentions) == NEW
-    assert out.hidden_states[0][0].shape == (2, 5, 24)
-    assert out.hidden_states[1][-1].shape == (2, 1, 24)
-    assert out.attentions[1][0].shape == (2, 4, 1, 6)
-    wanted = model(out.sequences).logits[:, 4:-1]
-    assert_close(torch.stack(out.logits, dim=1), wanted, rtol=1e-4, atol=1e-4)

@@ -87,14 +87,6 @@ def test_the_plain_backbone_gets_the_same_module_at_its_own_width():
     assert_close(out.loss, out.losses[0] + 0.3 * out.losses[1])
 
 
-def test_logits_of_the_modules_only_on_request():
-    model = build(vwn_config("llama", 2, 4, num_mtp_modules=1))
-    assert model(token_ids()).mtp_logits is None
-    assert model(token_ids()).losses is None
-    assert model(token_ids(), labels=token_ids()).mtp_logits is None
-    assert model(token_ids(), output_mtp_logits=True).mtp_logits[0].shape == (2, 9, 61)
-
-
 def test_a_backbone_of_mixed_layers_gets_a_module_of_the_last_kind():
     """Qwen3-MoE with a dense last layer, and Qwen3 with a sliding one: the module is what the last layer is."""
     dense = build(vwn_config("qwen3_moe", 2, 4, {"mlp_only_layers": [1]}, num_mtp_modules=1))

@@ -116,11 +116,3 @@ def test_a_plan_is_the_classs_and_not_part_of_the_file(tmp_path):
     assert again.base_model_tp_plan == config.base_model_tp_plan
     assert "backbone.layers.*.self_attn.q_proj" in again.base_model_tp_plan
     assert again.base_model_pp_plan is None
-
-
-def test_a_backbone_without_a_plan_has_none():
-    class Unplanned(type(backbone_config())):
-        base_model_tp_plan = None
-
-    config = VirtualWidthConfig(backbone=Unplanned(**backbone_config().to_dict()), m=2, n=4)
-    assert config.base_model_tp_plan == {}

@@ -43,15 +43,9 @@ def test_sublayers_are_counted_through_the_mtp_modules(kind):
 
 
 @EVERY_KIND
-def test_every_weight_gets_a_gradient_and_training_lowers_the_loss(kind):
+def test_every_weight_gets_a_gradient(kind):
     model = model_of(kind, num_mtp_modules=1).train()
-    first = step(model)
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == first.keys() - {"loss"}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(5):
-        step(model)
-        optimizer.step()
-    assert step(model)["loss"] < first["loss"] - 0.5
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == step(model).keys() - {"loss"}
 
 
 @EVERY_KIND

@@ -250,12 +250,6 @@ def test_refusals():
     assert len(generate(model, ids, use_mtp=True, **recorded).attentions) > 0
 
 
-def test_other_drafts_are_left_to_transformers():
-    model, ids = build(vwn_config(num_mtp_modules=1)), token_ids(1, 4).repeat(1, 2)
-    assert torch.equal(generate(model, ids, prompt_lookup_num_tokens=2), generate(model, ids))
-    assert model.draft_counts is None
-
-
 @pytest.fixture
 def checkpoints(tmp_path):
     """A run directory's worth of files: a model with MTP modules and one without, over bytes."""

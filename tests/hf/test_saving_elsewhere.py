@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import vwn
 from conftest import perturb
@@ -138,14 +138,6 @@ def test_a_plain_class_does_not_load_a_widened_checkpoint(tmp_path):
     assert plain.__name__ != "VirtualWidthForCausalLM"
     with pytest.raises(ValueError, match=r"virtual width.*import vwn\.hf.*AutoModelForCausalLM"):
         plain.from_pretrained(tmp_path)
-
-
-def test_a_backbone_config_taken_out_of_a_widened_model_is_as_good_as_any(tmp_path):
-    model = build(vwn_config("llama", 2, 4))
-    model.save_pretrained(tmp_path / "wide")
-    taken = AutoConfig.from_pretrained(tmp_path / "wide").backbone
-    LlamaForCausalLM(taken).save_pretrained(tmp_path / "plain")
-    assert LlamaForCausalLM.from_pretrained(tmp_path / "plain").config.hidden_size == 24
 
 
 # The model card

@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from conftest import perturb
 from counted import LENGTH, backbone, build_counted, counted_flops_per_token
 from tiny import VOCAB, build, stock, token_ids, vwn_config
-from vwn import Geometry, OverWidthEmbedding
 from vwn.cost import model_cost
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
 
@@ -18,20 +16,6 @@ PLAIN = {"m": 1, "n": 1, "connection": "residual"}
 
 def with_factor(k: int = 3, **fields) -> VirtualWidthForCausalLM:
     return build(vwn_config(**PLAIN, table_factor=k, **fields))
-
-
-@pytest.mark.parametrize(("k", "geometry"), [(5, Geometry(6, 1, 1)), (2, Geometry(6, 2, 3))])
-def test_the_embedding_is_a_wide_table_and_one_linear(k, geometry):
-    embedding = perturb(OverWidthEmbedding(geometry, 11, table_factor=k, ngram_order=2, ngram_buckets=7))
-    out_width, width = geometry.over_width, k * geometry.over_width
-    assert {name: tuple(p.shape) for name, p in embedding.named_parameters()} == {
-        "table.weight": (11, width),
-        "ngram.weight": (7, width),
-        "contract_weight": (out_width, width),
-    }
-    ids = torch.tensor([[0, 3, 10], [7, 7, 1]])
-    rows = (embedding.table.weight[ids] + embedding.ngram(ids)).detach().double()
-    assert_close(embedding(ids).double(), rows @ embedding.contract_weight.detach().double().T, rtol=1e-5, atol=1e-5)
 
 
 def test_it_is_the_stock_model_with_the_products_as_tables():

@@ -97,18 +97,6 @@ class PreNorm(Layer):
         return residual + hidden_states
 
 
-class Sandwich(Layer):
-    def forward(self, h: Tensor, mask: Any = None) -> Tensor:
-        r = h
-        h = self.norm1(h)
-        h = self.attn(h, mask=mask)[0]
-        h = self.norm2(h)
-        h = r + h
-        r = h
-        h = self.norm4(self.mlp(self.norm3(h)))
-        return h + r
-
-
 class PostNormInside(Layer):
     def forward(self, h: Tensor) -> Tensor:
         r = h
@@ -149,7 +137,7 @@ class Arguments(Layer):
         return hidden, w, f"{hidden.shape}"
 
 
-WIDENED = [PreNorm, Sandwich, PostNormInside, Helpers, Casts, Arguments]
+WIDENED = [PreNorm, PostNormInside, Helpers, Casts, Arguments]
 
 
 def found(layer: Any) -> FoundLayout:
