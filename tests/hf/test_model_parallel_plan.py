@@ -17,7 +17,6 @@ from transformers.distributed import DistributedConfig
 from conftest import perturb
 from processes import Processes
 from tiny import backbone_config, build, token_ids, vwn_config
-from vwn.hf import VirtualWidthConfig
 
 SIZES = {"vocab_size": 62, "hidden_size": 32, "head_dim": 8, "num_key_value_heads": 4, "intermediate_size": 48}
 
@@ -106,13 +105,3 @@ def test_every_rule_of_the_plans_names_something():
     for plan in (model._tp_plan, model._fsdp_plan):
         assert set(plan) <= names
     assert model._fsdp_plan["model.backbone.layers.*"]
-
-
-def test_a_plan_is_the_classs_and_not_part_of_the_file(tmp_path):
-    config = vwn_config()
-    assert "tp_plan" not in str(config.to_dict())
-    config.save_pretrained(tmp_path)
-    again = VirtualWidthConfig.from_pretrained(tmp_path)
-    assert again.base_model_tp_plan == config.base_model_tp_plan
-    assert "backbone.layers.*.self_attn.q_proj" in again.base_model_tp_plan
-    assert again.base_model_pp_plan is None
