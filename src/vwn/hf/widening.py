@@ -43,7 +43,7 @@ class VirtualWidthBackbone(OnDemand):
     arguments: frozenset[str] | None  # that its forward takes; None if it takes any
     cache_name: str  # what its forward calls a cache
 
-    def look_around(self) -> None:
+    def find_parts(self) -> None:
         """Find its parts, the arguments of its ``forward``, and its name for a cache."""
         self.anatomy, parameters = find_anatomy(self), inspect.signature(self.forward).parameters  # type: ignore[attr-defined]
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -131,7 +131,7 @@ def widen_backbone(config: VirtualWidthConfig, model: Any) -> tuple[Any, nn.Modu
         mix_in(VirtualWidthBackbone, model)
         with torch.device("meta"):  # transformers notes what a class can record when one of it is made
             type(model)(model.config)
-    model.look_around()
+    model.find_parts()
     layouts = find_layouts(model)
     norm, table = model.anatomy.take_ends(model)
     _widen_front(config, model)
@@ -196,7 +196,7 @@ def build_mtp_layer(config: VirtualWidthConfig, index: int, last: nn.Module) -> 
         if family.no_mtp:
             raise ValueError(family.no_mtp)
         model = new_backbone(config.mtp_backbone())
-        model.look_around()
+        model.find_parts()
         if len(model.anatomy.layers(model)) != 1:
             raise ValueError("its number of layers is not that of its config's num_hidden_layers")
         norm, _ = model.anatomy.take_ends(model)
