@@ -16,8 +16,7 @@ from vwn.commands.inspection.config import InspectConfig
 from vwn.commands.inspection.run import inspect_checkpoint, measure
 from vwn.common.errors import UserError
 from vwn.hf import VirtualWidthForCausalLM
-from vwn.hf.measures import spectral_radius, static_routing, tanh_scales
-from vwn.hf.recording import record
+from vwn.hf.measures import record, spectral_radius, static_routing, tanh_scales
 from vwn.nn.connection import Routing
 
 WIDTHS = [(1, 1), (2, 3), (3, 3), (4, 10), (1, 3)]

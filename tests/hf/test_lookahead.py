@@ -7,27 +7,20 @@ import copy
 import pickle
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
-from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    CheckpointImpl,
-    apply_activation_checkpointing,
-    checkpoint_wrapper,
-)
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 
-from conftest import perturb
-from tiny import build, token_ids, vwn_config
+from tiny import build, same_bits, step, token_ids, vwn_config
 from vwn import GeneralizedHyperConnection, ops
 from vwn.common.errors import UserError
 from vwn.hf import layer as layer_module
-from vwn.hf.lookahead import Lookahead, Reader
+from vwn.hf.lookahead import Lookahead
 from vwn.ops import backends
 
 CASES = pytest.mark.parametrize(
@@ -40,22 +33,6 @@ LAYERS = 3
 def model_of(kind: str = "llama", m: int = 2, n: int = 3, mtp: int = 1, layers: int = LAYERS, **fields):
     """In training mode, with layers enough that one is neither first nor last."""
     return build(vwn_config(kind, m, n, {"num_hidden_layers": layers}, num_mtp_modules=mtp, **fields)).train()
-
-
-def step(model: nn.Module, compiled: Callable | None = None, **options) -> dict[str, Tensor]:
-    """The loss of a batch, and every gradient."""
-    model.zero_grad()
-    ids, run = token_ids(), model if compiled is None else compiled
-    loss = run(ids, labels=ids, use_cache=False, **options).loss
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert gradients
-    return {"loss": loss.detach(), **gradients}
-
-
-def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    assert one.keys() == other.keys()
-    return all(x.dtype == other[name].dtype and torch.equal(x, other[name]) for name, x in one.items())
 
 
 @pytest.fixture(params=["reference", "compiled"])
@@ -95,10 +72,9 @@ def calls(monkeypatch) -> Counter:
 # Fused and unfused
 
 
-@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
 @CASES
-def test_fused_and_unfused_agree_to_the_bit(kind, m, n, dtype, dynamic, backend):
-    model = model_of(kind, m, n, dynamic=dynamic).to(dtype)
+def test_fused_and_unfused_agree_to_the_bit(kind, m, n, dtype, backend):
+    model = model_of(kind, m, n, dynamic=n != 16).to(dtype)
     model.set_connection_backend(backend)
     fused = step(model)
     with unfused():
@@ -108,14 +84,13 @@ def test_fused_and_unfused_agree_to_the_bit(kind, m, n, dtype, dynamic, backend)
         assert same_bits(step(model), fused)
 
 
-def test_mixed_precision_changes_nothing():
+def test_mixed_precision_changes_no_bit():
     model = model_of()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         fused = step(model)
+        model.model.keep_states_every = 2
         with unfused():
             assert same_bits(step(model), fused)
-        model.model.keep_states_every = 2
-        assert same_bits(step(model), fused)
 
 
 def test_reads_ahead(calls):
@@ -168,19 +143,11 @@ def test_norms_fused_into_the_reads(monkeypatch, backend):
 
 def test_recorded_hidden_states_are_the_states():
     model = model_of()
-    with torch.no_grad():
-        state = model.model.embed_tokens(token_ids())
-        states = [state]
-        for i in range(LAYERS):  # by runs of the first layers alone
-            shorter = copy.deepcopy(model.model)
-            shorter.backbone.layers = shorter.backbone.layers[: i + 1]
-            states.append(shorter(token_ids()).over_width_state)
-    wanted = step(model)
-    assert same_bits(step(model, output_hidden_states=True), wanted)
-    for context in (contextlib.nullcontext(), unfused()):
-        with context:
-            recorded = model(token_ids(), output_hidden_states=True).over_width_hidden_states
-        assert all(torch.equal(a, b) for a, b in zip(recorded, states, strict=True))
+    shorter = copy.deepcopy(model.model)
+    shorter.backbone.layers = shorter.backbone.layers[:1]
+    recorded = model(token_ids(), output_hidden_states=True).over_width_hidden_states
+    assert torch.equal(recorded[1], shorter(token_ids()).over_width_state)
+    assert same_bits(step(model, output_hidden_states=True), step(model))
 
 
 def replace(state: Tensor) -> Tensor:
@@ -216,7 +183,7 @@ def test_hooks_that_change_the_state_in_training(place, change):
     with unfused():
         wanted = step(model)
     assert not torch.isclose(wanted["loss"], without["loss"])
-    for every in (1, 2, 3):
+    for every in (1, 3):
         model.model.keep_states_every = every
         assert same_bits(step(model), wanted)
 
@@ -234,10 +201,9 @@ def test_hooks_that_change_the_state_in_inference(place, change):
 
 
 @pytest.mark.slow
-@HOOKS
-def test_hooks_that_change_the_state_in_a_compiled_model(change):
+def test_hooks_that_change_the_state_in_a_compiled_model():
     model = model_of(layers=2, mtp=0).eval()
-    after(model.model.backbone.layers, change)
+    after(model.model.backbone.layers, in_place)
     torch._dynamo.reset()
     with torch.no_grad():
         found = torch.compile(model, backend="aot_eager")(token_ids(), use_cache=False).logits
@@ -267,23 +233,17 @@ def test_gradient_checkpointing_changes_no_bit(kind, m, n, dtype):
     wanted = step(model)
     for layers in (model.model.backbone.layers, model.model.mtp[0].layer.layers):
         layers[0].mlp.register_forward_hook(lambda module, *_: ran.append(module))
-    for reentrant in (False, True):
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        assert model.is_gradient_checkpointing
-        assert same_bits(step(model), wanted)
-        assert sorted(Counter(ran).values()) == [2, 2]
-        ran.clear()
+    model.gradient_checkpointing_enable({"use_reentrant": dtype == torch.float32})
+    assert model.is_gradient_checkpointing
+    assert same_bits(step(model), wanted)
+    assert sorted(Counter(ran).values()) == [2, 2]
 
 
-@pytest.mark.parametrize("how", CheckpointImpl)
-def test_checkpointing_by_torchs_own_wrapper_changes_no_bit(how):
+def test_checkpointing_by_torchs_own_wrapper_changes_no_bit():
     """What FSDP's recipes, and accelerate with them, put around the layers."""
     model = model_of(mtp=0)
     wanted = step(model)
-    wrap = partial(checkpoint_wrapper, checkpoint_impl=how)
-    apply_activation_checkpointing(
-        model, wrap, check_fn=lambda module: isinstance(module, layer_module.VirtualWidthLayer)
-    )
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, layer_module.VirtualWidthLayer))
     found = {name.replace("_checkpoint_wrapped_module.", ""): x for name, x in step(model).items()}
     assert same_bits(found, wanted)
 
@@ -315,16 +275,14 @@ def test_rebuilt_states_change_no_bit(kind, m, n, dtype, backend):
     model = model_of(kind, m, n).to(dtype)
     model.set_connection_backend(backend)
     wanted = step(model)
-    for every in (2, 3, 5):
+    for every in (2, 5):
         model.model.keep_states_every = every
-        assert same_bits(step(model), wanted)
-        assert same_bits(step(model, output_hidden_states=True), wanted)
+        assert same_bits(step(model, output_hidden_states=every == 5), wanted)
 
 
-@pytest.mark.parametrize("every", [2, 3])
-def test_rebuilt_states_are_rebuilt_again_for_a_second_backward(every):
+def test_rebuilt_states_are_rebuilt_again_for_a_second_backward():
     model, ids = model_of(), token_ids()
-    model.model.keep_states_every = every
+    model.model.keep_states_every = 3
     loss = model(ids, labels=ids).loss
     leaves = list(model.parameters())
     first, second = (torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True) for _ in range(2))
@@ -334,7 +292,7 @@ def test_rebuilt_states_are_rebuilt_again_for_a_second_backward(every):
     assert all(torch.equal(named[name], x) for name, x in wanted.items() if name != "loss")
 
 
-@pytest.mark.parametrize("every", [1, 2, 3, 5])
+@pytest.mark.parametrize("every", [1, 3])
 def test_states_are_not_kept_and_rebuilt_once_each(monkeypatch, calls, every):
     states: list[StorageWeakRef] = []
     counted = ops.write_read
@@ -375,54 +333,13 @@ def test_keeping_fewer_states_is_refused_where_it_cannot_be():
     with pytest.raises(Exception, match=r"keep_states_every = 2 does not go through torch\.compile; set it to 1"):
         torch.compile(model, fullgraph=True, backend="aot_eager")(ids)
     model.gradient_checkpointing_enable()
-    with pytest.raises(UserError, match=r"keep_states_every = 2 and gradient checkpointing .*; use one of them"):
+    with pytest.raises(UserError, match=r"keep_states_every = 2 and gradient checkpointing .*; set it to 1"):
         model(ids, use_cache=False)
     model.eval()(ids)
-
-
-@pytest.mark.parametrize(("m", "n", "dtype"), [(2, 3, torch.float32), (8, 64, torch.bfloat16)])
-def test_saved_activations_are_the_state_and_the_input(m, n, dtype):
-    """(r + 1) D numbers for each token and sublayer, of sublayers that save nothing themselves."""
-    tokens, width, sublayers = 48, 16, 8
-    connections = [perturb(GeneralizedHyperConnection(width, m, n)) for _ in range(sublayers + 1)]
-    parameters = {p.untyped_storage().data_ptr() for c in connections for p in c.parameters()}
-    saved: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    state = torch.randn(tokens, width // m * n, requires_grad=True).to(dtype)
-    outputs = [torch.randn(tokens, width, requires_grad=True).to(dtype) for _ in range(sublayers)]
-    lookahead, total = Lookahead(), torch.zeros(())
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        for z, (connection, following) in zip(outputs, pairwise(connections), strict=True):
-            state, x = lookahead.write_read(state, z, connection, Reader(following))  # type: ignore[arg-type]
-            total = total + x.sum()
-    bytes_saved = sum(size for address, size in saved.items() if address not in parameters)
-    assert 0 < bytes_saved / sublayers <= (n / m + 1) * width * dtype.itemsize * tokens
-    total.backward()
-
-
-# Decoding and compilation
-
-
-def test_every_backend_decodes_the_same_tokens(backend):
-    """Greedily with a cache, and one by one by hand, as the reference does over whole sequences."""
-    model = model_of("mixtral", 4, 16).eval()
-    model.set_connection_backend(backend)
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    decoded = model.generate(token_ids(2, 5), **options)
-    cache, steps = None, []
-    for t in range(decoded.shape[1]):
-        out = model(decoded[:, t : t + 1], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        steps.append(out.logits)
-    model.set_connection_backend("reference")
-    wanted = model(decoded).logits
-    assert_close(torch.cat(steps, dim=1), wanted, rtol=1e-4, atol=1e-4)
-    assert torch.equal(wanted[:, 4:-1].argmax(-1), decoded[:, 5:])
+    model.gradient_checkpointing_disable()
+    model.train().model.layers[1].connections[0].bias_alpha.ds_id = 0  # as ZeRO marks what it shards
+    with pytest.raises(UserError, match="sharded"):
+        model(ids)
 
 
 # Gradients switched off for a part, and things changed behind the backward's back
@@ -454,14 +371,6 @@ def test_weights_changed_before_the_backward_are_noticed(every):
         model.model.backbone.layers[0].connections[0].bias_alpha.mul_(2)
     with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace operation"):
         loss.backward()
-
-
-def test_states_of_sharded_layers_are_not_rebuilt():
-    model = model_of().train()
-    model.keep_states_every = 2
-    model.model.backbone.layers[1].connections[0].bias_alpha.ds_id = 0  # as ZeRO marks what it shards
-    with pytest.raises(UserError, match="sharded"):
-        model(token_ids())
 
 
 def test_layers_compiled_one_by_one_share_their_graphs():

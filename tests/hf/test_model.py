@@ -11,10 +11,8 @@ from torch.testing import assert_close
 
 import reference
 from tiny import (
-    BACKBONES,
     NEW,
     VOCAB,
-    backbone_config,
     build,
     copy_stock_weights,
     generate,
@@ -24,9 +22,8 @@ from tiny import (
     vwn_config,
 )
 from vwn import GeneralizedHyperConnection
-from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
+from vwn.hf import VirtualWidthForCausalLM
 
-KINDS = pytest.mark.parametrize("kind", BACKBONES)
 PLAIN = {"residual": {"connection": "residual"}, "frozen": {"dynamic": False, "frozen": True}}
 
 
@@ -46,8 +43,9 @@ def left_padded(ids: Tensor, pad: int = 3) -> dict[str, Tensor]:
 # With m = n = 1 the backbone, to the bit
 
 
-@KINDS
-@pytest.mark.parametrize("setting", PLAIN)
+@pytest.mark.parametrize(
+    ("kind", "setting"), [("llama", "residual"), ("qwen3", "frozen"), ("mixtral", "frozen"), ("qwen3_moe", "residual")]
+)
 def test_width_one_is_the_backbone_to_the_bit(kind, setting):
     theirs, ours = plain_and_stock(kind, setting)
     ids = token_ids(2, 9)
@@ -110,9 +108,8 @@ def test_a_layer_reads_runs_and_writes_around_each_sublayer(m, n, embedding):
 # Causality
 
 
-@pytest.mark.parametrize("kind", ["llama", "mixtral"])
-def test_no_logit_sees_a_later_token(kind):
-    model = build(vwn_config(kind, 2, 4, num_mtp_modules=2))
+def test_no_logit_sees_a_later_token():
+    model = build(vwn_config("mixtral", 2, 4, num_mtp_modules=2))
     ids = token_ids(1, 8)
     before = model(ids, output_mtp_logits=True)
     for t in (3, 7):
@@ -129,9 +126,8 @@ def test_no_logit_sees_a_later_token(kind):
 # Cache
 
 
-@KINDS
-def test_decoding_with_a_cache_equals_decoding_without(kind):
-    model = build(vwn_config(kind, 2, 3))
+def test_decoding_with_a_cache_equals_decoding_without():
+    model = build(vwn_config("qwen3_moe", 2, 3))
     ids = token_ids(2, 9, seed=2)  # where no token is so near to other experts that rounding decides
     wanted = model(ids, use_cache=False).logits
     out = model(ids[:, :4], use_cache=True)
@@ -147,8 +143,7 @@ def test_decoding_with_a_cache_equals_decoding_without(kind):
 # Padding
 
 
-@pytest.mark.parametrize("kind", ["llama", "mixtral"])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("kind", "side"), [("llama", "left"), ("mixtral", "right")])
 def test_padding_changes_nothing(kind, side):
     model = build(vwn_config(kind, 2, 4, num_mtp_modules=1))
     ids = token_ids(1, 6)
@@ -163,14 +158,6 @@ def test_padding_changes_nothing(kind, side):
 
 
 # Inputs
-
-
-def test_over_width_embeddings_may_be_given():
-    model = build(vwn_config("llama", 2, 4, embedding="factorised", num_mtp_modules=1))
-    ids = token_ids()
-    wanted, actual = model(ids, labels=ids), model(inputs_embeds=model.model.embed_tokens(ids), labels=ids)
-    assert torch.equal(actual.logits, wanted.logits)
-    assert torch.equal(actual.loss, wanted.loss)
 
 
 def test_inputs_that_do_not_fit_are_refused():
@@ -194,16 +181,7 @@ def test_logits_to_keep():
 # Sizes
 
 
-def test_two_connections_for_each_layer_and_none_shared():
-    model = VirtualWidthForCausalLM(vwn_config("llama", 2, 3, num_mtp_modules=1))
-    layers = [*model.model.backbone.layers, *model.model.mtp[0].layer.layers]
-    connections = [c for layer in layers for c in layer.connections]
-    assert len(connections) == len({id(c) for c in connections}) == 6
-    assert len({p.data_ptr() for c in connections for p in c.parameters()}) == 6 * 7
-
-
-@pytest.mark.parametrize("dynamic", [True, False])
-@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize(("dynamic", "frozen"), [(True, True), (False, False)])
 def test_settings_reach_every_connection(dynamic, frozen):
     model = VirtualWidthForCausalLM(vwn_config("llama", 2, 3, dynamic=dynamic, frozen=frozen, num_mtp_modules=1))
     connections = [m for m in model.modules() if isinstance(m, GeneralizedHyperConnection)]
@@ -214,33 +192,15 @@ def test_settings_reach_every_connection(dynamic, frozen):
         assert not any(value.requires_grad is frozen for value in connection.state_dict(keep_vars=True).values())
 
 
-def test_any_backbone_config_object_or_dict_gives_the_same_model():
-    config = backbone_config("qwen3")
-    torch.manual_seed(0)
-    one = VirtualWidthForCausalLM(VirtualWidthConfig(backbone=config, m=2, n=3))
-    torch.manual_seed(0)
-    two = VirtualWidthForCausalLM(VirtualWidthConfig(backbone=config.to_dict(), m=2, n=3))
-    assert torch.equal(one(token_ids()).logits, two(token_ids()).logits)
-
-
 # Generation
 
 
-@KINDS
-def test_greedy_equals_a_loop_without_cache(kind):
-    model = build(vwn_config(kind, 2, 3), seed=2)
+def test_greedy_equals_a_loop_without_cache():
+    model = build(vwn_config("mixtral", 2, 3), seed=2)
     ids = token_ids(2, 5)
     wanted = greedy_by_hand(model, ids)
     assert torch.equal(generate(model, ids), wanted)
-    assert torch.equal(generate(model, ids, use_cache=False), wanted)
     assert len(set(wanted[0, 5:].tolist())) > 1
-
-
-def test_multi_token_modules_do_not_disturb_generation():
-    with_mtp = build(vwn_config("llama", 2, 3, num_mtp_modules=2))
-    without = build(vwn_config("llama", 2, 3))
-    without.load_state_dict({k: v for k, v in with_mtp.state_dict().items() if ".mtp." not in k})
-    assert torch.equal(generate(with_mtp, token_ids()), generate(without, token_ids()))
 
 
 def test_generation_stops_at_the_backbones_end_token():
@@ -254,17 +214,3 @@ def test_generation_stops_at_the_backbones_end_token():
     assert out[0, -1] == end
     assert end not in out[0, 5:-1].tolist()
     assert out.shape[1] <= 5 + 3
-
-
-def test_outputs_of_generation():
-    model = build(vwn_config("llama", 2, 4, attn_implementation="eager"))
-    ids = token_ids(2, 5)
-    out = generate(
-        model, ids, return_dict_in_generate=True, output_hidden_states=True, output_attentions=True, output_logits=True
-    )
-    assert len(out.hidden_states) == len(out.attentions) == NEW
-    assert out.hidden_states[0][0].shape == (2, 5, 24)
-    assert out.hidden_states[1][-1].shape == (2, 1, 24)
-    assert out.attentions[1][0].shape == (2, 4, 1, 6)
-    wanted = model(out.sequences).logits[:, 4:-1]
-    assert_close(torch.stack(out.logits, dim=1), wanted, rtol=1e-4, atol=1e-4)

@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tiny import MOE_BACKBONES, build, copy_stock_weights, stock, token_ids, vwn_config
+from tiny import build, copy_stock_weights, stock, token_ids, vwn_config
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.hf.auxiliary_loss import router_loss
-
-MOE = pytest.mark.parametrize("kind", MOE_BACKBONES)
 
 
 def cross_entropies(logits: Tensor, labels: Tensor, ahead: int) -> list[Tensor]:
@@ -34,7 +32,7 @@ def with_holes(ids: Tensor) -> Tensor:
 # Multi-token prediction
 
 
-@pytest.mark.parametrize(("kind", "depth"), [("llama", 0), ("llama", 2), ("qwen3_moe", 1)])
+@pytest.mark.parametrize(("kind", "depth"), [("llama", 0), ("qwen3_moe", 2)])
 def test_each_loss_is_the_cross_entropy_of_its_logits(kind, depth):
     model = build(vwn_config(kind, 2, 4, num_mtp_modules=depth, mtp_loss_weight=0.25))
     ids = token_ids(2, 8)
@@ -77,18 +75,6 @@ def test_a_chained_module_takes_the_state_of_the_one_before():
     assert not torch.allclose(before.mtp_logits[1], after.mtp_logits[1], atol=1e-3)
 
 
-def test_modules_get_the_mask_and_positions_of_the_model():
-    model = build(vwn_config("llama", 2, 4, num_mtp_modules=2))
-    seen = []
-    for predictor in model.model.mtp:
-        predictor.layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
-    ids = token_ids()
-    given = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(0, 18, 2)[None].expand(2, 9)}
-    model(ids, labels=ids, **given)
-    assert len(seen) == 2
-    assert all(kwargs[name] is value for kwargs in seen for name, value in given.items())
-
-
 def test_the_plain_backbone_gets_the_same_module_at_its_own_width():
     model = build(vwn_config("llama", 1, 1, connection="residual", num_mtp_modules=1))
     predictor = model.model.mtp[0]
@@ -99,14 +85,6 @@ def test_the_plain_backbone_gets_the_same_module_at_its_own_width():
     wanted = torch.stack(cross_entropies(out.mtp_logits[0], ids, 2)).mean()
     assert_close(out.losses[1].double(), wanted, rtol=1e-5, atol=1e-5)
     assert_close(out.loss, out.losses[0] + 0.3 * out.losses[1])
-
-
-def test_logits_of_the_modules_only_on_request():
-    model = build(vwn_config("llama", 2, 4, num_mtp_modules=1))
-    assert model(token_ids()).mtp_logits is None
-    assert model(token_ids()).losses is None
-    assert model(token_ids(), labels=token_ids()).mtp_logits is None
-    assert model(token_ids(), output_mtp_logits=True).mtp_logits[0].shape == (2, 9, 61)
 
 
 def test_a_backbone_of_mixed_layers_gets_a_module_of_the_last_kind():
@@ -129,17 +107,6 @@ def test_a_backbone_of_mixed_layers_gets_a_module_of_the_last_kind():
 
 
 # Too little to predict
-
-
-@pytest.mark.parametrize("depth", [0, 2])
-def test_short_sequences(depth):
-    """A head without a single target adds nothing; it neither fails nor turns the loss into not-a-number."""
-    model = build(vwn_config("llama", 2, 4, num_mtp_modules=depth))
-    assert len(model(token_ids(2, 1), labels=token_ids(2, 1)).losses) == 1 + depth
-    for length in (2, 3, 4):
-        out = model(token_ids(2, length), labels=token_ids(2, length))
-        assert torch.isfinite(out.loss)
-        assert_close(out.loss, out.losses[0] + 0.3 * sum(x for x in out.losses[1:] if torch.isfinite(x)))
 
 
 def test_a_head_without_targets_leaves_the_others_alone():
@@ -170,13 +137,7 @@ def test_nothing_to_learn_in_one_of_several_accumulated_batches():
 
 @pytest.mark.parametrize(
     ("depth", "even", "items_are"),  # uneven with modules only by each head: else the heads' shares are not known
-    [
-        (0, False, "an int"),
-        (0, False, "a tensor"),
-        (2, True, "an int"),
-        (2, True, "a tensor"),
-        (2, False, "of each head"),
-    ],
+    [(0, False, "an int"), (2, True, "a tensor"), (2, False, "of each head")],
 )
 def test_accumulated_batches_equal_one_big_batch(depth, even, items_are):
     model = build(vwn_config("llama", 2, 4, num_mtp_modules=depth))
@@ -214,23 +175,6 @@ def test_num_items_in_batch_means_what_it_means_to_stock_models():
 # Experts
 
 
-@MOE
-def test_router_outputs_equal_the_stock_models(kind):
-    theirs = stock(kind, router_aux_loss_coef=0.02)
-    config = vwn_config(kind, 1, 1, {"router_aux_loss_coef": 0.02}, dynamic=False, frozen=True)
-    ours = copy_stock_weights(theirs, VirtualWidthForCausalLM(config)).eval()
-    ids = token_ids()
-    mask = torch.ones_like(ids)
-    mask[0, 6:] = 0
-    for inputs in ({}, {"attention_mask": mask}):
-        wanted = theirs(ids, labels=ids, output_router_logits=True, **inputs)
-        actual = ours(ids, labels=ids, output_router_logits=True, **inputs)
-        assert len(actual.router_logits) == 2
-        assert all(torch.equal(a, w) for a, w in zip(actual.router_logits, wanted.router_logits, strict=True))
-        assert torch.equal(actual.aux_loss, wanted.aux_loss)
-        assert_close(actual.loss, wanted.loss)
-
-
 def test_the_auxiliary_loss_trains_the_routers_of_a_wide_model():
     model = build(vwn_config("qwen3_moe", 2, 4, {"router_aux_loss_coef": 0.5}, num_mtp_modules=1))
     ids = token_ids()
@@ -254,15 +198,6 @@ def test_router_logits_by_config_and_switched_off_by_argument():
     assert off.router_logits is None
     generated = model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
     assert generated.shape == (2, 12)
-
-
-def test_padding_does_not_count_in_the_auxiliary_loss():
-    model = build(vwn_config("mixtral", 2, 4, num_mtp_modules=1))
-    ids = token_ids(1, 6)
-    padded = torch.cat([ids, torch.full((1, 3), 7)], dim=1)
-    mask = torch.cat([torch.ones_like(ids), torch.zeros(1, 3, dtype=torch.long)], dim=1)
-    alone = model(ids, output_router_logits=True).aux_loss
-    assert_close(model(padded, attention_mask=mask, output_router_logits=True).aux_loss, alone, rtol=1e-4, atol=1e-4)
 
 
 def test_the_auxiliary_loss_of_a_chunk_behind_a_cached_prefix():

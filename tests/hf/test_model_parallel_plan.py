@@ -14,30 +14,37 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+from conftest import perturb
 from processes import Processes
-from tiny import BACKBONES, backbone_config, build, token_ids, vwn_config
-from vwn.hf import VirtualWidthConfig
+from tiny import backbone_config, build, token_ids, vwn_config
 
 SIZES = {"vocab_size": 62, "hidden_size": 32, "head_dim": 8, "num_key_value_heads": 4, "intermediate_size": 48}
 
 
 def equals_one(config: str, paths: list[str]) -> None:
-    """What each of two processes does."""
+    """What each of two processes does; with a bfloat16 model the routing stays in float32, sharded or not."""
     for path in paths:
         expected = torch.load(path + "/expected.pt")
         shared = DistributedConfig(**json.loads(config))
         model = AutoModelForCausalLM.from_pretrained(path, distributed_config=shared)
+        half = model.dtype == torch.bfloat16
+        for name, p in model.named_parameters():
+            assert p.dtype == (torch.bfloat16 if half and ".connections." not in name else torch.float32), name
+        close = {"rtol": 1e-2, "atol": 2e-2} if half else {"rtol": 1e-5, "atol": 1e-5}
         sharded = {name for name, p in model.named_parameters() if isinstance(p, DTensor)}
         assert any("q_proj" in name for name in sharded), sharded
         if "tp_plan" in config:
             assert not [name for name in sharded if "connections" in name or "reduce" in name], sharded
         out = model(expected["ids"], labels=expected["ids"])
-        assert_close(whole(out.logits), expected["logits"], rtol=1e-5, atol=1e-5)
-        assert_close(whole(out.loss), expected["loss"], rtol=1e-5, atol=1e-5)
+        assert_close(whole(out.logits), expected["logits"], **close)
+        assert_close(whole(out.loss), expected["loss"], **close)
         out.loss.backward()
         for name, p in model.named_parameters():
-            assert_close(whole(p.grad), expected["grads"][name], rtol=1e-4, atol=1e-4, msg=name)
-        assert torch.equal(model.generate(expected["ids"], max_new_tokens=3, do_sample=False), expected["generated"])
+            got, wanted = whole(p.grad).float(), expected["grads"][name].float()
+            assert (got - wanted).norm() <= (1e-2 if half else 1e-4) * (1e-6 + wanted.norm()), name
+        assert half or torch.equal(
+            model.generate(expected["ids"], max_new_tokens=3, do_sample=False), expected["generated"]
+        )
         model.save_pretrained(path + "/again")
         dist.barrier()
     dist.destroy_process_group()
@@ -50,11 +57,18 @@ def whole(t: Any) -> Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ['{"tp_plan": "auto"}', '{"fsdp_size": 2}'], ids=["tensor", "fsdp"])
 def test_two_processes_equal_one(tmp_path, config):
-    kinds = [("llama", {"num_mtp_modules": 1}), ("llama", {"embedding": "factorised", "tie_word_embeddings": True})]
-    kinds += [("mixtral", {})] if "tp_plan" in config else []
+    tied = {"embedding": "factorised", "tie_word_embeddings": True}
+    streams = {"m": 1, "n": 2, "embedding": "replicated", "reduce": "sum"}
+    kinds = [("llama", tied, torch.float32)]
+    if "fsdp" in config:  # which shards the routing as well, in units of its own
+        kinds += [("llama", streams | {"connection": kind}, torch.bfloat16) for kind in ("hc", "mhc")]
+        kinds += [("llama", {"num_mtp_modules": 1}, torch.bfloat16)]
+    else:
+        kinds += [("mixtral", {"num_mtp_modules": 1}, torch.float32)]
     models, paths = [], []
-    for i, (kind, fields) in enumerate(kinds):
-        model, path = build(vwn_config(kind, 2, 4, SIZES, **fields)), tmp_path / str(i)
+    for i, (kind, fields, dtype) in enumerate(kinds):
+        wide, path = vwn_config(kind, **{"m": 2, "n": 4} | fields, backbone=SIZES), tmp_path / str(i)
+        model = perturb(AutoModelForCausalLM.from_config(wide, dtype=dtype)).eval()
         model.save_pretrained(path)
         ids = token_ids()
         out = model(ids, labels=ids)
@@ -72,7 +86,7 @@ def test_two_processes_equal_one(tmp_path, config):
         assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
 
 
-@pytest.mark.parametrize(("kind", "connection"), [(kind, "ghc") for kind in BACKBONES] + [("llama", "residual")])
+@pytest.mark.parametrize(("kind", "connection"), [("mixtral", "ghc"), ("llama", "residual")])
 def test_the_plan_is_the_backbones(kind, connection):
     width = (1, 1) if connection == "residual" else (2, 4)
     model = build(vwn_config(kind, *width, connection=connection, num_mtp_modules=1))
@@ -91,21 +105,3 @@ def test_every_rule_of_the_plans_names_something():
     for plan in (model._tp_plan, model._fsdp_plan):
         assert set(plan) <= names
     assert model._fsdp_plan["model.backbone.layers.*"]
-
-
-def test_a_plan_is_the_classs_and_not_part_of_the_file(tmp_path):
-    config = vwn_config()
-    assert "tp_plan" not in str(config.to_dict())
-    config.save_pretrained(tmp_path)
-    again = VirtualWidthConfig.from_pretrained(tmp_path)
-    assert again.base_model_tp_plan == config.base_model_tp_plan
-    assert "backbone.layers.*.self_attn.q_proj" in again.base_model_tp_plan
-    assert again.base_model_pp_plan is None
-
-
-def test_a_backbone_without_a_plan_has_none():
-    class Unplanned(type(backbone_config())):
-        base_model_tp_plan = None
-
-    config = VirtualWidthConfig(backbone=Unplanned(**backbone_config().to_dict()), m=2, n=4)
-    assert config.base_model_tp_plan == {}

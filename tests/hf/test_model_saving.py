@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import reference
-from conftest import perturb
 from tiny import build, token_ids, vwn_config
 from vwn import GeneralizedHyperConnection
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM, VirtualWidthModel
@@ -47,11 +45,9 @@ def assert_initial(connection: GeneralizedHyperConnection) -> None:
 @pytest.mark.parametrize(
     ("kind", "m", "n", "fields"),
     [
-        ("llama", 2, 4, {"embedding": "direct"}),
         ("qwen3", 2, 4, {"embedding": "factorised"}),
         ("mixtral", 2, 4, {"embedding": "replicated"}),
         ("qwen3_moe", 1, 1, {"connection": "residual"}),
-        ("llama", 1, 1, {"connection": "ghc"}),
     ],
 )
 def test_round_trip(tmp_path, kind, m, n, fields):
@@ -67,10 +63,8 @@ def test_round_trip(tmp_path, kind, m, n, fields):
     assert torch.equal(actual.loss, wanted.loss)
 
 
-@pytest.mark.parametrize("embedding", ["factorised", "replicated"])
-def test_tied_tables_stay_tied_and_are_saved_once(tmp_path, embedding):
-    tied = {"tie_word_embeddings": True}
-    model = build(vwn_config("llama", 2, 4, tied, embedding=embedding))
+def test_tied_tables_stay_tied_and_are_saved_once(tmp_path):
+    model = build(vwn_config("llama", 2, 4, {"tie_word_embeddings": True}, embedding="replicated"))
     assert model.lm_head.weight is model.model.embed_tokens.table.weight
     model.save_pretrained(tmp_path)
     names = set(load_file(tmp_path / "model.safetensors"))
@@ -102,25 +96,6 @@ def test_base_and_causal_model_load_each_others_checkpoints(tmp_path):
     base.save_pretrained(tmp_path / "base")
     again = load(tmp_path / "base", ignore_mismatched_sizes=True)  # it has no head
     assert torch.equal(again.model(token_ids()).last_hidden_state, wanted)
-
-
-def test_sharded_checkpoints(tmp_path):
-    model = build(vwn_config("mixtral", 2, 4))
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert torch.equal(load(tmp_path)(token_ids()).logits, model(token_ids()).logits)
-
-
-def test_copies():
-    model = build(vwn_config("mixtral", 2, 3, num_mtp_modules=1))
-    ids = token_ids()
-    wanted = model(ids, labels=ids).loss
-    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(again(ids, labels=ids).loss, wanted)
-        assert type(again.model.backbone) is type(model.model.backbone)
-        perturb(again, seed=8)
-        assert not torch.equal(again(ids, labels=ids).loss, wanted)
-    assert torch.equal(model(ids, labels=ids).loss, wanted)
 
 
 # Missing tensors
@@ -155,22 +130,6 @@ def test_missing_tensors_of_ours_get_their_initial_values(tmp_path, kind, init):
         assert (name in dropped) or torch.equal(loaded[name], value), name
 
 
-def test_what_was_loaded_survives_beside_what_was_missing(tmp_path):
-    """One missing tensor has its module initialised; its siblings keep what the checkpoint holds."""
-    model = build(vwn_config("llama", 2, 4, embedding="factorised", num_mtp_modules=1))
-    model.save_pretrained(tmp_path)
-    dropped = without(tmp_path, "bias_beta", "group_norm_bias", "embedding_norm")
-    assert len(dropped) == 6 + 2 + 1
-    loaded = load(tmp_path, ignore_mismatched_sizes=True).state_dict()
-    for name, value in model.state_dict().items():
-        if name not in dropped:
-            assert torch.equal(loaded[name], value), name
-        elif name.endswith("bias_beta"):
-            assert loaded[name].tolist() == reference.initial_write(2, 4)
-        else:
-            assert (loaded[name] == (0 if name.endswith("norm_bias") else 1)).all(), name
-
-
 def test_a_checkpoint_without_multi_token_modules_gains_them(tmp_path):
     model = build(vwn_config("qwen3_moe", 2, 4))
     model.save_pretrained(tmp_path)
@@ -183,37 +142,6 @@ def test_a_checkpoint_without_multi_token_modules_gains_them(tmp_path):
         assert 0.01 < float(layer.self_attn.q_proj.weight.detach().std()) < 0.03
     assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
     assert torch.isfinite(again(token_ids(), labels=token_ids()).loss)
-
-
-def test_a_missing_backbone_tensor_gets_the_backbones_initial_value(tmp_path):
-    model = build(vwn_config("qwen3_moe", 2, 4))
-    model.save_pretrained(tmp_path)
-    without(tmp_path, "layers.0.self_attn.q_proj", "layers.1.input_layernorm")
-    layers = load(tmp_path, ignore_mismatched_sizes=True).model.backbone.layers
-    assert 0.01 < float(layers[0].self_attn.q_proj.weight.detach().std()) < 0.03
-    assert (layers[1].input_layernorm.weight == 1).all()
-
-
-def test_built_on_meta_then_initialised():
-    config = vwn_config("qwen3_moe", 2, 4, embedding="factorised", num_mtp_modules=1)
-    with torch.device("meta"):
-        model = VirtualWidthForCausalLM(config)
-    assert all(p.is_meta for p in model.parameters())
-    model.to_empty(device="cpu")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(float("nan"))
-            parameter._is_hf_initialized = False
-    for module in model.modules():
-        module._is_hf_initialized = False
-    model.init_weights()
-    for module in model.modules():
-        if isinstance(module, GeneralizedHyperConnection):
-            assert_initial(module)
-    fresh = VirtualWidthForCausalLM(config)
-    for (name, value), other in zip(model.named_parameters(), fresh.parameters(), strict=True):
-        assert torch.isfinite(value).all(), name
-        assert torch.allclose(value.detach().std(), other.detach().std(), rtol=0.5) or value.numel() < 100, name
 
 
 # Precision
@@ -252,18 +180,16 @@ def test_frozen_connections_stay_frozen(tmp_path):
         assert all(p.requires_grad for name, p in candidate.named_parameters() if ".connections." not in name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_frozen_connections_missing_from_a_checkpoint_start_as_ever(tmp_path, dtype):
+def test_frozen_connections_missing_from_a_checkpoint_start_as_ever(tmp_path):
     model = build(vwn_config("llama", 2, 4, frozen=True, num_mtp_modules=1))
     model.save_pretrained(tmp_path)
     assert len(without(tmp_path, "connections")) == 6 * 7
     rubbish = [torch.full((4096,), float("nan")) for _ in range(200)]
     del rubbish
-    again = load(tmp_path, dtype=dtype, ignore_mismatched_sizes=True)
+    again = load(tmp_path, ignore_mismatched_sizes=True)
     for connection in (m for m in again.modules() if isinstance(m, GeneralizedHyperConnection)):
         assert_initial(connection)
-    if dtype == torch.float32:
-        assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
+    assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
 
 
 # Configuration
@@ -313,10 +239,3 @@ def test_state_dict_keys_are_stable():
         "model.backbone.layers.0.post_attention_layernorm.weight",
         *(f"model.backbone.layers.0.connections.{k}.{name}" for k in (0, 1) for name in (*connection, "slot_norm")),
     }
-
-
-def test_no_state_but_parameters():
-    """Whatever else a module keeps would be lost on saving; the backbone's rotary buffers are recomputed."""
-    model: nn.Module = build(vwn_config())
-    buffers: dict[str, Tensor] = dict(model.named_buffers())
-    assert all("rotary_emb" in name for name in buffers)

@@ -13,7 +13,6 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 from tiny import build, token_ids, vwn_config
 from vwn import UserError
 from vwn.hf import MultiTokenTrainerMixin
-from vwn.hf.loss import targets_of_heads
 
 LENGTHS = (9, 5, 2, 7)
 NGRAMS = {"ngram_order": 3, "ngram_buckets": 50}
@@ -56,9 +55,8 @@ WAYS = ["positions", "4-D mask", "4-D mask alone", "additive 4-D mask", "collato
 
 
 @pytest.mark.parametrize("how", WAYS)
-@pytest.mark.parametrize("fields", [{}, NGRAMS], ids=["", "n-grams"])
-def test_packed_documents_have_the_loss_of_the_documents_alone(how, fields):
-    model = wide(**fields)
+def test_packed_documents_have_the_loss_of_the_documents_alone(how):
+    model = wide(**NGRAMS)
     alone = [model(d, labels=d, output_mtp_logits=True) for d in documents()]
     counts = torch.tensor([[max(0, length - 1 - k) for length in LENGTHS] for k in range(3)])
     wanted = [
@@ -83,17 +81,6 @@ def test_each_key_of_the_padding_free_collator_tells_documents_apart(tell):
     row = packed("collator")
     wanted = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))[None]
     assert torch.equal(number_documents(row["input_ids"].shape, **{tell: row[tell]}), wanted)
-
-
-def test_no_target_of_a_module_is_in_another_document():
-    """Whatever the labels say; the next token's are as they come."""
-    labels, documents = torch.arange(9)[None], torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2]])
-    next_token, *further = targets_of_heads(3, labels, documents=documents)
-    assert next_token.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, -100]]
-    for ahead, targets in enumerate(further, start=2):
-        for t, target in enumerate(targets[0].tolist()):
-            there = t + ahead < 9 and documents[0, t + ahead] == documents[0, t]
-            assert target == (t + ahead if there else -100)
 
 
 def test_left_padding_and_strided_positions_are_no_documents():
@@ -190,6 +177,28 @@ def test_accumulation_by_trainer_gives_the_gradients_of_one_batch(tmp_path):
         assert_close(parts[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda s, n=name: f"{n}: {s}")
     together = gradients(tmp_path, Exact, 4)
     assert all(torch.allclose(together[name], whole[name], atol=1e-6) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("modules", "masked", "counted", "warned"),
+    [
+        (1, True, lambda count: 2 * count, True),
+        (1, True, lambda count: count, False),
+        (1, False, lambda count: 2 * count, False),
+        (1, True, lambda count: torch.stack([2 * count, 2 * count]), False),
+    ],
+    ids=["batches", "one-batch", "equal-rows", "each-head"],
+)
+def test_shares_of_the_targets_are_warned_of_once(caplog, modules, masked, counted, warned):
+    model = build(vwn_config("llama", 2, 4, num_mtp_modules=modules)).train()
+    ids, labels = token_ids(), token_ids().clone()
+    if masked:
+        labels[0, :3] = -100
+    count = (labels[:, 1:] != -100).sum()
+    for _ in range(2):
+        model(ids, labels=labels, num_items_in_batch=counted(count))
+    said = [record.message for record in caplog.records if "MultiTokenTrainerMixin" in record.message]
+    assert len(said) == warned
 
 
 def test_modules_that_no_loss_trains_are_named_once(caplog):

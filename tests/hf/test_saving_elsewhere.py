@@ -11,12 +11,11 @@ import sys
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import vwn
 from conftest import perturb
 from tiny import build, token_ids, vwn_config
-from vwn.common.errors import UserError
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
 from vwn.hf.checkpoint.card import TrainingFacts, model_card, without_folders
 
@@ -24,8 +23,6 @@ FACTS = TrainingFacts(
     data="/home/ada/books/text.txt",
     tokens=12_345_678,
     losses={"next-token loss": 3.25, "next-2-token loss": 4.5},
-    command="vwn train --out /home/ada/runs/one --data=/home/ada/books/text.txt --tokenizer owner/name --steps 20",
-    versions={"vwn": "0.1.0", "torch": "2.9"},
 )
 
 FRESH = """
@@ -64,10 +61,11 @@ print("all equal")
 
 @pytest.mark.slow
 def test_a_process_that_never_imported_us_loads_and_unpickles_what_it_trusts(tmp_path, with_code):
-    built = {kind: (build(vwn_config(kind, 2, 3, num_mtp_modules=1)), {}) for kind in ("llama", "qwen3_moe")}
     tied = {"tie_word_embeddings": True, "embedding": "factorised"}
-    built["tied"] = (build(vwn_config("llama", 2, 4, **tied)), {"max_shard_size": "5KB"})
-    built["bf16"] = (perturb(AutoModelForCausalLM.from_config(vwn_config("llama", 2, 4), dtype=torch.bfloat16)), {})
+    built = {
+        "tied": (build(vwn_config("qwen3_moe", 2, 4, num_mtp_modules=1, **tied)), {"max_shard_size": "5KB"}),
+        "bf16": (perturb(AutoModelForCausalLM.from_config(vwn_config("llama", 2, 4), dtype=torch.bfloat16)), {}),
+    }
     for name, (model, options) in built.items():
         model.save_pretrained(tmp_path / name, **options)
         ids = token_ids()
@@ -92,8 +90,7 @@ def with_code(monkeypatch):
     VirtualWidthForCausalLM.register_for_auto_class()
 
 
-@pytest.mark.parametrize("trust", [None, True])
-def test_once_imported_the_installed_classes_are_taken_without_a_word(tmp_path, monkeypatch, capfd, trust, with_code):
+def test_once_imported_the_installed_classes_are_taken_without_a_word(tmp_path, monkeypatch, capfd, with_code):
     model = build(vwn_config())
     model.save_pretrained(tmp_path)
     capfd.readouterr()
@@ -106,12 +103,12 @@ def test_once_imported_the_installed_classes_are_taken_without_a_word(tmp_path, 
         monkeypatch.setattr(f"transformers.models.auto.{module}.get_class_from_dynamic_module", forbidden)
     for auto in (AutoModel, AutoModelForCausalLM):
         assert torch.equal(
-            auto.from_pretrained(tmp_path, trust_remote_code=trust)(token_ids())[0],
+            auto.from_pretrained(tmp_path)(token_ids())[0],
             (model if auto is AutoModelForCausalLM else model.model)(token_ids())[0],
         )
-    config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=trust)
+    config = AutoConfig.from_pretrained(tmp_path)
     assert type(config) is VirtualWidthConfig
-    assert type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust)) is VirtualWidthForCausalLM
+    assert type(AutoModelForCausalLM.from_config(config)) is VirtualWidthForCausalLM
     assert re.search("warn|code|trust", capfd.readouterr().err, re.I) is None
 
 
@@ -127,29 +124,10 @@ def test_what_is_saved(tmp_path):
 def test_what_is_saved_for_programs_that_do_not_import_us(tmp_path, with_code):
     build(vwn_config()).save_pretrained(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == FILES | {"modeling_virtual_width.py"}
-    shim = (tmp_path / "modeling_virtual_width.py").read_text()
     for target in json.loads((tmp_path / "config.json").read_text())["auto_map"].values():
         module, name = target.split(".")
-        assert (tmp_path / f"{module}.py").exists()
-        assert name in shim
-        assert hasattr(vwn.hf, name)
-    assert len(re.findall(r"^(?:from|import) ", shim, re.M)) == 1
-
-
-def test_pickles_are_not_written(tmp_path):
-    with pytest.raises(UserError, match=r"safe_serialization = False.*pickle"):
-        build(vwn_config()).save_pretrained(tmp_path / "out", safe_serialization=False)
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="is a file"):
-        build(vwn_config()).save_pretrained(tmp_path / "file")
-
-
-def test_registering_for_an_auto_class_does_not_turn_our_source_into_remote_code(tmp_path, with_code):
-    VirtualWidthConfig.register_for_auto_class()
-    assert not VirtualWidthForCausalLM.is_remote_code()
-    build(vwn_config()).save_pretrained(tmp_path)
-    assert {p.name for p in tmp_path.glob("*.py")} == {"modeling_virtual_width.py"}
+        assert module == "modeling_virtual_width"
+        assert name in vwn.hf.__all__
 
 
 def test_a_plain_class_does_not_load_a_widened_checkpoint(tmp_path):
@@ -160,14 +138,6 @@ def test_a_plain_class_does_not_load_a_widened_checkpoint(tmp_path):
     assert plain.__name__ != "VirtualWidthForCausalLM"
     with pytest.raises(ValueError, match=r"virtual width.*import vwn\.hf.*AutoModelForCausalLM"):
         plain.from_pretrained(tmp_path)
-
-
-def test_a_backbone_config_taken_out_of_a_widened_model_is_as_good_as_any(tmp_path):
-    model = build(vwn_config("llama", 2, 4))
-    model.save_pretrained(tmp_path / "wide")
-    taken = AutoConfig.from_pretrained(tmp_path / "wide").backbone
-    LlamaForCausalLM(taken).save_pretrained(tmp_path / "plain")
-    assert LlamaForCausalLM.from_pretrained(tmp_path / "plain").config.hidden_size == 24
 
 
 # The model card
@@ -181,34 +151,18 @@ def test_the_card_says_what_the_model_is(tmp_path):
     assert card.data.library_name == "transformers"
     assert card.data.license is None
     assert "mixtral" in card.data.tags
-    for said in ("| 2, 3 |", "| 1.5 (over-width 36) |", "ghc, dynamic", "factorised, tied", "width D = 24, 2 layers",
-                 f"| {model.num_parameters():,} |", "| vocabulary | 61 |", "multi-token prediction modules | 1 |",
-                 "import vwn.hf", "## Licence"):  # fmt: skip
+    for said in ("virtual width 1.5", "| `m` | 2 |", "| `n` | 3 |", "| `embedding` | factorised |",
+                 "| `tie_word_embeddings` | True |", "mixtral, width D = 24, 2 layers", "| vocabulary | 61 |",
+                 f"| {model.num_parameters():,} |", "import vwn.hf", "## Licence"):  # fmt: skip
         assert said in card.text, said
     assert "## Training" not in card.text
-
-
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"m": 1, "n": 1, "connection": "residual", "table_factor": 2}, ["plain", "2 times as wide"]),
-        ({"m": 1, "n": 2, "connection": "mhc", "embedding": "replicated"}, ["mhc", "replicated"]),
-        ({"dynamic": False, "frozen": True}, ["static, frozen"]),
-        ({"ngram_order": 2, "ngram_buckets": 5}, ["n-grams up to 2 in 5 buckets"]),
-        ({"carry_constraint": "doubly_stochastic"}, ["doubly_stochastic carry"]),
-    ],
-)  # fmt: skip
-def test_the_card_of_other_options(fields, said):
-    text = str(model_card(build(vwn_config("llama", **fields))))
-    assert all(words in text for words in said)
 
 
 def test_the_card_says_what_the_training_was_and_nothing_of_the_machine():
     model = build(vwn_config())
     model.training_facts = FACTS
     text = str(model_card(model, model.training_facts))
-    for said in ("| data | text.txt |", "12,345,678", "3.2500", "4.5000", "vwn 0.1.0, torch 2.9",
-                 "vwn train --out one --data=text.txt --tokenizer owner/name --steps 20"):  # fmt: skip
+    for said in ("| data | text.txt |", "12,345,678", "3.2500", "4.5000"):
         assert said in text, said
     assert "ada" not in text
 
@@ -236,17 +190,12 @@ def test_a_users_card_is_left_alone(tmp_path):
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
-def test_only_the_main_process_writes(tmp_path):
-    build(vwn_config()).save_pretrained(tmp_path, is_main_process=False)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_training_run_describes_itself(finished):
     run, result = finished
     text = (run.out / "README.md").read_text()
     tokens = 20 * run.optim.batch_size * run.corpus.window
     for said in ("| data | text.txt |", f"| tokens | {tokens:,} |", f"{result.curve[-1]['loss']:.4f}",
-                 f"{result.curve[-1]['loss_2']:.4f}", f"vwn {vwn.__version__}", "| 4, 10 |"):  # fmt: skip
+                 f"{result.curve[-1]['loss_2']:.4f}", "| `n` | 10 |"):  # fmt: skip
         assert said in text, said
     assert str(run.out.parent) not in text
 
@@ -288,7 +237,7 @@ def test_a_push_carries_a_card(tmp_path, monkeypatch, way, own_card):
     monkeypatch.setattr(ModelCard, "load", classmethod(stored_card))
     model = build(vwn_config())
     if way == "push_to_hub":
-        model.push_to_hub("ada/wide", tags=["tried"])
+        model.push_to_hub("ada/wide")
     else:
         if way.endswith("twice"):
             model.save_pretrained(tmp_path)
@@ -298,5 +247,4 @@ def test_a_push_carries_a_card(tmp_path, monkeypatch, way, own_card):
     if own_card:
         assert card.endswith("mine")
     else:
-        assert "| connection | ghc, dynamic |" in card
-        assert ("- tried" in card) == (way == "push_to_hub")
+        assert "| `connection` | ghc |" in card

@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from conftest import perturb
 from counted import LENGTH, backbone, build_counted, counted_flops_per_token
-from tiny import VOCAB, build, generate, greedy_by_hand, stock, token_ids, vwn_config
-from vwn import Geometry, OverWidthEmbedding, no_weight_decay
+from tiny import VOCAB, build, stock, token_ids, vwn_config
 from vwn.cost import model_cost
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
 
@@ -18,20 +16,6 @@ PLAIN = {"m": 1, "n": 1, "connection": "residual"}
 
 def with_factor(k: int = 3, **fields) -> VirtualWidthForCausalLM:
     return build(vwn_config(**PLAIN, table_factor=k, **fields))
-
-
-@pytest.mark.parametrize(("k", "geometry"), [(5, Geometry(6, 1, 1)), (2, Geometry(6, 2, 3))])
-def test_the_embedding_is_a_wide_table_and_one_linear(k, geometry):
-    embedding = perturb(OverWidthEmbedding(geometry, 11, table_factor=k, ngram_order=2, ngram_buckets=7))
-    out_width, width = geometry.over_width, k * geometry.over_width
-    assert {name: tuple(p.shape) for name, p in embedding.named_parameters()} == {
-        "table.weight": (11, width),
-        "ngram.weight": (7, width),
-        "contract_weight": (out_width, width),
-    }
-    ids = torch.tensor([[0, 3, 10], [7, 7, 1]])
-    rows = (embedding.table.weight[ids] + embedding.ngram(ids)).detach().double()
-    assert_close(embedding(ids).double(), rows @ embedding.contract_weight.detach().double().T, rtol=1e-5, atol=1e-5)
 
 
 def test_it_is_the_stock_model_with_the_products_as_tables():
@@ -76,8 +60,7 @@ def test_every_head_goes_through_the_factors(tied):
     assert_close(model(ids, logits_to_keep=2).logits, ours.logits[:, -2:], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("k", [2, 8])
+@pytest.mark.parametrize(("k", "tied"), [(2, True), (8, False)])
 def test_rows_and_logits_start_at_the_plain_models_scale(k, tied):
     sizes = {"hidden_size": 96, "vocab_size": 2000}
     scales = []
@@ -94,11 +77,6 @@ def test_rows_and_logits_start_at_the_plain_models_scale(k, tied):
     assert scales[1] == pytest.approx(scales[0], rel=0.05)
 
 
-def test_generation():
-    model, ids = with_factor(2, ngram_order=3, ngram_buckets=37), token_ids(2, 5)
-    assert torch.equal(generate(model, ids), greedy_by_hand(model, ids))
-
-
 @pytest.mark.parametrize(
     "fields",
     [{"num_mtp_modules": 1}, {"tie_word_embeddings": True, "ngram_order": 2, "ngram_buckets": 9}],
@@ -112,13 +90,6 @@ def test_cost_is_that_of_the_model(fields):
     heads = 1 + config.num_mtp_modules
     assert cost.flops.embedding == 2 * 128 * 512
     assert cost.flops.unembedding == 2 * heads * (128 * 512 + 512 * 320)
-
-
-def test_factors_are_decayed():
-    model = with_factor(2)
-    names = {"unembed_expand.weight", "model.embed_tokens.contract_weight", "lm_head.weight"}
-    assert names <= dict(model.named_parameters()).keys()
-    assert not names & no_weight_decay(model)
 
 
 @pytest.mark.parametrize(

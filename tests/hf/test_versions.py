@@ -26,14 +26,10 @@ from vwn.hf.widening import CACHE_NAMES
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("version", ["5.17.0", "5.23.0", "5.24.3"])
-def test_a_tested_version_passes_in_silence(version):
+def test_an_older_version_is_refused_and_a_newer_one_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_transformers(version)
-
-
-def test_an_older_version_is_refused_and_a_newer_one_warned_of():
+        check_transformers("5.24.3")
     with pytest.raises(UserError, match=r"transformers >=5.17,<5.25, and 5.16.1 is installed.*pip install"):
         check_transformers("5.16.1")
     for version in ("5.25.0.dev0", "5.25.0", "6.0.0"):
@@ -57,8 +53,6 @@ def test_a_cache_goes_by_all_names_that_transformers_had_for_it(name):
         assert cache.get_seq_length() == 5
         second = part(ids[:, 5:], **{name: cache}, use_cache=True)
     torch.testing.assert_close(model.lm_head(second.last_hidden_state), wanted[:, 5:])
-    with pytest.raises(ValueError, match="names of one argument"):
-        model(ids[:, 5:], past_key_values=cache, cache_params=cache)
 
 
 def test_trainer_evaluates_with_labels_alone(tmp_path):

@@ -24,11 +24,10 @@ MODELS = pytest.mark.parametrize(
         (2, 4, {"num_mtp_modules": 1, "ngram_order": 2, "ngram_buckets": 7}),
         (2, 3, {"embedding": "factorised", "dynamic": False}),
         (2, 4, {"reduce_norm": "rms_norm", "carry_constraint": "doubly_stochastic"}),
-        (1, 3, {"connection": "hc", "embedding": "replicated", "reduce": "sum"}),
         (1, 2, {"connection": "mhc", "embedding": "replicated", "reduce": "sum", "num_mtp_modules": 1}),
         (1, 3, {"connection": "hc", "embedding": "replicated", "reduce": "sum", "frozen": True}),
     ],
-    ids=["mtp-ngrams", "static", "constrained", "hc", "mhc", "frozen"],
+    ids=["mtp-ngrams", "static", "constrained", "mhc", "hc-frozen"],
 )
 
 

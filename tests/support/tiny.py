@@ -96,3 +96,17 @@ def greedy_by_hand(model, ids: Tensor) -> Tensor:
     for _ in range(NEW):
         ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
     return ids
+
+
+def step(model: nn.Module, **options: Any) -> dict[str, Tensor]:
+    """The loss of a batch, and every gradient."""
+    model.zero_grad()
+    ids = token_ids()
+    loss = model(ids, labels=ids, use_cache=False, **options).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    assert one.keys() == other.keys()
+    return all(x.dtype == other[name].dtype and torch.equal(x, other[name]) for name, x in one.items())

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vwn.hf.layer import VirtualWidthLayer, take_residuals
+from vwn.hf.layouts import FoundLayout
 from vwn.hf.on_demand import own_class
-from vwn.hf.sublayers import FoundLayout, meta_copy
+from vwn.hf.sublayers import meta_copy
 from vwn.nn.connection import Connections
 from vwn.nn.generalized import GeneralizedHyperConnection
 
@@ -71,7 +72,6 @@ class AddingAttention(Adding):
 class Layer(nn.Module):
     """What the toy layers are made of."""
 
-    is_cross_attention = False
     parallel, scale = True, 0.7
 
     def __init__(self) -> None:
@@ -95,18 +95,6 @@ class PreNorm(Layer):
         hidden_states = self.norm2(hidden_states)
         hidden_states = self.mlp(hidden_states)
         return residual + hidden_states
-
-
-class Sandwich(Layer):
-    def forward(self, h: Tensor, mask: Any = None) -> Tensor:
-        r = h
-        h = self.norm1(h)
-        h = self.attn(h, mask=mask)[0]
-        h = self.norm2(h)
-        h = r + h
-        r = h
-        h = self.norm4(self.mlp(self.norm3(h)))
-        return h + r
 
 
 class PostNormInside(Layer):
@@ -137,39 +125,6 @@ class Casts(Layer):
         return (h + self.mlp(self.norm2(h))).to(h.dtype).contiguous()
 
 
-class Flattened(Layer):
-    def forward(self, h: Tensor) -> Tensor:
-        shape = h.shape
-        h = h + self.attn(self.norm1(h))[0]
-        h = h.reshape(-1, h.size(-1))
-        r = h
-        share = h.softmax(0)
-        h = self.mlp(self.norm2(h)) * share.sum(1, keepdim=True)
-        h = (r + h).view(shape)
-        batch = h.shape[0]
-        assert batch == shape[0]
-        return h
-
-
-class Branches(Layer):
-    def forward(self, h: Tensor, mask: Any = None, training: bool = False) -> Tensor:
-        if self.parallel and not self.is_cross_attention:
-            r = h
-            h = self.norm1(h)
-        else:
-            r = h = self.norm4(h)
-        if mask is not None:
-            h = self.attn(h, mask)[0]
-        else:
-            h = self.attn(self.norm2(r))[0]
-        h = r + h if self.parallel else h
-        y = [self.mlp(h) for _ in range(2)]
-        for one in y:
-            y[0] = one * h.sigmoid()
-        h = h + (y[0] if mask is None else y[1] + y[0])
-        return h
-
-
 class Arguments(Layer):
     def forward(self, hidden: Tensor, mask: Any = None, *, factor: float = 0.5, flag: bool = False) -> Any:
         """Annotations, defaults, ``del`` and a tuple; the stream's name is used for something else in between."""
@@ -182,12 +137,7 @@ class Arguments(Layer):
         return hidden, w, f"{hidden.shape}"
 
 
-class NoStream(Layer):
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return args[0] + self.mlp(args[0])
-
-
-WIDENED = [PreNorm, Sandwich, PostNormInside, Helpers, Casts, Flattened, Branches, Arguments]
+WIDENED = [PreNorm, PostNormInside, Helpers, Casts, Arguments]
 
 
 def found(layer: Any) -> FoundLayout:

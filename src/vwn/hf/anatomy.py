@@ -15,44 +15,31 @@ from vwn.hf.on_demand import own_class
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Names of the parts of a base model.
+    """Paths from a base model to its parts; ``norm_path`` is empty where no norm is behind the layers."""
 
-    Args:
-        stack_name: path from the model to the module that runs the layers; empty for the model itself.
-        layers_name: attribute of the stack that holds the list of layers.
-        norm_name: attribute of the stack that holds the norm behind the last layer, or empty.
-        embedding_name: path from the model to the token embedding.
-    """
-
-    stack_name: str
-    layers_name: str
-    norm_name: str
-    embedding_name: str
+    layers_path: str
+    norm_path: str
+    embedding_path: str
 
     def stack(self, model: nn.Module) -> Any:
         """The module that runs the layers."""
-        return model.get_submodule(self.stack_name)
+        return model.get_submodule(self.layers_path.rpartition(".")[0])
 
     def layers(self, model: nn.Module) -> Any:
         """The ``nn.ModuleList`` of layers."""
-        return getattr(self.stack(model), self.layers_name)
+        return model.get_submodule(self.layers_path)
 
-    def take_norm(self, model: nn.Module) -> nn.Module:
-        """The final norm, replaced by nothing."""
-        if not self.norm_name:
-            return nn.Identity()
-        stack = self.stack(model)
-        norm = getattr(stack, self.norm_name)
-        setattr(stack, self.norm_name, nn.Identity())
-        return norm
+    def take_ends(self, model: nn.Module) -> tuple[Any, Any]:
+        """The final norm, replaced by nothing, and the token embedding, of which the model keeps nothing."""
+        norm = _replace(model, self.norm_path, nn.Identity()) if self.norm_path else nn.Identity()
+        return norm, _replace(model, self.embedding_path, None)
 
-    def take_embedding(self, model: nn.Module) -> Any:
-        """The token embedding, of which the model keeps nothing."""
-        parent, _, name = self.embedding_name.rpartition(".")
-        owner = model.get_submodule(parent)
-        table = getattr(owner, name)
-        setattr(owner, name, None)
-        return table
+
+def _replace(model: nn.Module, path: str, new: nn.Module | None) -> Any:
+    owner, _, name = path.rpartition(".")
+    old = model.get_submodule(path)
+    setattr(model.get_submodule(owner), name, new)
+    return old
 
 
 def find_anatomy(model: Any) -> Anatomy:
@@ -68,47 +55,35 @@ def find_anatomy(model: Any) -> Anatomy:
     if embedding is None or not isinstance(table, nn.Embedding):
         _refuse(model, "it has no token embedding that could be replaced")
     lists = [
-        (path, name)
+        path
         for path, module in model.named_modules()
-        for name, child in module.named_children()
-        if isinstance(child, nn.ModuleList) and any(True for _ in child.parameters())
+        if isinstance(module, nn.ModuleList) and any(True for _ in module.parameters())
     ]
-    paths = [f"{path}.{name}".lstrip(".") for path, name in lists]
-    inner = tuple(f"{path}." for path in paths)  # of a list inside one of these, like a layer's experts
-    stacks = [found for found, path in zip(lists, paths, strict=True) if not path.startswith(inner)]
-    if len(stacks) != 1:
-        found = ", ".join(f"{path}.{name}".lstrip(".") for path, name in stacks) or "none"
-        _refuse(model, f"it should run one list of decoder layers, found {found}")
-    stack_name, layers_name = stacks[0]
-    other = family_of(model.config).embedding_norm
-    norms = [n for n, child in model.get_submodule(stack_name).named_children() if n != other and _is_norm(child)]
+    inner = tuple(f"{path}." for path in lists)  # of a list inside one of these, like a layer's experts
+    lists = [path for path in lists if not path.startswith(inner)]
+    if len(lists) != 1:
+        _refuse(model, f"it should run one list of decoder layers, found {', '.join(lists) or 'none'}")
+    stack, other = lists[0].rpartition(".")[0], family_of(model.config).embedding_norm
+    norms = [n for n, child in model.get_submodule(stack).named_children() if n != other and _is_norm(child)]
     if len(norms) > 1:
         _refuse(model, f"it should have one norm behind its layers, found {', '.join(norms)}")
-    return Anatomy(stack_name, layers_name, norms[0] if norms else "", embedding)
+    return Anatomy(lists[0], f"{stack}.{norms[0]}".lstrip(".") if norms else "", embedding)
 
 
 def check_order(model: Any, ran: list[nn.Module]) -> None:
-    """Check how the parts of a base model run.
+    """Refuse a base model unless its layers run once each and in turn, with its norm and nothing else behind them.
 
     Args:
         model: with its ``anatomy``.
         ran: the layers and the other modules of the stack, in the order in which they ran.
-
-    Raises:
-        UserError: layers that do not run once each and in turn, or something other than one norm behind them.
     """
-    anatomy = model.anatomy
-    stack, layers = anatomy.stack(model), [*anatomy.layers(model)]
-    names = {id(module): name for name, module in stack.named_children()}
-    if [id(m) for m in ran if id(m) not in names] != [id(m) for m in layers]:
-        _refuse(model, "it should run each of its layers once, from the first to the last")
-    rest = [m for m in ran[ran.index(layers[-1]) + 1 :] if not isinstance(m, nn.Dropout)]
-    behind = [names[id(m)] for m in rest]
-    if behind != [anatomy.norm_name] * bool(anatomy.norm_name):
-        found = ", ".join(f"{name} ({type(getattr(stack, name)).__name__})" for name in behind) or "nothing"
-        _refuse(model, f"behind its last layer should run its norm and nothing else, not {found}")
-    if behind and ran.count(getattr(stack, anatomy.norm_name)) > 1:
-        _refuse(model, f"it uses its final norm {anatomy.norm_name!r} elsewhere as well")
+    wanted = [*model.anatomy.layers(model)]
+    last = max((i for i, module in enumerate(ran) if module is wanted[-1]), default=0)
+    if model.anatomy.norm_path:
+        wanted.append(model.get_submodule(model.anatomy.norm_path))
+    found = [m for i, m in enumerate(ran) if m in wanted or (i > last and not isinstance(m, nn.Dropout))]
+    if found != wanted:
+        _refuse(model, "it should run each of its layers once, in turn, and its norm once, with nothing else behind")
 
 
 def _refuse(model: Any, reason: str) -> NoReturn:

@@ -16,16 +16,11 @@ _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
-def routes_experts(config: Any) -> bool:
-    """Return whether the type's own causal LM adds a loss for its routers."""
+def router_loss_weight(config: Any) -> float | None:
+    """Return the weight of the routers' loss; ``None`` where the type's own causal LM adds none."""
     if family_of(config).no_aux_loss or not getattr(config, "is_moe", True):
-        return False
-    return any(hasattr(config, name) for name in _COEFFICIENTS)
-
-
-def router_loss_weight(config: Any) -> float:
-    """Return the weight of the routers' loss, a field of the config."""
-    return next(getattr(config, name) for name in _COEFFICIENTS if hasattr(config, name))
+        return None
+    return next((getattr(config, name) for name in _COEFFICIENTS if hasattr(config, name)), None)
 
 
 def router_loss(router_logits: tuple[Tensor, ...], config: Any, attention_mask: Any = None) -> Tensor:

@@ -10,7 +10,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from vwn.common.errors import UserError
-from vwn.hf.auxiliary_loss import logit_loss, penalises_logits, router_loss, router_loss_weight, routes_experts
+from vwn.hf.auxiliary_loss import logit_loss, penalises_logits, router_loss, router_loss_weight
 from vwn.hf.configuration import VirtualWidthConfig
 from vwn.hf.decoding.mtp import MtpGenerationMixin
 from vwn.hf.documents import number_documents
@@ -39,12 +39,16 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
 
     _looked_at_shares = False
 
-    def __init__(self, config: VirtualWidthConfig, backbone: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self, config: VirtualWidthConfig, backbone: PreTrainedModel | None = None, head: nn.Linear | None = None
+    ) -> None:
         super().__init__(config)
         self.model = VirtualWidthModel(config, backbone)
         k = config.table_factor
         self.unembed_expand = UnembeddingExpand(config.hidden_size, k) if k > 1 else nn.Identity()
-        self.lm_head = nn.Linear(k * config.hidden_size, config.vocab_size, bias=has_head_bias(config.backbone))
+        if head is None:
+            head = nn.Linear(k * config.hidden_size, config.vocab_size, bias=has_head_bias(config.backbone))
+        self.lm_head = head
         self._is_stateful = self.model.backbone._is_stateful  # whether its cache can be rolled back
         self.post_init()
 
@@ -94,7 +98,8 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
         if shift_labels is not None and (self.config.num_mtp_modules or self.config.ngram_order > 1):
             _check_whole(position_ids, attention_mask, past_key_values if cache is None else cache)
         b = self.config.backbone
-        if routes_experts(b) and output_router_logits is None:
+        router_weight = router_loss_weight(b)
+        if router_weight is not None and output_router_logits is None:
             output_router_logits = b.output_router_logits
         if output_router_logits is not None:
             kwargs["output_router_logits"] = output_router_logits
@@ -138,10 +143,10 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
             losses, loss = self._losses(heads, None if fused else [logits, *mtp_logits], targets, num_items_in_batch)
             if logits is not None and penalises_logits(b):
                 loss = loss + logit_loss(logits, b)
-        if kwargs.get("output_router_logits") and routes_experts(b):
+        if kwargs.get("output_router_logits") and router_weight is not None:
             aux_loss = router_loss((*(out.router_logits or ()), *mtp_router_logits), b, attention_mask)
             if loss is not None:
-                loss = loss + router_loss_weight(b) * aux_loss
+                loss = loss + router_weight * aux_loss
         return VirtualWidthCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -156,14 +161,11 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
             over_width_state=out.over_width_state if output_over_width_state else None,
         )
 
-    @property
-    def keep_states_every(self) -> int:
-        """See :attr:`VirtualWidthModel.keep_states_every`."""
-        return self.model.keep_states_every
-
-    @keep_states_every.setter
-    def keep_states_every(self, every: int) -> None:
-        self.model.keep_states_every = every
+    keep_states_every = property(
+        lambda self: self.model.keep_states_every,
+        lambda self, every: setattr(self.model, "keep_states_every", every),
+        doc="See :attr:`VirtualWidthModel.keep_states_every`.",
+    )
 
     def _unembed(self, hidden: Tensor) -> Tensor:
         backbone = self.config.backbone

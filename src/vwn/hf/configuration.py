@@ -3,13 +3,13 @@
 import logging
 from copy import deepcopy
 from difflib import get_close_matches
-from functools import cache
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from vwn.common.errors import UserError
 from vwn.nn.embedding import EMBEDDING_FORMS, REDUCE_INITS, check_embedding, resolve_reduce
 from vwn.nn.generalized import CARRY_CONSTRAINTS
 from vwn.nn.geometry import Geometry
@@ -21,11 +21,13 @@ NOT_PLAIN = "these are weights of a model with virtual width; `import vwn.hf` an
 
 CONNECTIONS = ("ghc", "hc", "mhc", "residual")
 
-# Trainers, generation and evaluation harnesses read these from the outer config, or set them on it.
-DELEGATED = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "use_cache")
-
-# Others read these from it; to change them, give another backbone.
-READ_FROM_BACKBONE = (
+# Trainers, generation, adapters and evaluation harnesses read these from the outer config, or set them on it.
+DELEGATED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "max_position_embeddings",
+    "use_cache",
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
@@ -39,37 +41,14 @@ _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads
 
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
-# Other options that may be given: attributes of any config that are no fields of PreTrainedConfig.
-_OTHERS = {
-    "attn_implementation",
-    "auto_map",
-    "experts_implementation",
-    "is_decoder",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "quantization_config",
-    "return_dict",
-    "sep_token_id",
-    "task_specific_params",
-    "tokenizer_class",
-    "torch_dtype",
-    *TOKEN_IDS,
-}
-
-# Names of options on the command line and in other libraries.
-_ALIASES = {
-    "mtp": "num_mtp_modules",
-    "mtp_modules": "num_mtp_modules",
-    "mtp_weight": "mtp_loss_weight",
-    "static": "dynamic=False",
-    "num_slots": "n",
-    "fraction_rate": "m",
-    "tie_embeddings": "tie_word_embeddings",
-}
-
 # transformers chooses these when a model is made; the choice is the backbone's.
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+
+# Other options that may be given: those of any config.
+_OTHERS = {*TOKEN_IDS, *IMPLEMENTATIONS, *dir(PreTrainedConfig), "auto_map", "is_decoder", "quantization_config"}
+
+# Names of options on the command line and in papers.
+_ALIASES = {"mtp": "num_mtp_modules", "static": "dynamic=False", "num_slots": "n", "fraction_rate": "m"}
 
 
 @strict
@@ -140,7 +119,10 @@ class VirtualWidthConfig(PreTrainedConfig):
         if self.backbone is None:
             self.backbone = CONFIG_MAPPING["llama"]()
         elif isinstance(self.backbone, dict):
-            self.backbone = _config_from_dict(self.backbone)
+            fields = deepcopy(self.backbone)
+            if (kind := fields.pop("model_type", None)) not in CONFIG_MAPPING:
+                raise ValueError(f"the backbone's model_type must be one that transformers knows, got {kind!r}")
+            self.backbone = CONFIG_MAPPING[kind](**fields)
         elif not isinstance(self.backbone, PreTrainedConfig):
             raise ValueError(f"backbone must be a transformers config or its dict, got {type(self.backbone).__name__}")
         elif self.backbone.get_text_config(decoder=True) is not self.backbone:
@@ -153,9 +135,6 @@ class VirtualWidthConfig(PreTrainedConfig):
             self.backbone = deepcopy(self.backbone)  # several models may be made from one backbone's config
         if getattr(self.backbone, "transformers_weights", None) == NOT_PLAIN:
             del self.backbone.transformers_weights
-        for name in READ_FROM_BACKBONE:  # of to_dict()
-            if name in kwargs and kwargs[name] == getattr(self, name, None):
-                del kwargs[name]
         if self.transformers_version is None:  # a saved config may hold what other libraries put there
             self._check_names(kwargs)
         for name in DELEGATED:
@@ -165,7 +144,10 @@ class VirtualWidthConfig(PreTrainedConfig):
             self.tie_word_embeddings = bool(getattr(self.backbone, "tie_word_embeddings", False))
             if self.tie_word_embeddings and self.embedding == "direct" and self.n != self.m:
                 self.tie_word_embeddings = False
-                _say_untied(self.backbone.model_type)
+                _log.warning_once(  # type: ignore[attr-defined] # transformers adds it
+                    f"the backbone of type {self.backbone.model_type} ties its embeddings, but a direct table is as "
+                    "wide as the state: not tied here (embedding='factorised' or 'replicated' would keep them tied)"
+                )
         self._check_choices()
         self.reduce, self.reduce_norm = resolve_reduce(self.geometry, self.reduce, self.reduce_norm)
         for key in TOKEN_IDS:
@@ -186,13 +168,8 @@ class VirtualWidthConfig(PreTrainedConfig):
             if name in known | _OTHERS or name in GenerationConfig._get_default_generation_params():
                 continue
             near = [_ALIASES[name]] if name in _ALIASES else get_close_matches(name, known, n=1)
-            if near:
-                hint = f"; did you mean {near[0]}?"
-            elif hasattr(self.backbone, name):
-                hint = f", but its backbone has; set it in the {type(self.backbone).__name__}"
-            else:
-                hint = ""
-            raise ValueError(f"VirtualWidthConfig has no option {name!r}{hint}")
+            hint = f"did you mean {near[0]}?" if near else "if it is the backbone's, set it in the backbone's config"
+            raise ValueError(f"VirtualWidthConfig has no option {name!r}; {hint}")
 
     def _check_choices(self) -> None:
         for name, choices in (
@@ -214,10 +191,11 @@ class VirtualWidthConfig(PreTrainedConfig):
                 f"table_factor = {self.table_factor} is for the plain backbone, connection 'residual'; with connection "
                 f"{self.connection!r} m and n set the table's width"
             )
-        if self.connection == "mhc" and self.m != 1:
-            raise ValueError(f"connection 'mhc' has streams of the backbone's width, so m = 1; got m = {self.m}")
-        if self.connection == "mhc" and not self.dynamic:
-            raise ValueError("connection 'mhc' is dynamic by its nature, got dynamic = False; use 'ghc' or 'hc'")
+        if self.connection == "mhc" and (self.m != 1 or not self.dynamic):
+            raise ValueError(
+                "connection 'mhc' is dynamic and has streams of the backbone's width, m = 1; got m = "
+                f"{self.m}, dynamic = {self.dynamic}; use 'ghc' or 'hc'"
+            )
         if self.carry_constraint != "none" and self.connection != "ghc":
             raise ValueError(
                 f"carry_constraint {self.carry_constraint!r} belongs to connection 'ghc', got {self.connection!r}; "
@@ -251,8 +229,15 @@ class VirtualWidthConfig(PreTrainedConfig):
         """Ignore the value, which transformers before 5.18 sets; here it follows from the backbone."""
 
     @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Do nothing: classes of an installed package are imported, their source is not copied into checkpoints."""
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Read a ``config.json``; a ``UserError`` if it is of another model type."""
+        fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if (found := fields.get("model_type")) != cls.model_type:
+            raise UserError(
+                f"{pretrained_model_name_or_path} is a checkpoint of model type {found!r}, not {cls.model_type!r}; "
+                "load it with AutoModelForCausalLM, and give it a virtual width with vwn.widen"
+            )
+        return fields, unused
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, and the backbone's sizes that other libraries look for here."""
@@ -270,49 +255,23 @@ class VirtualWidthConfig(PreTrainedConfig):
         """Config of a backbone of one layer, of the kind of the last: the extra layer of an MTP module."""
         fields = self.backbone.to_dict()
         depth = self.backbone.num_hidden_layers
-        per_layer = {k: v[-1:] for k, v in fields.items() if k.endswith("layer_types") and _is_list(v, depth)}
+        per_layer = {k: v[-1:] for k, v in fields.items() if k.endswith("layer_types") and v and len(v) == depth}
         config = type(self.backbone)(**fields | {"num_hidden_layers": 1} | per_layer)
         config._attn_implementation = self.backbone._attn_implementation
         return config
 
 
-@cache
-def _say_untied(model_type: str) -> None:
-    _log.warning(
-        "the backbone of type %s ties its embeddings, but a direct table is as wide as the state: not tied here "
-        "(embedding='factorised' or 'replicated' would keep them tied)",
-        model_type,
-    )
-
-
-def _config_from_dict(fields: dict[str, Any]) -> PreTrainedConfig:
-    fields = deepcopy(fields)
-    model_type = fields.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"the backbone's model_type must be one that transformers knows, got {model_type!r}")
-    return CONFIG_MAPPING[model_type](**fields)
-
-
-def _is_list(value: Any, length: int) -> bool:
-    return isinstance(value, list) and len(value) == length
-
-
 def _delegate(name: str) -> property:
     """A field that lives on the backbone's config and is read and set through the outer one."""
-    return property(lambda self: getattr(self.backbone, name), lambda self, value: setattr(self.backbone, name, value))
 
-
-def _of_backbone(name: str) -> property:
     def get(self: VirtualWidthConfig) -> Any:
         try:
             return getattr(self.backbone, name)
         except RuntimeError as error:  # it differs by layer
             raise AttributeError(str(error)) from error
 
-    return property(get)
+    return property(get, lambda self, value: setattr(self.backbone, name, value))
 
 
-for _name in READ_FROM_BACKBONE:
-    setattr(VirtualWidthConfig, _name, _of_backbone(_name))
 for _name in (*DELEGATED, *(f"_{name}_internal" for name in IMPLEMENTATIONS)):
     setattr(VirtualWidthConfig, _name, _delegate(_name))

@@ -11,25 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vwn.common.errors import UserError
 from vwn.hf.causal_lm import VirtualWidthForCausalLM
-from vwn.hf.checkpoint.saving import check_weight_files
 from vwn.hf.configuration import VirtualWidthConfig
-from vwn.hf.widening import base_model_class, build_mtp_layer, refuse_family
-from vwn.nn.connection import Connection
-from vwn.nn.initialisation import StatesItsInitialValues
-
-PROBE_SHAPE = (2, 19)
+from vwn.hf.families import has_head_bias
+from vwn.hf.loading import load_whole
+from vwn.hf.widening import base_model_class, refuse_family
+from vwn.nn.embedding import repeat_over_slots
 
 OPTIONS = ("connection", "dynamic", "carry_constraint", "num_mtp_modules", "mtp_loss_weight")
-
-# types whose logits stay the same to the bit in float32
-_EXACT = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "olmo", "seed_oss", "smollm3", "internlm3")
 
 _log = logging.getLogger("vwn.hf")
 
@@ -73,14 +67,11 @@ def widen(
     """
     config = _config(model, m=m, n=n, embedding=embedding, reduce_norm=reduce_norm, **options)
     before = _probe(model) if check else None
-    shell = _share(model)
-    wide = _assemble(config, shell, _base(shell))
-    _materialise(wide, model)
-    wide.generation_config = shell.generation_config
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    wide = _assemble(config, deepcopy(model, tensors))  # the same modules anew, with the same tensors in them
     wide.train(model.training)
     if before is not None:
-        exact = config.backbone.model_type in _EXACT and wide.dtype == torch.float32 and reduce_norm == "none"
-        _compare(before, _probe(wide), wide.dtype, exact and not options)
+        _compare(before, _probe(wide), wide.dtype)
     return wide
 
 
@@ -96,30 +87,15 @@ def widen_checkpoint(
     """Load a causal LM and its tokenizer from safetensors, :func:`widen` it, and save both to ``out``.
 
     Raises:
-        UserError: no such model, one that is not whole or cannot be widened, or an ``out`` that holds something.
+        UserError: a model that is not whole or cannot be widened, or an ``out`` that holds something.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already and not empty; give another folder for the widened model")
-    if not Path(model).exists() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
-        raise UserError(f"there is no model at {model!r}; give a folder with a config.json or a hub id owner/name")
-    if Path(model).is_dir() and (Path(model) / "config.json").exists():
-        check_weight_files(Path(model))
-    where: dict[str, Any] = {"trust_remote_code": False}
-    try:
-        found, info = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **where
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"cannot load a causal LM from {model!r}: {str(error).strip().splitlines()[0]}") from error
-    if lacking := sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]):
-        raise UserError(
-            f"{len(lacking)} weights of the model are missing from {model}, or of another shape ({lacking[0]} is one), "
-            "and would be random; give a whole checkpoint"
-        )
+    found = load_whole(model, dtype)
     wide = widen(found, m=m, n=n, embedding=embedding, reduce_norm=reduce_norm)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, **where)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError):
         _log.warning("%s has no tokenizer that could be loaded; none is saved", model)
         tokenizer = None
@@ -177,63 +153,29 @@ def _base(model: PreTrainedModel) -> Any:
     return next((child for child in model.children() if type(child) is kind), None)
 
 
-def _share(model: PreTrainedModel) -> PreTrainedModel:
-    """The same modules anew, with the same tensors in them."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def _assemble(config: VirtualWidthConfig, shell: Any, base: Any) -> VirtualWidthForCausalLM:
-    """The virtual-width model around ``base``; what is new in it still has no memory."""
-    table, head = shell.get_input_embeddings(), shell.get_output_embeddings()
-    g, narrow = config.geometry, table.weight
+def _assemble(config: VirtualWidthConfig, shell: Any) -> VirtualWidthForCausalLM:
+    """The virtual-width model around the modules of ``shell``; what is new in it has its initial values."""
+    base, table, head = _base(shell), shell.get_input_embeddings(), shell.get_output_embeddings()
+    g, narrow, device, dtype = config.geometry, table.weight, shell.device, shell.dtype
     config.backbone = base.config  # the one that all of its modules hold
     config._attn_implementation = base.config._attn_implementation
-    with torch.device("meta"):
-        wide = VirtualWidthForCausalLM(config, base)
-    if head.weight.shape != wide.lm_head.weight.shape or (head.bias is None) != (wide.lm_head.bias is None):
-        shape = tuple(head.weight.shape)
+    shape, has_bias = tuple(head.weight.shape), has_head_bias(base.config)
+    if shape != (config.vocab_size, g.hidden_size) or (head.bias is None) == has_bias:
         raise UserError(f"{type(shell).__name__} cannot be widened: its head is not one linear map D -> V, but {shape}")
-    wide.lm_head = head
+    for module in shell.modules():
+        module._is_hf_initialized = True  # trained weights, which stay
+    wide = VirtualWidthForCausalLM(config, base, head)
+    wide.generation_config = shell.generation_config
+    for part in (wide.model.reduce, wide.model.mtp):
+        for name, parameter in part.named_parameters():
+            if ".connections." not in name:
+                parameter.data = parameter.data.to(dtype)
+        part.to(device)
+    for layer in wide.model.layers:
+        layer.connections.to(next(layer.parameters()).device)
     if table.weight is not narrow:  # direct: the rows are repeated, not kept
-        repeats = -(-g.n // g.m)
-        rows = torch.cat([narrow.detach()] * repeats, dim=1)[:, : g.over_width].clone()
-        table.weight = nn.Parameter(rows, requires_grad=narrow.requires_grad)
+        table.weight = nn.Parameter(repeat_over_slots(narrow.detach(), g), requires_grad=narrow.requires_grad)
     return wide
-
-
-def _materialise(wide: VirtualWidthForCausalLM, model: PreTrainedModel) -> None:
-    """Give the new modules memory beside the old ones, and their initial values."""
-    device, dtype = model.device, model.dtype
-    for predictor in wide.model.mtp:
-        predictor.to_empty(device=device)
-    layers: Any = wide.model.layers
-    for layer in layers:
-        place = next((p.device for p in layer.parameters() if not p.is_meta), device)
-        for connection in layer.connections:
-            connection.to_empty(device=place)
-    wide.model.reduce.to_empty(device=device)
-    for name, module in wide.named_modules():
-        if isinstance(module, StatesItsInitialValues):
-            if not name.startswith(("model.embed_tokens", "model.mtp")):
-                module.reset_parameters()
-            if not isinstance(module, Connection):
-                module.to(dtype)
-    if len(wide.model.mtp):
-        _initialise_predictors(wide, model)
-
-
-def _initialise_predictors(wide: VirtualWidthForCausalLM, model: PreTrainedModel) -> None:
-    for k, predictor in enumerate(wide.model.mtp):
-        layer, norm = build_mtp_layer(wide.config, k, wide.model.layers[-1])
-        predictor.layer, predictor.norm = layer.to(model.device), norm.to(model.device)
-        for module in predictor.modules():
-            module._is_hf_initialized = False  # type: ignore[assignment]
-            wide._initialize_weights(module)
-        for module in predictor.modules():
-            if not isinstance(module, Connection):
-                for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.to(model.dtype)
 
 
 @torch.no_grad()
@@ -241,7 +183,7 @@ def _probe(model: PreTrainedModel) -> Tensor:
     """Logits ``[2, 19, V]`` of random ids, in evaluation mode."""
     generator = torch.Generator().manual_seed(0)
     vocabulary: int = model.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocabulary, PROBE_SHAPE, generator=generator).to(model.device)
+    ids = torch.randint(0, vocabulary, (2, 19), generator=generator).to(model.device)
     training = model.training
     try:
         logits = model.eval()(input_ids=ids, use_cache=False).logits
@@ -250,8 +192,8 @@ def _probe(model: PreTrainedModel) -> Tensor:
     return logits.float()
 
 
-def _compare(before: Tensor, after: Tensor, dtype: torch.dtype, exact: bool) -> None:
-    roundings = 0 if exact else _ROUNDINGS_16_BIT if dtype.itemsize < 4 else _ROUNDINGS
+def _compare(before: Tensor, after: Tensor, dtype: torch.dtype) -> None:
+    roundings = _ROUNDINGS_16_BIT if dtype.itemsize < 4 else _ROUNDINGS
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     difference, scale = (before - after.to(before.device)).abs().max().item(), before.abs().max().item()
     if not difference <= roundings * eps * max(scale, 1.0):

@@ -12,18 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class FoundLayout:
-    """The sublayers of a layer that runs its own ``forward``.
-
-    Args:
-        names: for each sublayer the attribute of the module at its core, the first that is no norm.
-        norms: for each sublayer the attribute of the RMSNorm that is all that its read goes through, or ``None``.
-    """
-
-    names: tuple[str, ...]
-    norms: tuple[str | None, ...]
+from vwn.hf.layouts import FoundLayout, Sublayer
 
 
 @dataclass(frozen=True)
@@ -63,7 +52,7 @@ _GRANITE = Family(divides_logits="logits_scaling")
 _SHARED = Family(refused="its layers share weights and take the embedding beside the residual stream")
 
 FAMILIES: dict[str, Family] = {
-    "biogpt": Family(positions=("embed_positions",), sublayers=FoundLayout(("self_attn", "fc1"), (None, None))),
+    "biogpt": Family(positions=("embed_positions",), sublayers=FoundLayout((Sublayer("self_attn"), Sublayer("fc1")))),
     "bloom": Family(embedding_norm="word_embeddings_layernorm"),
     "codegen": Family(head_bias=True),
     "cohere": _COHERE,
@@ -98,18 +87,26 @@ FAMILIES: dict[str, Family] = {
     "hyperclovax": Family(multiplies_logits="logits_scaling"),
     "inkling_text": Family(divides_hidden="logits_mup_width_multiplier"),
     "inkling2_text": Family(refused="its layers mix all earlier states, by a residual scheme of their own"),
-    "jetmoe": Family(sublayers=FoundLayout(("self_attention", "mlp"), ("input_layernorm", "post_attention_layernorm"))),
+    "jetmoe": Family(
+        sublayers=FoundLayout(
+            (Sublayer("self_attention", "input_layernorm"), Sublayer("mlp", "post_attention_layernorm"))
+        )
+    ),
     "llama4": Family(no_aux_loss=True),
     "llama4_text": Family(no_aux_loss=True),
     "longcat_flash": Family(
         sublayers=FoundLayout(
-            ("self_attn", "mlp", "self_attn", "mlps"),
-            tuple(f"{norm}_layernorm.{i}" for i in (0, 1) for norm in ("input", "post_attention")),
+            sublayer
+            for i, mlp in enumerate(("mlp", "mlps"))
+            for sublayer in (
+                Sublayer("self_attn", f"input_layernorm.{i}"),
+                Sublayer(mlp, f"post_attention_layernorm.{i}"),
+            )
         )
     ),
     "minicpm3": Family(divides_hidden="logits_scaling"),
     "modernbert-decoder": Family(refused="its head is more than one linear map"),
-    "moshi": Family(sublayers=FoundLayout(("self_attn", "mlp"), (None, None))),
+    "moshi": Family(sublayers=FoundLayout((Sublayer("self_attn"), Sublayer("mlp")))),
     "opt": Family(positions=("embed_positions",)),
     "phi": Family(head_bias=True),
     "qwen4_exp": _WIDENED,

@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vwn.common.errors import UserError
-from vwn.hf.families import FoundLayout
-from vwn.hf.layouts import Layout
+from vwn.hf.layouts import FoundLayout, Layout
 from vwn.hf.lookahead import Lookahead, Reader, can_read_ahead
-from vwn.hf.on_demand import OnDemand, mix_in, own_class
+from vwn.hf.on_demand import OnDemand, mix_in
 from vwn.hf.reading import called_modules, fusable_norm, read_for, take_streams
 from vwn.hf.residual import LayerPass
 from vwn.hf.sublayers import ProbePass
@@ -29,22 +27,19 @@ class VirtualWidthLayer(OnDemand):
     prefix = "VirtualWidth"
 
     connections: Any  # one for each sublayer
-    layout: Any  # a Layout or a FoundLayout; None until it is found
+    layout: Any  # None until it is found
     state_name: str  # of the argument that is the state
 
     def forward(self, *args: Any, lookahead: Lookahead | None = None, **context: Any) -> Any:
         """Run the layer on a state ``[B, S, D']``; the other arguments are the backbone's, and so is the output."""
-        state = args[0] if args else context.pop(self.state_name, None)
-        if not isinstance(state, Tensor):
-            name = own_class(self).__name__
-            raise UserError(f"{name} takes its state first, or by the name {self.state_name!r}; got {state!r}")
+        state = args[0] if args else context.pop(self.state_name)
         if self.layout is None:
             probe = ProbePass(self, state)  # type: ignore[arg-type]
             out = probe.finish(super().forward(probe.stream(state), *args[1:], **context))  # type: ignore[misc]
             self.layout = probe.found()
             return out
         forward: Any = super().forward  # type: ignore[misc]
-        if isinstance(self.layout, Layout):
+        if not isinstance(self.layout, FoundLayout):
             forward = partial(self.layout.run, self)
 
         def run_layer(state: Tensor) -> Any:
@@ -101,7 +96,7 @@ class ConnectedPass(LayerPass):
         return None
 
 
-def take_residuals(layer: Any, layout: Layout | FoundLayout | None) -> None:
+def take_residuals(layer: Any, layout: Layout | None) -> None:
     """Make a decoder layer a virtual-width layer, in place; without a layout it finds it when it first runs."""
     take_streams(layer)
     layer.layout, layer.state_name = layout, next(iter(inspect.signature(layer.forward).parameters))

@@ -4,7 +4,6 @@ That is all that virtual width needs to know of a layer. The residual adds are n
 connections replace. Layers of transformers need no layout, theirs is found (:mod:`vwn.hf.sublayers`).
 """
 
-import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -38,12 +37,6 @@ class Sublayer:
         core = getattr(layer, self.core)
         z = core(hidden_states=x, **context) if self.takes_context else core(x)
         z = z[0] if isinstance(z, tuple) else z
-        if not isinstance(z, Tensor) or z.shape != x.shape:
-            got = list(z.shape) if isinstance(z, Tensor) else type(z).__name__
-            raise UserError(
-                f"sublayer {self.core!r} of {own_class(layer).__name__} should return a tensor {list(x.shape)} as it "
-                f"was given, or a tuple that begins with one, got {got}"
-            )
         return getattr(layer, self.post_norm)(z) if self.post_norm else z
 
 
@@ -51,51 +44,34 @@ class Layout(tuple[Sublayer, ...]):
     """The sublayers of a decoder layer, in the order in which they run."""
 
     @property
-    def names(self) -> list[str]:
+    def names(self) -> tuple[str, ...]:
         """The attributes of the cores."""
-        return [sublayer.core for sublayer in self]
-
-    def check(self, layer: nn.Module) -> None:
-        """Raise a ``UserError`` if the layer lacks a module that the layout names, or cannot be called as it says."""
-        for sublayer in self:
-            for name in filter(None, (sublayer.core, sublayer.pre_norm, sublayer.post_norm)):
-                if not callable(getattr(layer, name, None)):
-                    has = ", ".join(name for name, _ in layer.named_children())
-                    raise UserError(
-                        f"the layout of {own_class(layer).__name__} names {name!r}, which the layer does not have; "
-                        f"it has {has}"
-                    )
-            takes = (
-                inspect.signature(getattr(layer, sublayer.core).forward).parameters if sublayer.takes_context else {}
-            )
-            if takes and "hidden_states" not in takes:
-                raise UserError(
-                    f"sublayer {sublayer.core!r} of {own_class(layer).__name__} takes its input as "
-                    f"{next(iter(takes))!r}; with takes_context=True it has to be called 'hidden_states'"
-                )
+        return tuple(sublayer.core for sublayer in self)
 
     @property
-    def norms(self) -> list[str | None]:
+    def norms(self) -> tuple[str | None, ...]:
         """The attributes of the pre-norms."""
-        return [sublayer.pre_norm for sublayer in self]
+        return tuple(sublayer.pre_norm for sublayer in self)
 
-    def run(self, layer: Any, stream: ResidualStream, *args: Any, **context: Any) -> ResidualStream:
+    def run(self, layer: Any, stream: ResidualStream, **context: Any) -> ResidualStream:
         """Add every sublayer to the stream of a layer; ``context`` is what the backbone hands its layers by name."""
-        if args:
-            raise UserError(
-                f"{own_class(layer).__name__} has a registered layout and takes everything but the state by keyword; "
-                "have the backbone hand mask, positions and cache to its layers by name"
-            )
         for sublayer in self:
             stream = stream + sublayer(layer, stream, context)
         return stream
 
 
-_LAYOUTS: dict[str, Layout] = {}
-_MEANT: dict[str, type] = {}  # the class that a name was found to mean
+class FoundLayout(Layout):
+    """The layout of a layer that runs its own ``forward``: which modules it calls, in which order.
+
+    A ``core`` is the first module of a sublayer that is no norm, a ``pre_norm`` an RMSNorm that is all that its read
+    goes through.
+    """
 
 
-def register_layout(decoder_layer: type | str, layout: Iterable[Sublayer]) -> None:
+_LAYOUTS: dict[type, Layout] = {}
+
+
+def register_layout(decoder_layer: type, layout: Iterable[Sublayer]) -> None:
     """Say what the decoder layers of a class consist of, instead of having it found out.
 
     The layout must reproduce the layer: with ``m = n = 1`` and frozen connections the widened model has to equal the
@@ -103,21 +79,19 @@ def register_layout(decoder_layer: type | str, layout: Iterable[Sublayer]) -> No
     to register it.
 
     Args:
-        decoder_layer: the class, its full name ``"package.module.Class"``, or its bare name if only one class has it.
+        decoder_layer: the class.
         layout: its sublayers, in the order in which they run.
 
     Raises:
-        UserError: no sublayers, or something else among them. What a layer lacks shows when a model is built.
+        UserError: no class, no sublayers, or something else among them. What a layer lacks shows when a model is built.
     """
-    name = _full_name(decoder_layer) if isinstance(decoder_layer, type) else decoder_layer
     found = Layout(layout)
-    if not found or not all(isinstance(sublayer, Sublayer) for sublayer in found):
+    if not isinstance(decoder_layer, type) or not found or not all(isinstance(s, Sublayer) for s in found):
         raise UserError(
-            f"the layout of {name} should be one or more Sublayer(...), in the order in which they run, "
-            f"got {tuple(found)}"
+            "register_layout takes the class of a decoder layer and one or more Sublayer(...), in the order in which "
+            f"they run; got {decoder_layer!r} and {tuple(found)}"
         )
-    _LAYOUTS[name] = found
-    _MEANT.pop(name, None)
+    _LAYOUTS[decoder_layer] = found
 
 
 def layout_of(layer: nn.Module) -> Any:
@@ -129,21 +103,13 @@ def registered_layout(layer: nn.Module) -> Layout | None:
     """Return the layout that was registered for a layer's class, if one was.
 
     Raises:
-        UserError: the layer lacks what its layout names, or two classes have the name that was registered.
+        UserError: the layer lacks a module that its layout names.
     """
-    kind = type(layer)
-    found = _LAYOUTS.get(_full_name(kind))
-    if found is None and (found := _LAYOUTS.get(kind.__name__)) is not None:
-        meant = _MEANT.setdefault(kind.__name__, kind)
-        if meant is not kind:
+    found = _LAYOUTS.get(type(layer))
+    for name in (name for s in found or () for name in (s.core, s.pre_norm, s.post_norm) if name):
+        if not callable(getattr(layer, name, None)):
+            has = ", ".join(name for name, _ in layer.named_children())
             raise UserError(
-                f"a layout is registered for {kind.__name__}, which is {_full_name(meant)} and {_full_name(kind)}; "
-                "register it for the class instead of its bare name"
+                f"the layout of {own_class(layer).__name__} names {name!r}, which the layer does not have; it has {has}"
             )
-    if found is not None:
-        found.check(layer)
     return found
-
-
-def _full_name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"

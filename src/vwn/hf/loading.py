@@ -11,6 +11,26 @@ from safetensors import SafetensorError
 from vwn.common.errors import UserError
 
 
+def load_whole(checkpoint: Path | str, dtype: str = "auto") -> Any:
+    """Load a causal language model from safetensors; a ``UserError`` if its weights are damaged or not all there."""
+    from transformers import AutoModelForCausalLM
+
+    import vwn.hf  # noqa: F401 - registers the Auto classes
+
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+        )
+    except SafetensorError as error:
+        raise UserError(f"the weights in {checkpoint} are damaged ({error}); use another checkpoint") from error
+    if absent := sorted(found["missing_keys"]):
+        raise UserError(
+            f"{len(absent)} weights of the model are not in {checkpoint} ({absent[0]} is one), and would be random; "
+            "restore the checkpoint"
+        )
+    return model
+
+
 def load_model(checkpoint: Path | str, tokenizer: Any = None) -> Any:
     """Load a causal language model in evaluation mode, on the GPU if there is one, in the dtype it is stored in.
 
@@ -19,29 +39,13 @@ def load_model(checkpoint: Path | str, tokenizer: Any = None) -> Any:
         tokenizer: the loaded tokenizer that it will be used with, see :func:`vwn.data.load_checkpoint_tokenizer`.
 
     Raises:
-        UserError: there is no model, its weights are damaged or not all there, or the tokenizer has ids that the model
-            does not know.
+        UserError: its weights are damaged or not all there, or the tokenizer has ids that the model does not know.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
-
-    import vwn.hf  # noqa: F401 - registers the Auto classes
 
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            checkpoint, use_safetensors=True, output_loading_info=True, trust_remote_code=False
-        )
-    except SafetensorError as error:
-        raise UserError(
-            f"the weights in {checkpoint} are damaged ({error}); use another checkpoint of the run"
-        ) from error
-    if absent := sorted(found["missing_keys"]):
-        raise UserError(
-            f"{len(absent)} weights of the model are not in {checkpoint} ({absent[0]} is one), and would be random; "
-            "restore the checkpoint"
-        )
+    model = load_whole(checkpoint)
     if tokenizer is not None:
         _check_tokenizer(model, tokenizer, checkpoint)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")

@@ -39,7 +39,8 @@ class Lookahead:
         self._layers, self._position, self._compiling = list(layers), 0, torch.compiler.is_compiling()
         self.keep_every, self.used = keep_every, False
         self._read_ahead: tuple[Tensor, int | None, Reader, bool, Tensor] | None = None
-        self._last: tuple[Tensor, int | None, KeptState] | None = None
+        self._last: tuple[Tensor, int | None, Unchanged | Rebuilt] | None = None
+        self._writes = 0  # since the first state
 
     def after(self, layer: Any) -> Any:
         """The layer that runs after ``layer``, or ``None``: it is the last, or not itself among the layers."""
@@ -86,17 +87,17 @@ class Lookahead:
         if self.keep_every > 1 and torch.is_grad_enabled():
             assert isinstance(connection, GeneralizedHyperConnection)
             assert connection.has_fused_write
-            step = self._kept(state).step + 1
-            if step % self.keep_every and not has_hooks(connection, connection.write):  # which may change the state
-                kept = KeptState(step, None, self._kept(state), z.detach(), connection)
+            before, self._writes = self._kept(state), self._writes + 1
+            if self._writes % self.keep_every and not has_hooks(connection, connection.write):  # which may change it
+                self._last = new, _version(new), Rebuilt(before, z.detach(), connection)
             else:
-                kept = KeptState(step, new.detach())
-            self._last = new, _version(new), kept
+                self._last = new, _version(new), Unchanged(new.detach())
 
-    def _kept(self, state: Tensor) -> KeptState:
+    def _kept(self, state: Tensor) -> Unchanged | Rebuilt:
         last = self._last
         if last is None or last[0] is not state or last[1] != _version(state):  # the first, or changed by somebody
-            last = self._last = state, _version(state), KeptState(0, state.detach())
+            self._writes = 0
+            last = self._last = state, _version(state), Unchanged(state.detach())
         return last[2]
 
     def _saving(self, state: Tensor) -> AbstractContextManager[Any]:
@@ -105,8 +106,11 @@ class Lookahead:
             return nullcontext()
         kept, address, shape = self._kept(state), state.data_ptr(), state.shape
 
-        def pack(t: Tensor) -> Unchanged | KeptState:
-            return kept.used() if t.data_ptr() == address and t.shape == shape else Unchanged(t)
+        def pack(t: Tensor) -> Unchanged | Rebuilt:
+            if t.data_ptr() != address or t.shape != shape:
+                return Unchanged(t)
+            kept.uses += 1
+            return kept
 
         return torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.take())
 
@@ -115,7 +119,7 @@ class Unchanged:
     """A tensor that must still be as it was: hooks on what autograd saves switch off its own check."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._version = tensor, tensor._version
+        self._tensor, self._version, self.uses = tensor, tensor._version, 0
 
     def take(self) -> Tensor:
         """Return the tensor; a ``RuntimeError`` if it was changed in place."""
@@ -125,57 +129,33 @@ class Unchanged:
             )
         return self._tensor
 
+    state = take
 
-class KeptState:
-    """A state, or how to rebuild it: from the one before, a sublayer's output and the weights of the write.
 
-    Args:
-        step: writes since the first state.
-        tensor: the state ``[..., D']``, or ``None`` to rebuild it.
-        before: the state that was written to.
-        z: what was written, ``[..., D]``.
-        connection: what wrote it.
-    """
+class Rebuilt:
+    """A state ``[..., D']`` that is rebuilt: from the one before, a sublayer's output ``z`` and the connection."""
 
-    def __init__(
-        self,
-        step: int,
-        tensor: Tensor | None,
-        before: KeptState | None = None,
-        z: Tensor | None = None,
-        connection: GeneralizedHyperConnection | None = None,
-    ) -> None:
-        self.step, self._before = step, before
-        self._given = None if tensor is None else Unchanged(tensor)
+    def __init__(self, before: Unchanged | Rebuilt, z: Tensor, connection: GeneralizedHyperConnection) -> None:
+        self._before, self._z, self._backend = before, Unchanged(z), connection.backend
+        self._weights = [Unchanged(w) if isinstance(w, Tensor) else w for w in connection.weights]
         self._rebuilt: Tensor | None = None
-        self._z = None if z is None else Unchanged(z)
-        weights = () if connection is None else connection.weights
-        self._weights = [Unchanged(w) if isinstance(w, Tensor) else w for w in weights]
-        self._backend = "auto" if connection is None else connection.backend
-        self._uses = 0
-
-    def used(self) -> KeptState:
-        """Count a node of the graph that will :meth:`take` it."""
-        self._uses += 1
-        return self
+        self.uses = 0
+        """Nodes of the graph that will :meth:`take` it."""
 
     def take(self) -> Tensor:
-        """The state; once all who need it have it, a rebuilt one is let go."""
-        state = self._state()
-        self._uses -= 1
-        if self._uses <= 0:
+        """The state; once all who need it have it, it is let go."""
+        state = self.state()
+        self.uses -= 1
+        if self.uses <= 0:
             self._rebuilt = None
         return state
 
-    def _state(self) -> Tensor:
-        if self._given is not None:
-            return self._given.take()
+    def state(self) -> Tensor:
+        """The state, rebuilt if it was let go."""
         if self._rebuilt is None:
-            assert self._before is not None
-            assert self._z is not None
             taken: Any = (w.take() if isinstance(w, Unchanged) else w for w in self._weights)
             with torch.no_grad():
-                self._rebuilt = ops.write(self._before._state(), self._z.take(), RoutingWeights(*taken), self._backend)
+                self._rebuilt = ops.write(self._before.state(), self._z.take(), RoutingWeights(*taken), self._backend)
         return self._rebuilt
 
 

@@ -39,7 +39,11 @@ def _choose_loss(name: str, device_type: str) -> str:
         raise UserError(f"loss backend must be one of {', '.join(LOSS_BACKENDS)}; got {name!r}")
     if name == "torch":
         return name
-    reason = _liger_unavailable(device_type, interpreted=name == "liger")
+    reason = None
+    if device_type != "cuda" and not (name == "liger" and os.environ.get("TRITON_INTERPRET") == "1"):
+        reason = f"it runs on a GPU, not on {device_type}"
+    elif importlib.util.find_spec("liger_kernel") is None:
+        reason = "it is not installed (pip install '.[liger]')"
     if reason is None:
         _log.info("training loss on %s: Liger-Kernel's fused linear cross-entropy", device_type)
         return "liger"
@@ -47,14 +51,6 @@ def _choose_loss(name: str, device_type: str) -> str:
         raise UserError(f"loss backend 'liger' cannot run here: {reason}; use 'auto' or 'torch'")
     _log.info("training loss on %s: torch, with all logits in memory (not Liger-Kernel: %s)", device_type, reason)
     return "torch"
-
-
-def _liger_unavailable(device_type: str, interpreted: bool) -> str | None:
-    if device_type != "cuda" and not (interpreted and os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"it runs on a GPU, not on {device_type}"
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "it is not installed (pip install '.[liger]')"
-    return None
 
 
 def fused_cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:

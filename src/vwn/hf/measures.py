@@ -1,4 +1,4 @@
-"""Measures of the routing matrices, summed up batch by batch.
+"""Measures of the routing matrices, summed up batch by batch, and the forward pass that they are taken in.
 
 Shapes: ``T`` tokens, ``n`` slots, ``m`` segments, ``d = D / m`` segment width, ``L`` sublayers. All in the dtype of the
 routing: float32, or float64 for a float64 model.
@@ -6,12 +6,14 @@ routing: float32, or float64 for a float64 model.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vwn.hf import VirtualWidthForCausalLM
 from vwn.nn.connection import Connection, Routing
 
 SATURATED = 0.99
@@ -19,28 +21,8 @@ DYNAMIC = ("dynamic_alpha", "dynamic_beta", "pre_weight", "post_weight", "res_we
 """Weights of any kind of connection that the token's state is multiplied with."""
 
 
-class Unrolled:
-    """The terms of eq. 17 for some tokens: every source so far and the path from it to the present state.
-
-    Args:
-        state: ``H'_0``, ``[T, n, d]``, the first source.
-    """
-
-    def __init__(self, state: Tensor) -> None:
-        n = state.shape[-2]
-        self.sources = [state]
-        """``H'_0``, ``Z_1``, ...: ``[T, n, d]``, then ``[T, m, d]``."""
-        self.paths = [torch.eye(n, dtype=state.dtype, device=state.device).expand(state.shape[0], n, n)]
-        """``(Â_1 ⋯ Â_l)ᵀ``, then ``(Â_{t+1} ⋯ Â_l)ᵀ B_tᵀ`` for each ``t``: ``[T, n, n]``, then ``[T, n, m]``."""
-
-    def advance(self, z: Tensor, carry: Tensor, beta: Tensor) -> None:
-        """Go on by one sublayer: its output ``[T, m, d]``, its ``Â`` ``[T, n, n]`` and ``B`` ``[T, m, n]``."""
-        self.paths = [carry.mT @ path for path in self.paths] + [beta.mT]  # the products in eq. 17
-        self.sources.append(z)
-
-
 class DepthMap:
-    """Share of every source that reaches every reader, averaged over tokens.
+    """Share of every source that reaches every reader, averaged over tokens: the terms of eq. 17.
 
     The readers are the sublayers and, last, the final state; the sources are the embedding ``H'_0`` and the sublayers.
     """
@@ -51,47 +33,56 @@ class DepthMap:
         self._carried = torch.zeros(size, size, dtype=torch.float64)
         self._read = torch.zeros(size, dtype=torch.float64)
         self._tokens = 0
+        self._sources: list[Tensor] = []  # of one batch: H'_0, Z_1, ...: [T, n, d], then [T, m, d]
+        self._paths: list[Tensor] = []  # (Â_1 ⋯ Â_l)ᵀ, then (Â_{t+1} ⋯ Â_l)ᵀ B_tᵀ: [T, n, n], then [T, n, m]
         self.unrolled_error = 0.0
         """The final state against the sum of eq. 17, relative, of the batch where they differ most."""
 
-    def add(self, reader: int, unrolled: Unrolled, state: Tensor, read: Tensor | None) -> None:
-        """Count what reaches one reader.
+    def add(self, state: Tensor, z: Tensor, parts: dict[str, Tensor]) -> None:
+        """Count what reaches the next sublayer, and go on by it.
 
         Args:
-            reader: number of the sublayer, or ``L``, the final state.
-            unrolled: all that was written before it.
             state: that it reads, ``[T, n, d]``.
-            read: its ``Å``, ``[T, n, m]``; ``None`` for the final state, which is looked at as it is.
+            z: its output, ``[T, m, d]``.
+            parts: its routing, see :func:`split`.
         """
-        total = torch.zeros_like(state)
-        for source, (path, z) in enumerate(zip(unrolled.paths, unrolled.sources, strict=True)):
-            path = path if read is None else read.mT @ path
+        if not self._sources:
+            n = state.shape[-2]
+            self._sources = [state]
+            self._paths = [torch.eye(n, dtype=state.dtype, device=state.device).expand(state.shape[0], n, n)]
+        self._count((parts["read"].mT @ path for path in self._paths), parts["read"].mT @ state)
+        self._paths = [parts["carry"].mT @ path for path in self._paths] + [parts["write"].mT]  # products in eq. 17
+        self._sources.append(z)
+
+    def finish(self, state: Tensor) -> None:
+        """Count what reaches the final state of a batch, ``[T, n, d]``, which is looked at as it is."""
+        total = self._count(self._paths, state)
+        error = torch.linalg.vector_norm(total - state) / torch.linalg.vector_norm(state)
+        self.unrolled_error = float(torch.maximum(error, error.new_tensor(self.unrolled_error)))  # keeps NaN
+        self._tokens += state.shape[0]
+        self._sources = []
+
+    def _count(self, paths: Iterable[Tensor], x: Tensor) -> Tensor:
+        """Count one reader, by the paths from all sources to what it reads, ``x``; return the sum of what arrives."""
+        reader, total = len(self._sources) - 1, torch.zeros_like(x)
+        for source, (path, z) in enumerate(zip(paths, self._sources, strict=True)):
             # ‖path‖_F / √rows: the RMS that arrives of a source of independent numbers of RMS 1
             self._gain[reader, source] += path.square().sum((-2, -1)).div(path.shape[-2]).sqrt().double().sum().cpu()
             arrived = path @ z
             self._carried[reader, source] += arrived.square().double().mean((-2, -1)).sum().cpu()
-            if read is None:
-                total += arrived
-        x = state if read is None else read.mT @ state
+            total += arrived
         self._read[reader] += x.square().double().mean((-2, -1)).sum().cpu()
-        if read is None:
-            error = torch.linalg.vector_norm(total - state) / torch.linalg.vector_norm(state)
-            self.unrolled_error = float(torch.maximum(error, error.new_tensor(self.unrolled_error)))  # keeps NaN
-            self._tokens += state.shape[0]
+        return total
 
     def result(self) -> dict[str, Any]:
         """``gain`` and ``carried``, a row for each reader and a number for each source before it."""
         carried = (self._carried / self._read[:, None]).sqrt()
         return {
-            "gain": _rows_below(self._gain / self._tokens),
-            "carried": _rows_below(carried),
+            "gain": [row[: i + 1].tolist() for i, row in enumerate(self._gain / self._tokens)],
+            "carried": [row[: i + 1].tolist() for i, row in enumerate(carried)],
             "input_rms": (self._read / self._tokens).sqrt().tolist(),
             "unrolled_error": self.unrolled_error,
         }
-
-
-def _rows_below(matrix: Tensor) -> list[list[float]]:
-    return [row[: reader + 1].tolist() for reader, row in enumerate(matrix)]
 
 
 class SublayerStatistics:
@@ -193,3 +184,37 @@ def tanh_scales(connection: Connection) -> dict[str, Tensor]:
     if connection.sinkhorn_rounds:
         del scales["carry"]
     return scales
+
+
+@torch.no_grad()
+def record(
+    model: VirtualWidthForCausalLM, ids: Tensor, visit: Callable[[int, Tensor, Tensor, Connection], None]
+) -> Tensor:
+    """Run a model and show every sublayer of its backbone; MTP modules do not run.
+
+    Args:
+        model: with virtual width, in evaluation mode.
+        ids: tokens, ``[B, S]``.
+        visit: called with the number of the sublayer (from 0), the state that it read, ``[B, S, D']``, its output
+            ``Z``, ``[B, S, D]``, and its connection.
+
+    Returns:
+        the final state, ``[B, S, D']``.
+    """
+    connections = [connection for layer in model.model.layers for connection in layer.connections]
+
+    def hook(i: int) -> Any:
+        return lambda _, given, __: visit(i, given[0], given[1], connections[i])
+
+    hooks = [connection.write.register_forward_hook(hook(i)) for i, connection in enumerate(connections)]
+    try:  # the whole model, so that what shards it gathers its weights
+        return model(ids, use_cache=False, output_over_width_state=True, logits_to_keep=1).over_width_state
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def sublayer_names(model: VirtualWidthForCausalLM) -> list[str]:
+    """``attn 1, mlp 1, attn 2, ...`` in the order in which they run."""
+    layers = enumerate(model.model.layers, 1)
+    return [f"{name.removeprefix('self_')} {number}" for number, layer in layers for name in layer.layout.names]

@@ -25,9 +25,9 @@ from vwn.hf.outputs import CACHE_FIELD, VirtualWidthModelOutput
 from vwn.hf.widening import (
     CACHE_NAMES,
     base_model_class,
-    build_backbone,
     build_mtp_layer,
     init_virtual_width,
+    new_backbone,
     widen_backbone,
 )
 from vwn.nn.connection import Connection
@@ -89,26 +89,6 @@ class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
         """Return False: initialisation leaves loaded weights alone, and buffers that are not saved need it."""
         return False
 
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Return the attention to run: the requested one, by default ``"sdpa"`` if the backbone supports it."""
-        try:
-            return super().get_correct_attn_implementation(requested_attention, is_init_check)
-        except ValueError as error:
-            kind = self.config.backbone.model_type
-            raise UserError(
-                f'Specified `attn_implementation="{requested_attention}"` is not supported by a backbone of type '
-                f"{kind}; drop it, or set it to 'eager'"
-            ) from error
-
-    # The class knows no backbone; an instance has its backbone's answers, like its flags.
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return True
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return True
-
     def set_connection_backend(self, backend: str) -> None:
         """Run all connections on ``"auto"``, ``"reference"``, ``"compiled"`` or ``"triton"`` (:mod:`vwn.ops`).
 
@@ -142,9 +122,8 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
     def __init__(self, config: VirtualWidthConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         g = config.geometry
-        self.backbone, self.norm, table = (
-            build_backbone(config, config.backbone) if backbone is None else widen_backbone(config, backbone)
-        )
+        new = new_backbone(config.backbone) if backbone is None else backbone
+        self.backbone, self.norm, table = widen_backbone(config, new)
         self.embed_tokens = OverWidthEmbedding(
             g,
             config.vocab_size,
@@ -155,10 +134,12 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
             config.table_factor,
             table,
         )
-        self.embed_tokens.table._is_hf_initialized = False  # type: ignore[assignment] # its rows may be new
-        self.reduce = self._new_reduce()
+        if backbone is None:
+            self.embed_tokens.table._is_hf_initialized = False  # type: ignore[assignment] # its rows may be new
+        reduce = g, config.reduce, config.reduce_norm, config.reduce_init
+        self.reduce = OverWidthReduce(*reduce)
         self.mtp = nn.ModuleList(
-            MultiTokenPredictor(g, layer, self._new_reduce(), norm)
+            MultiTokenPredictor(g, layer, OverWidthReduce(*reduce), norm)
             for layer, norm in (build_mtp_layer(config, k, self.layers[-1]) for k in range(config.num_mtp_modules))
         )
         self.post_init()
@@ -167,10 +148,6 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
     def layers(self) -> Any:
         """The backbone's layers."""
         return self.backbone.anatomy.layers(self.backbone)
-
-    def _new_reduce(self) -> OverWidthReduce:
-        c = self.config
-        return OverWidthReduce(c.geometry, c.reduce, c.reduce_norm, c.reduce_init)
 
     @can_return_tuple
     def forward(
@@ -312,24 +289,20 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
         c = self.config
         if every == 1 or c.connection == "residual":
             return every
-        if (c.connection, c.carry_constraint) != ("ghc", "none"):
-            carry = "" if c.carry_constraint == "none" else f" with a {c.carry_constraint} carry"
-            raise UserError(
-                f"keep_states_every = {every} cannot rebuild the states of connection {c.connection!r}{carry}; "
-                "set it to 1"
-            )
-        if self.training and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
-            raise UserError(
-                f"keep_states_every = {every} and gradient checkpointing both rebuild the states; use one of them"
-            )
-        kept = all(isinstance(x, VirtualWidthLayer) and keeps_its_weights(x) for x in self.layers)
-        if self.training and not kept:
-            raise UserError(
-                f"keep_states_every = {every} needs the layers' weights in the backward, and these are sharded (FSDP, "
-                "ZeRO) or wrapped; set it to 1"
-            )
-        if torch.compiler.is_compiling():
-            raise UserError(f"keep_states_every = {every} does not go through torch.compile; set it to 1")
+        layers = self.layers if self.training else ()
+        held = all(isinstance(layer, VirtualWidthLayer) and keeps_its_weights(layer) for layer in layers)
+        refused = {
+            f"cannot rebuild the states of connection {c.connection!r}, carry constraint {c.carry_constraint!r}": (
+                (c.connection, c.carry_constraint) != ("ghc", "none")
+            ),
+            "and gradient checkpointing both rebuild the states": any(
+                getattr(layer, "gradient_checkpointing", False) for layer in layers
+            ),
+            "needs weights in the backward that are sharded (FSDP, ZeRO) or wrapped": not held,
+            "does not go through torch.compile": torch.compiler.is_compiling(),
+        }
+        for reason in (reason for reason, holds in refused.items() if holds):
+            raise UserError(f"keep_states_every = {every} {reason}; set it to 1")
         return every
 
     def _check_starts(self, cache: Cache | None) -> None:
@@ -353,7 +326,4 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
 
 def one_cache(*named: Cache | None) -> Cache | None:
     """The cache that is given under one of its names."""
-    given = [cache for cache in named if cache is not None]
-    if len(given) > 1:
-        raise ValueError("cache, past_key_values and cache_params are names of one argument; give one of them")
-    return given[0] if given else None
+    return next((cache for cache in named if cache is not None), None)

@@ -16,7 +16,8 @@ class OnDemand:
 @cache
 def mixed_class(mixin: Any, base: Any) -> Any:
     """Subclass of ``base`` with ``mixin`` in front."""
-    return type(f"{mixin.prefix}{base.__name__}", (mixin, base), {"widened_from": base, "_mixin": mixin})
+    fields = {"widened_from": base, "_mixin": mixin, "__module__": base.__module__}  # transformers reads its source
+    return type(f"{mixin.prefix}{base.__name__}", (mixin, base), fields)
 
 
 def mix_in(mixin: Any, module: Any) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from vwn.hf.on_demand import OnDemand, mix_in
 from vwn.hf.residual import ResidualStream
@@ -99,34 +98,19 @@ def has_hooks(module: Any) -> bool:
 
 
 def _is_plain_rms_norm(norm: Any) -> bool:
-    """Return whether a norm computes Llama's ``weight * round(x / rms(x))``; some have a gain of ``1 + weight``."""
-    kind = type(norm)
-    if kind is LlamaRMSNorm:
-        return True
+    """Return whether a norm gives the bits of Llama's ``weight * round(x / rms(x))``; some have ``1 + weight``."""
     parameters = [name for name, _ in norm.named_parameters()]
-    if "RMSNorm" not in kind.__name__ or parameters != ["weight"] or not hasattr(norm, "variance_epsilon"):
+    if "RMSNorm" not in type(norm).__name__ or parameters != ["weight"] or not hasattr(norm, "variance_epsilon"):
         return False
-    return _computes_rms_norm(kind, norm)
-
-
-_RMS_NORMS: dict[type, bool] = {}
-
-
-def _computes_rms_norm(kind: type, norm: Any) -> bool:
-    """Return whether a norm gives Llama's bits for random numbers, in two dtypes; tried once for a class."""
-    if kind not in _RMS_NORMS:
-        generator = torch.Generator().manual_seed(0)
-        probe = copy.copy(norm)
-        probe._parameters, probe._forward_pre_hooks = {}, {}
-        x, weight = (torch.randn(rows, norm.weight.shape[0], generator=generator, device="cpu") for rows in (64, 1))
-        same = True
-        with torch.no_grad():
-            for dtype in (torch.float32, torch.bfloat16):
-                probe.weight = nn.Parameter(weight[0].to(dtype))
-                wanted = rms_norm(x.to(dtype), NormWeights(probe.weight, norm.variance_epsilon))
-                try:
-                    same &= torch.equal(probe(x.to(dtype)), wanted)
-                except (RuntimeError, TypeError, AttributeError):
-                    same = False
-        _RMS_NORMS[kind] = same
-    return _RMS_NORMS[kind]
+    probe, generator = copy.copy(norm), torch.Generator().manual_seed(0)
+    probe._parameters, probe._forward_pre_hooks = {}, {}
+    x = torch.randn(5, norm.weight.shape[0], generator=generator, device="cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = NormWeights(nn.Parameter(x[0].to(dtype), requires_grad=False), norm.variance_epsilon)
+        probe.weight = weights.weight
+        try:
+            if not torch.equal(probe(x.to(dtype)), rms_norm(x.to(dtype), weights)):
+                return False
+        except (RuntimeError, TypeError, AttributeError):
+            return False
+    return True

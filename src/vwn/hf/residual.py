@@ -22,26 +22,8 @@ from vwn.hf.on_demand import own_class
 _ADDS, _MULTIPLIES = ("add", "__add__", "__radd__"), ("mul", "multiply", "__mul__", "__rmul__")
 _CASTS, _COPIES, _VIEWS = ("to", "float", "half", "bfloat16", "type_as"), ("contiguous", "clone"), ("view", "reshape")
 _PROPERTIES = ("dtype", "device", "is_cuda", "layout", "requires_grad")
-_READS = [
-    "sub",
-    "rsub",
-    "truediv",
-    "rtruediv",
-    "floordiv",
-    "matmul",
-    "rmatmul",
-    "neg",
-    "pow",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "eq",
-    "ne",
-    "getitem",
-    "len",
-    "iter",
-]
+_READS = ["sub", "rsub", "truediv", "rtruediv", "floordiv", "matmul", "rmatmul", "neg", "pow", "lt", "le", "gt", "ge",
+          "eq", "ne", "getitem", "len", "iter"]  # fmt: skip
 
 
 class LayerPass:
@@ -59,8 +41,7 @@ class LayerPass:
         self.layer, self.shape, self.sublayers = layer, shape, sublayers
         self.version = 0  # writes so far
         self._grad = torch.is_grad_enabled()
-        self._seen: list[tuple[Tensor, int]] = []  # what was read, and its count of changes in place
-        self._in_place = False
+        self.seen: list[tuple[Tensor, int]] = []  # what was read, and its count of changes in place
 
     def stream(self, state: Tensor) -> ResidualStream:
         """The layer's residual stream at its start."""
@@ -80,7 +61,7 @@ class LayerPass:
 
     def scale(self, state: Tensor, factor: Any) -> Tensor:
         """The state times a number, or times ``D`` numbers in every slot."""
-        raise NotImplementedError
+        return state * factor
 
     def begin_sum(self) -> None:
         """The layer adds to its stream; called before the write, which waits until the sum is used."""
@@ -89,11 +70,7 @@ class LayerPass:
         """Return the layer's output, with the state in place of the stream; refuse anything else in its place."""
         stream = out[0] if type(out) is tuple and out else out
         if not isinstance(stream, ResidualStream):
-            place = "; it adds its stream to another tensor in place: write 'z = z + h' for 'z += h'"
-            self.refuse(
-                "what it hands on is not its residual stream but something computed from it"
-                + (place if self._in_place else "")
-            )
+            self.refuse("what it hands on is not its residual stream but something computed from it")
         state = stream._finish()
         if self.version == 0:
             self.refuse("no sum with its residual stream was found")
@@ -109,22 +86,16 @@ class LayerPass:
         name = own_class(self.layer).__name__
         raise UserError(
             f"{name} cannot be widened by itself: {reason}; if it is a sum of sublayers all the same, describe "
-            f'them with vwn.hf.register_layout("{name}", (Sublayer(...), ...)), see docs/layouts.md'
+            f"them with vwn.hf.register_layout({name}, (Sublayer(...), ...)), see docs/layouts.md"
         )
 
     def check(self) -> None:
         """Raise a ``UserError`` if what was read was changed in place, or gradients are switched off for a part."""
         if torch.is_grad_enabled() != self._grad:
             self.refuse("it uses its residual stream in a part of its forward that switches gradients off or on")
-        for x, version in self._seen:
+        for x, version in self.seen:
             if x._version != version:
                 self.refuse("its residual stream is changed in place")
-
-    def saw(self, x: Tensor) -> Tensor:
-        """Note what was read, so that :meth:`check` finds changes in place; compiled code does not count them."""
-        if not torch.compiler.is_compiling() and not x.is_inference():
-            self._seen.append((x, x._version))
-        return x
 
 
 class _Node:
@@ -190,7 +161,9 @@ class _Node:
         elif self.x is None:
             state = self.settle()
             self.check_sublayer()
-            self.x = self.run.saw(self.run.read(self.version, state))
+            self.x = x = self.run.read(self.version, state)
+            if not torch.compiler.is_compiling() and not x.is_inference():  # which do not count changes in place
+                self.run.seen.append((x, x._version))
         return self.x
 
     def check_sublayer(self) -> None:
@@ -253,15 +226,6 @@ class ResidualStream:
             return run.shape
         return torch.empty(run.shape, device="meta").view(*self._view[1]).shape
 
-    @property
-    def data(self) -> NoReturn:
-        """Refused, as changes of it are not counted."""
-        self._node.run.refuse("its residual stream may be changed in place through its attribute 'data'")
-
-    @data.setter
-    def data(self, value: Any) -> NoReturn:
-        self._node.run.refuse("its residual stream is changed in place by setting its attribute 'data'")
-
     def size(self, dim: int | None = None) -> Any:
         """Shape, or its entry ``dim``."""
         return self.shape if dim is None else self.shape[dim]
@@ -275,6 +239,8 @@ class ResidualStream:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
+        if name == "data":
+            self._node.run.refuse("its residual stream may be changed in place through its attribute 'data'")
         if name in _PROPERTIES:
             return getattr(self._current().nearest, name)
         if name in _CASTS or name in _COPIES:
@@ -367,7 +333,6 @@ class ResidualStream:
             run.refuse(f"its residual stream is changed in place by {name!r}")
         if "out" in kwargs:
             run.refuse("its residual stream is changed in place by an operation with 'out='")
-        run._in_place |= name in ("__iadd__", "add_")
         return func(*_read_all(args), **_read_all(kwargs))
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from vwn.common.errors import UserError
 from vwn.hf.anatomy import check_order
-from vwn.hf.families import FoundLayout
+from vwn.hf.layouts import FoundLayout, Sublayer
 from vwn.hf.on_demand import own_class
-from vwn.hf.reading import ReadingNorm, called_modules
+from vwn.hf.reading import called_modules
 from vwn.hf.residual import LayerPass
 
 
@@ -41,16 +41,12 @@ class ProbePass(LayerPass):
 
     def read_normed(self, i: int, state: Tensor, norm: nn.Module) -> Tensor:
         self._reads.append((i, next((name for name, module in self._modules.items() if module is norm), None)))
-        assert isinstance(norm, ReadingNorm)
         return norm.forward(state)
 
     def write(self, i: int, state: Tensor, z: Tensor) -> Tensor:
         if z.shape != state.shape:
             self.refuse(f"it adds a tensor {list(z.shape)} to its residual stream {list(state.shape)}")
         return state + z.to(state.dtype)
-
-    def scale(self, state: Tensor, factor: Any) -> Tensor:
-        return state * factor
 
     def begin_sum(self) -> None:
         name = next(iter(self._calls), f"sublayer_{len(self._names)}")
@@ -65,7 +61,7 @@ class ProbePass(LayerPass):
             self.refuse("it uses its residual stream behind the last sum with it")
         norms = [[norm for i, norm in self._reads if i == k] for k in range(self.version)]
         single = [reads[0] if len(reads) == 1 else None for reads in norms]
-        return FoundLayout(tuple(self._names[: self.version]), tuple(single))
+        return FoundLayout(Sublayer(*found) for found in zip(self._names, single, strict=False))
 
 
 def meta_copy(model: Any) -> Any:

@@ -17,7 +17,7 @@ from transformers import initialization as init
 from vwn.common.errors import UserError
 from vwn.hf.anatomy import Anatomy, find_anatomy
 from vwn.hf.configuration import VirtualWidthConfig
-from vwn.hf.families import FoundLayout, family_of
+from vwn.hf.families import family_of
 from vwn.hf.layer import VirtualWidthLayer, take_residuals
 from vwn.hf.layouts import Layout, registered_layout
 from vwn.hf.on_demand import OnDemand, mix_in, mixed_class, own_class
@@ -43,6 +43,13 @@ class VirtualWidthBackbone(OnDemand):
     arguments: frozenset[str] | None  # that its forward takes; None if it takes any
     cache_name: str  # what its forward calls a cache
 
+    def find_parts(self) -> None:
+        """Find its parts, the arguments of its ``forward``, and its name for a cache."""
+        self.anatomy, parameters = find_anatomy(self), inspect.signature(self.forward).parameters  # type: ignore[attr-defined]
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        self.arguments = None if takes_any else frozenset(parameters)
+        self.cache_name = next((name for name in CACHE_NAMES if name in parameters), "past_key_values")
+
     def run(self, cache: Any = None, **arguments: Any) -> Any:
         """Run its forward without arguments that it does not know and could not use, such as positions beside ALiBi."""
         arguments[self.cache_name] = cache
@@ -53,15 +60,6 @@ class VirtualWidthBackbone(OnDemand):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
         init_virtual_width(module)
-
-    # transformers finds out by reading the source of a class's module; for a class made here that is the base's.
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return cls.widened_from._can_set_attn_implementation()  # type: ignore[attr-defined]
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return cls.widened_from._can_set_experts_implementation()  # type: ignore[attr-defined]
 
 
 class RepeatedOverSlots(OnDemand):
@@ -109,10 +107,10 @@ def init_virtual_width(module: nn.Module) -> None:
             init.copy_(getattr(module, name), value)
 
 
-def build_backbone(config: VirtualWidthConfig, backbone: PreTrainedConfig) -> tuple[Any, nn.Module, nn.Embedding]:
-    """Build a backbone from its config, ``config.backbone`` or one for MTP, and :func:`widen_backbone`."""
-    refuse_family(backbone)
-    return widen_backbone(config, mixed_class(VirtualWidthBackbone, base_model_class(backbone))(backbone))
+def new_backbone(config: PreTrainedConfig) -> Any:
+    """Build a base model from its config; a ``UserError`` if its type cannot be widened."""
+    refuse_family(config)
+    return mixed_class(VirtualWidthBackbone, base_model_class(config))(config)
 
 
 def widen_backbone(config: VirtualWidthConfig, model: Any) -> tuple[Any, nn.Module, nn.Embedding]:
@@ -129,14 +127,14 @@ def widen_backbone(config: VirtualWidthConfig, model: Any) -> tuple[Any, nn.Modu
     Raises:
         UserError: a model that cannot be widened, with the reason.
     """
-    refuse_family(model.config)
     if not isinstance(model, VirtualWidthBackbone):
         mix_in(VirtualWidthBackbone, model)
         with torch.device("meta"):  # transformers notes what a class can record when one of it is made
             type(model)(model.config)
-    model.anatomy, (model.arguments, model.cache_name) = find_anatomy(model), _arguments(model)
+    model.find_parts()
     layouts = find_layouts(model)
-    norm, table = _take_ends(config, model)
+    norm, table = model.anatomy.take_ends(model)
+    _widen_front(config, model)
     first = 0
     for layer, layout in zip(model.anatomy.layers(model), layouts, strict=True):
         if config.connection != "residual":
@@ -146,25 +144,16 @@ def widen_backbone(config: VirtualWidthConfig, model: Any) -> tuple[Any, nn.Modu
     return model, norm, table
 
 
-def _take_ends(config: VirtualWidthConfig, model: Any) -> tuple[nn.Module, nn.Embedding]:
-    """Take the final norm and the token embedding of a base model, and fit what is in front of its layers."""
-    norm, table = model.anatomy.take_norm(model), model.anatomy.take_embedding(model)
-    _widen_front(config, model)
-    return norm, table
-
-
-def find_layouts(model: Any) -> list[Layout | FoundLayout]:
+def find_layouts(model: Any) -> list[Layout]:
     """Find each layer's layout: registered, told by its family, or found by a probe."""
     layers, told = model.anatomy.layers(model), family_of(model.config).sublayers
-    layouts: list[Any] = [registered_layout(layer) for layer in layers]
+    layouts: list[Any] = [registered_layout(layer) or told for layer in layers]
     for layer in layers:
         if "forward" in vars(layer):
             raise UserError(
                 f"{type(layer).__name__} cannot be widened: something has replaced the forward of this instance, as "
                 "accelerate's hooks do; widen the model before that"
             )
-    if told is not None:
-        return [told if layout is None else layout for layout in layouts]
     if None in layouts:
         probe = meta_copy(model)
         probed = probe.anatomy.layers(probe)
@@ -202,22 +191,21 @@ def build_mtp_layer(config: VirtualWidthConfig, index: int, last: nn.Module) -> 
     Raises:
         UserError: a type whose layers cannot be MTP modules, with the reason.
     """
-    family, kind = family_of(config.backbone), config.backbone.model_type
-    reason = family.no_mtp
+    family, depth = family_of(config.backbone), config.backbone.num_hidden_layers
     try:
-        if reason is None:
-            backbone, depth = config.mtp_backbone(), config.backbone.num_hidden_layers
-            model = mixed_class(VirtualWidthBackbone, base_model_class(backbone))(backbone)
-            model.anatomy, (model.arguments, model.cache_name) = find_anatomy(model), _arguments(model)
-            if len(model.anatomy.layers(model)) != 1:
-                raise ValueError("its number of layers is not that of its config's num_hidden_layers")
-            norm, _ = _take_ends(config, model)
-            layer = own_class(last)(config.backbone, depth - 1)
-    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        # types count their layers in other ways
-        reason = str(error).strip().splitlines()[-1].strip()
-    if reason is not None:
-        raise UserError(f"a backbone of type {kind} cannot have MTP modules, set num_mtp_modules to 0: {reason}")
+        if family.no_mtp:
+            raise ValueError(family.no_mtp)
+        model = new_backbone(config.mtp_backbone())
+        model.find_parts()
+        if len(model.anatomy.layers(model)) != 1:
+            raise ValueError("its number of layers is not that of its config's num_hidden_layers")
+        norm, _ = model.anatomy.take_ends(model)
+        layer = own_class(last)(config.backbone, depth - 1)
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:  # types count layers in other ways
+        raise UserError(
+            f"a backbone of type {config.backbone.model_type} cannot have MTP modules, set num_mtp_modules to 0: "
+            f"{str(error).strip().splitlines()[-1].strip()}"
+        ) from error
     stack = model.anatomy.stack(model)
     for name in family.positions:  # the state has them already
         setattr(stack, name, NoPositions())
@@ -247,14 +235,6 @@ def _widen_front(config: VirtualWidthConfig, model: Any) -> None:
             module: Any = getattr(stack, name)
             module.geometry = config.geometry
             mix_in(mixin, module)
-
-
-def _arguments(model: nn.Module) -> tuple[frozenset[str] | None, str]:
-    """Find the arguments of a backbone's ``forward`` (None if any), and its name for a cache."""
-    parameters = inspect.signature(model.forward).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    cache_name = next((name for name in CACHE_NAMES if name in parameters), "past_key_values")
-    return None if takes_any else frozenset(parameters), cache_name
 
 
 def _connection(config: VirtualWidthConfig, index: int) -> Connection:

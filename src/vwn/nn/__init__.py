@@ -9,5 +9,5 @@
 - 3.3, eqs. 15-16, initial values: ``GeneralizedHyperConnection.initial_values`` in :mod:`.generalized`
 - 3.3, Hyper-Connections, Frac-Connections, mHC: :mod:`.relatives`
 - 3.4, multi-token prediction: :mod:`.multi_token`
-- 4, eq. 17, the state as a sum over sublayers: ``Unrolled`` in :mod:`vwn.hf.measures`
+- 4, eq. 17, the state as a sum over sublayers: ``DepthMap`` in :mod:`vwn.hf.measures`
 """

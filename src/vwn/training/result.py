@@ -80,16 +80,14 @@ def stored_result(out: Path) -> RunResult | None:
         raise UserError(f"{path} does not hold a run's result; delete it, and --resume writes it afresh") from None
 
 
-def training_facts(config: TrainConfig, result: RunResult, record: dict[str, Any]) -> TrainingFacts:
-    """Say for the model card what was trained, from its configuration, result and ``run.json``."""
+def training_facts(config: TrainConfig, result: RunResult) -> TrainingFacts:
+    """Say for the model card what was trained, from its configuration and result."""
     last = result.curve[-1]
     losses = {"next-token loss": last["loss"], "next-2-token loss": last["loss_2"]}
     return TrainingFacts(
         data=", ".join(config.corpus.stream) or config.corpus.data,
         tokens=int(last["tokens"] or 0),
         losses={name: value for name, value in losses.items() if value is not None},
-        command=record["command"],
-        versions={name: value for name, value in record["versions"].items() if value is not None},
     )
 
 

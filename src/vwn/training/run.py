@@ -220,7 +220,7 @@ class Run:
         if is_trunk:
             return finished
         if isinstance(model, VirtualWidthForCausalLM):
-            model.training_facts = training_facts(config, finished, directory.read_json(config.out / "run.json"))
+            model.training_facts = training_facts(config, finished)
         trainer.save_final()
         if rank() == 0:
             directory.write_json(config.out / "result.json", dataclasses.asdict(finished))

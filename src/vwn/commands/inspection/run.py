@@ -20,8 +20,7 @@ from vwn.common.files import write_json
 from vwn.data import load_checkpoint_tokenizer
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.hf.loading import load_model
-from vwn.hf.measures import DepthMap, SublayerStatistics, Unrolled, split, static_routing, tanh_scales
-from vwn.hf.recording import record, sublayer_names
+from vwn.hf.measures import DepthMap, SublayerStatistics, record, split, static_routing, sublayer_names, tanh_scales
 from vwn.nn.connection import Connection
 from vwn.training.directory import locate, run_record
 
@@ -118,7 +117,6 @@ def _measure_batch(
 ) -> Tensor:
     """Add one batch to the measurements; return its final states, ``[T, n, d]``."""
     g = model.config.geometry
-    unrolled: list[Unrolled] = []
 
     def visit(index: int, state: Tensor, z: Tensor, connection: Connection) -> None:
         state = state.flatten(0, -2)
@@ -126,16 +124,13 @@ def _measure_batch(
         _check_finite(sublayer_names(model)[index], state, z, *routing)
         parts, dtype = split(routing), routing.alpha.dtype
         slots = state.unflatten(-1, (g.n, -1)).to(dtype)
-        if index == 0:
-            unrolled.append(Unrolled(slots))
-        depth.add(index, unrolled[0], slots, parts["read"])
+        depth.add(slots, z.flatten(0, -2).unflatten(-1, (g.m, -1)).to(dtype), parts)
         statistics[index].add(slots, routing, static, tanh_scales(connection))
-        unrolled[0].advance(z.flatten(0, -2).unflatten(-1, (g.m, -1)).to(dtype), parts["carry"], parts["write"])
 
     final = record(model, ids, visit).flatten(0, -2).unflatten(-1, (g.n, -1))
     _check_finite("final state", final)
-    final = final.to(unrolled[0].sources[0].dtype)
-    depth.add(len(statistics), unrolled[0], final, None)
+    final = final.to(torch.promote_types(final.dtype, torch.float32))  # as the routing
+    depth.finish(final)
     return final
 
 

@@ -1,6 +1,5 @@
 """Saving and loading: what lies beside the weights of a checkpoint, and what is refused when one is read."""
 
-import json
 import shutil
 from collections.abc import Iterable
 from copy import deepcopy
@@ -8,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from vwn.common.errors import UserError
 from vwn.hf.checkpoint.card import TrainingFacts, model_card
@@ -20,15 +17,12 @@ from vwn.nn.initialisation import OLD_NAMES
 
 SHIM = Path(__file__).with_name("shim.py")
 SHIM_MODULE = "modeling_virtual_width"
+TASKS = ("ForCausalLM", "ForQuestionAnswering", "ForSequenceClassification", "ForTokenClassification")
 AUTO_MAP = {
     "AutoConfig": f"{SHIM_MODULE}.VirtualWidthConfig",
     "AutoModel": f"{SHIM_MODULE}.VirtualWidthModel",
-    "AutoModelForCausalLM": f"{SHIM_MODULE}.VirtualWidthForCausalLM",
-    "AutoModelForQuestionAnswering": f"{SHIM_MODULE}.VirtualWidthForQuestionAnswering",
-    "AutoModelForSequenceClassification": f"{SHIM_MODULE}.VirtualWidthForSequenceClassification",
-    "AutoModelForTokenClassification": f"{SHIM_MODULE}.VirtualWidthForTokenClassification",
+    **{f"AutoModel{task}": f"{SHIM_MODULE}.VirtualWidth{task}" for task in TASKS},
 }
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model.pt", "model.pt", "model.bin")
 CARD = "README.md"
 _TEMPLATE = "This model card has been automatically generated."  # of what transformers uploads for want of a card
 
@@ -48,20 +42,16 @@ class SavingMixin:
 
         The folder holds no code: transformers loads its tokenizer without a question, and its model after
         ``import vwn.hf``. See :meth:`register_for_auto_class` for programs without that import.
-
-        Raises:
-            UserError: ``safe_serialization=False``, or a path that is a file.
         """
-        if kwargs.pop("safe_serialization", True) is not True:
-            raise UserError("safe_serialization = False would write a pickle; leave it out, weights are safetensors")
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise UserError(f"{folder} is a file; give save_pretrained a directory")
         self._carries_code |= getattr(self.config, "auto_map", None) is not None  # loaded from a folder that does
         adapters_only = getattr(self, "_hf_peft_config_loaded", False)
-        if not adapters_only and is_main_process and _first_rank():
+        if not adapters_only and is_main_process:
+            folder = Path(save_directory)
             folder.mkdir(parents=True, exist_ok=True)
-            self._write_companions(folder)
+            if self._carries_code:
+                shutil.copyfile(SHIM, folder / f"{SHIM_MODULE}.py")
+            if not (folder / CARD).exists():
+                model_card(self, self.training_facts).save(folder / CARD)
         config = self.config
         if not adapters_only:
             self.config = deepcopy(config)
@@ -74,20 +64,11 @@ class SavingMixin:
         finally:
             self.config = config
 
-    def _write_companions(self, folder: Path) -> None:
-        if self._carries_code:
-            shutil.copyfile(SHIM, folder / f"{SHIM_MODULE}.py")
-        if not (folder / CARD).exists():
-            model_card(self, self.training_facts).save(folder / CARD)
-
     def _upload_modified_files(self, working_dir: Any, repo_id: str, files_timestamps: Any, **kwargs: Any) -> Any:
         """Restore our card before a push: transformers has put the hub's card, or an empty template, over it."""
-        folder = Path(working_dir)
-        if (folder / CARD).exists() and _TEMPLATE in (folder / CARD).read_text(encoding="utf-8"):
-            tags = ModelCard.load(folder / CARD).data.tags or []
-            card = model_card(self, self.training_facts)
-            card.data.tags = list(dict.fromkeys([*card.data.tags, *tags]))
-            card.save(folder / CARD)
+        card = Path(working_dir) / CARD
+        if card.exists() and _TEMPLATE in card.read_text(encoding="utf-8"):
+            model_card(self, self.training_facts).save(card)
         stamps = {name: time for name, time in files_timestamps.items() if name not in (CARD, f"{SHIM_MODULE}.py")}
         return super()._upload_modified_files(working_dir, repo_id, stamps, **kwargs)  # type: ignore[misc]
 
@@ -117,16 +98,11 @@ class SavingMixin:
                 those that the model has no place for; with a warning that lists them.
 
         Raises:
-            UserError: pickled, damaged, missing or unfitting files or weights, or a checkpoint of another model type.
+            UserError: damaged files, weights that are missing or do not fit, or a checkpoint of another model type.
         """
         source = pretrained_model_name_or_path
         if use_safetensors is False:
             raise UserError("use_safetensors = False would load a pickle, which can run code; leave it out")
-        if source is not None:
-            cls._check_model_type(source, kwargs)
-            folder = Path(source) / kwargs.get("subfolder", "")
-            if folder.is_dir() and not (folder / "adapter_config.json").exists() and kwargs.get("gguf_file") is None:
-                check_weight_files(folder, kwargs.get("variant"))
         try:
             model, info = super().from_pretrained(  # type: ignore[misc]
                 source,
@@ -142,29 +118,11 @@ class SavingMixin:
         if conversions := getattr(model, "_weight_conversions", None):  # saving would bring the old names back
             model._weight_conversions = [c for c in conversions if c.source_patterns[0] not in OLD_NAMES]
         if info["mismatched_keys"] and source is not None:
-            _take_old_scalars(model, info, folder)
+            _take_old_scalars(model, info, Path(source) / kwargs.get("subfolder", ""))
         if not ignore_mismatched_sizes:
             _check_complete(model, info, source)
-        _check_sharding(model)
         _free_connections(model)
         return (model, info) if output_loading_info else model
-
-    @classmethod
-    def _check_model_type(cls, source: Any, options: dict[str, Any]) -> None:
-        ours = cls.config_class.model_type  # type: ignore[attr-defined]
-        config = options.get("config")
-        if config is None:
-            names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-            where = {name: options[name] for name in names if name in options}
-            fields, _ = cls.config_class.get_config_dict(source, **where)  # type: ignore[attr-defined]
-            found = fields.get("model_type")
-        else:
-            found = getattr(config, "model_type", ours)  # a path is read by transformers
-        if found != ours:
-            raise UserError(
-                f"{source} is a checkpoint of model type {found!r}, not {ours!r}; load it with AutoModelForCausalLM, "
-                "and give it a virtual width with vwn.widen"
-            )
 
     def post_init(self) -> None:
         """Keep the routing in float32 (section 4), and drop the parallel plans that an over-width state breaks."""
@@ -177,50 +135,6 @@ class SavingMixin:
             plan = getattr(self, name, None) or {}
             gone = [key for key in plan if key.endswith(("backbone.embed_tokens", "backbone.norm"))]
             setattr(self, name, {key: style for key, style in plan.items() if key not in gone})
-
-
-def check_weight_files(folder: Path, variant: str | None = None) -> None:
-    """Raise a ``UserError`` unless all safetensors files of a checkpoint are there and have readable headers."""
-    whole, index = (_with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-    if (folder / whole).exists():
-        names: Iterable[str] = [whole]
-    elif (folder / index).exists():
-        names = _shards(folder / index)
-    elif list(folder.glob("shard-*-model-*.safetensors")):  # what distributed_checkpoint=True wrote
-        return
-    else:
-        pickles = [name for name in PICKLES if (folder / _with_variant(name, variant)).exists()]
-        if pickles:
-            raise UserError(
-                f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is read; have "
-                "whoever wrote it save it as safetensors"
-            )
-        raise UserError(f"{folder} holds no weights (no {whole} and no {index})")
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing:
-        raise UserError(f"{folder} lacks {len(missing)} of its shards ({_some(missing)}); copy or download them again")
-    for name in names:
-        try:
-            with safe_open(folder / name, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / name} is damaged ({error}); copy or download it again") from error
-
-
-def _shards(index: Path) -> list[str]:
-    try:
-        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is damaged ({error!r}); copy or download it again") from error
-    outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
-    if outside:
-        raise UserError(f"{index} names {outside[0]!r}, which is no safetensors file beside it; it is not ours")
-    return names
-
-
-def _with_variant(name: str, variant: str | None) -> str:
-    stem, dot, rest = name.partition(".")
-    return f"{stem}{dot}{variant}.{rest}" if variant else name
 
 
 def _check_complete(model: Any, info: dict[str, Any], source: Any) -> None:
@@ -267,16 +181,6 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(first[:2]) + (", ..." if len(first) > 2 else "")
 
 
-def _check_sharding(model: Any) -> None:
-    """Refuse FSDP's own mixed precision: it would round the routing, which is sharded in units of float32."""
-    distributed = getattr(model.config, "distributed_config", None)
-    if getattr(distributed, "fsdp_mixed_precision", False):
-        raise UserError(
-            "fsdp_mixed_precision = True would round the routing, which is computed in float32; leave it out, and load "
-            "with dtype=torch.bfloat16 or compute in bfloat16 by autocast"
-        )
-
-
 def _free_connections(model: Any) -> None:
     """Take accelerate's hooks from the connections, and load for good what ``device_map`` offloads of them.
 
@@ -288,17 +192,8 @@ def _free_connections(model: Any) -> None:
         if hook is None:
             continue
         from accelerate.hooks import remove_hook_from_module
-        from accelerate.utils import set_module_tensor_to_device
 
-        for name, weight in connection.state_dict(keep_vars=True).items():
-            if weight.is_meta:
-                value = hook.weights_map[name]
-                set_module_tensor_to_device(connection, name, hook.execution_device, value=value, dtype=weight.dtype)
+        hook.pre_forward(connection)  # brings in what is offloaded
         hook.offload = False
         remove_hook_from_module(connection)
         vars(connection).pop("forward", None)  # it leaves the class's own in the instance
-
-
-def _first_rank() -> bool:
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

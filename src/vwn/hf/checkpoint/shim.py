@@ -1,19 +1,3 @@
 """Loads this checkpoint with the installed package vwn. Nothing of the model is defined here."""
 
-from vwn.hf import (
-    VirtualWidthConfig,
-    VirtualWidthForCausalLM,
-    VirtualWidthForQuestionAnswering,
-    VirtualWidthForSequenceClassification,
-    VirtualWidthForTokenClassification,
-    VirtualWidthModel,
-)
-
-__all__ = [
-    "VirtualWidthConfig",
-    "VirtualWidthForCausalLM",
-    "VirtualWidthForQuestionAnswering",
-    "VirtualWidthForSequenceClassification",
-    "VirtualWidthForTokenClassification",
-    "VirtualWidthModel",
-]
+from vwn.hf import *  # noqa: F403

@@ -24,14 +24,8 @@ from vwn.hf.decoding.generation import NgramGenerationMixin, ngram_inputs
 
 @dataclass
 class DraftCounts:
-    """Counts of drafted and accepted tokens in one call of ``generate``.
-
-    Args:
-        drafted: tokens that each MTP module drafted.
-        accepted: how many of them the main model kept. Of a round that an end token closes, the last is not counted.
-        forward_passes: of the main model, the prompt's included.
-        new_tokens: generated.
-    """
+    """Counts of one call of ``generate``: tokens that each MTP module drafted, those of them that the main model kept
+    (not the last of a round that an end token closes), its forward passes with the prompt's, and generated tokens."""
 
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
@@ -169,10 +163,7 @@ class MtpGenerationMixin(NgramGenerationMixin):
         config, kind = prepared[0], self.config.backbone._attn_implementation
         weights = config.return_dict_in_generate and config.output_attentions and kind != "eager"
         refused = {
-            "has to take back what the backbone's cache has seen, which one of type "
-            f"{self.config.backbone.model_type} cannot": self._is_stateful,
             "needs MTP modules and this model has none (num_mtp_modules = 0)": not self.config.num_mtp_modules,
-            "needs the cache, not use_cache = False": config.use_cache is False,
             f"goes with greedy decoding and sampling, not with num_beams = {config.num_beams}": config.num_beams
             not in (None, 1),
             f"with output_attentions needs attention weights, which attn_implementation {kind!r} does not give; call "
@@ -195,15 +186,6 @@ class MtpGenerationMixin(NgramGenerationMixin):
                 raise UserError(f"use_mtp and {name} are two ways to draft tokens; give one of them")
         if kwargs["model_kwargs"].get("inputs_embeds") is not None:
             raise UserError("use_mtp needs the prompt's ids, not inputs_embeds; give input_ids")
-        if (batch := kwargs["input_ids"].shape[0]) > 1:
-            raise UserError(f"use_mtp generates for one prompt at a time, got a batch of {batch}")
-        window = getattr(self.config.backbone, "keep_window_size", None)  # Doge: equal tokens tie in the choice of keys
-        if window is not None and generation_config.max_length > window:
-            raise UserError(
-                f"beyond keep_window_size = {window} tokens what a backbone of type {self.config.backbone.model_type} "
-                f"attends to hangs on rounding, so that use_mtp might change the text; here max_length is "
-                f"{generation_config.max_length}: ask for fewer tokens, or leave use_mtp away"
-            )
         drafts = MtpDrafts(self, generation_config, kwargs.get("logits_processor"))
         self.draft_counts = drafts.counts
         return drafts

@@ -17,8 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from vwn.hf import VirtualWidthForCausalLM
-from vwn.hf.measures import SublayerStatistics, split, static_routing, tanh_scales
-from vwn.hf.recording import record, sublayer_names
+from vwn.hf.measures import SublayerStatistics, record, split, static_routing, sublayer_names, tanh_scales
 from vwn.nn.connection import Connection
 from vwn.nn.groups import group_of_parameters
 from vwn.training.watch.lines import StepLines
