@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -121,12 +122,10 @@ class CostConfig:
 def run_train(config: TrainConfig) -> None:
     """`vwn train`."""
     from vwn.common.memory import keep_freed_memory
-    from vwn.training.directory import adopt
     from vwn.training.distributed import leave
     from vwn.training.run import train
 
     keep_freed_memory()
-    config = adopt(config, given_options())
     result = train(config)
     leave()
     if not is_first_process():
@@ -346,13 +345,16 @@ def arguments(name: str, given: list[str]) -> list[str]:
 
 
 def parse(name: str, given: list[str]) -> Any:
-    """Make the configuration of a command from its options; tyro exits with 2 where they are wrong."""
-    return tyro.cli(
-        COMMANDS[name].config,
-        args=arguments(name, given),
-        prog=f"vwn {name}",
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    """Make the configuration of a command from its options; tyro exits with 2 where they are wrong.
+
+    A training run that goes on takes the options that are not given from its record.
+    """
+    given = arguments(name, given)
+    make = partial(tyro.cli, COMMANDS[name].config, prog=f"vwn {name}", config=(tyro.conf.OmitArgPrefixes,))
+    config = make(args=given)
+    if name == "train" and config.resume and (record := config.out / "run.json").exists():
+        return make(args=arguments(name, [str(record), *given]))
+    return config
 
 
 def help_text(given: list[str]) -> str | None:
