@@ -17,9 +17,7 @@ from vwn.common.processes import broadcast, rank
 from vwn.training import directory
 from vwn.training.budgets import Branch, decay_steps
 from vwn.training.checkpoint.manifest import (
-    STAGING,
     checkpoints,
-    clear_rests,
     discard,
     is_whole,
     last_checkpoint,
@@ -138,15 +136,12 @@ def _cool_down(run: Run, branch: Branch) -> RunResult:
 
 def _copy_model(source: Path, target: Path) -> None:
     """Copy the trained model, as :meth:`vwn.training.checkpoint.saving.SavingTrainer.save_final` leaves it."""
-    clear_rests(target)
-    staging = target / STAGING
-    staging.mkdir()
+    (target / "config.json").unlink(missing_ok=True)  # it makes the folder whole
     ours = {"run.json", "result.json", "health.jsonl", "samples.jsonl"}
-    for path in source.iterdir():
-        if path.is_file() and path.name not in ours and not path.name.startswith("."):
-            shutil.copyfile(path, staging / path.name)
-            sync(staging / path.name)
-    for path in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
-        path.replace(target / path.name)
-    staging.rmdir()
+    names = [p.name for p in source.iterdir() if p.is_file() and p.name not in ours and not p.name.startswith(".")]
+    for name in sorted(names, key=lambda name: name == "config.json"):
+        partial = target / f".{name}.partial"
+        shutil.copyfile(source / name, partial)
+        sync(partial)
+        partial.replace(target / name)
     sync_directory(target)

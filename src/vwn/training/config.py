@@ -230,7 +230,7 @@ class ReliabilityOptions:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run."""
+    """Train one model on text, plain or with virtual width."""
 
     out: Path
     """Run directory; it must not exist yet, unless --resume."""

@@ -151,15 +151,10 @@ class CheckParallel(TrainerCallback):
         self.parallel = parallel
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
-        parts = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
-        if self.parallel not in SHARDED and parts:
+        is_sharded = {isinstance(p, DTensor) for p in model.parameters()}
+        if is_sharded != {self.parallel in SHARDED}:
             raise UserError(
-                f"accelerate has sharded {parts[0]}, which was not asked for (--parallel {self.parallel}); ask for "
-                "fsdp2, or take FSDP out of the accelerate configuration"
-            )
-        if self.parallel in SHARDED and whole:
-            raise UserError(
-                f"--parallel {self.parallel} was asked for, but accelerate has left {whole[0]} whole on the device "
-                f"{args.device.type}; use --parallel ddp there"
+                f"accelerate has {'sharded' if True in is_sharded else 'left whole'} weights on the device "
+                f"{args.device.type}, which --parallel {self.parallel} does not; ask for another --parallel, or change "
+                "the accelerate configuration"
             )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import RandomSampler
 from tqdm import tqdm
-from transformers import EvalPrediction, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from vwn.common.errors import UserError
 from vwn.common.processes import world_size
@@ -48,11 +48,6 @@ def head_losses(outputs: Any, router_aux_loss_coef: float = 0.0) -> Tensor:
     return (outputs.loss if aux_loss is None else outputs.loss - router_aux_loss_coef * aux_loss).detach()[None]
 
 
-def mean_losses(prediction: EvalPrediction) -> dict[str, float]:
-    """Return validation losses over all windows, by name."""
-    return named_losses(np.asarray(prediction.predictions, dtype=np.float64).mean(axis=0))
-
-
 def named_losses(losses: Any) -> dict[str, float]:
     """``loss`` for the next token, ``loss_2`` for the next but one, and so on."""
     return {"loss" if k == 0 else f"loss_{k + 1}": float(value) for k, value in enumerate(losses)}
@@ -68,7 +63,9 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
 
     def __init__(self, config: TrainConfig, rate_factors: Mapping[str, float], **kwargs: Any) -> None:
         c = config
-        super().__init__(compute_metrics=mean_losses, keep_last=c.reliability.keep_last, **kwargs)
+        super().__init__(
+            compute_metrics=lambda seen: mean_losses(seen.predictions), keep_last=c.reliability.keep_last, **kwargs
+        )
         self.config, self.rate_factors = c, dict.fromkeys(GROUPS, 1.0) | dict(rate_factors)
         self.tokens_per_step = c.tokens_per_step
         health_every = c.intervals[1] if c.health_every is None else c.health_every
@@ -82,7 +79,7 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
         guard = StepGuard(self, c.reliability.skip_bad_steps, c.reliability.spike_factor)
         for callback in (self.stopwatch, *([self.health] if self.health else []), guard, self.log_window):
             self.add_callback(callback)
-        self.stateful |= {"guard": guard, "log": self.log_window, "stopwatch": self.stopwatch}
+        self.stateful |= {"guard": guard, "log": self.log_window}
         if isinstance(self.train_dataset, TokenStream):
             a = self.args
             processes = a.process_index, a.world_size
@@ -270,7 +267,7 @@ class LogWindow(TrainerCallback):
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds spent in optimiser steps, without validation and checkpoints, and in each of the last 1024 steps."""
+    """Seconds spent in optimiser steps, without validation and checkpoints, and in each of this process's last 1024."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -282,12 +279,6 @@ class Stopwatch(TrainerCallback):
             return None, None
         median, p90 = np.quantile(self.steps, [0.5, 0.9])
         return float(median), float(p90)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": list(self.steps)}
-
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        self.steps.extend(states[0]["steps"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
