@@ -64,7 +64,9 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
     def __init__(self, config: TrainConfig, rate_factors: Mapping[str, float], **kwargs: Any) -> None:
         c = config
         super().__init__(
-            compute_metrics=lambda seen: mean_losses(seen.predictions), keep_last=c.reliability.keep_last, **kwargs
+            compute_metrics=lambda rows: named_losses(rows.predictions.astype(np.float64).mean(axis=0)),
+            keep_last=c.reliability.keep_last,
+            **kwargs,
         )
         self.config, self.rate_factors = c, dict.fromkeys(GROUPS, 1.0) | dict(rate_factors)
         self.tokens_per_step = c.tokens_per_step
