@@ -10,8 +10,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -21,7 +21,7 @@ from vwn.common.errors import UserError, require
 from vwn.common.extras import require_packages
 from vwn.common.files import NO_ROOM, CannotWrite
 from vwn.common.version import __version__
-from vwn.cost.cluster.options import PlanOptions
+from vwn.cost.cluster.options import CostConfig, PlanOptions
 from vwn.help import Command, command_help, overview, unknown_command, unknown_option
 from vwn.lab.compare.arms import check_arms, parse_arm
 from vwn.lab.compare.config import CompareConfig
@@ -39,11 +39,14 @@ PYTHON_NAMES = {"num-mtp-modules": "mtp", "dynamic": "no-static", "no-dynamic": 
 """Options that `VirtualWidthConfig` calls otherwise; either name is taken."""
 
 
+Checkpoint = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+
+
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Continue a prompt."""
+    """Continue a prompt with a trained model."""
 
-    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    checkpoint: Checkpoint
     """A run directory, one of its checkpoints, or a hub id."""
     prompt: str | None = None
     """Text to continue; without it, each line that you type or pipe in is continued."""
@@ -65,9 +68,9 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class InspectCommand(InspectConfig):
-    """Look inside a trained model."""
+    """Show what the connections of a trained model do, as figures and numbers."""
 
-    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    checkpoint: Checkpoint
     """A run directory, one of its checkpoints, or a hub id."""
 
 
@@ -75,13 +78,13 @@ class InspectCommand(InspectConfig):
 class EvalCommand(EvalConfig):
     """Measure a trained model: losses on a text, scores on tasks, or both."""
 
-    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    checkpoint: Checkpoint
     """A run directory, one of its checkpoints, a folder with any causal language model, or a hub id."""
 
 
 @dataclass(frozen=True)
 class WidenConfig:
-    """Give a trained model virtual width, keeping its weights and its function."""
+    """Give a trained model virtual width; its logits stay the same."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder with any causal language model of transformers, or a hub id."""
@@ -99,34 +102,13 @@ class WidenConfig:
     """Data type of the weights; auto keeps the checkpoint's."""
 
 
-@dataclass(frozen=True)
-class CostConfig:
-    """Count parameters, FLOPs, activation memory and memory traffic before training."""
-
-    backbone: str = "tiny"
-    """A preset, a transformers config (file or folder), or a hub id."""
-    arms: tuple[str, ...] = ("plain", "2x3", "4x16", "8x64")
-    """Models to compare: plain, MxN, or any other arm of vwn compare."""
-    window: int = 2048
-    """Tokens per sequence, for the FLOPs of attention."""
-    vocab_size: int = 32_768
-    """Vocabulary size of a preset; a config has its own."""
-    mtp: int = 0
-    """Multi-token prediction modules."""
-    plan: PlanOptions = field(default_factory=PlanOptions)
-    json: bool = False
-    """Print JSON instead of a table."""
-
-
 def run_train(config: TrainConfig) -> None:
     """`vwn train`."""
     from vwn.common.memory import keep_freed_memory
-    from vwn.training.directory import adopt
     from vwn.training.distributed import leave
     from vwn.training.run import train
 
     keep_freed_memory()
-    config = adopt(config, given_options())
     result = train(config)
     leave()
     if not is_first_process():
@@ -156,8 +138,11 @@ def run_generate(config: GenerateConfig) -> None:
         if sampling := sorted({"top_p", "seed"} & given_options()):
             raise UserError(f"--mtp decodes greedily, without --{sampling[0].replace('_', '-')}; drop it")
     temperature = 0.8 if config.temperature is None else config.temperature
+    if config.prompt is None and sys.stdin.isatty():
+        print("vwn: type a prompt and press Enter; Ctrl-D ends", file=sys.stderr)
+    typed = (line.rstrip("\n") for line in sys.stdin if line.strip())
     loaded = None
-    for prompt in _prompts(config.prompt):
+    for prompt in typed if config.prompt is None else [config.prompt]:
         loaded = loaded or load(config.checkpoint, config.tokenizer)
         if config.mtp:
             result = continue_with_mtp(*loaded, prompt, config.max_new_tokens)
@@ -167,18 +152,6 @@ def run_generate(config: GenerateConfig) -> None:
         print(json.dumps(result) if config.json else result["text"], flush=True)
         if config.mtp and not config.json:
             print(f"vwn: {drafting_line(result)}", file=sys.stderr)
-
-
-def _prompts(given: str | None) -> Iterator[str]:
-    """Yield the prompt, or the lines of standard input as they come."""
-    if given is not None:
-        yield given
-        return
-    if sys.stdin.isatty():
-        print("vwn: type a prompt and press Enter; Ctrl-D ends", file=sys.stderr)
-    for line in iter(sys.stdin.readline, ""):
-        if line.strip():
-            yield line.rstrip("\n")
 
 
 def run_inspect(config: InspectCommand) -> None:
@@ -248,7 +221,6 @@ COMMANDS = {
     "train": Command(
         TrainConfig,
         run_train,
-        "Train one model on text, plain or with virtual width.",
         (
             "train --out runs/wide --m 4 --n 8 --data mytext/ --steps 1000",
             "train --out runs/wide --resume",
@@ -262,7 +234,6 @@ COMMANDS = {
     "compare": Command(
         CompareConfig,
         run_compare,
-        "Train several models that differ in one thing, and write a report.",
         (
             "compare --out runs/widths --arms plain 4x16 --seeds 0 1 2",
             "compare --out runs/study --study widths --lr-sweep off",
@@ -274,14 +245,12 @@ COMMANDS = {
     "generate": Command(
         GenerateConfig,
         run_generate,
-        "Continue a prompt with a trained model.",
         ('generate runs/wide --prompt "def main"', "generate runs/wide"),
         ("checkpoint", "prompt", "max-new-tokens", "temperature"),
     ),
     "inspect": Command(
         InspectCommand,
         run_inspect,
-        "Show what the connections of a trained model do, as figures and numbers.",
         ("inspect runs/wide --out runs/wide-inside",),
         ("checkpoint", "out", "data"),
         packages=("matplotlib",),
@@ -289,21 +258,18 @@ COMMANDS = {
     "eval": Command(
         EvalCommand,
         run_eval,
-        "Measure a trained model: losses on a text, scores on tasks, or both.",
         ("eval runs/wide --data other.txt", "eval runs/wide --tasks piqa lambada --data-dir tasks/"),
         ("checkpoint", "data", "tasks", "data-dir", "out"),
     ),
     "widen": Command(
         WidenConfig,
         run_widen,
-        "Give a trained model virtual width; its logits stay the same.",
         ("widen path/to/model wide --m 4 --n 8",),
         ("model", "out", "m", "n"),
     ),
     "cost": Command(
         CostConfig,
         run_cost,
-        "Count parameters, FLOPs, memory and traffic of models before training, on one device or a cluster.",
         (
             "cost --backbone small --arms plain 2x3 4x16",
             "cost --backbone path/to/config.json --cluster h100:8x16 --arms plain 4x8",
@@ -327,7 +293,7 @@ def arguments(name: str, given: list[str]) -> list[str]:
     """Check the names of a command's options, take those of a file in, and translate what tyro does not know."""
     command, found = COMMANDS[name], []
     known = {option.name for option in command.options if not option.positional}
-    known |= {f"no-{option.name}" for option in command.options if option.switch} | {"no-resume"}
+    known |= {f"no-{option.name}" for option in command.options if option.switch}
     if command.file and given and not given[0].startswith("-"):
         from_file, given = read_options(Path(given[0])), given[1:]
         typed = {PYTHON_NAMES.get(_option(word), _option(word)).removeprefix("no-") for word in given}
@@ -338,26 +304,28 @@ def arguments(name: str, given: list[str]) -> list[str]:
             argument = argument.replace(argument.split("=")[0], f"--{PYTHON_NAMES[option]}", 1)
         elif option and option not in known:
             raise UserError(unknown_option(name, command, option))
-        found.append("--resume=False" if argument == "--no-resume" and name == "train" else argument)
-        if argument == "--resume" and name == "train" and following not in ("auto", "True", "False"):
-            found[-1] = "--resume=True"
+        is_bare = argument == "--resume" and name == "train" and following != "auto"
+        found.append("--resume=True" if is_bare else argument)
     return found
 
 
 def parse(name: str, given: list[str]) -> Any:
-    """Make the configuration of a command from its options; tyro exits with 2 where they are wrong."""
-    return tyro.cli(
-        COMMANDS[name].config,
-        args=arguments(name, given),
-        prog=f"vwn {name}",
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    """Make the configuration of a command from its options; tyro exits with 2 where they are wrong.
+
+    A training run that goes on takes the options that are not given from its record.
+    """
+    given = arguments(name, given)
+    make = partial(tyro.cli, COMMANDS[name].config, prog=f"vwn {name}", config=(tyro.conf.OmitArgPrefixes,))
+    config = make(args=given)
+    if name == "train" and config.resume and (record := config.out / "run.json").exists():
+        return make(args=arguments(name, [str(record), *given]))
+    return config
 
 
 def help_text(given: list[str]) -> str | None:
     """Return the text to print if the command line asks for help or the version, else None."""
     words = [word for word in given if word not in ("-h", "--help", "help")]
-    if (given and not words) or not given:
+    if not words:
         return overview(COMMANDS)
     if given[0] in ("--version", "-V", "version"):
         return f"vwn {__version__}"
@@ -404,29 +372,24 @@ def main() -> None:
         show_our_logs()
         processes = int(os.environ.get("WORLD_SIZE") or 1)
         if processes > 1 and name != "train":
-            raise UserError(
-                f"{processes} processes were launched, and only vwn train works in several; start this command without "
-                "a launcher"
-            )
+            raise UserError(f"only vwn train works in several processes, {processes} were launched; use no launcher")
         COMMANDS[name].run(config)
     except BrokenPipeError:  # the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except (ValueError, OSError) as error:
-        if os.environ.get("VWN_DEBUG"):
-            raise
-        full = isinstance(error, OSError) and error.errno in NO_ROOM
-        advice = "; the disk is full: make room and continue with --resume; nothing saved is lost" if full else ""
-        code = CannotWrite.exit_code if full else getattr(error, "exit_code", 2)
-        fail(f"vwn: {' '.join(str(error).split())}{advice}", code)
     except KeyboardInterrupt:
         print("vwn: interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if os.environ.get("VWN_DEBUG"):
             raise
-        text = " ".join(str(error).split())[:300]
-        fail(f"vwn: {type(error).__name__}: {text} (unexpected; VWN_DEBUG=1 shows where)", 1)
+        text = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            text += "; the disk is full: make room and continue with --resume; nothing saved is lost"
+            fail(f"vwn: {text}", CannotWrite.exit_code)
+        if isinstance(error, (ValueError, OSError)):
+            fail(f"vwn: {text}", getattr(error, "exit_code", 2))
+        fail(f"vwn: {type(error).__name__}: {text[:300]} (unexpected; VWN_DEBUG=1 shows where)", 1)
 
 
 if __name__ == "__main__":

@@ -60,9 +60,8 @@ class Command:
     """One subcommand.
 
     Args:
-        config: dataclass that its options are made from.
+        config: dataclass that its options are made from; its docstring is the purpose, in one sentence.
         run: what is called with such a dataclass.
-        purpose: one sentence.
         examples: command lines, without ``vwn``.
         first: options that everybody needs, shown first.
         packages: packages of extras that it needs.
@@ -72,7 +71,6 @@ class Command:
 
     config: type
     run: Callable[[Any], None]
-    purpose: str
     examples: tuple[str, ...]
     first: tuple[str, ...]
     packages: tuple[str, ...] = ()
@@ -89,7 +87,7 @@ def overview(commands: Mapping[str, Command]) -> str:
     """Return what ``vwn`` and ``vwn --help`` print."""
     lines = [_wrap(WHAT), "", "usage: vwn COMMAND [OPTIONS]", ""]
     for name, command in commands.items():
-        lines += [_row(name, command.purpose, 10), f"{'':12}vwn {command.examples[0]}"]
+        lines += [_row(name, command.config.__doc__ or "", 10), f"{'':12}vwn {command.examples[0]}"]
     return "\n".join([*lines, "", "vwn COMMAND --help shows the options of a command, vwn --version the version."])
 
 
@@ -98,7 +96,7 @@ def command_help(name: str, command: Command) -> str:
     options = command.options
     needed = " ".join(o.usage for o in options if o.default == "required")
     usage = " ".join(["usage: vwn", name, *(["[FILE]"] if command.file else []), needed, "[OPTIONS]"])
-    lines = [usage, "", _wrap(command.purpose)]
+    lines = [usage, "", _wrap(command.config.__doc__ or "")]
     if command.file:
         lines.append(_wrap(f"FILE: {command.file}"))
     lines += ["", "examples:"]

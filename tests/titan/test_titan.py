@@ -180,11 +180,10 @@ def parallelism(**changes):
     ("changes", "sizes", "width", "sentence"),
     [
         ({"pipeline_parallel_degree": 2}, {}, {"num_mtp_modules": 1}, "no multi-token prediction in a pipeline"),
-        ({"pipeline_parallel_degree": 3}, {}, {}, "more than the 2 layers"),
         ({"context_parallel_degree": 2}, {}, {}, "has not been tried"),
         ({"spmd_backend": "full_dtensor"}, {}, {}, "'partial_dtensor', got 'full_dtensor'"),
-        ({"expert_parallel_degree": 2}, {}, {}, "needs experts"),
-        ({"expert_parallel_degree": 4}, {"num_experts": 6}, {}, "does not divide backbone.num_experts = 6"),
+        ({"expert_parallel_degree": 2}, {}, {}, "does not divide the backbone.num_experts = 0"),
+        ({"expert_parallel_degree": 4}, {"num_experts": 6}, {}, "does not divide the backbone.num_experts = 6"),
     ],
 )
 def test_a_parallelism_that_is_not_carried_is_refused(changes, sizes, width, sentence):
@@ -198,9 +197,9 @@ def test_a_parallelism_that_is_not_carried_is_refused(changes, sizes, width, sen
     [
         ({}, {"m": 5, "n": 5}, "m = 5 does not divide the hidden size 24"),
         ({}, {"m": 2, "n": 3, "reduce": "identity"}, "needs n = m"),
-        ({"num_attention_heads": 5}, {}, "does not divide hidden_size = 24"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, {}, "24"),
         ({"num_key_value_heads": 3}, {}, "does not divide num_attention_heads = 4"),
-        ({"num_experts": 2, "num_experts_per_tok": 3}, {}, "between 1 and num_experts = 2"),
+        ({"num_experts": 2, "num_experts_per_tok": 3}, {}, "from 1 to num_experts = 2"),
         ({}, {"num_mtp_modules": -1}, "must be 0 or more"),
     ],
 )

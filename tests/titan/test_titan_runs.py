@@ -18,7 +18,9 @@ pytestmark = pytest.mark.slow
 
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-import vwn.hf  # noqa: E402, F401
+import vwn  # noqa: E402
+import vwn.hf  # noqa: E402
+from vwn.titan.export import export  # noqa: E402
 
 TESTS = Path(__file__).parents[1] / "support"
 
@@ -111,21 +113,26 @@ def test_tensor_parallelism_shards_and_equals_one_process(folder, one):
     assert layout["weights"]["lm_head.weight"][3] == [30, 24]
 
 
-def test_pipeline_equals_one_process(folder):
-    expected = Run(folder, "plain")("--config", "tiny")
+@pytest.fixture(scope="module")
+def experts(folder):
+    """What one process logs for a model with experts."""
+    return Run(folder, "experts")("--config", "tiny_experts")
+
+
+def test_pipeline_equals_one_process(folder, experts):
     run = Run(folder, "pp")
-    assert_same(run("--config", "tiny", "--parallelism.pipeline_parallel_degree", "2", processes=2), expected)
+    options = ("--parallelism.pipeline_parallel_degree", "2")
+    assert_same(run("--config", "tiny_experts", *options, processes=2), experts)
     first, last = (set(run.layout(rank)["weights"]) for rank in (0, 1))
     assert "tok_embeddings.table.weight" in first - last
     assert {"norm.reduce.weight", "norm.norm.weight", "lm_head.weight"} <= last - first
     assert {state[-1] for state in run.layout(1)["states"]} == {36}  # the stage is handed the over-width state
 
 
-def test_expert_parallelism_equals_one_process(folder):
-    expected = Run(folder, "experts")("--config", "tiny_experts")
+def test_expert_parallelism_equals_one_process(folder, experts):
     run = Run(folder, "ep")
     options = ("--training.local_batch_size", "2", "--parallelism.expert_parallel_degree", "2")
-    assert_same(run("--config", "tiny_experts", *options, processes=2), expected)
+    assert_same(run("--config", "tiny_experts", *options, processes=2), experts)
     kind, mesh, _, shape = run.layout()["weights"]["layers.0.moe.routed_experts.inner_experts.w1_EFD"]
     assert kind == "DTensor"
     assert "ep" in mesh
@@ -143,11 +150,9 @@ def test_sixteen_ranks_dry_run(folder):
 
 def test_export_to_transformers_and_back(folder, one):
     out = folder / "exported"
-    command = [sys.executable, "-m", "vwn.titan.export", str(one.dump / "checkpoint" / "step-4"), str(out)]
-    subprocess.run(command, check=True, timeout=300)
-    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert again.returncode == 1
-    assert again.stderr.strip() == f"error: {out} exists already; give a folder that is to be made"
+    export(one.dump / "checkpoint" / "step-4", out)
+    with pytest.raises(vwn.UserError, match="exists already"):
+        export(one.dump / "checkpoint" / "step-4", out)
     model = AutoModelForCausalLM.from_pretrained(out).train()
     model.loss_backend = "torch"
     generators = [torch.Generator().manual_seed(i) for i in range(4)]

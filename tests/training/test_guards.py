@@ -20,7 +20,7 @@ from vwn.training.watch.guards import HISTORY, StepGuard
 
 def run(out, text, **options):
     reliability = ReliabilityOptions(**options.pop("reliability", {}))
-    made = config(out, text, m=2, n=3, optim={"steps": 12}, speed=SpeedOptions("reference"), **options)
+    made = config(out, text, m=2, n=3, optim={"steps": 8}, speed=SpeedOptions("reference"), **options)
     return dataclasses.replace(made, reliability=reliability)
 
 
@@ -59,7 +59,7 @@ def test_a_bad_step_leaves_weights_and_moments_alone_and_is_recorded(tmp_path, t
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert any(not torch.equal(weights[5][name], weights[6][name]) for name in before)
     moments = torch.load(last_checkpoint(tmp_path / "run") / "optimizer.pt", weights_only=True)["state"]
-    assert {float(state["step"]) for state in moments.values()} == {11.0}
+    assert {float(state["step"]) for state in moments.values()} == {7.0}
     said = capsys.readouterr().err
     assert f"step 5 is skipped: the {what} is no longer finite (1 of at most 3 in 100 steps" in said
     entry = json.loads((tmp_path / "run" / "skipped" / "step-5.json").read_text())
@@ -73,7 +73,7 @@ def test_a_bad_step_leaves_weights_and_moments_alone_and_is_recorded(tmp_path, t
 
 def test_the_log_is_the_mean_of_the_steps_that_were_used(tmp_path, text, monkeypatch):
     spoil(monkeypatch, {5}, "high")
-    options = dict(save_every=12, eval_every=12)
+    options = dict(save_every=8, eval_every=8)
     train(run(tmp_path / "one", text, reliability={"spike_factor": 0.0}, log_every=1, **options))
     single = {step: objective for step, _, objective, _ in history(tmp_path / "one")}
     monkeypatch.setattr(StepGuard, "verdict", lambda self, loss, norm: "high" if loss > 50 else None)
@@ -96,21 +96,19 @@ def test_too_many_bad_steps_end_the_run_with_the_last_good_state(tmp_path, text,
 
 
 def test_guards_and_logs_go_on_after_a_resume_as_if_never_interrupted(tmp_path, text, monkeypatch):
-    spoil(monkeypatch, {4, 5, 9})
-    options = dict(log_every=5)
+    spoil(monkeypatch, {3, 4, 7})
+    options = dict(log_every=3)
     result = train(run(tmp_path / "whole", text, **options))
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for rest in ("result.json", "config.json", "model.safetensors"):
         (tmp_path / "cut" / rest).unlink()
-    shutil.rmtree(tmp_path / "cut" / "checkpoint-12")
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-8")
     again = train(run(tmp_path / "cut", text, resume=True, **options))
     assert without_seconds(again.curve) == without_seconds(result.curve)
     assert history(tmp_path / "cut") == history(tmp_path / "whole")
-    states = [
-        json.loads((tmp_path / d / "checkpoint-12/run_state.json").read_text())["guard"] for d in ("whole", "cut")
-    ]
+    states = [json.loads((tmp_path / d / "checkpoint-8/run_state.json").read_text())["guard"] for d in ("whole", "cut")]
     assert states[0] == states[1]
-    assert states[0][0]["skipped"] == [4, 5, 9]
+    assert states[0][0]["skipped"] == [3, 4, 7]
 
 
 def test_spikes_are_measured_by_robust_deviations() -> None:

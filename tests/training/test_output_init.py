@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from torch import nn
@@ -86,6 +84,13 @@ def test_a_sublayer_whose_output_cannot_be_told_is_named():
         output_matrices(model)
 
 
+@pytest.mark.parametrize("how", ["config", "zero"])
+def test_streams_that_cannot_be_scaled_are_refused_with_another_way_out(monkeypatch, how):
+    monkeypatch.setattr("vwn.training.output_init._outputs", lambda *_: [])
+    with pytest.raises(UserError, match=r"use --connection ghc or mhc$"):
+        preset("nano", 1, 2, 0, how)
+
+
 def test_a_stock_model_without_known_layers_is_refused():
     model = AutoModelForCausalLM.from_config(backbone_config("llama"))
     model.model.layers[0].self_attn.o_proj = nn.Linear(24, 24, bias=False)
@@ -105,8 +110,7 @@ def test_what_a_run_takes(tmp_path, text, monkeypatch, backbone, asked, expected
         backbone_config("llama", vocab_size=300).save_pretrained(tmp_path / "backbone")
         backbone = str(tmp_path / "backbone")
     seen = []
-    monkeypatch.setattr(run_module, "build_model", lambda *args: seen.append(args[3]) or build_model(*args))
-    run = config(tmp_path / "run", text, optim={"steps": 1}, backbone=backbone, output_init=asked)
-    run = dataclasses.replace(run, m=2, n=3, width=WidthOptions())
-    train(run)
+    monkeypatch.setattr(run_module, "build_model", lambda *args: seen.append(args[3]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(config(tmp_path / "run", text, 2, 3, backbone=backbone, output_init=asked, width=WidthOptions()))
     assert seen == [expected]

@@ -11,10 +11,12 @@ import torch
 import transformers
 
 from runs import config, run_vwn, without_seconds
+from vwn import cli
 from vwn.common.errors import UserError
 from vwn.training import run as run_module
 from vwn.training.config import CorpusConfig, TrainConfig, WidthOptions
-from vwn.training.model import build_model, load_backbone
+from vwn.training.directory import settings, start
+from vwn.training.model import load_backbone
 from vwn.training.options_file import read_options
 from vwn.training.presets import PRESETS
 from vwn.training.run import train
@@ -89,28 +91,24 @@ def test_a_tracker_gets_every_loss(tmp_path, text, monkeypatch):
     wandb.finish()
 
 
-def test_a_run_repeats_from_its_record(tmp_path, text, capsys, monkeypatch):
+def test_a_run_repeats_from_its_record(tmp_path, text):
     run = config(tmp_path / "a", text, optim={"steps": 3, "rate_factors": ("table=3", "head=2")}, seed=5)
     run = dataclasses.replace(run, width=WidthOptions(mtp=1, static=True))
-    result = train(run)
+    run.out.mkdir()
+    start(run, "text", {})
 
-    def again(out, *words):
-        code, _, err = run_vwn(capsys, monkeypatch, "train", *words, "--out", tmp_path / out)
-        assert code == 0, err
-        return json.loads((tmp_path / out / "result.json").read_text())["curve"]
+    def read(*words):
+        return settings(cli.parse("train", [str(word) for word in (*words, "--out", tmp_path / "b")]))
 
-    assert without_seconds(again("b", run.out)) == without_seconds(result.curve)
-    assert without_seconds(again("c", run.out / "run.json", "--seed=6")) != without_seconds(result.curve)
-    assert json.loads((tmp_path / "c" / "run.json").read_text())["config"]["optim.rate_factors"] == [
-        "table=3",
-        "head=2",
-    ]
+    assert read(run.out) == settings(run)
+    assert read(run.out / "run.json", "--seed=6") == settings(run) | {"seed": 6}
+    assert settings(cli.parse("train", ["--out", str(run.out), "--resume", "--seed=6"])) == settings(run) | {"seed": 6}
     (tmp_path / "options.yaml").write_text(
         f"backbone: nano\nm: 4\nn: 10\nseed: 5\nnum_mtp_modules: 1\nstatic: true\nlog-every: 2\neval-every: 4\n"
         f"save-every: 4\ncorpus:\n  data: {text}\n  window: 32\n  max_valid_tokens: 512\noptim:\n  steps: 9\n"
         "  batch_size: 4\n  learning_rate: 1e-2\n  rate_factors: [table=3, head=2]\n"
     )
-    assert without_seconds(again("d", tmp_path / "options.yaml", "--steps", 3)) == without_seconds(result.curve)
+    assert read(tmp_path / "options.yaml", "--steps", 3) == settings(run)
 
 
 @pytest.mark.parametrize(
@@ -166,23 +164,7 @@ def test_a_run_from_weights_continues_without_them(tmp_path, text, finished):
     shutil.copytree(run.out, tmp_path / "b", ignore=shutil.ignore_patterns("checkpoint-4", "result.json"))
     (tmp_path / "b" / "model.safetensors").unlink()
     shutil.rmtree(wide)
-    cut = dataclasses.replace(run, out=tmp_path / "b", resume=True)
+    cut = cli.parse("train", ["--out", str(tmp_path / "b"), "--resume"])
     assert without_seconds(train(cut).curve) == without_seconds(whole.curve)
     assert weights(cut) == weights(run)
     assert (cut.out / "generation_config.json").read_text() == (run.out / "generation_config.json").read_text()
-
-
-def test_streams_that_cannot_be_scaled_are_refused_with_another_way_out():
-    from transformers import LlamaConfig
-
-    from vwn.training.model import model_config
-
-    backbone = LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
-    )
-    hc = model_config(backbone, 1, 2, WidthOptions(connection="hc"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vwn.training.output_init._outputs", lambda *_: [])
-        for how in ("config", "zero"):
-            with pytest.raises(UserError, match=r"use --connection ghc or mhc$"):
-                build_model(hc, 0, output_init=how)

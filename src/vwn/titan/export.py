@@ -21,14 +21,11 @@ from vwn.titan.sizes import Backbone, VirtualWidth, hf_config
 from vwn.titan.state_dict_adapter import from_transformers, to_transformers
 
 
-def export(checkpoint: Path, out: Path, config: Path | None = None) -> Any:
+def export(checkpoint: Path, out: Path) -> Any:
     """Write the model of ``checkpoint`` (``.../checkpoint/step-N``) to ``out``, and return it.
 
-    Args:
-        config: the run's ``config.json``; two folders above the checkpoint where none is given.
-
     Raises:
-        UserError: no checkpoint, no config, or an ``out`` that is there already.
+        UserError: no checkpoint, no ``config.json`` of the run two folders above it, or an ``out`` that is there.
     """
     from vwn.hf import VirtualWidthForCausalLM
 
@@ -38,12 +35,12 @@ def export(checkpoint: Path, out: Path, config: Path | None = None) -> Any:
         )
     if out.exists():
         raise UserError(f"{out} exists already; give a folder that is to be made")
-    config = config or checkpoint.resolve().parent.parent / "config.json"
+    config = checkpoint.resolve().parent.parent / "config.json"
     try:
         run = json.loads(config.read_text(encoding="utf-8"))
         sizes = Backbone(**run["backbone"]), VirtualWidth(**run["virtual_width"])
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{config} is not the configuration of a run of vwn.titan; name it with --config") from error
+        raise UserError(f"{config} is not the configuration of a run of vwn.titan; restore it") from error
     model = VirtualWidthForCausalLM(hf_config(*sizes))
     state = from_transformers({name: torch.empty_like(t) for name, t in model.state_dict().items()})
     stored = {current_name(name): name for name in dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata}
@@ -62,10 +59,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vwn.titan.export", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a folder such as outputs/checkpoint/step-500")
     parser.add_argument("out", type=Path, help="folder to make")
-    parser.add_argument("--config", type=Path, help="the run's config.json, if it is not in the dump folder")
     args = parser.parse_args()
     try:
-        export(args.checkpoint, args.out, args.config)
+        export(args.checkpoint, args.out)
     except UserError as error:
         sys.exit(f"error: {error}")
 

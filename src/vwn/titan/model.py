@@ -120,7 +120,7 @@ def check_parallelism(parallelism: Any, backbone: Backbone, width: VirtualWidth)
     Raises:
         UserError: names the option and the way out.
     """
-    p, mtp, experts, depth = parallelism, width.num_mtp_modules, backbone.num_experts, backbone.num_hidden_layers
+    p, mtp, experts = parallelism, width.num_mtp_modules, backbone.num_experts
     pp, ep, cp = p.pipeline_parallel_degree, p.expert_parallel_degree, p.context_parallel_degree
     if mtp and pp > 1:
         raise UserError(
@@ -131,12 +131,8 @@ def check_parallelism(parallelism: Any, backbone: Backbone, width: VirtualWidth)
         raise UserError(f"context_parallel_degree = {cp} has not been tried; shard by tensor_parallel_degree instead")
     if p.spmd_backend != "partial_dtensor":
         raise UserError(f"parallelism.spmd_backend must be 'partial_dtensor', got {p.spmd_backend!r}")
-    if ep > 1 and not experts:
-        raise UserError(f"expert_parallel_degree = {ep} needs experts; set backbone.num_experts, or it to 1")
-    if experts % max(ep, 1):
-        raise UserError(f"expert_parallel_degree = {ep} does not divide backbone.num_experts = {experts}")
-    if pp > depth:
-        raise UserError(f"pipeline_parallel_degree = {pp} is more than the {depth} layers of the model")
+    if ep > 1 and (not experts or experts % ep):
+        raise UserError(f"expert_parallel_degree = {ep} does not divide the backbone.num_experts = {experts} experts")
 
 
 def model_config(backbone: Backbone, width: VirtualWidth) -> VirtualWidthDecoder.Config:

@@ -82,7 +82,11 @@ def hf_config(backbone: Backbone, width: VirtualWidth) -> Any:
     from vwn.hf import VirtualWidthConfig
 
     sizes, width_fields = asdict(backbone), asdict(width)
-    _check(sizes)
+    if sizes["num_key_value_heads"] < 1 or sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
+        raise UserError(
+            f"backbone.num_key_value_heads = {sizes['num_key_value_heads']} does not divide num_attention_heads = "
+            f"{sizes['num_attention_heads']}"
+        )
     del sizes["attention"], sizes["output_init"], width_fields["backend"]
     experts, top_k = sizes.pop("num_experts"), sizes.pop("num_experts_per_tok")
     sizes |= {
@@ -91,27 +95,15 @@ def hf_config(backbone: Backbone, width: VirtualWidth) -> Any:
         "tie_word_embeddings": False,
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
-    config: Any = LlamaConfig(**sizes)
     if experts:
-        config = MixtralConfig(**sizes, num_local_experts=experts, num_experts_per_tok=top_k, sliding_window=None)
+        if not 1 <= top_k <= experts:
+            raise UserError(f"backbone.num_experts_per_tok must be from 1 to num_experts = {experts}, got {top_k}")
+        sizes |= {"num_local_experts": experts, "num_experts_per_tok": top_k, "sliding_window": None}
     try:
+        config: Any = MixtralConfig(**sizes) if experts else LlamaConfig(**sizes)
         return VirtualWidthConfig(backbone=config, **width_fields)
     except ValueError as error:
-        raise UserError(f"virtual_width: {error}") from error
-
-
-def _check(sizes: dict[str, Any]) -> None:
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads"):
-        if sizes[name] < 1:
-            raise UserError(f"backbone.{name} must be 1 or more, got {sizes[name]}")
-    for divisor, name in (("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")):
-        if sizes[divisor] < 1 or sizes[name] % sizes[divisor]:
-            raise UserError(f"backbone.{divisor} = {sizes[divisor]} does not divide {name} = {sizes[name]}")
-    if sizes["num_experts"] and not 1 <= sizes["num_experts_per_tok"] <= sizes["num_experts"]:
-        raise UserError(
-            f"backbone.num_experts_per_tok must be between 1 and num_experts = {sizes['num_experts']}, "
-            f"got {sizes['num_experts_per_tok']}"
-        )
+        raise UserError(f"backbone, virtual_width: {error}") from error
 
 
 def initial_std(backbone: Backbone) -> float:

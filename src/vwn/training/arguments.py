@@ -15,6 +15,7 @@ from vwn.common.processes import world_size
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.hf.loss import choose_loss
 from vwn.nn.connection import Connection
+from vwn.nn.groups import GROUPS, check_factors
 from vwn.ops import choose
 from vwn.training.config import SpeedOptions, TrainConfig
 from vwn.training.presets import PRESETS
@@ -80,28 +81,23 @@ def check_trackers(names: tuple[str, ...]) -> None:
             raise UserError(f"--report-to {name} needs a package that is not installed: pip install {name}")
 
 
-def check_device(speed: SpeedOptions) -> None:
-    """Refuse backends that cannot run where the training will."""
+def check_device(speed: SpeedOptions, slots: int | None) -> None:
+    """Refuse backends that cannot run where the training will, with so many slots."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    choose(speed.connection_backend, device, torch.float32)
+    choose(speed.connection_backend, device, torch.float32, slots or 1)
     choose_loss(speed.loss_backend, device)
 
 
-def apply_speed(model: Any, speed: SpeedOptions, device: torch.device, whole: bool = True) -> None:
-    """Set up a model for the options of a run on ``device``.
+def apply_speed(model: Any, speed: SpeedOptions, whole: bool = True) -> None:
+    """Set up a model for the options of a run.
 
     ``whole`` says whether all its weights will be in one process, as a fused loss needs the unembedding's.
     """
     if isinstance(model, VirtualWidthForCausalLM):
-        choose_loss(speed.loss_backend, device)
         model.loss_backend = speed.loss_backend if whole else "torch"
-        if model.config.connection != "residual":
-            if whole:
-                model.set_connection_backend(speed.connection_backend)
-            else:  # it is not yet on the device that decides
-                for connection in (m for m in model.modules() if isinstance(m, Connection)):
-                    connection.set_backend(speed.connection_backend)
-            model.model.keep_states_every = speed.keep_states_every
+        model.keep_states_every = speed.keep_states_every
+        for connection in (m for m in model.modules() if isinstance(m, Connection)):
+            connection.set_backend(speed.connection_backend)
     if not speed.gradient_checkpointing:
         return
     if hasattr(model, "activation_checkpointing_enable"):  # transformers renamed the switch
@@ -118,3 +114,25 @@ def learning_rate_of(config: TrainConfig) -> float:
         raise UserError(f"--learning-rate is needed: none is known for the backbone {config.backbone!r}")
     preset = PRESETS[config.backbone]
     return preset.learning_rate if config.m is None else preset.wide_learning_rate
+
+
+def parse_factors(items: tuple[str, ...]) -> dict[str, float]:
+    """``("routing=0.3", ...)`` to ``{"routing": 0.3, ...}``.
+
+    Raises:
+        UserError: an unknown group, a factor that is no number above 0, or a group named twice.
+    """
+    factors: dict[str, float] = {}
+    for item in items:
+        group, _, text = item.partition("=")
+        try:
+            factor = check_factors({group: float(text)})[group]
+        except ValueError:
+            raise UserError(
+                f"--rate-factors takes GROUP=FACTOR, such as routing=0.3, with a group out of {', '.join(GROUPS)} "
+                f"and a factor above 0; got {item!r}"
+            ) from None
+        if group in factors:
+            raise UserError(f"--rate-factors names {group} twice")
+        factors[group] = factor
+    return factors

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vwn.common.errors import UserError
 from vwn.common.files import read_json, sync, sync_directory
@@ -18,12 +17,10 @@ from vwn.common.processes import broadcast, rank
 from vwn.training import directory
 from vwn.training.budgets import Branch, decay_steps
 from vwn.training.checkpoint.manifest import (
-    STAGING,
-    agreed_checkpoint,
     checkpoints,
-    clear_rests,
     discard,
     is_whole,
+    last_checkpoint,
     step_of,
 )
 from vwn.training.distributed import on_all_ranks
@@ -50,21 +47,16 @@ def train_branches(run: Run, budgets: int | None = None) -> RunResult:
     Raises:
         UserError: a budget was added that is smaller than what the trunk has been trained for.
     """
-    config, label = run.config, _StepsSoFar(run.label)
+    config = run.config
     decayed: list[Point] = []
     for branch in config.branches[:budgets]:
         out = config.out / FOLDER / branch.name
         ended = _stored(out)
         if ended is None:
             try:
-                _reach(run, branch, label)
+                _reach(run, branch)
+                ended = _cool_down(run, branch)
             except Diverged as diverged:
-                diverged.result = dataclasses.replace(diverged.result, decayed=decayed)
-                raise
-            try:
-                ended = _cool_down(run, branch, label)
-            except Diverged as diverged:
-                decayed.append(diverged.result.curve[-1])
                 diverged.result = dataclasses.replace(diverged.result, decayed=decayed)
                 raise
         if rank() == 0:
@@ -108,22 +100,22 @@ def _stored(out: Path) -> RunResult | None:
     return broadcast(on_all_ranks(lambda: stored_result(out) if rank() == 0 else None))
 
 
-def _reach(run: Run, branch: Branch, label: _StepsSoFar) -> None:
+def _reach(run: Run, branch: Branch) -> None:
     """Train the trunk to where a branch leaves it, if it has no checkpoint there already."""
     config = run.config
     if is_whole(config.out / f"checkpoint-{branch.leaves}"):
         return
-    newest = agreed_checkpoint(config.out)
+    newest = last_checkpoint(config.out)
     if newest is not None and step_of(newest) > branch.leaves:
         raise UserError(
             f"--budgets {branch.name} leaves the trunk after {branch.leaves} steps; the trunk in {config.out} is at "
             f"step {step_of(newest)} and no longer has that checkpoint; give a larger budget, or choose another --out"
         )
     trunk = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=branch.leaves))
-    run.train(trunk, label=label.of("trunk"), is_trunk=True)
+    run.train(trunk, part=", trunk", is_trunk=True)
 
 
-def _cool_down(run: Run, branch: Branch, label: _StepsSoFar) -> RunResult:
+def _cool_down(run: Run, branch: Branch) -> RunResult:
     """Train a branch: the straight run of its budget, from the trunk's checkpoint on."""
     c = run.config
     log, evaluate, save = c.intervals
@@ -139,38 +131,17 @@ def _cool_down(run: Run, branch: Branch, label: _StepsSoFar) -> RunResult:
         straight.out.mkdir(parents=True, exist_ok=True)
         directory.start(straight, run.corpus.fingerprint, run.rate_factors)
     start = c.out / f"checkpoint-{branch.leaves}"
-    return run.train(straight, start=start, label=label.of(f"{branch.name} cool-down"))
+    return run.train(straight, start=start, part=f", {branch.name} cool-down")
 
 
 def _copy_model(source: Path, target: Path) -> None:
     """Copy the trained model, as :meth:`vwn.training.checkpoint.saving.SavingTrainer.save_final` leaves it."""
-    clear_rests(target)
-    staging = target / STAGING
-    staging.mkdir()
+    (target / "config.json").unlink(missing_ok=True)  # it makes the folder whole
     ours = {"run.json", "result.json", "health.jsonl", "samples.jsonl"}
-    for path in source.iterdir():
-        if path.is_file() and path.name not in ours and not path.name.startswith("."):
-            shutil.copyfile(path, staging / path.name)
-            sync(staging / path.name)
-    for path in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
-        path.replace(target / path.name)
-    staging.rmdir()
+    names = [p.name for p in source.iterdir() if p.is_file() and p.name not in ours and not p.name.startswith(".")]
+    for name in sorted(names, key=lambda name: name == "config.json"):
+        partial = target / f".{name}.partial"
+        shutil.copyfile(source / name, partial)
+        sync(partial)
+        partial.replace(target / name)
     sync_directory(target)
-
-
-class _StepsSoFar:
-    """Labels of the progress bars of one run's parts, from the steps that all parts have taken in this process."""
-
-    def __init__(self, label: Any) -> None:
-        self.label, self.before, self.now = label, 0, 0
-
-    def of(self, part: str) -> Callable[[int], str]:
-        """Return the label of the next part."""
-        self.before, self.now = self.before + self.now, 0
-
-        def say(steps: int) -> str:
-            self.now = steps
-            text = self.label(self.before + steps) if callable(self.label) else self.label
-            return f"{text}, {part}"
-
-        return say

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from math import inf
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vwn.common.errors import UserError, require
 from vwn.training.budgets import Branch, branches_of, decay_steps, parse_tokens
@@ -40,10 +40,9 @@ class CorpusConfig:
 
     def check(self) -> None:
         """Refuse what no run can do."""
-        require(self.window >= 2, "window", "at least 2", self.window)
-        require(self.max_valid_tokens >= 1, "max-valid-tokens", "at least 1", self.max_valid_tokens)
-        require(self.workers >= 0, "workers", "0 or more", self.workers)
-        require(self.skip_bad_rows >= 0, "skip-bad-rows", "0 or more", self.skip_bad_rows)
+        _at_least(self, 2, "window")
+        _at_least(self, 1, "max_valid_tokens")
+        _at_least(self, 0, "workers", "skip_bad_rows")
         if self.skip_bad_rows and not self.stream:
             raise UserError("--skip-bad-rows goes with --stream; drop it, or repair the rows of --data")
         if self.stream and self.data != CorpusConfig.data:
@@ -82,10 +81,8 @@ class WidthOptions:
 
     def check(self) -> None:
         """Refuse what no run can do."""
-        require(self.mtp >= 0, "mtp", "0 or more", self.mtp)
-        require(0 <= self.mtp_loss_weight < inf, "mtp-loss-weight", "finite and 0 or more", self.mtp_loss_weight)
-        require(self.ngram_order >= 1, "ngram-order", "at least 1", self.ngram_order)
-        require(self.table_factor >= 1, "table-factor", "at least 1", self.table_factor)
+        _at_least(self, 0, "mtp", "mtp_loss_weight")
+        _at_least(self, 1, "ngram_order", "table_factor")
         if (self.ngram_order > 1) != (self.ngram_buckets > 0):
             raise UserError(
                 "--ngram-order above 1 and --ngram-buckets above 0 go together; "
@@ -147,13 +144,11 @@ class OptimConfig:
 
     def check(self) -> None:
         """Refuse what no run can do."""
-        for name in ("steps", "batch_size", "gradient_accumulation"):
-            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        from vwn.training.groups import parse_factors  # it needs torch, and --help does not
+        _at_least(self, 1, "steps", "batch_size", "gradient_accumulation")
+        _at_least(self, 0, "weight_decay", "max_grad_norm", "warmup_steps")
+        from vwn.training.arguments import parse_factors  # it needs torch, and --help does not
 
         parse_factors(self.rate_factors)
-        for name in ("weight_decay", "max_grad_norm"):
-            require(0 <= getattr(self, name) < inf, name, "finite and 0 or more", getattr(self, name))
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
         require(0 <= self.final_learning_rate <= 1, "final-learning-rate", "from 0 to 1", self.final_learning_rate)
@@ -162,8 +157,10 @@ class OptimConfig:
             raise UserError(f"--cooldown goes with --schedule wsd; drop it with {self.schedule}")
         if self.budgets:
             self._check_budgets()
-        elif self.warmup_steps is not None:
-            require(0 <= self.warmup_steps <= self.steps, "warmup-steps", f"from 0 to {self.steps}", self.warmup_steps)
+        else:
+            require(
+                (self.warmup_steps or 0) <= self.steps, "warmup-steps", f"from 0 to {self.steps}", self.warmup_steps
+            )
         if self.batch_size % self.gradient_accumulation:
             raise UserError(
                 f"--gradient-accumulation {self.gradient_accumulation} must divide --batch-size {self.batch_size}"
@@ -176,8 +173,6 @@ class OptimConfig:
             raise UserError(f"--budgets are cool-downs of one trunk; use --schedule wsd with them, not {self.schedule}")
         if self.steps != OptimConfig.steps:
             raise UserError(f"--budgets says how long to train; drop --steps {self.steps}")
-        if self.warmup_steps is not None:
-            require(self.warmup_steps >= 0, "warmup-steps", "0 or more", self.warmup_steps)
         for text in self.budgets:
             parse_tokens(text)
 
@@ -199,7 +194,7 @@ class SpeedOptions:
 
     def check(self) -> None:
         """Refuse what no run can do."""
-        require(self.keep_states_every >= 1, "keep-states-every", "at least 1", self.keep_states_every)
+        _at_least(self, 1, "keep_states_every")
         for name in ("gradient_checkpointing", "compile"):
             if self.keep_states_every > 1 and getattr(self, name):
                 raise UserError(f"--keep-states-every does not go with --{name.replace('_', '-')}; use one of them")
@@ -227,15 +222,15 @@ class ReliabilityOptions:
 
     def check(self) -> None:
         """Refuse what no run can do."""
-        require(self.keep_last >= 1, "keep-last", "at least 1", self.keep_last)
+        _at_least(self, 1, "keep_last")
+        _at_least(self, 0, "spike_factor")
         require(0 <= self.skip_bad_steps < 100, "skip-bad-steps", "from 0 to 99", self.skip_bad_steps)
-        require(0 <= self.spike_factor < inf, "spike-factor", "finite and 0 or more", self.spike_factor)
         require(0 < self.distributed_timeout < inf, "distributed-timeout", "positive", self.distributed_timeout)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run."""
+    """Train one model on text, plain or with virtual width."""
 
     out: Path
     """Run directory; it must not exist yet, unless --resume."""
@@ -303,12 +298,13 @@ class TrainConfig:
             raise UserError(f"{options} shape a virtual width; give --m and --n with them")
         if self.m is not None and self.width.table_factor > 1:
             raise UserError("--table-factor widens the table of a plain model; --m and --n do it for a virtual width")
-        for name in ("hidden_size", "intermediate_size"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, "at least 1", value)
+        _at_least(self, 1, "hidden_size", "intermediate_size", "log_every", "eval_every", "save_every")
+        _at_least(self, 0, "health_every", "sample_tokens")
         if self.init_from is None and self.m is None and self.speed != self.speed.of_plain:
             raise UserError("--connection-backend and --keep-states-every need a virtual width; give --m and --n too")
-        self._check_backend()
+        is_free = self.width.connection == "ghc" and self.width.carry_constraint == "none"
+        if self.speed.keep_states_every > 1 and not is_free:
+            raise UserError("--keep-states-every is for connection ghc with a free carry; leave it at 1")
         if self.m is None and self.width.mtp == 0 and self.speed.loss_backend == "liger":
             raise UserError("--loss-backend liger needs a virtual width or --mtp; a plain model keeps its own loss")
         require(
@@ -318,11 +314,6 @@ class TrainConfig:
             self.corpus.window,
         )
         require(0 <= self.seed < 2**32, "seed", "from 0 to 2³² - 1", self.seed)
-        for name in ("log_every", "eval_every", "save_every"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, "at least 1", value)
-        require(self.health_every is None or self.health_every >= 0, "health-every", "0 or more", self.health_every)
-        require(self.sample_tokens >= 0, "sample-tokens", "0 or more", self.sample_tokens)
         self._check_branches()
 
     def _check_branches(self) -> None:
@@ -356,15 +347,6 @@ class TrainConfig:
             )
         if self.optim.learning_rate is None:
             raise UserError("--init-from needs a --learning-rate: the presets' are for weights that start afresh")
-
-    def _check_backend(self) -> None:
-        free = self.width.connection == "ghc" and self.width.carry_constraint == "none"
-        if not free and self.speed.keep_states_every > 1:
-            raise UserError("--keep-states-every is for connection ghc with a free carry; leave it at 1")
-        backend, without = self.speed.connection_backend, {"hc": ("compiled", "triton")}
-        if not free and backend in without.get(self.width.connection, ("triton",)):
-            kind = self.width.connection if self.width.connection != "ghc" else "ghc with a constrained carry"
-            raise UserError(f"--connection-backend {backend} does not run connection {kind}; use auto or reference")
 
     @property
     def name(self) -> str:
@@ -405,3 +387,11 @@ class TrainConfig:
         """Steps between logs, validations and checkpoints; the defaults are multiples of each other."""
         log = self.log_every or max(1, (self.branches[-1].steps if self.branches else self.optim.steps) // 100)
         return log, self.eval_every or 5 * log, self.save_every or 10 * log
+
+
+def _at_least(options: Any, least: int, *names: str) -> None:
+    """Refuse numbers that are smaller or not finite; None stands for a default."""
+    for name in names:
+        value = getattr(options, name)
+        what = f"{'finite and ' if isinstance(value, float) else ''}at least {least}"
+        require(value is None or least <= value < inf, name, what, value)

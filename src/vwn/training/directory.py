@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from vwn.common.errors import UserError
 from vwn.common.files import read_json, write_json
 from vwn.common.provenance import provenance
 from vwn.training.budgets import format_tokens, parse_tokens
-from vwn.training.checkpoint.manifest import FORMAT, clear_rests, last_checkpoint
+from vwn.training.checkpoint.manifest import clear_rests, last_checkpoint
 from vwn.training.config import TrainConfig
 
 LOCK = ".lock"
@@ -88,7 +88,7 @@ def extends(name: str, stored: dict[str, Any], value: Any) -> bool:
     """Return whether a setting's ``value`` makes a run longer: ``--steps`` at a constant rate, or ``--budgets``."""
     if name == "optim.steps":
         return stored["optim.schedule"] == "constant" and value > stored[name]
-    return name == "optim.budgets" and bool(stored[name]) and set(stored[name]) <= set(value)
+    return name == "optim.budgets" and bool(stored[name] and value)  # those of before stay
 
 
 def check_same_text(directory: Path, stored: dict[str, Any], fingerprint: str) -> None:
@@ -110,38 +110,12 @@ def settings(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in flat.items() if name not in ("out", "parallel", "resume")}
 
 
-def adopt(config: TrainConfig, given: Set[str]) -> TrainConfig:
-    """Return the configuration to resume: the stored one, but for the options that were ``given``."""
-    if not config.resume or not (config.out / "run.json").exists():
-        return config
-    stored = read_json(config.out / "run.json").get("config", {})
-    flat = {
-        name: value if name.split(".")[-1] in given else as_tuple(stored.get(name, value))
-        for name, value in settings(config).items()
-    }
-    flat["optim.budgets"] = tuple(dict.fromkeys([*stored.get("optim.budgets", ()), *flat["optim.budgets"]]))
-    changed: dict[str, Any] = {}
-    for name, value in vars(config).items():
-        if dataclasses.is_dataclass(value):
-            own = {key.split(".")[1]: v for key, v in flat.items() if key.startswith(f"{name}.")}
-            changed[name] = dataclasses.replace(value, **own)  # type: ignore[type-var]
-        elif name in flat:
-            changed[name] = flat[name]
-    return dataclasses.replace(config, **changed)
-
-
-def as_tuple(stored: Any) -> Any:
-    """Return a tuple for one of JSON's lists, and any other value as it is."""
-    return tuple(stored) if isinstance(stored, list) else stored
-
-
-def warmed_up(config: TrainConfig, record: dict[str, Any]) -> TrainConfig:
-    """Return the run with the warm-up of its ``run.json``, which does not grow where the run is made longer."""
+def continued(config: TrainConfig, record: dict[str, Any]) -> TrainConfig:
+    """Return a run with the warm-up and the budgets of its ``run.json``; it may have further budgets."""
     before = record["config"]
-    steps = before.get("optim.warmup_steps")
-    if steps is None:
-        steps = record.get("warmup", max(1, before["optim.steps"] // 20))  # earlier versions did not record it
-    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=steps))
+    budgets = tuple(dict.fromkeys((*before["optim.budgets"], *settings(config)["optim.budgets"])))
+    optim = dataclasses.replace(config.optim, warmup_steps=record["warmup"], budgets=budgets)
+    return dataclasses.replace(config, optim=optim)
 
 
 def start(config: TrainConfig, fingerprint: str, rate_factors: dict[str, float]) -> None:
@@ -149,8 +123,7 @@ def start(config: TrainConfig, fingerprint: str, rate_factors: dict[str, float])
     clear_rests(config.out)
     asked, path = settings(config), config.out / "run.json"
     if not path.exists():
-        record = {"config": asked, "text": fingerprint, "checkpoint_format": FORMAT, "warmup": config.warmup}
-        record["rate_factors"] = rate_factors
+        record = {"config": asked, "text": fingerprint, "warmup": config.warmup, "rate_factors": rate_factors}
         write_json(path, record | provenance())
         return
     record = read_json(path)

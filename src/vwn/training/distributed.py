@@ -46,13 +46,11 @@ def on_all_ranks(act: Callable[[], T]) -> T:
         result = act()
     except (ValueError, OSError) as error:
         failure = error
-    said = next(
-        (text for text in all_gather_object(None if failure is None else str(failure)) if text is not None), None
-    )
+    said = [text for text in all_gather_object(failure and str(failure)) if text is not None]
     if failure is not None:
         raise failure
-    if said is not None:
-        raise UserError(said)
+    if said:
+        raise UserError(said[0])
     return result
 
 
@@ -70,36 +68,32 @@ def resolve(config: TrainConfig) -> str:
     """
     world, asked, o, s = world_size(), config.parallel, config.optim, config.speed
     by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if by_launcher and os.environ.get("FSDP_VERSION", "2") != "2":
-        raise UserError("the accelerate configuration asks for FSDP 1; set fsdp_version: 2 in it")
+    if by_launcher and (asked == "ddp" or os.environ.get("FSDP_VERSION", "2") != "2"):
+        raise UserError(
+            "the accelerate configuration asks for FSDP; set fsdp_version: 2 in it, and drop --parallel ddp"
+        )
     if world == 1:
-        if by_launcher:
-            raise UserError("the accelerate configuration asks for FSDP and there is one process; start several")
-        if asked != "auto":
+        if asked != "auto" or by_launcher:
             raise UserError(
-                f"--parallel {asked} needs several processes and there is one; start with torchrun or accelerate "
-                "launch, or drop --parallel"
+                f"--parallel {asked} and FSDP need several processes and there is one; start with torchrun or "
+                "accelerate launch, or drop --parallel"
             )
         return "none"
-    if by_launcher and asked == "ddp":
-        raise UserError("--parallel ddp contradicts the accelerate configuration, which asks for FSDP; use one of them")
     parallel = ("fsdp2" if by_launcher else "ddp") if asked == "auto" else asked
     if o.batch_size % (world * o.gradient_accumulation):
         raise UserError(
             f"--batch-size {o.batch_size} is shared by {world} processes in {o.gradient_accumulation} passes each; "
             f"make it a multiple of {world * o.gradient_accumulation}"
         )
-    if parallel in SHARDED:
-        for option, given in (("--keep-states-every", s.keep_states_every > 1), ("--compile", s.compile)):
-            if given:
-                raise UserError(f"{option} does not go with --parallel {parallel}; drop it")
-        if o.optimizer == "muon":
-            raise UserError(f"--optimizer muon needs matrices whole, which --parallel {parallel} shards; use adamw")
-        if s.loss_backend == "liger":
-            raise UserError(
-                f"--loss-backend liger needs the unembedding's weights whole, which --parallel {parallel} shards; "
-                "use torch"
-            )
+    needs_whole_weights = {
+        "--keep-states-every": s.keep_states_every > 1,
+        "--compile": s.compile,
+        "--optimizer muon": o.optimizer == "muon",
+        "--loss-backend liger": s.loss_backend == "liger",
+    }
+    for option, is_given in needs_whole_weights.items():
+        if is_given and parallel in SHARDED:
+            raise UserError(f"{option} does not go with --parallel {parallel}, which shards the weights; drop it")
     if parallel == "hsdp" and not (local := _per_node()) < world:
         raise UserError(
             f"--parallel hsdp copies over nodes what it shards within one, and all {local} processes are on one node; "
@@ -157,15 +151,10 @@ class CheckParallel(TrainerCallback):
         self.parallel = parallel
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
-        parts = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
-        if self.parallel not in SHARDED and parts:
+        is_sharded = {isinstance(p, DTensor) for p in model.parameters()}
+        if is_sharded != {self.parallel in SHARDED}:
             raise UserError(
-                f"accelerate has sharded {parts[0]}, which was not asked for (--parallel {self.parallel}); ask for "
-                "fsdp2, or take FSDP out of the accelerate configuration"
-            )
-        if self.parallel in SHARDED and whole:
-            raise UserError(
-                f"--parallel {self.parallel} was asked for, but accelerate has left {whole[0]} whole on the device "
-                f"{args.device.type}; use --parallel ddp there"
+                f"accelerate has {'sharded' if True in is_sharded else 'left whole'} weights on the device "
+                f"{args.device.type}, which --parallel {self.parallel} does not; ask for another --parallel, or change "
+                "the accelerate configuration"
             )

@@ -52,7 +52,7 @@ class RunResult:
     @property
     def has_diverged(self) -> bool:
         """Whether the run, or a branch of it, ended with a loss that is not finite."""
-        return any(point["loss"] is None for point in (*self.curve[-1:], *self.decayed))
+        return any(point["loss"] is None for point in self.curve[-1:])
 
     def is_whole(self, config: TrainConfig, budgets: int | None = None) -> bool:
         """Whether it is of all that a run was asked for, which may have become longer; one that diverged is.

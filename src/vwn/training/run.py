@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,16 @@ from vwn.hf import VirtualWidthForCausalLM
 from vwn.nn.embedding import EMBEDDING_STD
 from vwn.nn.groups import default_factors
 from vwn.training import directory
-from vwn.training.arguments import apply_speed, check_device, check_trackers, learning_rate_of, training_arguments
+from vwn.training.arguments import (
+    apply_speed,
+    check_device,
+    check_trackers,
+    learning_rate_of,
+    parse_factors,
+    training_arguments,
+)
 from vwn.training.branches import train_branches
-from vwn.training.checkpoint.manifest import agreed_checkpoint, checkpoints
+from vwn.training.checkpoint.manifest import checkpoints, last_checkpoint
 from vwn.training.checkpoint.sharding import MODEL, load_weights
 from vwn.training.config import TrainConfig
 from vwn.training.distributed import (
@@ -39,7 +47,6 @@ from vwn.training.distributed import (
     rank0_first,
     resolve,
 )
-from vwn.training.groups import parse_factors
 from vwn.training.model import (
     build_model,
     load_backbone,
@@ -55,7 +62,6 @@ from vwn.training.trainer import Diverged, ProgressBar, VirtualWidthTrainer
 from vwn.training.watch.preemption import Stopped, StopSignals
 from vwn.training.watch.samples import SampleLog, last_sample
 
-Label = str | Callable[[int], str]
 START = "start"
 """Folder in the run directory with config and tokenizer of the model that ``--init-from`` named, which may go away."""
 EPOCHS = 4
@@ -63,7 +69,10 @@ EPOCHS = 4
 
 
 def train(
-    config: TrainConfig, corpus: Corpus | None = None, label: Label | None = None, budgets: int | None = None
+    config: TrainConfig,
+    corpus: Corpus | None = None,
+    label: str | Callable[[int], str] | None = None,
+    budgets: int | None = None,
 ) -> RunResult:
     """Train one model and leave in ``config.out`` its weights, tokenizer, checkpoints, logs, and ``result.json``.
 
@@ -86,18 +95,17 @@ def train(
     hf_logging.disable_progress_bar()
     config.check()
     config = with_tokenizer(config)
-    check_device(config.speed)
+    check_device(config.speed, config.n)
     check_trackers(config.report_to)
     join(timedelta(minutes=config.reliability.distributed_timeout))
     parallel = resolve(config)
-    stored, result = broadcast(on_all_ranks(lambda: _open(config, corpus, budgets) if rank() == 0 else (None, None)))
+    asked = config
+    opened = on_all_ranks(lambda: _open(asked, corpus, budgets) if rank() == 0 else (asked, None, None))
+    config, stored, result = broadcast(opened)
     if result is not None:
         return result
-    if stored is not None:
-        config = directory.warmed_up(config, stored)
     check_model(config)
     learning_rate = learning_rate_of(config)
-    is_alone = label is None
     corpus = corpus or rank0_first(lambda: load_corpus(config))
     if isinstance(corpus.train, PackedWindows) and len(corpus.train) < config.optim.batch_size:
         raise UserError(
@@ -107,10 +115,11 @@ def train(
     if stored is not None:
         directory.check_same_text(config.out, stored, corpus.fingerprint)
     name = config.name if config.init_from is None else Path(config.init_from).name
-    run = Run(config, corpus, learning_rate, label or name, parallel)
+    bar = ProgressBar(label or name, config.tokens_per_step)
+    run = Run(config, corpus, learning_rate, bar, parallel)
     model = run.build()  # what cannot be built leaves no directory behind
     run.rate_factors = rate_factors(config, model, stored)
-    if is_alone and rank() == 0:
+    if label is None and rank() == 0:
         for line in summary(config, corpus, model, learning_rate, run.rate_factors):
             print(f"vwn: {line}", file=sys.stderr)
     with ExitStack() as stack:
@@ -120,18 +129,20 @@ def train(
 
 def _open(
     config: TrainConfig, corpus: Corpus | None, budgets: int | None
-) -> tuple[dict[str, Any] | None, RunResult | None]:
-    """Return the record of the run in ``config.out``, and its result if it has ended."""
+) -> tuple[TrainConfig, dict[str, Any] | None, RunResult | None]:
+    """Return the run to train, the record of the one in ``config.out``, and its result if it has ended."""
     stored = directory.open_directory(config.out, "run.json", bool(config.resume))
     if stored is None and config.resume is True:
         raise UserError(f"there is no run in {config.out} to continue; drop --resume, or use --resume auto")
     if stored is None:
-        return None, None
+        return config, None, None
     directory.check_same(config.out, stored.get("config", {}), directory.settings(config))
+    config = directory.continued(config, stored)
+    config.check()
     if corpus is not None:
         directory.check_same_text(config.out, stored, corpus.fingerprint)
     result = stored_result(config.out)
-    return stored, result if result is not None and result.is_whole(config, budgets) else None
+    return config, stored, result if result is not None and result.is_whole(config, budgets) else None
 
 
 def _begin(stack: ExitStack, run: Run, model: Any) -> None:
@@ -143,16 +154,24 @@ def _begin(stack: ExitStack, run: Run, model: Any) -> None:
         record_start(model, run.corpus.tokenizer, out / START)
 
 
+@dataclass
 class Run:
     """A run under way: what its trunk and its branches share."""
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, learning_rate: float, label: Label, parallel: str) -> None:
-        self.config, self.corpus, self.learning_rate, self.label = config, corpus, learning_rate, label
-        self.parallel = parallel
-        self.rate_factors: dict[str, float] = {}
+    config: TrainConfig
+    corpus: Corpus
+    learning_rate: float
+    bar: ProgressBar
+    parallel: str
+    rate_factors: dict[str, float] = field(default_factory=dict)
 
     def build(self) -> Any:
-        """Return the model as it starts."""
+        """Return the model as it starts, set up for the options of speed."""
+        model = self._start()
+        apply_speed(model, self.config.speed, whole=self.parallel not in SHARDED)
+        return model
+
+    def _start(self) -> Any:
         c = self.config
         if c.init_from is not None:
             if (c.out / START / "config.json").exists() and checkpoints(c.out):
@@ -171,7 +190,7 @@ class Run:
         config: TrainConfig,
         model: Any = None,
         start: Path | None = None,
-        label: Label | None = None,
+        part: str = "",
         is_trunk: bool = False,
     ) -> RunResult:
         """Train to ``config.optim.steps``, from the last checkpoint in ``config.out`` where there is one.
@@ -180,11 +199,11 @@ class Run:
             config: of the run, or of its trunk or a branch.
             model: as it starts; None builds it.
             start: checkpoint that a branch starts from.
-            label: of the progress bar.
+            part: what the progress bar adds to its label.
             is_trunk: whether it goes on after these steps, and leaves neither model nor result.
         """
         model, memory = model or self.build(), PeakMemory()
-        checkpoint = agreed_checkpoint(config.out)
+        checkpoint = last_checkpoint(config.out)
         if checkpoint is not None and rank() == 0:
             print(f"vwn: continuing from {checkpoint}", file=sys.stderr)
         checkpoint = checkpoint or start
@@ -195,7 +214,8 @@ class Run:
                 load_weights(model, checkpoint)
             else:
                 model = AutoModelForCausalLM.from_pretrained(checkpoint)
-        trainer = self._trainer(config, model, checkpoint, label or self.label)
+        trainer = self._trainer(config, model, checkpoint)
+        self.bar.begin(part, trainer.stopwatch)
         trainer.stopwatch.seconds = state.log_history[-1]["seconds"] if state.log_history else 0.0
 
         def result(curve: list[Point]) -> RunResult:
@@ -226,36 +246,25 @@ class Run:
             directory.write_json(config.out / "result.json", dataclasses.asdict(finished))
         return finished
 
-    def _trainer(self, config: TrainConfig, model: Any, checkpoint: Path | None, label: Label) -> VirtualWidthTrainer:
+    def _trainer(self, config: TrainConfig, model: Any, checkpoint: Path | None) -> VirtualWidthTrainer:
         is_sharded = self.parallel in SHARDED
         board = tensorboard(config.out / "logs") if "tensorboard" in config.report_to else None
         parallel = parallel_arguments(self.parallel, model)
         arguments = training_arguments(config, self.learning_rate, checkpoint is not None, parallel)
         if not is_sharded:  # a sharded one moves layer by layer
             model.to(arguments.device)
-        apply_speed(model, config.speed, arguments.device, whole=not is_sharded)
         trainer = VirtualWidthTrainer(
+            config,
+            self.rate_factors,
             model=model,
             args=arguments,
             train_dataset=self.corpus.train,
             eval_dataset=spread(self.corpus.valid, config.corpus.max_valid_tokens // config.corpus.window),
             processing_class=self.corpus.tokenizer,
             data_collator=default_data_collator,
-            callbacks=[
-                CheckParallel(self.parallel),
-                ProgressBar(label, config.tokens_per_step),
-                *([board] if board else []),
-            ],
-            window=config.corpus.window,
-            optimizer_name=config.optim.optimizer,
-            rate_factors=self.rate_factors,
-            cooldown_steps=config.cooldown_steps,
-            final_learning_rate=config.optim.final_learning_rate,
-            health_every=config.intervals[1] if config.health_every is None else config.health_every,
-            keep_last=config.reliability.keep_last,
-            skip_bad_steps=config.reliability.skip_bad_steps,
-            spike_factor=config.reliability.spike_factor,
+            callbacks=[CheckParallel(self.parallel), *([board] if board else [])],
         )
+        trainer.add_callback(self.bar)  # behind the stopwatch
         trainer.add_callback(SampleLog(trainer, config.sample_tokens, board))
         if checkpoint is not None:
             trainer.restore(checkpoint)
@@ -292,12 +301,8 @@ class Run:
 
 def rate_factors(config: TrainConfig, model: Any, record: dict[str, Any] | None = None) -> dict[str, float]:
     """Return the factors given and the defaults for the other groups; a run that goes on keeps its ``record``'s."""
-    given = parse_factors(config.optim.rate_factors)
-    if record is None:
-        return default_factors(model) | given
-    if "rate_factors" in record:
-        return record["rate_factors"] | given
-    return {group: f for group, f in default_factors(model).items() if group == "routing"} | given  # an old run
+    before = default_factors(model) if record is None else record["rate_factors"]
+    return before | parse_factors(config.optim.rate_factors)
 
 
 def load_corpus(config: TrainConfig) -> Corpus:
@@ -316,14 +321,10 @@ def load_corpus(config: TrainConfig) -> Corpus:
 
 
 def with_tokenizer(config: TrainConfig) -> TrainConfig:
-    """Fill in the tokenizer where none is given: the record's, that of the weights to start from, or bytes."""
+    """Fill in the tokenizer where none is given: that of the weights to start from, or bytes."""
     if config.corpus.tokenizer is not None:
         return config
-    record, name = config.out / "run.json", BYTES
-    if config.resume and record.exists():
-        name = directory.read_json(record).get("config", {}).get("corpus.tokenizer", BYTES)
-    elif config.init_from is not None:
-        name = str(directory.locate(config.init_from))
+    name = BYTES if config.init_from is None else str(directory.locate(config.init_from))
     return dataclasses.replace(config, corpus=dataclasses.replace(config.corpus, tokenizer=name))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import time
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import RandomSampler
 from tqdm import tqdm
-from transformers import EvalPrediction, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from vwn.common.errors import UserError
 from vwn.common.processes import world_size
@@ -26,6 +27,7 @@ from vwn.nn.groups import GROUPS, parameter_groups
 from vwn.training.checkpoint.manifest import checkpoints
 from vwn.training.checkpoint.saving import SavingTrainer, not_finite
 from vwn.training.checkpoint.sharding import ShardingTrainer
+from vwn.training.config import TrainConfig
 from vwn.training.muon import MuonWithAdamW
 from vwn.training.watch.guards import StepGuard
 from vwn.training.watch.health import HealthLog
@@ -46,11 +48,6 @@ def head_losses(outputs: Any, router_aux_loss_coef: float = 0.0) -> Tensor:
     return (outputs.loss if aux_loss is None else outputs.loss - router_aux_loss_coef * aux_loss).detach()[None]
 
 
-def mean_losses(prediction: EvalPrediction) -> dict[str, float]:
-    """Return validation losses over all windows, by name."""
-    return named_losses(np.asarray(prediction.predictions, dtype=np.float64).mean(axis=0))
-
-
 def named_losses(losses: Any) -> dict[str, float]:
     """``loss`` for the next token, ``loss_2`` for the next but one, and so on."""
     return {"loss" if k == 0 else f"loss_{k + 1}": float(value) for k, value in enumerate(losses)}
@@ -64,49 +61,32 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
     ``seconds`` (of training alone) so far.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        window: int,
-        optimizer_name: str = "adamw",
-        rate_factors: Mapping[str, float] | None = None,
-        cooldown_steps: int = 0,
-        final_learning_rate: float = 0.0,
-        health_every: int = 0,
-        skip_bad_steps: int = 0,
-        spike_factor: float = 0.0,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, compute_metrics=mean_losses, **kwargs)
-        self.optimizer_name = optimizer_name
-        self.rate_factors = dict.fromkeys(GROUPS, 1.0) | dict(rate_factors or {})
-        self.window = window
-        self.cooldown_steps, self.final_learning_rate = cooldown_steps, final_learning_rate
-        a = self.args
-        self.tokens_per_step = window * a.per_device_train_batch_size * a.gradient_accumulation_steps * a.world_size
-        self.stopwatch = Stopwatch()
-        self.add_callback(self.stopwatch)
+    def __init__(self, config: TrainConfig, rate_factors: Mapping[str, float], **kwargs: Any) -> None:
+        c = config
+        super().__init__(
+            compute_metrics=lambda rows: named_losses(rows.predictions.astype(np.float64).mean(axis=0)),
+            keep_last=c.reliability.keep_last,
+            **kwargs,
+        )
+        self.config, self.rate_factors = c, dict.fromkeys(GROUPS, 1.0) | dict(rate_factors)
+        self.tokens_per_step = c.tokens_per_step
+        health_every = c.intervals[1] if c.health_every is None else c.health_every
         self.health = HealthLog(self, health_every) if health_every else None
-        if self.health:
-            self.add_callback(self.health)
         self.remove_callback(PrinterCallback)  # the progress bar shows what matters, the logs hold the rest
         self._losses: list[Tensor] = []
         self.step_losses: list[Tensor] = []  # of the forward passes of the step under way, and their tokens
         self.step_inputs: list[Tensor] = []
         self.gradient_norm: Any = None  # of the step under way, before clipping
-        guard, self.log_window = StepGuard(self, skip_bad_steps, spike_factor), LogWindow(self)
-        for callback in (guard, self.log_window):
+        self.stopwatch, self.log_window = Stopwatch(), LogWindow(self)
+        guard = StepGuard(self, c.reliability.skip_bad_steps, c.reliability.spike_factor)
+        for callback in (self.stopwatch, *([self.health] if self.health else []), guard, self.log_window):
             self.add_callback(callback)
-        self.stateful |= {"guard": guard, "log": self.log_window, "stopwatch": self.stopwatch}
+        self.stateful |= {"guard": guard, "log": self.log_window}
         if isinstance(self.train_dataset, TokenStream):
-            self.stream = StreamLoader(
-                self.train_dataset,
-                a.process_index,
-                a.world_size,
-                a.gradient_accumulation_steps,
-                a.dataloader_num_workers,
-            )
-            self.add_callback(StreamedEpoch())
+            a = self.args
+            processes = a.process_index, a.world_size
+            passes, workers = a.gradient_accumulation_steps, a.dataloader_num_workers
+            self.stream = StreamLoader(self.train_dataset, *processes, passes, workers)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make AdamW on :func:`vwn.parameter_groups` with ``rate_factors``, or Muon and AdamW together."""
@@ -114,7 +94,7 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
             return super().create_optimizer(*args, **kwargs)
         a = self.args
         rates: Any = dict(lr=a.learning_rate, weight_decay=a.weight_decay, factors=self.rate_factors)
-        if self.optimizer_name == "muon":
+        if self.config.optim.optimizer == "muon":
             muon, adamw = parameter_groups(self.model, optimizer="muon", **rates)
             self.optimizer = MuonWithAdamW(muon, adamw, (a.adam_beta1, a.adam_beta2))
             return self.optimizer
@@ -124,13 +104,12 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Make the Trainer's, or with ``cooldown_steps`` a warm-up, the peak rate, and a linear cool-down."""
+        """Make the Trainer's, or with a cool-down a warm-up, the peak rate, and a linear fall to the final one."""
         scheduler: Any = self.lr_scheduler  # type: ignore[has-type]
-        if scheduler is None and self.cooldown_steps:
-            warmup, leaves = self.args.get_warmup_steps(num_training_steps), num_training_steps - self.cooldown_steps
-            factor = partial(
-                cooled_down, warmup=warmup, leaves=leaves, ends=num_training_steps, final=self.final_learning_rate
-            )
+        c = self.config
+        if scheduler is None and c.cooldown_steps:
+            leaves, final = num_training_steps - c.cooldown_steps, c.optim.final_learning_rate
+            factor = partial(cooled_down, warmup=c.warmup, leaves=leaves, ends=num_training_steps, final=final)
             self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
@@ -161,10 +140,6 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
             self._losses.append(losses)
         return (loss, outputs) if return_outputs else loss
 
-    def _check_finite(self, value: Tensor, name: str) -> None:
-        if not torch.isfinite(value).all():
-            self.stop(f"the {name} is no longer finite")
-
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         self.gradient_norm = super()._get_grad_norm(*args, **kwargs)
         return self.gradient_norm
@@ -191,7 +166,7 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         # Whole global batches only, so that an epoch has as many steps however they are divided among processes.
         sampler = super()._get_train_sampler(train_dataset)
-        batch = self.tokens_per_step // self.window
+        batch = self.config.optim.batch_size
         size = len(self.train_dataset) // batch * batch
         return RandomSampler(sampler.data_source, num_samples=size, generator=sampler.generator)
 
@@ -227,8 +202,8 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
             if self.health:
                 logs |= self.health.unlogged
                 self.health.unlogged = {}
-        if "eval_loss" in logs:
-            self._check_finite(torch.tensor(logs["eval_loss"]), "validation loss")
+        if not math.isfinite(logs.get("eval_loss", 0.0)):
+            self.stop("the validation loss is no longer finite")
         self.log_window.skipped = 0 if "learning_rate" in logs else self.log_window.skipped
         logs["tokens"] = self.state.global_step * self.tokens_per_step
         logs["seconds"] = round(self.stopwatch.seconds, 3)
@@ -237,10 +212,11 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
     def _head_losses(self, outputs: Any) -> Tensor:
         return head_losses(outputs, getattr(self.model.config, "router_aux_loss_coef", 0.0))
 
-    def _check_weights(self, model: nn.Module) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         name = not_finite(model)
         if name is not None:
             self.stop(f"the weight {name} is no longer finite")
+        super()._save_checkpoint(model, trial)
 
 
 def cooled_down(step: int, warmup: int, leaves: int, ends: int, final: float) -> float:
@@ -287,9 +263,13 @@ class LogWindow(TrainerCallback):
         self.logged = self.trainer._globalstep_last_logged  # moves on before the log is made
         self.trainer.step_losses, self.trainer.step_inputs = [], []
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stream is not None:  # it has no epochs; what the Trainer calls so is the share of the run
+            state.epoch = state.global_step / state.max_steps
+
 
 class Stopwatch(TrainerCallback):
-    """Seconds spent in optimiser steps, without validation and checkpoints, and in each of the last 1024 steps."""
+    """Seconds spent in optimiser steps, without validation and checkpoints, and in each of this process's last 1024."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -302,12 +282,6 @@ class Stopwatch(TrainerCallback):
         median, p90 = np.quantile(self.steps, [0.5, 0.9])
         return float(median), float(p90)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": list(self.steps)}
-
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        self.steps.extend(states[0]["steps"])
-
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
 
@@ -317,35 +291,30 @@ class Stopwatch(TrainerCallback):
         self.steps.append(round(took, 6))
 
 
-class StreamedEpoch(TrainerCallback):
-    """Streamed data have no epochs: what the Trainer calls so is the share of the run, also of a continued one."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.epoch = state.global_step / state.max_steps
-
-
 class ProgressBar(TrainerCallback):
-    """One bar over the whole run with losses, pace and time left, also where there is no terminal to redraw.
+    """A bar over each part of a run with losses, pace and time left, also where there is no terminal to redraw.
 
-    ``label`` is as in :func:`vwn.training.run.train`; the pace is the median of the last 50 steps.
+    Args:
+        label: as in :func:`vwn.training.run.train`.
+        tokens_per_step: for the pace, which is the median of the last 50 steps.
     """
 
     def __init__(self, label: str | Callable[[int], str], tokens_per_step: int) -> None:
         self.label = label if callable(label) else lambda _: label
         self.tokens_per_step = tokens_per_step
+        self.steps = 0  # of all parts, in this process
         self.shown: dict[str, str] = {}
-        self.took: deque[float] = deque(maxlen=50)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
+    def begin(self, part: str, stopwatch: Stopwatch) -> None:
+        """Turn to a part of the run, which is named behind the label, and is timed by ``stopwatch``."""
+        self.part, self.stopwatch = part, stopwatch
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         on_terminal = sys.stderr.isatty()
-        self.first = state.global_step
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
-            desc=self.label(0),
+            desc=self.label(self.steps) + self.part,
             unit="step",
             mininterval=0.1 if on_terminal else 15,
             dynamic_ncols=on_terminal,
@@ -353,15 +322,16 @@ class ProgressBar(TrainerCallback):
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.took.append(time.perf_counter() - self.started)
-        self.shown["tokens/s"] = f"{self.tokens_per_step / statistics.median(self.took):,.0f}"
-        self.bar.set_description(self.label(state.global_step - self.first), refresh=False)
+        self.steps += 1
+        took = statistics.median([*self.stopwatch.steps][-50:])
+        self.shown["tokens/s"] = f"{self.tokens_per_step / took:,.0f}"
+        self.bar.set_description(self.label(self.steps) + self.part, refresh=False)
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         for key, name in (("loss", "loss"), ("eval_loss", "valid")):
-            if logs and key in logs and hasattr(self, "bar"):
+            if logs and key in logs:
                 self.shown[name] = f"{logs[key]:.4f}"
                 self.bar.set_postfix(self.shown, refresh=False)
 

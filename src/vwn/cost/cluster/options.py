@@ -1,9 +1,9 @@
-"""Clusters, and the options of a plan. Needs no torch: the command line is made from it."""
+"""Clusters and the options of `vwn cost`. Needs no torch: the command line is made from it."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from vwn.common.errors import UserError, require
@@ -93,3 +93,22 @@ class PlanOptions:
                 f"--keep-states-every {self.keep_states_every} and --checkpointing full both rebuild the states; "
                 "use one of them"
             )
+
+
+@dataclass(frozen=True)
+class CostConfig:
+    """Count parameters, FLOPs, memory and traffic of models before training, on one device or a cluster."""
+
+    backbone: str = "tiny"
+    """A preset, a transformers config (file or folder), or a hub id."""
+    arms: tuple[str, ...] = ("plain", "2x3", "4x16", "8x64")
+    """Models to compare: plain, MxN, or any other arm of vwn compare."""
+    window: int = 2048
+    """Tokens per sequence, for the FLOPs of attention."""
+    vocab_size: int = 32_768
+    """Vocabulary size of a preset; a config has its own."""
+    mtp: int = 0
+    """Multi-token prediction modules."""
+    plan: PlanOptions = field(default_factory=PlanOptions)
+    json: bool = False
+    """Print JSON instead of a table."""

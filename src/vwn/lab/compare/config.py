@@ -55,7 +55,7 @@ DEFAULT_WIDTH = WidthOptions(mtp=1)
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """A comparison: arms × seeds, everything else equal."""
+    """Train several models that differ in one thing, and write a report."""
 
     out: Path
     """Directory of the comparison; it must not exist yet, unless --resume."""

@@ -49,7 +49,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     config.check()
     for arm in config.parsed:
         run = config.run(arm, config.seeds[0])
-        check_device(run.speed)
+        check_device(run.speed, run.n)
         start_rate(config, run)
     starts = {} if config.init_from is None else start_models(config.parsed, config.init_from)
     for arm in config.parsed:  # sizes of matched arms follow when the vocabulary is known
@@ -334,7 +334,8 @@ def adopt(config: CompareConfig, given: Set[str]) -> CompareConfig:
         if dataclasses.is_dataclass(value):
             kept = {k.split(".")[1]: v for k, v in stored.items() if k.startswith(f"{f.name}.")}
             kept |= planned.get(f.name, {})
-            known = {o.name: directory.as_tuple(kept[o.name]) for o in dataclasses.fields(value) if o.name in kept}
+            known = {o.name: kept[o.name] for o in dataclasses.fields(value) if o.name in kept}
+            known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}  # JSON has no tuples
             budgets = tuple(dict.fromkeys([*known.get("budgets", ()), *getattr(value, "budgets", ())]))
             known = {k: v for k, v in known.items() if k not in given} | ({"budgets": budgets} if budgets else {})
             parts[f.name] = dataclasses.replace(value, **known)  # type: ignore

@@ -11,15 +11,12 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-
 from vwn.common.errors import UserError
-from vwn.common.files import as_json, read_json, sync, sync_directory, write_json
+from vwn.common.files import sync, sync_directory, write_json
 from vwn.common.processes import all_gather_object, broadcast, rank, world_size
 
 MANIFEST = "manifest.json"
@@ -37,15 +34,28 @@ def checkpoints(directory: Path) -> dict[int, Path]:
 def last_checkpoint(directory: Path) -> Path | None:
     """Return the newest checkpoint that is whole; None where there has never been one.
 
+    All processes of a run call it together: each reads a share, and all find the same.
+
     Raises:
         UserError: there are checkpoints, and none of them is whole.
     """
-    return _newest(directory, list(checkpoints(directory)), damage_of)
-
-
-def agreed_checkpoint(directory: Path) -> Path | None:
-    """Return :func:`last_checkpoint` for all processes of a run: each reads a share, and all find the same."""
-    return _newest(directory, broadcast(list(checkpoints(directory))), _agreed_damage)
+    steps = broadcast(list(checkpoints(directory)))
+    why = ""
+    for step in steps:
+        checkpoint = directory / f"checkpoint-{step}"
+        found = _agreed_damage(checkpoint)
+        if found is None:
+            return checkpoint
+        if rank() == 0:
+            before = "the one before is used" if step != steps[-1] else "there is none before it"
+            print(f"vwn: {checkpoint} is damaged ({found}); {before}", file=sys.stderr)
+        why = why or f"{checkpoint.name}: {found}"
+    if steps:
+        raise UserError(
+            f"none of the checkpoints in {directory} can be used ({why}); restore one of them, or delete them to train "
+            "from the start"
+        )
+    return None
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -62,36 +72,16 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _newest(directory: Path, steps: Sequence[int], damage: Callable[[Path], str | None]) -> Path | None:
-    why = ""
-    for step in steps:
-        checkpoint = directory / f"checkpoint-{step}"
-        found = damage(checkpoint)
-        if found is None:
-            return checkpoint
-        if rank() == 0:
-            before = "the one before is used" if step != steps[-1] else "there is none before it"
-            print(f"vwn: {checkpoint} is damaged ({found}); {before}", file=sys.stderr)
-        why = why or f"{checkpoint.name}: {found}"
-    if steps:
-        raise UserError(
-            f"none of the checkpoints in {directory} can be used ({why}); restore one of them, or delete them to train "
-            "from the start"
-        )
-    return None
-
-
 def damage_of(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
     """Return why a checkpoint cannot be used, or None; of ``shares`` processes each reads one ``share`` of it."""
     if not (checkpoint / MANIFEST).exists():
-        return _damage_without_manifest(checkpoint)
+        return f"{MANIFEST} is missing"
     try:
-        said = (checkpoint / MANIFEST).read_text()
-        manifest = json.loads(said)
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
         if manifest["format"] > FORMAT:
             return f"{MANIFEST} is of a newer vwn, format {manifest['format']}"
         listed = {name: (entry["bytes"], entry["blake2b"]) for name, entry in manifest["files"].items()}
-        if manifest["self"] != _seal(manifest) or said != as_json(manifest):
+        if manifest["self"] != _seal(manifest):
             return f"{MANIFEST} is not what was written"
         if checkpoint.name != f"checkpoint-{manifest['step']}":
             return f"{MANIFEST} is that of checkpoint-{manifest['step']}"
@@ -108,28 +98,6 @@ def damage_of(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
                 return f"{name} is not what was written"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{MANIFEST}: {type(error).__name__} {error}"[:100]
-    return None
-
-
-def _damage_without_manifest(checkpoint: Path) -> str | None:
-    """Earlier versions wrote none: their checkpoints are good if their files can be read, later ones are not whole."""
-    record = checkpoint.parent / "run.json"
-    if record.exists() and "checkpoint_format" in read_json(record):
-        return f"{MANIFEST} is missing"
-    try:
-        read_json(checkpoint / "trainer_state.json")
-        weights = list(checkpoint.glob("*.safetensors"))
-        if not weights:
-            return "no weights"
-        for path in weights:
-            safe_open(path, framework="pt")
-        for name in ("optimizer.pt", "scheduler.pt"):
-            torch.load(checkpoint / name, mmap=name == "optimizer.pt", weights_only=True)
-    except (UserError, OSError, SafetensorError, RuntimeError) as error:
-        return " ".join(str(error).split())[:100]
-    print(
-        f"vwn: {checkpoint} is an earlier version's, without hashes; it can be read, no more is known", file=sys.stderr
-    )
     return None
 
 

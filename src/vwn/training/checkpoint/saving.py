@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,30 +24,19 @@ RUN_STATE = "run_state.json"
 """What a run has to remember that transformers does not: ``{name: [state of each process]}``."""
 
 
-class Stateful(Protocol):
-    """Part of a run that a checkpoint has to remember: the data, a guard."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return values for JSON; floats come back to the bit, and must be finite."""
-
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Take up the states of all processes, by rank; there may have been more or fewer than now."""
-
-
 class SavingTrainer(Trainer):
     """A Trainer whose checkpoints are written aside, sealed with a manifest, renamed, and rotated.
 
     Args:
         keep_last: checkpoints that stay.
-        stateful: by name, what else is saved with each checkpoint and comes back with :meth:`restore`.
     """
 
-    def __init__(
-        self, *args: Any, keep_last: int = 2, stateful: dict[str, Stateful] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, keep_last: int = 2, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.keep_last = keep_last
-        self.stateful: dict[str, Stateful] = dict(stateful or {})
+        self.stateful: dict[str, Any] = {}
+        """Parts of the run by name whose ``state_dict()`` each checkpoint holds as JSON, for every process. Their
+        ``load_state_dict`` gets the states of all processes by rank; there may have been more or fewer than now."""
         self.stream: Any = None  # the loader of streamed data: it alone knows where they stand
         self._whole: list[int] = []
         self._staging: Path | None = None
@@ -56,20 +45,15 @@ class SavingTrainer(Trainer):
         """Give the data and everything in ``stateful`` their state back; before training goes on from a checkpoint."""
         step = int(checkpoint.name.rpartition("-")[2])
         self._whole = [s for s in checkpoints(Path(self.args.output_dir)) if s <= step]
-        self.load_data_state(checkpoint)
-        if (checkpoint / MANIFEST).exists() and rank() == 0:
-            wrote = read_json(checkpoint / MANIFEST)["world_size"]
-            if wrote != world_size():
-                print(
-                    f"vwn: {checkpoint} was written by {wrote} processes, {world_size()} go on with it", file=sys.stderr
-                )
-        if (checkpoint / RUN_STATE).exists():  # earlier versions wrote none
-            states = read_json(checkpoint / RUN_STATE)
-            for name in self.stateful.keys() & states:
-                self.stateful[name].load_state_dict(states[name])
+        if self.stream is not None:
+            self.stream.load_state_dict(read_json(checkpoint / DATA_STATE))
+        wrote = read_json(checkpoint / MANIFEST)["world_size"]
+        if wrote != world_size() and rank() == 0:
+            print(f"vwn: {checkpoint} was written by {wrote} processes, {world_size()} go on with it", file=sys.stderr)
+        for name, states in read_json(checkpoint / RUN_STATE).items():
+            self.stateful[name].load_state_dict(states)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._check_weights(model)
         run_dir, step = Path(self.args.output_dir), self.state.global_step
         checkpoint = run_dir / STAGING / f"checkpoint-{step}"
         with self._aside(f"the checkpoint of step {step}", optimiser=True) as staging:
@@ -78,10 +62,12 @@ class SavingTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
-            self.save_data_state(checkpoint)
+            data = None if self.stream is None else self.stream.state_dict()
             states = {name: all_gather_object(part.state_dict()) for name, part in self.stateful.items()}
             if self.args.should_save:
                 write_json(checkpoint / RUN_STATE, states)
+                if data is not None:
+                    write_json(checkpoint / DATA_STATE, data)
             self.accelerator.wait_for_everyone()
             seal(checkpoint, step)
         if self.args.should_save:
@@ -90,18 +76,6 @@ class SavingTrainer(Trainer):
             self._whole.append(step)
             rotate(run_dir, self.keep_last, self._whole, upto=step)
         self.accelerator.wait_for_everyone()
-
-    def save_data_state(self, checkpoint: Path) -> None:
-        """Write where streamed data stand into a checkpoint; packed windows follow from the number of steps."""
-        if self.stream is not None:
-            state = self.stream.state_dict()
-            if self.args.should_save:
-                write_json(checkpoint / DATA_STATE, state)
-
-    def load_data_state(self, checkpoint: Path) -> None:
-        """Continue streamed data where a checkpoint left them; before ``train``."""
-        if self.stream is not None:
-            self.stream.load_state_dict(read_json(checkpoint / DATA_STATE))
 
     def save_final(self) -> None:
         """Weights, config and tokenizer into the run directory; ``config.json`` comes last and makes it whole."""
@@ -152,9 +126,6 @@ class SavingTrainer(Trainer):
         if optimiser:
             tensors += [t for state in self.optimizer.state.values() for t in state.values()]
         return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
-
-    def _check_weights(self, model: nn.Module) -> None:
-        """Raise if a weight is no longer finite, in all processes; for the subclass."""
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or super()._get_output_dir(trial))
