@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 
 import vwn.data
 from texts import DOCUMENTS, WRITERS, packed, write_jsonl, write_txt
-from vwn.data import Corpus, PackedWindows, corpus, load_tokenizer, packing, prepare, sources, spool
-from vwn.data.reading import SEPARATOR, Chunk
+from vwn.data import Corpus, PackedWindows, corpus, load_tokenizer, prepare, sources
+from vwn.data.reading import CHUNK, SEPARATOR
 
 TRICKY = [
     "",
@@ -161,28 +161,8 @@ def test_separators_make_no_empty_documents(source: Path, cache: Path):
     assert tokens_of(result) == encoded([body, body])
 
 
-@pytest.mark.parametrize("piece", [1, 7, 1000])
-def test_chunks_do_not_depend_on_the_pieces(piece: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(spool, "CHUNK_CHARACTERS", 50)
-    text = "".join(f"{'x' * (37 * i % 90)}#{'word ' * (i % 4)}\n" * (i % 3) for i in range(60)) + "y" * 400
-    documents = [f"{document}." for document in text.split("#")]
-
-    def chunks(size: int) -> list[tuple[str, str, bool]]:
-        parts = [
-            Chunk(0, 0, document[i : i + size], i + size >= len(document))
-            for document in documents
-            for i in range(0, len(document), size)
-        ]
-        return list(spool.in_chunks(("file", part) for part in parts))
-
-    found = chunks(piece)
-    assert found == chunks(1 << 20)
-    assert "".join(text + "#" * ends for _, text, ends in found) == "".join(f"{document}#" for document in documents)
-    assert max(len(text) for _, text, _ in found) <= 100
-
-
 def test_long_documents_keep_every_character(source: Path, cache: Path):
-    text = "".join(chr(0x4E00 + i % 5000) for i in range(3 * spool.CHUNK_CHARACTERS))
+    text = "".join(chr(0x4E00 + i % 5000) for i in range(3 * CHUNK))
     result = prepare(str(write_txt(source, [text, text])), window=64, cache_dir=cache)
     assert tokens_of(result) == encoded([text, text])
 
@@ -220,16 +200,6 @@ def test_bpe_is_trained_on_the_training_part_only(source: Path, cache: Path, cap
     assert result.tokenizer.decode(stream_of(result.valid)[:-1]) == valid
     assert result.tokenizer.model_max_length == 8
     assert capfd.readouterr().out == ""
-
-
-@pytest.mark.parametrize("largest_id", [200, 256, 65535, 65536])
-def test_smallest_type(largest_id: int):
-    class Vocabulary:
-        def get_vocab(self) -> dict[str, int]:
-            return {"a": 0, "b": largest_id}
-
-    dtype = packing.smallest_dtype(Vocabulary())  # type: ignore[arg-type]
-    assert dtype == {200: "uint8", 256: "uint16", 65535: "uint16", 65536: "uint32"}[largest_id]
 
 
 # The cache
@@ -289,7 +259,7 @@ def test_second_call_does_not_read_or_tokenise(
     def refuse(*_, **__):
         raise Tokenised
 
-    monkeypatch.setattr(corpus, "spool", refuse)
+    monkeypatch.setattr(corpus, "whole", refuse)
     monkeypatch.setattr(corpus, "write_tokens", refuse)
     moved = data.rename(tmp_path / "moved.txt")
     second = prepare(str(moved), tokenizer=spec, window=32, cache_dir=cache)

@@ -131,7 +131,7 @@ def test_unreadable_and_unwritable(source: Path, cache: Path):
     assert "text.txt cannot be written" in refusal(data, data)
 
 
-@pytest.mark.parametrize("spec", ["bpe:abc", "bpe:10", "bpe:", "bpe:-5", "bpe:9999999999", "bpe:1e4"])
+@pytest.mark.parametrize("spec", ["bpe", "bpe:abc", "bpe:10", "bpe:-5", "bpe:9999999"])
 def test_bad_bpe_size(spec: str, cache: Path):
     assert f"{spec!r} has no usable size" in refusal("missing.txt", cache, tokenizer=spec)
 

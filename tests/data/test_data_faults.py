@@ -6,7 +6,6 @@ import gzip
 import json
 import lzma
 import os
-import pickle
 import subprocess
 import sys
 import tarfile
@@ -197,10 +196,9 @@ def test_the_batches_of_a_run_follow_the_option(tmp_path: Path):
     assert len(fingerprints) == 2
 
 
-def test_control_tokens_stay_text_in_a_worker_and_in_prompts_they_do_not():
+def test_control_tokens_stay_text_and_in_prompts_they_do_not():
     tokenizer = control_tokenizer()
-    encoder = pickle.loads(pickle.dumps(TextEncoder(tokenizer)))
-    assert encoder(["a</s>"]) == [[*b"a</s>"]]
+    assert TextEncoder(tokenizer)(["a</s>"]) == [[*b"a</s>"]]
     assert tokenizer.encode("a</s>") == [ord("a"), 258]
     assert TextEncoder(tokenizer, control_tokens=True)(["a</s>"]) == [[ord("a"), 258]]
 
@@ -303,9 +301,9 @@ def test_text_that_the_tokenizer_does_not_know_is_one_sentence_and_can_be_skippe
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "a.jsonl").write_bytes(lines("aa", "bb"))
     (tmp_path / "d" / "b.jsonl").write_bytes(lines("a🎈", "ab"))
-    with pytest.raises(UserError, match=r"^\S*b\.jsonl: the tokenizer cannot encode '🎈' \(.*\); give one that"):
+    with pytest.raises(UserError, match=r"^\S*b\.jsonl: the tokenizer cannot encode the text \(.*\); give one that"):
         prepared(tmp_path / "d", tmp_path / "cache", tokenizer=tokenizer)
-    with pytest.raises(UserError, match=r"b\.jsonl, byte 0: the tokenizer cannot encode '🎈'"):
+    with pytest.raises(UserError, match=r"b\.jsonl, byte 0: the tokenizer cannot encode the text"):
         streamed(tmp_path / "d" / "b.jsonl", 8, tokenizer=tokenizer)
     (known,) = TextEncoder(tokenizer)(["ab"])
     whole = [*known, tokenizer.eos_token_id]

@@ -5,20 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
-from tqdm.auto import tqdm
 
 from vwn.common.cache import default_cache_dir, load_or_build
 from vwn.common.errors import UserError
 from vwn.data.packing import PackedWindows, smallest_dtype, write_tokens
 from vwn.data.sources import Source, resolve, resolve_valid
-from vwn.data.spool import TextChunk, TextRange, split_off_end, spool
+from vwn.data.splitting import Text, split_off_end, whole
 from vwn.data.tokenizer import BYTES, TextEncoder, bpe_size, load_tokenizer, wrap
 
 if TYPE_CHECKING:
@@ -174,44 +172,29 @@ class _Job:
         )
 
     def build(self, folder: Path) -> None:
-        text = folder / "text"
-        text.mkdir()
-        sides = self._sides(text)
+        sides: dict[str, Text] = {}
+        if self.data is not None:
+            sides["train"] = whole(self.data)
+            if self.valid is None:
+                sides["train"], sides["valid"] = split_off_end(sides["train"], self.valid_fraction)
+        if self.valid is not None:
+            sides["valid"] = whole(self.valid)
         tokenizer = self.tokenizer
         if tokenizer is None:
-            chunks = _with_bar(sides["train"], f"training {self.spec}")
-            texts = (chunk.text for chunk in chunks if chunk.text)
+            texts = (chunk.text for _, chunk in sides["train"].chunks(f"training {self.spec}") if chunk.text)
             tokenizer = load_tokenizer(self.spec, texts, max_length=self.window)
             tokenizer.backend_tokenizer.save(str(folder / _TOKENIZER))
         encoder = TextEncoder(tokenizer, self.control_tokens)
         dtype, digest = smallest_dtype(tokenizer), hashlib.blake2b(digest_size=16)
         sizes = {
-            side: write_tokens(_with_bar(of, f"tokenising {side}"), encoder, folder / f"{side}.bin", dtype, digest)
-            for side, of in sides.items()
+            side: write_tokens(text.chunks(f"tokenising {side}"), encoder, folder / f"{side}.bin", dtype, digest)
+            for side, text in sides.items()
         }
-        shutil.rmtree(text)
         meta = {"dtype": dtype, "fingerprint": digest.hexdigest(), "sides": sizes}
         with open(folder / _META, "w") as file:
             json.dump(meta, file)
             file.flush()
             os.fsync(file.fileno())
-
-    def _sides(self, folder: Path) -> dict[str, TextRange]:
-        sides: dict[str, TextRange] = {}
-        if self.data is not None:
-            sides["train"] = spool(self.data, folder / "train")
-            if self.valid is None:
-                sides["train"], sides["valid"] = split_off_end(sides["train"], self.valid_fraction)
-        if self.valid is not None:
-            sides["valid"] = spool(self.valid, folder / "valid")
-        return sides
-
-
-def _with_bar(text: TextRange, title: str) -> Iterator[TextChunk]:
-    with tqdm(total=text.stop - text.start, unit="char", unit_scale=True, desc=title) as bar:
-        for chunk in text.chunks():
-            yield chunk
-            bar.update(len(chunk.text))
 
 
 def _load_meta(folder: Path) -> dict[str, Any] | None:

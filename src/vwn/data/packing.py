@@ -16,7 +16,7 @@ from vwn.common.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from vwn.data.spool import TextChunk
+    from vwn.data.reading import Chunk
     from vwn.data.tokenizer import TextEncoder
 
 _BATCH_CHARACTERS = 1 << 20
@@ -60,7 +60,7 @@ def smallest_dtype(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def write_tokens(
-    chunks: Iterable[TextChunk], encoder: TextEncoder, path: Path, dtype: str, digest: Any
+    chunks: Iterable[tuple[str, Chunk]], encoder: TextEncoder, path: Path, dtype: str, digest: Any
 ) -> dict[str, int]:
     """Tokenise documents to a file; each that is not empty ends in the end-of-text id. `digest` is of `hashlib`.
 
@@ -71,7 +71,7 @@ def write_tokens(
     is_open = False
     with open(path, "wb") as file:
         for batch in _batches(chunks):
-            for chunk, ids in zip(batch, _encode(batch, encoder), strict=True):
+            for (_, chunk), ids in zip(batch, _encode(batch, encoder), strict=True):
                 is_open = is_open or bool(chunk.text)
                 if chunk.ends and is_open:
                     ids = [*ids, encoder.end]
@@ -86,12 +86,12 @@ def write_tokens(
     return {"tokens": tokens, "bytes": size}
 
 
-def _batches(chunks: Iterable[TextChunk]) -> Iterator[list[TextChunk]]:
+def _batches(chunks: Iterable[tuple[str, Chunk]]) -> Iterator[list[tuple[str, Chunk]]]:
     """Group the chunks that are tokenised in one call, which runs on all cores."""
-    batch: list[TextChunk] = []
+    batch: list[tuple[str, Chunk]] = []
     size = 0
-    for chunk in chunks:
-        batch.append(chunk)
+    for file, chunk in chunks:
+        batch.append((file, chunk))
         size += len(chunk.text) + 1
         if size >= _BATCH_CHARACTERS:
             yield batch
@@ -100,13 +100,13 @@ def _batches(chunks: Iterable[TextChunk]) -> Iterator[list[TextChunk]]:
         yield batch
 
 
-def _encode(batch: list[TextChunk], encoder: TextEncoder) -> list[list[int]]:
+def _encode(batch: list[tuple[str, Chunk]], encoder: TextEncoder) -> list[list[int]]:
     try:
-        return encoder([chunk.text for chunk in batch])
+        return encoder([chunk.text for _, chunk in batch])
     except UserError:
-        for chunk in batch:
+        for file, chunk in batch:
             try:
                 encoder([chunk.text])
             except UserError as error:
-                raise UserError(f"{chunk.file}: {error}") from error
+                raise UserError(f"{file}: {error}") from error
         raise

@@ -115,41 +115,26 @@ def line_end(text: str, start: int, limit: int) -> int:
 
 def _read_text(part: FileRange, offset: int, on_bad_row: OnBadRow | None) -> Iterator[Chunk]:
     mark = SEPARATOR.encode() if kind(part.path) else b""
+    enough = CHUNK + max(len(mark), 1)  # one byte more shows that the text goes on
     with open_unpacked(part.path) as file:
         start, stop = (_text_boundary(file, x, mark) if part.stop else 0 for x in (part.start, part.stop))
-        if part.stop and start >= stop:
-            return
-        ahead = _Lookahead(file, max(start, offset), stop)
-        while block := ahead.peek(CHUNK + max(len(mark), 1)):  # one byte more shows that the text goes on
+        begin = max(start, offset)
+        move_to(file, begin)
+        held, first = b"", 0  # what has been read, and the place in it that is byte `begin` of the file
+        while True:
+            have = len(held) - first
+            if have < enough:
+                wanted = min(4 * CHUNK, stop - begin - have) if part.stop else 4 * CHUNK
+                held, first = held[first:] + file.read(max(wanted, 0)), 0
+            if not (block := held[first : first + enough]):
+                return
             size, following, ends = _first_chunk(block, mark)
-            begin = ahead.offset
-            ahead.skip(following)
+            after = begin + following
             if size and part.owns(begin):
                 find = partial(_decode, block[:size], begin, part.path)
                 for chunk in row_chunks(begin, find, on_bad_row):
-                    yield chunk._replace(ends=ends or not part.owns(ahead.offset))
-
-
-class _Lookahead:
-    """Reads a file forwards from `offset` on, with a look ahead; not beyond `stop` if that is not 0."""
-
-    def __init__(self, file: IO[bytes], offset: int, stop: int):
-        self._file, self.offset, self._stop = file, offset, stop
-        self._held, self._first = b"", 0
-        move_to(file, offset)
-
-    def peek(self, count: int) -> bytes:
-        if len(self._held) - self._first < count:
-            have = len(self._held) - self._first
-            wanted = max(count, 4 * CHUNK) - have
-            if self._stop:
-                wanted = min(wanted, self._stop - self.offset - have)
-            self._held, self._first = self._held[self._first :] + self._file.read(max(wanted, 0)), 0
-        return self._held[self._first : self._first + count]
-
-    def skip(self, count: int) -> None:
-        self._first += count
-        self.offset += count
+                    yield chunk._replace(ends=ends or not part.owns(after))
+            first, begin = first + following, after
 
 
 def _first_chunk(block: bytes, mark: bytes) -> tuple[int, int, bool]:
@@ -233,13 +218,8 @@ def _json_column(path: Path, _modified: int) -> str:
 
 def parse_row(line: str, where: str) -> dict[str, Any]:
     """Parse a line that holds one JSON object."""
-    try:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            raise
-        except ValueError:  # a whole number with more digits than `int` takes
-            row = json.loads(line, parse_int=lambda digits: int(digits) if len(digits) < 1000 else float(digits))
+    try:  # Python's `int` refuses more than 4,300 digits
+        row = json.loads(line, parse_int=lambda digits: int(digits) if len(digits) < 1000 else float(digits))
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON ({error}); give one object per line") from error
     if not isinstance(row, dict):
@@ -293,22 +273,12 @@ def parquet_column(file: Any, path: Path) -> str:
     return text_column({field.name: is_text(field.type) for field in file.schema_arrow}, str(path))
 
 
-def _values(file: Any, group: int, column: str) -> Iterator[Any]:
-    """Yield the column's values in one row group, about a megabyte of them in memory at a time."""
+def _values(file: Any, group: int, column: str) -> Iterator[bytes | None]:
+    """Yield the column's values in one row group as bytes, about a megabyte of them in memory at a time."""
     meta = file.metadata.row_group(group)
     at_once = min(max(_BATCH_BYTES * meta.num_rows // max(meta.total_byte_size, 1), 1), 1024)
     for batch in file.iter_batches(batch_size=at_once, row_groups=[group], columns=[column], use_threads=False):
-        try:
-            yield from batch.column(0).to_pylist()
-        except UnicodeDecodeError:  # somewhere among them; what is not text is seen to row by row
-            yield from map(_text_or_bytes, batch.column(0).cast("binary").to_pylist())
-
-
-def _text_or_bytes(value: bytes | None) -> str | bytes | None:
-    try:
-        return value if value is None else value.decode("utf-8")
-    except UnicodeDecodeError:
-        return value
+        yield from batch.column(0).cast("binary").to_pylist()
 
 
 # Rows
@@ -328,13 +298,11 @@ def text_column(columns: Mapping[str, bool], where: str) -> str:
     )
 
 
-def string_columns(features: Mapping[str, Any]) -> dict[str, bool]:
-    """`{column: whether it holds strings}` of the features of a data set of `datasets`."""
-    return {name: getattr(feature, "dtype", None) in ("string", "large_string") for name, feature in features.items()}
-
-
 def document(value: object, where: str) -> str | None:
     """Return a row's value as a document, None if it is null or empty. Raises `UserError` for all but valid text."""
+    if isinstance(value, bytes):
+        with suppress(UnicodeDecodeError):
+            value = value.decode()
     if value is not None and not isinstance(value, str):
         raise UserError(f"{where} holds {value!r:.40}, not a string; give text in every row")
     if value and not value.isascii():

@@ -6,17 +6,18 @@ chunks, each with the name of its file, in the same order every time.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import logging
 import os
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal
 
 from vwn.common.errors import UserError
 from vwn.common.extras import require_packages
@@ -24,17 +25,15 @@ from vwn.data.reading import (
     KINDS,
     Chunk,
     FileRange,
+    OnBadRow,
     document,
     first_line,
     kind,
     read_range,
     row_chunks,
-    string_columns,
     text_column,
 )
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from vwn.data.unpacking import refuse_unreadable
 
 Side = Literal["train", "valid"]
 
@@ -55,39 +54,42 @@ class FileSource:
     def key(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         for path in self.paths:
-            try:
-                with open(path, "rb") as file:
-                    digest.update(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest())
-            except OSError as error:
-                raise UserError(f"{path} cannot be read: {error.strerror}") from error
+            with refuse_unreadable(path), open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest())
             digest.update(kind(path).encode() + b"\0")
         return digest.hexdigest()
 
     def chunks(self) -> Iterator[tuple[str, Chunk]]:
         for path in self.paths:
-            file = str(path)
             for chunk in read_range(FileRange(path)):
-                yield file, chunk
+                yield str(path), chunk
 
 
-@dataclass(frozen=True)
 class HubSource:
-    """One split of a data set of the Hugging Face hub, one document per row."""
+    """Rows of a data set of the Hugging Face hub, each a document: an `IterableDataset`, kept locally or streamed."""
 
-    name: str
-    rows: Dataset
-    column: str
+    def __init__(self, name: str, rows: Any, identity: str):
+        features = rows.features or rows._resolve_features().features
+        kinds = {name: getattr(feature, "dtype", None) for name, feature in features.items()}
+        strings = {name: kind in ("string", "large_string") for name, kind in kinds.items()}
+        self.column = text_column(strings, f"the data set {name}")
+        self.name, self.rows, self.identity = name, rows.select_columns([self.column]), identity
 
     def key(self) -> str:
-        # `datasets` derives it from the repository's revision, the configuration and the split.
-        return f"hub-{self.rows._fingerprint}-{self.column}"
+        return f"hub-{self.identity}-{self.column}"
 
     def chunks(self) -> Iterator[tuple[str, Chunk]]:
-        rows = cast("Iterable[dict[str, Any]]", self.rows.select_columns([self.column]))
-        for number, row in enumerate(rows):
-            find = partial(document, row[self.column], f"row {number + 1} of {self.name}")
-            for chunk in row_chunks(number, find, on_bad_row=None):
+        for shard in range(self.rows.num_shards):
+            for chunk in self.read(FileRange(Path(self.name), shard, block=1)):
                 yield self.name, chunk
+
+    def read(self, part: FileRange, offset: int = 0, on_bad_row: OnBadRow | None = None) -> Iterator[Chunk]:
+        """Yield the rows of shard `part.start` as `read_range` does; those before `offset` are fetched in vain."""
+        shard = self.rows.shard(num_shards=self.rows.num_shards, index=part.start, contiguous=True)
+        for row, values in enumerate(shard.skip(offset) if offset else shard, offset):
+            if part.owns(row):
+                where = f"row {row + 1} of shard {part.start} of {self.name}"
+                yield from row_chunks(row, partial(document, values[self.column], where), on_bad_row)
 
 
 Source = FileSource | HubSource
@@ -118,20 +120,37 @@ def _open(spec: str, side: Side, valid_fraction: float) -> tuple[Source, Source 
 
 
 def open_local(spec: str) -> FileSource | None:
-    """Find a file, a folder or the training side of `stdlib`; None for what can only be a hub id."""
+    """Find a file, a folder, the files of a pattern, or the training side of `stdlib`; None for a hub id.
+
+    A warning lists the files of a folder or a pattern that cannot be read.
+    """
     if spec == STDLIB:
         return _stdlib_sides(0.1)["train"]
     refuse_undecodable(spec)
     path = Path(os.path.expanduser(spec))
-    if not spec or not os.path.exists(path):
-        if not spec or kind(path) or spec.startswith((".", "/", "~")) or spec.count("/") > 1 or "\\" in spec:
-            raise UserError(f"{spec!r} does not exist; give a file ({KINDS}), a folder, {STDLIB!r} or a hub id")
-        return None
     if path.is_dir():
-        return _folder(spec, path)
-    if not kind(path):
-        raise UserError(f"{spec} is none of the supported kinds of data: {KINDS}, or a folder of them")
-    return FileSource(spec, (path,))
+        walked = [Path(folder, name).relative_to(path) for folder, _, names in os.walk(path) for name in names]
+        visible = [file for file in walked if not any(part.startswith(".") for part in file.parts)]
+        files = [path / file for file in sorted(visible, key=Path.as_posix)]
+    elif spec and path.exists():
+        if not kind(path):
+            raise UserError(f"{spec} is none of the supported kinds of data: {KINDS}, or a folder of them")
+        files = [path]
+    elif any(character in spec for character in "*?["):
+        files = [file for file in map(Path, sorted(glob.glob(str(path), recursive=True))) if file.is_file()]
+    elif not spec or kind(path) or spec.startswith((".", "/", "~")) or spec.count("/") > 1 or "\\" in spec:
+        raise UserError(f"{spec!r} does not exist; give a file ({KINDS}), a folder, {STDLIB!r} or a hub id")
+    else:
+        return None
+    found, left_out = [file for file in files if kind(file)], [file.name for file in files if not kind(file)]
+    if not found:
+        raise UserError(f"{spec} holds no {KINDS} file; give a folder or a pattern with text in it")
+    if left_out:
+        shown = ", ".join(name if name.isprintable() else ascii(name) for name in left_out[:5])
+        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        what = f"{len(left_out)} of {len(files)} files in {spec} are not {KINDS}"
+        _logger.warning("%s and are left out: %s%s", what, shown, more)
+    return FileSource(spec, tuple(found))
 
 
 def refuse_undecodable(spec: str) -> None:
@@ -140,27 +159,6 @@ def refuse_undecodable(spec: str) -> None:
         spec.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"the name {spec!a} is not UTF-8; rename the file or folder") from error
-
-
-def _folder(spec: str, folder: Path) -> FileSource:
-    files = [Path(directory, name).relative_to(folder) for directory, _, names in os.walk(folder) for name in names]
-    visible = [file for file in files if not any(part.startswith(".") for part in file.parts)]
-    found = supported(spec, sorted(visible, key=Path.as_posix))
-    if not found:
-        raise UserError(f"the folder {spec} holds no {KINDS} file; give a folder with text in it")
-    return FileSource(spec, tuple(folder / file for file in found))
-
-
-def supported(spec: str, files: list[Path]) -> list[Path]:
-    """Select the files of a folder or pattern that can be read. If there are any, log which others are left out."""
-    found = [file for file in files if kind(file)]
-    left_out = [str(file) for file in files if not kind(file)]
-    if found and left_out:
-        shown = ", ".join(name if name.isprintable() else ascii(name) for name in left_out[:5])
-        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
-        what = f"{len(left_out)} of {len(files)} files in {spec} are not {KINDS}"
-        _logger.warning("%s and are left out: %s%s", what, shown, more)
-    return found
 
 
 def _stdlib_sides(valid_fraction: float) -> dict[Side, FileSource]:
@@ -198,15 +196,15 @@ def _open_hub(spec: str, side: Side) -> tuple[HubSource, HubSource | None]:
     with hub_data_set(spec) as (name, configuration):
         from datasets import load_dataset
 
-        splits = cast("dict[str, Dataset]", load_dataset(name, configuration))
+        splits: Any = load_dataset(name, configuration)
     valid = next((name for name in _VALID_SPLITS if name in splits), None)
     wanted = valid if side == "valid" and valid else "train"
     if wanted not in splits:
         raise UserError(f"the data set {spec} has no split 'train' (it has {', '.join(splits)}); use one that has")
 
     def source(split: str, name: str) -> HubSource:
-        column = text_column(string_columns(splits[split].features), f"the data set {name}")
-        return HubSource(name, splits[split], column)
+        # `datasets` derives the fingerprint from the repository's revision, the configuration and the split.
+        return HubSource(name, splits[split].to_iterable_dataset(), splits[split]._fingerprint)
 
     return source(wanted, spec), source(valid, f"{spec} ({valid})") if valid else None
 
@@ -221,6 +219,8 @@ def hub_data_set(spec: str) -> Iterator[tuple[str, str | None]]:
     try:
         with quiet():
             yield name, configuration or None
+    except UserError:
+        raise
     except (OSError, ValueError, DatasetsError) as error:
         raise UserError(
             f"{spec!r} is neither a file nor a folder, and the Hugging Face hub does not give it as a data set "
@@ -231,12 +231,9 @@ def hub_data_set(spec: str) -> Iterator[tuple[str, str | None]]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence the log lines of the Hugging Face libraries. Errors still arrive as exceptions."""
-    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub", "transformers")]
-    levels = [logger.level for logger in loggers]
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

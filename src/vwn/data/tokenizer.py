@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,6 @@ from vwn.data.reading import SEPARATOR, first_line
 from vwn.data.sources import quiet, refuse_undecodable
 
 BYTES = "bytes"
-BPE = "bpe:"
 DEFAULT_MAX_LENGTH = 1 << 20
 _SMALLEST_BPE = 257  # 256 bytes and the end of text
 _LARGEST_BPE = 1_000_000
@@ -73,7 +73,6 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, control_tokens: bool = False):
-        self._arguments = tokenizer, control_tokens
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy: prompts keep their tokens
         self._backend.encode_special_tokens = not control_tokens
         self.end: Any = tokenizer.eos_token_id
@@ -84,16 +83,16 @@ class TextEncoder:
             if tokenizer.unk_token_id not in (None, self.end):
                 self._is_control[tokenizer.unk_token_id] = False
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TextEncoder, self._arguments
-
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """Encode each text. Raises `UserError` for what the tokeniser does not know."""
         try:
             # The fast form keeps no character offsets, which would be most of the memory.
             encoded = [each.ids for each in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         except Exception as error:  # `tokenizers` raises nothing more special
-            raise self._refusal(texts, error) from error
+            raise UserError(
+                f"the tokenizer cannot encode the text ({first_line(error)}); give one that has an unknown token, or "
+                "that knows every byte"
+            ) from error
         return [
             self._encode_cut(text) if self._is_control[ids].any() else ids
             for text, ids in zip(texts, encoded, strict=True)
@@ -113,36 +112,18 @@ class TextEncoder:
         parts = [text[start:stop] for start, stop in pairwise(cuts)]
         return [i for ids in self(parts) for i in ids]
 
-    def _refusal(self, texts: list[str], error: Exception) -> UserError:
-        unknown = next((c for text in texts for c in sorted(set(text)) if not self._knows(c)), None)
-        what = "the text" if unknown is None else repr(unknown)
-        return UserError(
-            f"the tokenizer cannot encode {what} ({first_line(error)}); give one that has an unknown token, or that "
-            "knows every byte"
-        )
-
-    def _knows(self, text: str) -> bool:
-        try:
-            self._backend.encode(text, add_special_tokens=False)
-        except Exception:
-            return False
-        return True
-
 
 def bpe_size(spec: str) -> int | None:
     """Parse the `N` of `bpe:N`; None for any other spec. Raises `UserError` where `N` is no usable size."""
-    if spec == BPE.removesuffix(":"):
-        raise UserError(f"the tokenizer {spec!r} needs a size, as bpe:SIZE, such as bpe:8192")
-    if not spec.startswith(BPE):
+    if spec.partition(":")[0] != "bpe":
         return None
-    digits = spec.removeprefix(BPE)
-    is_number = digits.isascii() and digits.isdigit() and len(digits) <= len(str(_LARGEST_BPE))
-    if not (is_number and _SMALLEST_BPE <= int(digits) <= _LARGEST_BPE):
+    digits = re.fullmatch(r"bpe:(\d{1,7})", spec, re.ASCII)
+    if digits is None or not _SMALLEST_BPE <= int(digits[1]) <= _LARGEST_BPE:
         raise UserError(
-            f"the tokenizer {spec!r} has no usable size; give a whole number from {_SMALLEST_BPE} to {_LARGEST_BPE}, "
-            "such as bpe:8192"
+            f"the tokenizer {spec!r} has no usable size; give bpe:SIZE with a whole number from {_SMALLEST_BPE} to "
+            f"{_LARGEST_BPE}, such as bpe:8192"
         )
-    return int(digits)
+    return int(digits[1])
 
 
 def wrap(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:

@@ -26,14 +26,23 @@ def packing(path: Path) -> str:
 
 @contextmanager
 def open_unpacked(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for reading, unpacked if its name says that it is packed; only what is not packed can seek."""
+    """Open a file for reading, unpacked if its name says that it is packed. Packed files read forwards only."""
     with open(path, "rb", buffering=_BLOCK) as file:
-        unpack = _UNPACKERS.get(packing(path))
-        if unpack is None:
-            yield file
-        else:
-            with io.BufferedReader(_Blocks(unpack(file)), _BLOCK) as stream:
-                yield stream
+        match packing(path):
+            case ".xz":
+                raw: Any = _XzFile(file)
+            case ".gz":
+                raw = gzip.GzipFile(fileobj=file)
+            case ".zst":
+                require_packages("reading a .zst file", "pyarrow")
+                import pyarrow
+
+                raw = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
+            case _:
+                yield file
+                return
+        with io.BufferedReader(raw, _BLOCK) as stream:
+            yield stream
 
 
 @contextmanager
@@ -48,7 +57,7 @@ def refuse_unreadable(path: Path) -> Iterator[None]:
 
 
 def move_to(file: IO[bytes], offset: int) -> None:
-    """Move a file to an offset; one that is packed, and has just been opened, by reading up to there."""
+    """Move a file that has just been opened to an offset; one that cannot seek by reading up to there."""
     if file.seekable():
         file.seek(offset)
         return
@@ -56,60 +65,14 @@ def move_to(file: IO[bytes], offset: int) -> None:
         offset -= len(block)
 
 
-def _unpack_xz(file: IO[bytes]) -> Iterator[bytes]:
-    """Unpack all streams of a file, which may have zero bytes between them, four at a time.
+class _XzFile(io.RawIOBase):
+    """All streams of an .xz file, also with zero bytes between them (four at a time, as the format has it).
 
     `lzma.open` takes these zeros, or a damaged start of a later stream, for the end of the file.
     """
-    unpacker, block = lzma.LZMADecompressor(), file.read(_BLOCK)
-    while True:
-        yield unpacker.decompress(block, _BLOCK)
-        if unpacker.eof:
-            block, padding = _without_padding(file, unpacker.unused_data)
-            if padding % 4:
-                raise lzma.LZMAError(f"{padding} zero bytes behind a stream, not a multiple of 4")
-            if not block:
-                return
-            unpacker = lzma.LZMADecompressor()
-        elif not unpacker.needs_input:
-            block = b""
-        elif not (block := file.read(_BLOCK)):
-            raise EOFError("it ends in the middle of a stream")
 
-
-def _without_padding(file: IO[bytes], block: bytes) -> tuple[bytes, int]:
-    """Return the next block that is not all zeros, without zeros in front of it, and their number; empty at the end."""
-    padding = 0
-    while True:
-        stripped = block.lstrip(b"\0")
-        padding += len(block) - len(stripped)
-        if stripped or not (block := file.read(_BLOCK)):
-            return stripped, padding
-
-
-def _unpack_gzip(file: IO[bytes]) -> Iterator[bytes]:
-    with gzip.open(file) as stream:
-        while block := stream.read(_BLOCK):
-            yield block
-
-
-def _unpack_zstd(file: IO[bytes]) -> Iterator[bytes]:
-    require_packages("reading a .zst file", "pyarrow")
-    import pyarrow
-
-    with pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd") as stream:
-        while block := stream.read(_BLOCK):
-            yield block
-
-
-_UNPACKERS = {".xz": _unpack_xz, ".gz": _unpack_gzip, ".zst": _unpack_zstd}
-
-
-class _Blocks(io.RawIOBase):
-    """A raw file made of blocks of bytes."""
-
-    def __init__(self, blocks: Iterator[bytes]):
-        self._blocks, self._rest = blocks, memoryview(b"")
+    def __init__(self, file: IO[bytes]):
+        self._blocks, self._rest = _unpack_xz(file), b""
 
     def readable(self) -> bool:
         return True
@@ -119,8 +82,23 @@ class _Blocks(io.RawIOBase):
             block = next(self._blocks, None)
             if block is None:
                 return 0
-            self._rest = memoryview(block)
+            self._rest = block
         count = min(len(buffer), len(self._rest))
-        buffer[:count] = self._rest[:count]
-        self._rest = self._rest[count:]
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
         return count
+
+
+def _unpack_xz(file: IO[bytes]) -> Iterator[bytes]:
+    while True:
+        unpacker = lzma.LZMADecompressor()
+        while not unpacker.eof:
+            block = file.read(_BLOCK) if unpacker.needs_input else b""
+            if unpacker.needs_input and not block:
+                raise EOFError("it ends in the middle of a stream")
+            yield unpacker.decompress(block, _BLOCK)
+        file.seek(-len(unpacker.unused_data), io.SEEK_CUR)
+        while (word := file.read(4)) == bytes(4):
+            pass
+        if not word:
+            return
+        file.seek(-len(word), io.SEEK_CUR)

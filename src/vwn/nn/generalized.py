@@ -13,7 +13,7 @@ from vwn.nn.connection import Connection, Routing, check_output, has_hooks
 from vwn.nn.geometry import Geometry
 from vwn.ops.reference import coefficients
 from vwn.ops.sinkhorn import ROUNDS, sinkhorn
-from vwn.ops.weights import NormWeights, RoutingWeights, read_columns, write_columns
+from vwn.ops.weights import NormWeights, RoutingWeights, columns_of
 
 __all__ = ["CARRY_CONSTRAINTS", "CARRY_SHARPNESS", "Connection", "GeneralizedHyperConnection", "Routing"]
 
@@ -100,18 +100,7 @@ class GeneralizedHyperConnection(Connection):
     @property
     def weights(self) -> RoutingWeights:
         """The parameters as the ops take them."""
-        if not self.dynamic:
-            return RoutingWeights(self.bias_alpha, self.bias_beta, eps=self.eps)
-        return RoutingWeights(
-            self.bias_alpha,
-            self.bias_beta,
-            self.dynamic_alpha,
-            self.dynamic_beta,
-            self.scale_alpha,
-            self.scale_beta,
-            self.slot_norm,
-            self.eps,
-        )
+        return RoutingWeights(**{name: getattr(self, name) for name in self.shapes}, eps=self.eps)
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -125,13 +114,13 @@ class GeneralizedHyperConnection(Connection):
 
     def read_matrix(self, slots: Tensor) -> Tensor:
         """``Å = S_α ∘ tanh(H̄ W_α / τ) + A``, its first ``m`` columns (eq. 13): ``[..., n, m]``."""
-        return coefficients(slots, read_columns(self.weights.to_read, slots.dtype))
+        return coefficients(slots, columns_of(self.weights.to_read, slots.dtype))
 
     def write_matrices(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """``Â``, the other ``n`` columns (eq. 13), and ``B = S_β ∘ tanh(H̄ W_β / τ)ᵀ + B`` (eq. 14): ``[..., n, n]`` and
         ``[..., m, n]``."""
         g = self.geometry
-        carry, beta = coefficients(slots, write_columns(self.weights, slots.dtype)).split([g.n, g.m], dim=-1)
+        carry, beta = coefficients(slots, columns_of(self.weights, slots.dtype)).split([g.n, g.m], dim=-1)
         if self.carry_constraint == "doubly_stochastic":
             carry = sinkhorn(CARRY_SHARPNESS * carry, self.sinkhorn_rounds, exact=True)
         return carry, beta.mT

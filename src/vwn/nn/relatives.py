@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vwn.common.errors import UserError
 from vwn.nn.connection import Connection
 from vwn.nn.geometry import Geometry
 from vwn.ops.reference import inverse_rms
@@ -36,7 +35,7 @@ class HyperConnection(Connection):
         backend: ``"auto"`` or ``"reference"``: there is but one.
 
     Raises:
-        ValueError: invalid ``(D, m, n)``, an ``index`` below 0, or another ``backend``.
+        ValueError: invalid ``(D, m, n)``, or another ``backend``.
     """
 
     kind = "hc"
@@ -67,7 +66,7 @@ class HyperConnection(Connection):
             d = geometry.segment_size
             shapes |= {"dynamic_alpha": (d, m + n), "dynamic_beta": (d, m), "scale_alpha": (1,), "scale_beta": (1,)}
             shapes |= {"slot_norm": (d,), "slot_norm_bias": (d,)}
-        self.index, self.dynamic, self.eps = _checked(index), dynamic, eps
+        self.index, self.dynamic, self.eps = index, dynamic, eps
         super().__init__(geometry, shapes, frozen, backend)
 
     def initial_values(self) -> dict[str, Tensor]:
@@ -132,7 +131,7 @@ class ManifoldHyperConnection(Connection):
         backend: ``"auto"``, ``"reference"`` or ``"compiled"``; all of them run plain PyTorch.
 
     Raises:
-        ValueError: invalid sizes, an ``index`` below 0, fewer ``sinkhorn_rounds`` than 1, or another ``backend``.
+        ValueError: invalid sizes, or another ``backend``.
     """
 
     kind = "mhc"
@@ -159,9 +158,7 @@ class ManifoldHyperConnection(Connection):
         backend: str = "auto",
     ) -> None:
         geometry = Geometry(hidden_size, 1, n)
-        if sinkhorn_rounds < 1:
-            raise UserError(f"sinkhorn_rounds must be 1 or more, got {sinkhorn_rounds}")
-        self.index, self.eps = _checked(index), eps
+        self.index, self.eps = index, eps
         self.routing_eps, self.sinkhorn_rounds = routing_eps, sinkhorn_rounds
         shapes: dict[str, tuple[int, ...]] = {}
         for name, bias in (("pre", (n,)), ("post", (n,)), ("res", (n, n))):
@@ -206,9 +203,3 @@ class ManifoldHyperConnection(Connection):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, index={self.index}, sinkhorn_rounds={self.sinkhorn_rounds}"
-
-
-def _checked(index: int) -> int:
-    if index < 0:
-        raise UserError(f"index is the number of the sublayer in the model, 0 or more, got {index}")
-    return index

@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vwn.common.errors import UserError
 from vwn.ops import library
 from vwn.ops.backends import BACKENDS, check_backend, choose
-from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights, check_shapes, check_weights, state_dtype
+from vwn.ops.weights import NormWeights, RoutingWeights, check_shapes, state_dtype
 
 __all__ = [
     "BACKENDS",
     "NormWeights",
-    "ReadWeights",
     "RoutingWeights",
     "check_backend",
     "choose",
@@ -29,9 +27,7 @@ __all__ = [
 ]
 
 
-def read(
-    state: Tensor, weights: RoutingWeights | ReadWeights, norm: NormWeights | None = None, backend: str = "auto"
-) -> Tensor:
+def read(state: Tensor, weights: RoutingWeights, norm: NormWeights | None = None, backend: str = "auto") -> Tensor:
     """A sublayer's input ``X = Åᵀ H'`` (first line of eq. 10).
 
     Args:
@@ -47,11 +43,7 @@ def read(
     Raises:
         UserError: shapes or devices that do not fit, or a backend asked for by name that cannot run.
     """
-    weights = weights.to_read if isinstance(weights, RoutingWeights) else weights
-    check_shapes(state, None, weights, norm=norm)
-    state = state.to(state_dtype(state))
-    weight, eps = _norm(norm, state)
-    return library.read(state, *_cast(weights, state), weight, eps, backend)
+    return library.read(*_arguments(state, None, None, weights.to_read, norm, backend))
 
 
 def write(state: Tensor, z: Tensor, weights: RoutingWeights, backend: str = "auto") -> Tensor:
@@ -61,24 +53,19 @@ def write(state: Tensor, z: Tensor, weights: RoutingWeights, backend: str = "aut
         state: the state that was read, ``[..., D']``.
         z: the sublayer's output, ``[..., D]``.
         weights: of the sublayer's connection.
-        backend: as in :func:`read`.
+        backend: as in :func:`read`, like what it raises.
 
     Returns:
         ``[..., D']`` in the state's dtype.
-
-    Raises:
-        UserError: shapes or devices that do not fit, or a backend asked for by name that cannot run.
     """
-    check_shapes(state, z, weights)
-    state = state.to(state_dtype(state))
-    return library.write(state, z.to(state.dtype), *_cast(weights, state), backend)
+    return library.write(*_arguments(state, z, weights, None, None, backend))
 
 
 def write_read(
     state: Tensor,
     z: Tensor,
     weights: RoutingWeights,
-    following: RoutingWeights | ReadWeights,
+    following: RoutingWeights,
     norm: NormWeights | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -91,39 +78,35 @@ def write_read(
         state: the state that was read, ``[..., D']``.
         z: the sublayer's output, ``[..., D]``.
         weights: of the connection of the sublayer that wrote ``z``.
-        following: of the connection of the sublayer that reads.
+        following: of the connection of the sublayer that reads, of the same ``(m, n)``.
         norm: the reading sublayer's own RMSNorm, to be applied in the same pass.
-        backend: as in :func:`read`.
+        backend: as in :func:`read`, like what it raises.
 
     Returns:
         the new state ``[..., D']`` and ``X`` ``[..., D]``, in the state's dtype.
-
-    Raises:
-        UserError: shapes or devices that do not fit, or a backend asked for by name that cannot run.
     """
-    following = following.to_read if isinstance(following, RoutingWeights) else following
-    check_shapes(state, z, weights, norm=norm)
-    check_weights(following, state)
-    if (following.m, following.n) != (weights.m, weights.n):
-        raise UserError(
-            f"write_read takes two connections of one (m, n), got {(weights.m, weights.n)} and "
-            f"{(following.m, following.n)}; write and read apart"
-        )
+    return library.write_read(*_arguments(state, z, weights, following.to_read, norm, backend))
+
+
+def _arguments(
+    state: Tensor,
+    z: Tensor | None,
+    write: RoutingWeights | None,
+    read: RoutingWeights | None,
+    norm: NormWeights | None,
+    backend: str,
+) -> list[Any]:
+    """Check the arguments of an op; make the weights contiguous, in the dtype that the routing is computed in."""
+    sides = [weights for weights in (write, read) if weights is not None]
+    check_shapes(state, z, *sides, norm=norm)
     state = state.to(state_dtype(state))
-    weight, norm_eps = _norm(norm, state)
-    return library.write_read(
-        state, z.to(state.dtype), *_cast(weights, state), *_cast(following, state), weight, norm_eps, backend
-    )
-
-
-def _cast(weights: ReadWeights | RoutingWeights, state: Tensor) -> list[Any]:
-    """The fields, the tensors contiguous and in the dtype that the routing is computed in."""
     dtype = torch.promote_types(state.dtype, torch.float32)
-    return [
+    weights = [
         t if not isinstance(t, Tensor) or (t.dtype is dtype and t.is_contiguous()) else t.to(dtype).contiguous()
-        for t in weights
+        for side in sides
+        for t in side
     ]
-
-
-def _norm(norm: NormWeights | None, state: Tensor) -> tuple[Tensor | None, float]:
-    return (None, 0.0) if norm is None else (norm.weight.to(state.dtype).contiguous(), norm.eps)
+    of_norm: list[Any] = [] if read is None else [None, 0.0]
+    if norm is not None:
+        of_norm = [norm.weight.to(state.dtype).contiguous(), norm.eps]
+    return [state, *([] if z is None else [z.to(state.dtype)]), *weights, *of_norm, backend]

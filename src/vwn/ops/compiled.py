@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vwn.common.cache import default_cache_dir, load_or_build
 from vwn.common.errors import UserError
-from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights
+from vwn.ops.weights import NormWeights, RoutingWeights
 
 _SOURCE = Path(__file__).with_name("write_read.cpp")
 _HEADER = Path(__file__).with_name("write_read_kernels.h")
@@ -65,17 +65,6 @@ def unavailable(device: torch.device, dtype: torch.dtype, slots: int = 1) -> str
     return "the compiler has no float16" if built.vwn_write_read(ctypes.byref(empty), 0, 0) else None
 
 
-def library() -> ctypes.CDLL:
-    """Return the built library; call it where :func:`unavailable` returned ``None``."""
-    built = _library()
-    assert isinstance(built, ctypes.CDLL)
-    return built
-
-
-class _CannotBuild(Exception):
-    """The compiler is missing or failed, or what it built does not load."""
-
-
 @cache
 def _library() -> ctypes.CDLL | str:
     """The built library, from the cache if it is there; else why there is none."""
@@ -84,13 +73,12 @@ def _library() -> ctypes.CDLL | str:
         return "there is no C++ compiler (g++ or c++; CXX names another)"
     if shutil.which(compiler.split()[0]) is None:
         return f"CXX names the compiler {compiler!r}, which is not there"
+    command = [*compiler.split(), *_FLAGS]
     try:
         try:
-            return _load_or_build([*compiler.split(), *_FLAGS, "-fopenmp"])
-        except _CannotBuild:  # no OpenMP, as Apple's; one thread is better than none
-            return _load_or_build([*compiler.split(), *_FLAGS])
-    except _CannotBuild as error:
-        return f"{compiler} could not build {_SOURCE.name}: {error}"
+            return _load_or_build([*command, "-fopenmp"])
+        except UserError:  # no OpenMP, as Apple's; one thread is better than none
+            return _load_or_build(command)
     except UserError as error:
         return str(error)
 
@@ -106,16 +94,14 @@ def _load_or_build(command: list[str]) -> ctypes.CDLL:
             return None
 
     def build(folder: Path) -> None:
-        library = folder / "write_read.so"
-        try:
-            whole = [*command, str(_SOURCE), "-o", str(library)]
-            subprocess.run(whole, check=True, capture_output=True, text=True)
-            ctypes.CDLL(str(library))
-        except subprocess.CalledProcessError as error:
-            lines = error.stderr.strip().splitlines() or ["no message"]
-            raise _CannotBuild(next((x for x in lines if "error" in x), lines[0])) from error
-        except OSError as error:
-            raise _CannotBuild(str(error)) from error
+        built = folder / "write_read.so"
+        done = subprocess.run([*command, str(_SOURCE), "-o", str(built)], capture_output=True, text=True)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            found = next((line for line in lines if "error" in line), lines[0])
+            raise UserError(f"{command[0]} could not build {_SOURCE.name}: {found}")
+        if load(folder) is None:
+            raise UserError(f"{built} was built, but cannot be loaded from there")
 
     return load_or_build(default_cache_dir() / "ops" / key, load, build)
 
@@ -132,14 +118,13 @@ def forward(
     state: Tensor,
     z: Tensor | None,
     write: RoutingWeights | None,
-    read: ReadWeights | None,
+    read: RoutingWeights | None,
     norm: NormWeights | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Compute :func:`vwn.ops.reference.forward` for contiguous ``[T, D']`` and ``[T, D]``."""
-    call = _Call(state, z, write, read, norm)
     new = torch.empty_like(state) if write is not None else None
-    x = state.new_empty(state.shape[0], call.hidden_size) if read is not None else None
-    call.run(False, False, new_state=new, x=x)
+    x = state.new_empty(state.shape[0], state.shape[1] // read.n * read.m) if read is not None else None
+    _run(state, z, write, read, norm, backward=False, needs_weights=False, new_state=new, x=x)
     return new, x
 
 
@@ -149,67 +134,53 @@ def backward(
     state: Tensor,
     z: Tensor | None,
     write: RoutingWeights | None,
-    read: ReadWeights | None,
+    read: RoutingWeights | None,
     norm: NormWeights | None,
     needs_weights: bool,
 ) -> list[Tensor]:
     """Compute :func:`vwn.ops.reference.backward` for contiguous ``[T, D']`` and ``[T, D]``."""
-    call = _Call(state, z, write, read, norm)
-    gradients = [torch.empty_like(state), *([] if z is None else [torch.empty_like(z)])]
-    of_norm = torch.empty_like(norm.weight, dtype=call.compute) if norm is not None and needs_weights else None
-    of_weights = call.run(
-        True,
-        needs_weights,
-        grad_new=grad_state,
-        grad_x=grad_x,
-        grad_state=gradients[0],
-        grad_z=gradients[1] if z is not None else None,
-        grad_norm=of_norm,
-    )
-    gradients += of_weights
-    if norm is not None and of_norm is not None:
-        gradients.append(of_norm.to(norm.weight.dtype))
-    return gradients
+    of_state, of_z, of_norm = torch.empty_like(state), None if z is None else torch.empty_like(z), None
+    if norm is not None and needs_weights:
+        of_norm = torch.empty_like(norm.weight, dtype=torch.promote_types(state.dtype, torch.float32))
+    given = {"grad_new": grad_state, "grad_x": grad_x}
+    wanted = {"grad_state": of_state, "grad_z": of_z, "grad_norm": of_norm}
+    of_weights = _run(state, z, write, read, norm, backward=True, needs_weights=needs_weights, **given, **wanted)
+    rounded = None if of_norm is None else of_norm.to(state.dtype)
+    return [t for t in (of_state, of_z, *of_weights, rounded) if t is not None]
 
 
-class _Call:
-    """The arguments of one call; the caller holds on to the tensors that they point to."""
-
-    def __init__(
-        self,
-        state: Tensor,
-        z: Tensor | None,
-        write: RoutingWeights | None,
-        read: ReadWeights | None,
-        norm: NormWeights | None,
-    ) -> None:
-        sizes = write if write is not None else read
-        assert sizes is not None
-        tokens, n, m, d = state.shape[0], sizes.n, sizes.m, state.shape[1] // sizes.n
-        self.compute, self.hidden_size = torch.promote_types(state.dtype, torch.float32), m * d
-        self.args = args = _Args(tokens, n, m, d, _DTYPES[state.dtype], torch.get_num_threads())
-        _point(args, state=state, z=z)
-        if norm is not None:
-            args.norm, args.norm_eps = norm.weight.data_ptr(), norm.eps
-        self.weights: list[tuple[_Side, dict[str, Any]]] = []
-        for side, weights in ((args.write, write), (args.read, read)):
-            if weights is not None:
-                side.present, side.dynamic, side.eps = 1, weights.dynamic, weights.eps
-                named = {name: t for name, t in weights._asdict().items() if isinstance(t, Tensor)}
-                _point(side.weights, **named)
-                self.weights.append((side, named))
-
-    def run(self, backward: bool, needs_weights: bool, **tensors: Tensor | None) -> list[Tensor]:
-        """Run it; returns the gradients of the weights of the write, then of the read, if they are needed."""
-        _point(self.args, **tensors)
-        gradients: list[Tensor] = []
-        for side, weights in self.weights if needs_weights else ():
-            zeros = {name: torch.zeros_like(t) for name, t in weights.items()}
+def _run(
+    state: Tensor,
+    z: Tensor | None,
+    write: RoutingWeights | None,
+    read: RoutingWeights | None,
+    norm: NormWeights | None,
+    backward: bool,
+    needs_weights: bool,
+    **tensors: Tensor | None,
+) -> list[Tensor]:
+    """Call the library; returns the gradients of the weights of the write, then of the read, if they are needed."""
+    library: Any = _library()
+    sizes: Any = read if write is None else write
+    dtype, threads = _DTYPES[state.dtype], torch.get_num_threads()
+    args = _Args(state.shape[0], sizes.n, sizes.m, state.shape[1] // sizes.n, dtype, threads)
+    _point(args, state=state, z=z, **tensors)
+    if norm is not None:
+        args.norm, args.norm_eps = norm.weight.data_ptr(), norm.eps
+    gradients: list[Tensor] = []
+    for side, weights in ((args.write, write), (args.read, read)):
+        if weights is None:
+            continue
+        side.present, side.dynamic, side.eps = 1, weights.dynamic, weights.eps
+        named = {name: t for name, t in weights._asdict().items() if isinstance(t, Tensor)}
+        _point(side.weights, **named)
+        if needs_weights:
+            zeros = {name: torch.zeros_like(t) for name, t in named.items()}
             _point(side.gradients, **zeros)
             gradients += zeros.values()
-        if library().vwn_write_read(ctypes.byref(self.args), int(backward), int(needs_weights)):
-            raise AssertionError("the library was built without this dtype")
-        return gradients
+    if library.vwn_write_read(ctypes.byref(args), int(backward), int(needs_weights)):
+        raise AssertionError("the library was built without this dtype")
+    return gradients
 
 
 def _point(target: ctypes.Structure, **tensors: Tensor | None) -> None:

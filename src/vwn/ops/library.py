@@ -4,9 +4,8 @@ One opaque op each, so that ``torch.compile``, checkpointing and sharding see a 
 for the backward; the routing is computed again there.
 
 The arguments of an op, in this order: ``state``; if it writes, ``z`` and the fields of the writing connection's
-``RoutingWeights``; if it reads, those of the reading one's ``ReadWeights`` and of the norm; ``backend``. Its backward
-has the gradients of the results in front of them and ``needs_weights`` behind. It returns a list, because what is not
-needed is left out.
+``RoutingWeights``; if it reads, those of the reading one's and of the norm; ``backend``. Its backward has the gradients
+of the results in front of them and ``needs_weights`` behind. It returns a list, because what is not needed is left out.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch.library import CustomOpDef
 from torch.utils.flop_counter import register_flop_formula
 
 from vwn.ops.backends import choose, module
-from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights, Weights
+from vwn.ops.weights import NormWeights, RoutingWeights
 
 
 class Inputs(NamedTuple):
@@ -31,27 +30,27 @@ class Inputs(NamedTuple):
     state: Any
     z: Any
     write: RoutingWeights | None
-    read: ReadWeights | None
+    read: RoutingWeights | None
     norm: NormWeights | None
     backend: str
 
 
 def _parsed(inputs: Iterable[Any], writes: bool, reads: bool) -> Inputs:
-    given = iter(inputs)
+    given, count = iter(inputs), len(RoutingWeights._fields)
     state, z = next(given), next(given) if writes else None
-    write = RoutingWeights(*islice(given, len(RoutingWeights._fields))) if writes else None
-    read = ReadWeights(*islice(given, len(ReadWeights._fields))) if reads else None
+    write = RoutingWeights(*islice(given, count)) if writes else None
+    read = RoutingWeights(*islice(given, count)) if reads else None
     norm = NormWeights(next(given), next(given)) if reads else None
     return Inputs(state, z, write, read, None if norm is None or norm.weight is None else norm, next(given))
 
 
 def _schema(writes: bool, reads: bool) -> str:
-    def fields(kind: Any, prefix: str) -> list[str]:
-        kinds = {"eps": "float", "bias_alpha": "Tensor", "bias_beta": "Tensor"}
-        return [f"{kinds.get(field, 'Tensor?')} {prefix}{field}" for field in kind._fields]
+    def fields(prefix: str) -> list[str]:
+        kinds = {"eps": "float", "bias_alpha": "Tensor"}
+        return [f"{kinds.get(field, 'Tensor?')} {prefix}{field}" for field in RoutingWeights._fields]
 
-    written = ["Tensor z", *fields(RoutingWeights, "")] if writes else []
-    read = [*fields(ReadWeights, "read_"), "Tensor? norm", "float norm_eps"] if reads else []
+    written = ["Tensor z", *fields("")] if writes else []
+    read = [*fields("read_"), "Tensor? norm", "float norm_eps"] if reads else []
     return ", ".join(["Tensor state", *written, *read, "str backend"])
 
 
@@ -75,10 +74,10 @@ def _shaped(t: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.ops.aten._unsafe_view(t, shape)
 
 
-def _detached(weights: Weights | None) -> Weights | None:
+def _detached(weights: RoutingWeights | None) -> RoutingWeights | None:
     if weights is None:
         return None
-    return type(weights)(*(t.detach() if isinstance(t, Tensor) else t for t in weights))  # type: ignore[arg-type]
+    return RoutingWeights(*(t.detach() if isinstance(t, Tensor) else t for t in weights))
 
 
 def _like(t: Tensor) -> Tensor:
@@ -98,7 +97,8 @@ def _flops(given: Inputs) -> int:
     """
     total, size = 0, math.prod(given.state)
     if given.write is not None:
-        m, n = given.write.bias_beta
+        n, columns = given.write.bias_alpha
+        m = columns - n
         total += (2 * (m + n) * size if given.write.dynamic else 0) + 2 * n * size + 2 * n * math.prod(given.z)
     if given.read is not None:
         n, columns = given.read.bias_alpha

@@ -9,16 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vwn.ops.weights import (
-    Columns,
-    NormWeights,
-    ReadWeights,
-    RoutingWeights,
-    read_columns,
-    read_gradients,
-    write_columns,
-    write_gradients,
-)
+from vwn.ops.weights import Columns, NormWeights, RoutingWeights, columns_of, gradients_of
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, slots: int = 1) -> str | None:
@@ -67,7 +58,7 @@ def forward(
     state: Tensor,
     z: Tensor | None,
     write: RoutingWeights | None,
-    read: ReadWeights | None,
+    read: RoutingWeights | None,
     norm: NormWeights | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The new state ``Bᵀ Z + Âᵀ H'``, and what is read from it, ``X = Åᵀ H'`` (eq. 10).
@@ -89,11 +80,11 @@ def forward(
         if write is not None and z is not None:
             slots = state.unflatten(-1, (write.n, -1)).to(dtype)
             segments = z.unflatten(-1, (write.m, -1)).to(dtype)
-            carry, beta = coefficients(slots, write_columns(write, dtype)).split([write.n, write.m], dim=-1)
+            carry, beta = coefficients(slots, columns_of(write, dtype)).split([write.n, write.m], dim=-1)
             new = write_slots(slots, segments, carry, beta.mT).to(state.dtype)
         if read is not None:
             slots = (state if new is None else new).unflatten(-1, (read.n, -1)).to(dtype)
-            x = read_slots(slots, coefficients(slots, read_columns(read, dtype))).to(state.dtype)
+            x = read_slots(slots, coefficients(slots, columns_of(read, dtype))).to(state.dtype)
             x = x if norm is None else rms_norm(x, norm)
     return new, x
 
@@ -110,7 +101,7 @@ def backward(
     state: Tensor,
     z: Tensor | None,
     write: RoutingWeights | None,
-    read: ReadWeights | None,
+    read: RoutingWeights | None,
     norm: NormWeights | None,
     needs_weights: bool,
 ) -> list[Tensor]:
@@ -134,24 +125,24 @@ def backward(
             grad_x, grad_norm = rms_norm_backward(grad_x, x, norm)
         slots = (state if new is None else new).unflatten(-1, (read.n, -1)).to(dtype)
         g = grad_x.unflatten(-1, (read.m, -1)).to(dtype)
-        columns = read_columns(read, dtype)
+        columns = columns_of(read, dtype)
         through, gradients = coefficients_backward(slots @ g.mT, slots, columns)
         through = (coefficients(slots, columns) @ g + through).flatten(-2).to(state.dtype)
         grad_state = through if grad_state is None else grad_state + through
-        grad_read = read_gradients(gradients, read.n)
+        grad_read = gradients_of(gradients, read)
     assert grad_state is not None
     result = [grad_state]
     if write is not None and z is not None:
         slots = state.unflatten(-1, (write.n, -1)).to(dtype)
         segments = z.unflatten(-1, (write.m, -1)).to(dtype)
         g = grad_state.unflatten(-1, (write.n, -1)).to(dtype)
-        columns = write_columns(write, dtype)
+        columns = columns_of(write, dtype)
         carry, beta = coefficients(slots, columns).split([write.n, write.m], dim=-1)
         grad_columns = torch.cat([slots @ g.mT, g @ segments.mT], dim=-1)
         through, gradients = coefficients_backward(grad_columns, slots, columns)
         grad_slots = (carry @ g + through).flatten(-2).to(state.dtype)
         result = [grad_slots, (beta.mT @ g).flatten(-2).to(z.dtype)]
-        grad_write = write_gradients(gradients, write.m)
+        grad_write = gradients_of(gradients, write)
     return [*result, *grad_write, *grad_read, *grad_norm] if needs_weights else result
 
 

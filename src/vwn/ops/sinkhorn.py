@@ -35,11 +35,8 @@ def sinkhorn(logits: Tensor, rounds: int = ROUNDS, eps: float = EXACT_EPS, exact
         ``exact`` both do, to rounding, for any logits.
 
     Raises:
-        UserError: matrices that are not square or not floating point, or fewer ``rounds`` than 1.
+        UserError: fewer ``rounds`` than 1.
     """
-    if logits.ndim < 2 or logits.shape[-1] != logits.shape[-2] or not logits.is_floating_point():
-        got = f"{tuple(logits.shape)} {str(logits.dtype).removeprefix('torch.')}"
-        raise UserError(f"Sinkhorn's scaling takes square matrices of floating point numbers, got {got}")
     if rounds < 1:
         raise UserError(f"rounds of Sinkhorn's scaling must be 1 or more, got {rounds}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -8,17 +8,16 @@ import os
 import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vwn.common.errors import UserError
 from vwn.common.processes import all_gather_object
 from vwn.data.corpus import Corpus, prepare_valid
-from vwn.data.reading import OnBadRow
 from vwn.data.stream.reader import START, Position, Reader, reader_count, reader_of
 from vwn.data.stream.source import StreamedSource, open_source, parse_sources, sources_of_step
 from vwn.data.tokenizer import TextEncoder, bpe_size
@@ -29,16 +28,14 @@ if TYPE_CHECKING:
 _FORMAT = 2  # of the state
 _logger = logging.getLogger(__name__)
 
-Positions = dict[int, list[Position]]
-
 
 @dataclass(frozen=True, eq=False)
-class TokenStream(IterableDataset[dict[str, torch.Tensor]]):
+class TokenStream:
     """Windows of token ids from several sources, without end; `StreamLoader` makes batches of it.
 
     `weights` are the sources' shares of all tokens. `batch_size` is global: windows per optimiser step of all
-    processes together. The batches depend on what is here and on nothing else. Up to `skip_bad_rows` rows that cannot
-    be read are left out by each process, and logged.
+    processes together. The batches depend on what is here and on nothing else. Each process that reads leaves out, and
+    logs, up to `skip_bad_rows` rows that cannot be read.
     """
 
     sources: tuple[StreamedSource, ...]
@@ -63,26 +60,6 @@ class TokenStream(IterableDataset[dict[str, torch.Tensor]]):
         for source in self.sources:
             digest.update(source.fingerprint.encode())
         return digest.hexdigest()
-
-    @cached_property
-    def _encoder(self) -> TextEncoder:
-        return TextEncoder(self.tokenizer, self.control_tokens)
-
-    def open(self, reader: int, source: int, position: Position, on_bad_row: OnBadRow | None = None) -> Reader:
-        """Open a reader of one source."""
-        return Reader(
-            self.sources[source],
-            reader,
-            self.readers,
-            lambda text: self._encoder([text])[0],
-            self._encoder.end,
-            self.seed + source & 0xFFFFFFFF,
-            position,
-            on_bad_row,
-        )
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        return ({"input_ids": x, "labels": x.clone()} for b in StreamLoader(self) for x in b["input_ids"])
 
 
 def prepare_stream(
@@ -144,9 +121,9 @@ class StreamLoader:
     """This process's batches of a `TokenStream`, without end, and where they stand.
 
     Process `rank` of `world` fills slots `rank * B / world` on of every global batch B, in `accumulation` batches
-    `{"input_ids": LongTensor [B / world / accumulation, window], "labels": the same}`. Each of `workers` processes
-    runs some of its readers, ahead of the training; 0 runs them in this one. None of these four changes what a global
-    batch holds, so a state may be loaded with others than it was saved with.
+    `{"input_ids": LongTensor [B / world / accumulation, window], "labels": the same}`. At most `workers` processes read
+    ahead of the training, as many as divide its readers evenly; 0 reads in this one. None of these four changes what a
+    global batch holds, so a state may be loaded with others than it was saved with.
     """
 
     def __init__(self, stream: TokenStream, rank: int = 0, world: int = 1, accumulation: int = 1, workers: int = 0):
@@ -155,15 +132,13 @@ class StreamLoader:
                 f"--batch-size {stream.batch_size} cannot be divided among {world} processes with "
                 f"--gradient-accumulation {accumulation}; make it a multiple of {world * accumulation}"
             )
-        self.stream = stream
-        self.rank, self.world, self.accumulation = rank, world, accumulation
-        own_readers = stream.readers // world
-        self.workers = min(workers, own_readers)
+        self.stream, self.rank, self.accumulation = stream, rank, accumulation
+        self.own = stream.batch_size // world
+        readers = stream.readers // world
+        self.workers = max((w for w in range(1, min(workers, readers) + 1) if readers % w == 0), default=0)
         self.step = 0
-        self.positions: Positions = {}
-        self._passes = [0] * len(stream.sources)
-        self._skipped = 0
-        _allow_files(own_readers * len(stream.sources))
+        self.positions: dict[int, list[Position]] = {}
+        _allow_files(readers * len(stream.sources))
 
     def state_dict(self) -> dict[str, Any]:
         """Position of every reader after the last batch taken, as JSON; every process must call it."""
@@ -175,103 +150,68 @@ class StreamLoader:
             "step": self.step,
             "readers": self.stream.readers,
             "sources": [
-                {"name": source.name, "fingerprint": source.fingerprint, "positions": [_write(p[i]) for p in readers]}
+                {
+                    "name": source.name,
+                    "fingerprint": source.fingerprint,
+                    "positions": [" ".join(map(str, place[i])) for place in readers],
+                }
                 for i, source in enumerate(self.stream.sources)
             ],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state, whatever the number of processes and workers. Raises `UserError` for other data."""
-        try:
-            known = [(s["name"], s["fingerprint"], [_read(p) for p in s["positions"]]) for s in state["sources"]]
-            step, readers = int(state["step"]), int(state["readers"])
-            readable = state["format"] == _FORMAT and all(len(places) == readers for _, _, places in known)
-        except (KeyError, TypeError, ValueError):
-            readable = False
-        if not readable:
+        if state.get("format") != _FORMAT:
             raise UserError("the checkpoint's place in the streamed data cannot be read; use the checkpoint before it")
-        if readers != self.stream.readers or len(known) != len(self.stream.sources):
+        known, sources = state["sources"], self.stream.sources
+        if state["readers"] != self.stream.readers or len(known) != len(sources):
             raise UserError(
-                f"the checkpoint has {len(known)} sources in {readers} readers, the run {len(self.stream.sources)} in "
+                f"the checkpoint has {len(known)} sources in {state['readers']} readers, the run {len(sources)} in "
                 f"{self.stream.readers}; continue with the --stream and --batch-size it was started with"
             )
-        for (name, fingerprint, _), source in zip(known, self.stream.sources, strict=True):
-            if fingerprint != source.fingerprint:
+        for stored, source in zip(known, sources, strict=True):
+            if stored["fingerprint"] != source.fingerprint:
                 raise UserError(
-                    f"the files of {source.name} are not those that {name} had; restore them "
+                    f"the files of {source.name} are not those that {stored['name']} had; restore them "
                     "(rows that cannot be read need no repair: --skip-bad-rows 100)"
                 )
-        self.step = step
-        own = self.stream.batch_size // self.world
+        self.step = state["step"]
         self.positions = {
-            reader: [places[reader] for _, _, places in known]
-            for reader in range(readers)
-            if reader % self.stream.batch_size // own == self.rank
+            reader: [_position(stored["positions"][reader]) for stored in known]
+            for reader in range(self.stream.readers)
+            if reader % self.stream.batch_size // self.own == self.rank
         }
-        self._passes = [
-            max(self._pass(i, reader, place[0]) for reader, place in enumerate(places))
-            for i, (_, _, places) in enumerate(known)
-        ]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        size = self.stream.batch_size // self.world // self.accumulation
-        shares = [iter(self._share(worker)) for worker in range(max(self.workers, 1))]
-        for number in count():
-            ids = torch.empty(size, self.stream.window, dtype=torch.long)
-            step, part = self.step, number % self.accumulation
-            for worker, share in enumerate(shares):
-                rows = _rows(self, step, part, worker)
-                if not rows:
-                    continue
-                made = next(share)
+        size = self.own // self.accumulation
+        options: dict[str, Any] = {"generator": torch.Generator()}  # or it would draw from the model's
+        if self.workers:
+            # A tokenizer that has threads of its own must not be forked while they run; a worker is one thread.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            options |= {"num_workers": self.workers, "prefetch_factor": -(-4 * size // self.workers)}
+        windows = iter(DataLoader(_Windows(self), batch_size=None, collate_fn=_unchanged, **options))
+        for number in count(1):
+            ids = np.empty((size, self.stream.window), dtype=np.int64)
+            for row in range(size):
+                made = next(windows)
                 if isinstance(made, str):
                     raise UserError(made)
-                windows, places, skipped = made
-                self._report(skipped)
-                ids[[row for row, _ in rows]] = windows
-                for (_, reader), (source, place) in zip(rows, places, strict=True):
-                    self._note(reader, source, place)
-            if part + 1 == self.accumulation:
-                self.step = step + 1
-            yield {"input_ids": ids, "labels": ids.clone()}
-
-    def _share(self, worker: int) -> Any:
-        share = _Share(self, worker)
-        if not self.workers:
-            return share
-        # A tokenizer that has threads of its own must not be forked while they run; a worker is one thread.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        return DataLoader(share, batch_size=None, num_workers=1, prefetch_factor=4)
-
-    def _note(self, reader: int, source: int, place: Position) -> None:
-        self.positions.setdefault(reader, [START] * len(self.stream.sources))[source] = place
-        number = self._pass(source, reader, place[0])
-        if number > self._passes[source]:
-            self._passes[source] = number
-            if self.rank == 0:
-                name = self.stream.sources[source].name
-                _logger.info("%s has ended at step %d: pass %d of it begins", name, self.step + 1, number + 1)
-
-    def _report(self, skipped: list[str]) -> None:
-        for sentence in skipped:
-            _logger.error("%s; skipped", sentence)  # an error, as other processes than the first say nothing less
-        self._skipped += len(skipped)
-        if self._skipped > self.stream.skip_bad_rows:
-            raise UserError(_too_many(self.stream.skip_bad_rows, skipped[-1]))
-
-    def _pass(self, source: int, reader: int, ranges: int) -> int:
-        return (reader + ranges * self.stream.readers) // len(self.stream.sources[source].ranges)
+                ids[row], reader, source, place = made
+                self.positions.setdefault(reader, [START] * len(self.stream.sources))[source] = place
+            if number % self.accumulation == 0:
+                self.step += 1
+            yield {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(ids.copy())}
 
 
-class _Share(IterableDataset[Any]):
-    """One worker's part of each batch: windows `[rows, window]`, the positions of their readers after them, and the
-    errors of the rows left out on the way.
+class _Windows(IterableDataset[Any]):
+    """The windows of a process in order, each with its reader, its source and the reader's position after it.
 
-    A `UserError` travels as its sentence: a worker's exceptions arrive with a traceback in their text.
+    In a worker, those that are its turn: a reader is always of the same worker. A `UserError` travels as its sentence:
+    a worker's exceptions arrive with a traceback in their text.
     """
 
-    def __init__(self, loader: StreamLoader, worker: int):
-        self._loader, self._worker = loader, worker
+    def __init__(self, loader: StreamLoader):
+        self._loader = loader
 
     def __iter__(self) -> Iterator[Any]:
         try:
@@ -279,67 +219,60 @@ class _Share(IterableDataset[Any]):
         except UserError as error:
             yield str(error)
 
-    def _windows(self) -> Iterator[tuple[torch.Tensor, list[tuple[int, Position]], list[str]]]:
-        loader, stream = self._loader, self._loader.stream
-        start, open_readers = [START] * len(stream.sources), dict[tuple[int, int], Reader]()
-        positions, left_out = dict(loader.positions), list[str]()
-
-        def on_bad_row(error: UserError) -> None:
-            if not stream.skip_bad_rows:
-                raise UserError(f"{error}, or leave such rows out (--skip-bad-rows 100)") from error
-            left_out.append(str(error))
-            if len(left_out) > stream.skip_bad_rows:  # a file of nothing else would never fill a window
-                raise UserError(_too_many(stream.skip_bad_rows, str(error)))
-
+    def _windows(self) -> Iterator[tuple[np.ndarray, int, int, Position]]:
+        loader, stream, worker = self._loader, self._loader.stream, get_worker_info()
+        turn, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        encoder = TextEncoder(stream.tokenizer, stream.control_tokens)
+        on_bad_row, open_readers = _Skipping(stream.skip_bad_rows), dict[tuple[int, int], Reader]()
+        numbers = count()
         for step in count(loader.step):
             sources = sources_of_step(stream.weights, stream.batch_size, step, stream.seed)
-            for part in range(loader.accumulation):
-                windows, places = [], []
-                for _, reader in _rows(loader, step, part, self._worker):
-                    source = int(sources[reader % stream.batch_size])
-                    key = reader, source
-                    if key not in open_readers:
-                        position = positions.get(reader, start)[source]
-                        open_readers[key] = stream.open(reader, source, position, on_bad_row)
-                    windows.append(torch.from_numpy(open_readers[key].take(stream.window)))
-                    places.append((source, open_readers[key].position))
-                if windows:
-                    yield torch.stack(windows), places, left_out.copy()
-                    left_out.clear()
+            for slot in range(loader.rank * loader.own, (loader.rank + 1) * loader.own):
+                if next(numbers) % workers != turn:
+                    continue
+                index, source = reader_of(step, slot, stream.batch_size), int(sources[slot])
+                if (index, source) not in open_readers:
+                    open_readers[index, source] = Reader(
+                        stream.sources[source],
+                        index,
+                        stream.readers,
+                        lambda text: encoder([text])[0],
+                        encoder.end,
+                        stream.seed + source & 0xFFFFFFFF,
+                        loader.positions[index][source] if index in loader.positions else START,
+                        on_bad_row,
+                    )
+                reader = open_readers[index, source]
+                yield reader.take(stream.window), index, source, reader.position
 
 
-def _rows(loader: StreamLoader, step: int, part: int, worker: int) -> list[tuple[int, int]]:
-    """List the rows of a batch that a worker fills, each with its reader. A reader is always of the same worker."""
-    stream, workers = loader.stream, max(loader.workers, 1)
-    own = stream.batch_size // loader.world
-    size = own // loader.accumulation
-    first = step % (stream.readers // stream.batch_size) * own + part * size  # number among the process's readers
-    slot = loader.rank * own + part * size
-    rows = [row for row in range(size) if (first + row) % workers == worker]
-    return [(row, reader_of(step, slot + row, stream.batch_size)) for row in rows]
+class _Skipping:
+    """Leave out rows that cannot be read, up to a number, and log each."""
+
+    def __init__(self, allowed: int):
+        self._allowed = self._left = allowed
+
+    def __call__(self, error: UserError) -> None:
+        if not self._allowed:
+            raise UserError(f"{error}, or leave such rows out (--skip-bad-rows 100)") from error
+        if not self._left:
+            raise UserError(f"{error}; more than {self._allowed} rows cannot be read (--skip-bad-rows)") from error
+        self._left -= 1
+        _logger.error("%s; skipped", error)  # an error, as other processes than the first say nothing less
 
 
-def _too_many(allowed: int, sentence: str) -> str:
-    return f"{sentence}; more than {allowed} rows cannot be read (--skip-bad-rows)"
+def _unchanged(window: Any) -> Any:
+    return window
 
 
-def _write(position: Position) -> str:
-    return " ".join(map(str, position))
-
-
-def _read(text: str) -> Position:
+def _position(text: str) -> Position:
     begun, offset, chunk, taken = map(int, text.split())
     return begun, offset, chunk, taken
 
 
 def _allow_files(readers: int) -> None:
     """Each reader of each source keeps a file open: raise this process's limit where it is too low."""
-    wanted = readers + 256
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        if hard != resource.RLIM_INFINITY and hard < wanted:
-            raise UserError(
-                f"{readers} files are read at once, but this machine lets a process open {hard}; "
-                "take fewer sources or a smaller --batch-size per process, or raise the limit (ulimit -Hn)"
-            )
+    if soft != resource.RLIM_INFINITY and soft < readers + 256:
+        wanted = readers + 256 if hard == resource.RLIM_INFINITY else min(readers + 256, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

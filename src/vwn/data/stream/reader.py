@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -14,6 +15,7 @@ Position = tuple[int, int, int, int]
 """File ranges begun, offset in the range, number of the chunk from there, tokens of the chunk that are used up."""
 START: Position = (0, 0, 0, 0)
 _LEAST = 16
+_logger = logging.getLogger(__name__)
 
 Encode = Callable[[str], list[int]]
 
@@ -80,6 +82,11 @@ class Reader:
                 if (chunk.offset, chunk.number) >= (offset, first) and (ids := self._encoded(chunk, part)):
                     yield (count, chunk.offset, chunk.number), np.asarray(ids, dtype=np.int64)
             count, offset, first = count + 1, 0, 0
+            if not self._index and self._pass(count) > self._pass(count - 1):
+                _logger.info("%s has ended: pass %d of it begins", self._source.name, self._pass(count) + 1)
+
+    def _pass(self, count: int) -> int:
+        return (self._index + count * self._readers) // len(self._source.ranges)
 
     def _encoded(self, chunk: Chunk, part: FileRange) -> list[int]:
         """Return the chunk's tokens, with the end of text if it ends a document; none if it is left out."""

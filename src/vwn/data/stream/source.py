@@ -5,13 +5,11 @@ Opening a source reads no file but its ends.
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -19,28 +17,13 @@ from typing import Any
 import numpy as np
 
 from vwn.common.errors import UserError
-from vwn.data.reading import (
-    CHUNK,
-    KINDS,
-    Chunk,
-    FileRange,
-    OnBadRow,
-    document,
-    kind,
-    open_parquet,
-    parquet_column,
-    read_range,
-    row_chunks,
-    string_columns,
-    text_column,
-)
-from vwn.data.sources import hub_data_set, open_local, refuse_undecodable, supported
-from vwn.data.unpacking import packing
+from vwn.data.reading import Chunk, FileRange, OnBadRow, kind, open_parquet, parquet_column, read_range
+from vwn.data.sources import HubSource, hub_data_set, open_local
+from vwn.data.unpacking import packing, refuse_unreadable
 
 _LARGEST_RANGE = 1 << 26
 _ENDS = 1 << 16
 _GOLDEN = (5**0.5 - 1) / 2
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,22 +33,22 @@ class StreamedSource:
     name: str
     ranges: tuple[FileRange, ...]
     fingerprint: str
-    hub: HubRows | None = None
-    _passes: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+    hub: HubSource | None = None
 
     def range_at(self, index: int, seed: int) -> FileRange:
         """Number `index` of an endless sequence of passes, each of which has every range once, in its own order."""
         number, place = divmod(index, len(self.ranges))
-        if (seed, number) not in self._passes:
-            if len(self._passes) > 8:
-                self._passes.clear()
-            # RandomState's numbers are frozen; those of numpy's newer generators may change with its version.
-            self._passes[seed, number] = np.random.RandomState([seed, number]).permutation(len(self.ranges))
-        return self.ranges[self._passes[seed, number][place]]
+        return self.ranges[_order(seed, number, len(self.ranges))[place]]
 
     def read(self, part: FileRange, offset: int, on_bad_row: OnBadRow | None = None) -> Iterator[Chunk]:
         """Yield the range's documents from `offset` on, as `read_range` gives them."""
         return (read_range if self.hub is None else self.hub.read)(part, offset, on_bad_row)
+
+
+@lru_cache(maxsize=64)
+def _order(seed: int, number: int, count: int) -> np.ndarray:
+    # RandomState's numbers are frozen; those of numpy's newer generators may change with its version.
+    return np.random.RandomState([seed, number]).permutation(count)
 
 
 def open_source(spec: str, readers: int) -> StreamedSource:
@@ -75,51 +58,33 @@ def open_source(spec: str, readers: int) -> StreamedSource:
     sets that come in fewer shards than there are readers, several readers read one and take turns. Raises `UserError`
     for what cannot be found or is empty.
     """
-    paths = _paths(spec)
-    if paths is None:
+    files = open_local(spec)
+    if files is None:
         return _open_hub(spec, readers)
-    files = [path for path in paths if _size(path)]
-    if not files:
-        raise UserError(f"{spec} is empty; give a source with text in it")
-    total = sum(_size(path) for path in files)
-    at_most = max(1, min(total // (2 * readers), _LARGEST_RANGE))
-    ranges = [part for path in files for part in _cut(path, at_most)]
-    shares = -(-readers // len(ranges))
-    shared = tuple(share for part in ranges for share in _shares(part, shares))
+    sizes = {path: _size(path) for path in files.paths}
+    at_most = max(1, min(sum(sizes.values()) // (2 * readers), _LARGEST_RANGE))
+    ranges = [part for path, size in sizes.items() if size for part in _cut(path, size, at_most)]
     if not any(True for part in ranges for _ in read_range(part, on_bad_row=lambda _: None)):
         raise UserError(f"{spec} is empty; give a source with text in it")
-    if shares > 1 and any(map(packing, files)):
-        _logger.info(
-            "%s has fewer packed files than readers (%s): each is unpacked %s times over", spec, readers, shares
-        )
-    return StreamedSource(spec, shared, _fingerprint(paths))
-
-
-def _paths(spec: str) -> list[Path] | None:
-    refuse_undecodable(spec)
-    if any(c in spec for c in "*?[") and not os.path.exists(spec):
-        found = sorted(glob.glob(os.path.expanduser(spec), recursive=True))
-        paths = supported(spec, [Path(name) for name in found if os.path.isfile(name)])
-        if not paths:
-            raise UserError(f"{spec} matches no {KINDS} file; check the pattern")
-        return paths
-    source = open_local(spec)
-    return None if source is None else list(source.paths)
+    shares = -(-readers // len(ranges))
+    shared = [
+        FileRange(part.path, part.start, part.stop, share, shares, min(part.block, max(1, sizes[part.path] // shares)))
+        for part in ranges
+        for share in range(shares)
+    ]
+    return StreamedSource(spec, tuple(shared), _fingerprint(sizes))
 
 
 def _size(path: Path) -> int:
-    try:
+    with refuse_unreadable(path):
         return path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _cut(path: Path, at_most: int) -> list[FileRange]:
+def _cut(path: Path, size: int, at_most: int) -> list[FileRange]:
     if packing(path):
         return [FileRange(path)]
     if kind(path) == ".parquet":
         return _row_groups(path, at_most)
-    size = _size(path)
     count = -(-size // at_most)
     return [FileRange(path, size * i // count, size * (i + 1) // count) for i in range(count)]
 
@@ -138,44 +103,17 @@ def _row_groups(path: Path, at_most: int) -> list[FileRange]:
     return [*ranges, FileRange(path, first, len(sizes), block=1)] if sizes else ranges
 
 
-def _shares(part: FileRange, shares: int) -> Iterator[FileRange]:
-    block = part.block if part.block == 1 else max(1, min(CHUNK, _size(part.path) // shares))
-    for share in range(shares):
-        yield FileRange(part.path, part.start, part.stop, share, shares, block)
-
-
-def _fingerprint(paths: list[Path]) -> str:
+def _fingerprint(sizes: dict[Path, int]) -> str:
     """Hash the name, size, beginning and end of every file; neither its age nor all of it, which would take long."""
-    root = os.path.commonpath([path.parent for path in paths])
+    root = os.path.commonpath([path.parent for path in sizes])
     digest = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                ends = file.read(_ENDS)
-                file.seek(max(size - _ENDS, 0))
-                ends += file.read(_ENDS)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    for path, size in sizes.items():
+        with refuse_unreadable(path), open(path, "rb") as file:
+            ends = file.read(_ENDS)
+            file.seek(max(size - _ENDS, 0))
+            ends += file.read(_ENDS)
         digest.update(os.fsencode(f"{os.path.relpath(path, root)}\0{size}\0") + hashlib.blake2b(ends).digest())
     return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class HubRows:
-    """The training split of a data set of the hub, read row by row over the network; a range is one of its shards."""
-
-    name: str
-    rows: Any
-    column: str
-
-    def read(self, part: FileRange, offset: int, on_bad_row: OnBadRow | None = None) -> Iterator[Chunk]:
-        """Yield the shard's rows; those before `offset` are fetched again but not looked at."""
-        shard = self.rows.shard(num_shards=self.rows.num_shards, index=part.start, contiguous=True)
-        for row, values in enumerate(shard.skip(offset) if offset else shard, offset):
-            if part.owns(row):
-                where = f"row {row + 1} of shard {part.start} of {self.name}"
-                yield from row_chunks(row, partial(document, values[self.column], where), on_bad_row)
 
 
 def _open_hub(spec: str, readers: int) -> StreamedSource:
@@ -186,15 +124,13 @@ def _open_hub(spec: str, readers: int) -> StreamedSource:
         rows: Any = builder.as_streaming_dataset(split="train")
         if rows.num_shards < readers and hasattr(rows, "reshard"):
             rows = rows.reshard()  # Parquet by row groups
-        features = rows.features or rows._resolve_features().features
-    column = text_column(string_columns(features), f"the data set {spec}")
+        # Names of the files with the revision of the repository in them, where the builder knows them.
+        files = sorted(str(path) for path in (builder.config.data_files or {}).get("train", []))
+        key = [str(builder.hash), str(builder.config_id), str(rows.num_shards), *files]
+        source = HubSource(spec, rows, hashlib.blake2b("\0".join(key).encode(), digest_size=16).hexdigest())
     shares, shards = -(-readers // rows.num_shards), range(rows.num_shards)
     ranges = [FileRange(Path(name), i, i + 1, share, shares, block=1) for i in shards for share in range(shares)]
-    # Names of the files with the revision of the repository in them, where the builder knows them.
-    files = sorted(str(path) for path in (builder.config.data_files or {}).get("train", []))
-    key = [str(builder.hash), str(builder.config_id), str(rows.num_shards), *files]
-    fingerprint = hashlib.blake2b("\0".join(key).encode(), digest_size=16).hexdigest()
-    return StreamedSource(spec, tuple(ranges), fingerprint, HubRows(spec, rows.select_columns([column]), column))
+    return StreamedSource(spec, tuple(ranges), source.identity, source)
 
 
 def parse_sources(specs: Sequence[str]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights
+from vwn.ops.weights import NormWeights, RoutingWeights
 
 MOST_SLOTS = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,8 +23,8 @@ _LEAST_CAPABILITY = (8, 0)
 _LEAST_TRITON = (3, 6)
 """The oldest version the kernels were compiled with."""
 _PROGRAMS = 264
-"""Most programs of a backward: two for each processor of an H100. It is a constant, so that
-sums are the same on every GPU."""
+"""Most programs of a backward: two for each processor of an H100. It is a constant, so that what each of them adds up
+is the same on every GPU."""
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, slots: int = 1) -> str | None:
@@ -54,7 +54,7 @@ def forward(
     state: Tensor,
     z: Tensor | None,
     write: RoutingWeights | None,
-    read: ReadWeights | None,
+    read: RoutingWeights | None,
     norm: NormWeights | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Like :func:`vwn.ops.reference.forward`, for contiguous ``[T, D']`` and ``[T, D]``, in one launch."""
@@ -78,11 +78,11 @@ def backward(
     state: Tensor,
     z: Tensor | None,
     write: RoutingWeights | None,
-    read: ReadWeights | None,
+    read: RoutingWeights | None,
     norm: NormWeights | None,
     needs_weights: bool,
 ) -> list[Tensor]:
-    """Like :func:`vwn.ops.reference.backward`, for contiguous ``[T, D']`` and ``[T, D]``, in one launch or two."""
+    """Like :func:`vwn.ops.reference.backward`, for contiguous ``[T, D']`` and ``[T, D]``, in one launch and a sum."""
     from vwn.ops.triton import backward_kernel
 
     constants = _constants(state, write, read, norm)
@@ -102,12 +102,11 @@ def backward(
                 grad_state, grad_x, state, z, of_state, of_z, x, parts, tokens, write, read, norm, *part_of,
                 PART=sum(sizes), WEIGHTS=needs_weights, **constants,
             )  # fmt: skip
-        of_weights = [torch.empty_like(w) for w in weights] if needs_weights else []
-        if needs_weights:
-            backward_kernel.add_parts[(-(-sum(sizes) // 64),)](
-                parts, programs, tuple(of_weights), tuple(sizes), PART=sum(sizes), ROWS=16, COLUMNS=64
-            )
-    return [of_state, *([] if of_z is None else [of_z]), *of_weights]
+    if parts is None:
+        return [of_state, *([] if of_z is None else [of_z])]
+    of_weights = torch.split_with_sizes_copy(parts.sum(0), sizes)
+    shaped = (g.view(w.shape).to(w.dtype) for g, w in zip(of_weights, weights, strict=True))
+    return [of_state, *([] if of_z is None else [of_z]), *shaped]
 
 
 def _replaced(weights: Any, tensors: Iterator[Tensor | None]) -> Any:
@@ -118,7 +117,7 @@ def _replaced(weights: Any, tensors: Iterator[Tensor | None]) -> Any:
 
 
 def _constants(
-    state: Tensor, write: RoutingWeights | None, read: ReadWeights | None, norm: NormWeights | None
+    state: Tensor, write: RoutingWeights | None, read: RoutingWeights | None, norm: NormWeights | None
 ) -> dict[str, Any]:
     """Compile-time arguments of both kernels."""
     weights = write if write is not None else read

@@ -1,7 +1,7 @@
-"""The backward kernel, and the sum of the weight gradients over its programs. Names: see :mod:`.tiles`.
+"""The backward kernel. Names: see :mod:`.tiles`.
 
 A ``grad_`` before a name is the gradient of that. Each program adds the weight gradients of its tiles up in a row of
-``parts`` that is its own, and :func:`add_parts` adds the rows, so no sum depends on which program is first.
+``parts`` that is its own, and the rows are added afterwards, so no sum depends on which program is first.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def backward(
     parts,  # [programs, PART], zero, or None: no weight gradients
     T,
     write,  # RoutingWeights, or None
-    read,  # ReadWeights, or None
+    read,  # RoutingWeights without those of B, or None
     norm,  # NormWeights, or None
     write_part,  # the same tuples of the first row of parts
     read_part,
@@ -254,18 +254,3 @@ def backward(
                 tl.debug_barrier()
                 store_tile(grad_state, g, t, c, T, n, N, d)
         tl.debug_barrier()  # the next tile adds to the same part
-
-
-@triton.jit
-def add_parts(parts, rows, results, sizes, PART: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Add the ``rows`` of ``parts`` and hand each weight its own: ``sizes`` numbers to each of ``results``."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for first in range(0, rows, ROWS):
-        row = (first + tl.arange(0, ROWS)).to(tl.int64)
-        mask = (row < rows)[:, None] & (column < PART)[None, :]
-        total += tl.sum(tl.load(parts + row[:, None] * PART + column[None, :], mask, 0.0), 0)
-    for k in tl.static_range(len(results)):
-        mask = (column >= 0) & (column < sizes[k])
-        tl.store(results[k] + column, total.to(results[k].dtype.element_ty), mask)
-        column -= sizes[k]

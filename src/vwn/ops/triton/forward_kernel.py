@@ -18,7 +18,7 @@ def forward(
     x,  # result: X, [T, m d]
     T,
     write,  # RoutingWeights, or None
-    read,  # ReadWeights, or None
+    read,  # RoutingWeights without those of B, or None
     norm,  # NormWeights, or None
     n: tl.constexpr,
     m: tl.constexpr,
