@@ -256,9 +256,7 @@ def test_batches_do_not_depend_on_processes_accumulation_or_workers(sources, wor
         assert state == state2  # although the workers have read on
 
 
-@pytest.mark.parametrize(
-    ("before", "after"), [((2, 1, 0), (1, 1, 0)), ((1, 1, 2), (4, 1, 0)), ((2, 2, 0), (1, 1, 3))]
-)
+@pytest.mark.parametrize(("before", "after"), [((2, 1, 0), (1, 1, 0)), ((1, 1, 2), (4, 1, 0)), ((2, 2, 0), (1, 1, 3))])
 def test_a_restart_goes_on_with_any_number_of_processes_and_workers(sources, before, after):
     stream = stream_of(*sources, weights=(0.5, 0.3, 0.2))
     whole = list(global_batches(stream, 20))

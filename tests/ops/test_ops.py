@@ -14,7 +14,7 @@ import reference as loops
 from vwn import GeneralizedHyperConnection, Geometry, ops
 from vwn.cost.connection import connection_cost
 from vwn.ops import backends, reference
-from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights
+from vwn.ops.weights import Inputs, NormWeights, RoutingWeights
 
 KINDS = ("read", "write", "write_read")
 HALF = (torch.bfloat16, torch.float16)
@@ -60,10 +60,11 @@ def make(m, n, d, *lead, dtype=torch.float32, dynamic=(True, True), norm=True) -
     return t
 
 
-def parts(t: Tensors) -> tuple[RoutingWeights, ReadWeights, NormWeights | None]:
-    write = RoutingWeights(*(t.get(f"write.{name}") for name in RoutingWeights._fields[:-1]), WRITE_EPS)  # type: ignore
-    read = ReadWeights(*(t.get(f"read.{name}") for name in ReadWeights._fields[:-1]), READ_EPS)  # type: ignore
-    return write, read, NormWeights(t["norm"], NORM_EPS) if "norm" in t else None
+def parts(t: Tensors) -> tuple[RoutingWeights, RoutingWeights, NormWeights | None]:
+    def side(name: str, eps: float) -> RoutingWeights:
+        return RoutingWeights(*(t.get(f"{name}.{field}") for field in RoutingWeights._fields[:-1]), eps)  # type: ignore
+
+    return side("write", WRITE_EPS), side("read", READ_EPS), NormWeights(t["norm"], NORM_EPS) if "norm" in t else None
 
 
 def call(kind: str, t: Tensors, backend: str) -> Tensors:
@@ -71,7 +72,7 @@ def call(kind: str, t: Tensors, backend: str) -> Tensors:
     write, read, norm = parts(t)
     if backend == "plain":
         w, r, z = None if kind == "read" else write, None if kind == "write" else read, t["z"]
-        found = reference.forward(t["state"], z, w, r, norm)
+        found = reference.forward(Inputs(t["state"], z, w, r, norm))
         return {name: x for name, x in zip(("new", "x"), found, strict=True) if x is not None}
     if kind == "write_read":
         return dict(zip(("new", "x"), ops.write_read(t["state"], t["z"], write, read, norm, backend), strict=True))

@@ -21,7 +21,7 @@ from vwn import GeneralizedHyperConnection, ops
 from vwn.common.errors import UserError
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.ops import backends, compiled, library
-from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights
+from vwn.ops.weights import NormWeights, RoutingWeights
 
 COMPILER = shutil.which("g++") or shutil.which("c++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
@@ -68,8 +68,8 @@ def compiler(monkeypatch, tmp_path) -> Callable[[str], Callable[[], int]]:
 
 def read(backend: str, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    shapes = ((3, 5), (2, 5), (3, 5), (2,))
-    weights = ReadWeights(*(torch.randn(shape, generator=generator) for shape in shapes))  # type: ignore[arg-type]
+    shapes = ((3, 5), (2, 3), (2, 5), (2, 2), (3, 5), (2, 3), (2,))
+    weights = RoutingWeights(*(torch.randn(shape, generator=generator) for shape in shapes))  # type: ignore[arg-type]
     return ops.read(torch.randn(35, 6, generator=generator).to(dtype), weights, backend=backend)
 
 
@@ -319,7 +319,7 @@ def of_same_width(connection):
         (lambda c, o: c.write_read(torch.randn(3, 256), torch.randn(3, 64), o), "must be D' = n d = 96 wide"),
         (
             lambda c, o: ops.write_read(torch.randn(3, 256), torch.randn(3, 64), c.weights, of_same_width(c).weights),
-            "one (m, n), got (4, 16) and (2, 8)",
+            "bias_alpha must be (16, 20), got (8, 10)",
         ),
         (lambda c, o: c.read(torch.randn(3, 256), NormWeights(torch.ones(32))), "the norm's weight must be (64,)"),
         (lambda c, o: c.read(torch.randn(3, 256, device="meta")), "what goes with it on cpu"),

@@ -116,10 +116,6 @@ def test_it_compiles_as_one_graph(exact):
 
 
 def test_what_it_refuses():
-    with pytest.raises(UserError, match=r"square matrices of floating point numbers, got \(2, 3\) float32"):
-        sinkhorn(torch.randn(2, 3))
-    with pytest.raises(UserError, match=r"got \(3, 3\) int64"):
-        sinkhorn(torch.ones(3, 3, dtype=torch.int64))
     with pytest.raises(UserError, match="rounds of Sinkhorn's scaling must be 1 or more, got 0"):
         sinkhorn(torch.randn(3, 3), rounds=0)
 

@@ -22,7 +22,7 @@ from vwn.common.errors import UserError  # noqa: E402
 from vwn.ops import backends  # noqa: E402
 from vwn.ops import triton as backend  # noqa: E402
 from vwn.ops.triton import configs, forward_kernel  # noqa: E402
-from vwn.ops.weights import ReadWeights, RoutingWeights  # noqa: E402
+from vwn.ops.weights import RoutingWeights  # noqa: E402
 
 SHAPES = [(1, 1, 5), (1, 4, 7), (2, 3, 12), (3, 5, 33), (4, 8, 70), (4, 16, 33)]
 SHAPES += [pytest.param(*shape, marks=pytest.mark.slow) for shape in ((8, 64, 5), (64, 64, 3))]
@@ -174,11 +174,11 @@ def test_through_the_ops():
     results = []
     for name in ("triton", "reference"):
         state, z = (t.clone().requires_grad_() for t in inputs)
-        weights = [RoutingWeights(*(t.clone().requires_grad_() for t in c.write[:-1]), c.write.eps)]
-        weights.append(ReadWeights(*(t.clone().requires_grad_() for t in c.read[:-1]), c.read.eps))
+        leaves = [[None if t is None else t.clone().requires_grad_() for t in w[:-1]] for w in (c.write, c.read)]
+        weights = [RoutingWeights(*side, w.eps) for side, w in zip(leaves, (c.write, c.read), strict=True)]
         new, x = ops.write_read(state, z, *weights, c.norm, backend=name)
         (new.sin().sum() + x.cos().sum()).backward()
-        results.append([new, x, state.grad, z.grad, *(t.grad for w in weights for t in w[:-1])])
+        results.append([new, x, state.grad, z.grad, *(t.grad for side in leaves for t in side if t is not None)])
     for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 

@@ -15,7 +15,7 @@ import tokenizers
 from vwn.common.cache import default_cache_dir, load_or_build
 from vwn.common.errors import UserError
 from vwn.data.packing import PackedWindows, smallest_dtype, write_tokens
-from vwn.data.sources import Source, resolve, resolve_valid
+from vwn.data.sources import VALID_SHARE, Source, resolve, resolve_valid
 from vwn.data.splitting import Text, split_off_end, whole
 from vwn.data.tokenizer import BYTES, TextEncoder, bpe_size, load_tokenizer, wrap
 
@@ -55,20 +55,20 @@ def prepare(
     tokenizer: str | None = None,
     window: int,
     cache_dir: Path | None = None,
-    valid_fraction: float = 0.1,
     control_tokens: bool = False,
 ) -> Corpus:
     """Read, split, tokenise and pack a text; a second call takes the token ids from the cache.
 
-    `data`, `valid`: a file (`.txt`, `.jsonl`, either also packed as `.xz`, `.gz` or `.zst`, or `.parquet`), a folder of
-    such files (all of them, in the order of their paths), `stdlib` (the Python files of the running interpreter's
-    standard library), or a data set of the Hugging Face hub (`owner/name`, or `owner/name:configuration`). JSON lines,
-    Parquet and hub rows are one document each, from the column `text` or else the only one of strings. A `.txt` is one
-    document, or several separated by `<|endoftext|>`. Every document ends in the tokeniser's end-of-text id.
+    `data`, `valid`: a file (`.txt`, `.jsonl`, either also packed as `.xz`, `.gz` or `.zst`, or `.parquet`), a folder or
+    a pattern of such files (all of them, in the order of their paths), `stdlib` (the Python files of the running
+    interpreter's standard library), or a data set of the Hugging Face hub (`owner/name`, `owner/name:configuration`).
+    JSON lines, Parquet and hub rows are one document each, from the column `text` or else the only one of strings. A
+    `.txt` is one document, or several separated by `<|endoftext|>`. Every document ends in the tokeniser's end-of-text
+    id.
 
     Without `valid`, `stdlib` is split by file (by a hash of its path), a hub data set gives its validation split, and
-    any other text loses its last `valid_fraction` to validation: whole documents, or where these are too long, the end
-    of the last one from the start of a line on. A `bpe:N` tokeniser is trained on the training part only.
+    any other text loses its last tenth to validation: whole documents, or where these are too long, the end of the last
+    one from the start of a line on. A `bpe:N` tokeniser is trained on the training part only.
 
     `window`: tokens per window. `cache_dir`: default `$VWN_CACHE`, else `~/.cache/vwn`. `control_tokens`: give control
     tokens that are written in the text (`<|im_start|>`) their ids; otherwise they are text like any other. Raises
@@ -76,13 +76,11 @@ def prepare(
     """
     if window < 2:
         raise UserError(f"a window of {window} tokens predicts nothing; give a window of at least 2")
-    if not 0 < valid_fraction < 1:
-        raise UserError(f"a validation fraction of {valid_fraction} is not between 0 and 1; give for example 0.1")
     tokenizer = BYTES if tokenizer is None else tokenizer
     ready = None if bpe_size(tokenizer) else load_tokenizer(tokenizer, max_length=window)
-    train_source, valid_source = resolve(data, valid, valid_fraction)  # after the tokeniser, as it may ask the hub
-    job = _Job(train_source, valid_source, tokenizer, ready, window, valid_fraction, control_tokens)
-    valid_name = valid_source.name if valid_source else f"(the last {100 * valid_fraction:g}% of {data})"
+    train_source, valid_source = resolve(data, valid)  # after the tokeniser, as it may ask the hub
+    job = _Job(train_source, valid_source, tokenizer, ready, window, control_tokens)
+    valid_name = valid_source.name if valid_source else f"(the last {100 * VALID_SHARE:g}% of {data})"
     return job.corpus(cache_dir, f"the training text {data}", f"the validation text {valid_name}")
 
 
@@ -100,7 +98,7 @@ def prepare_valid(
     tokenised once. Otherwise as `prepare`.
     """
     ready = load_tokenizer(tokenizer, max_length=window) if isinstance(tokenizer, str) else tokenizer
-    job = _Job(None, resolve_valid(valid), "", ready, window, 0.0, control_tokens)
+    job = _Job(None, resolve_valid(valid), "", ready, window, control_tokens)
     return job.corpus(cache_dir, "", f"the validation text {valid}")
 
 
@@ -132,7 +130,6 @@ class _Job:
     spec: str
     tokenizer: PreTrainedTokenizerFast | None
     window: int
-    valid_fraction: float
     control_tokens: bool
 
     def key(self) -> str:
@@ -141,7 +138,7 @@ class _Job:
         else:
             ids = f"{self.tokenizer.eos_token_id} {self.tokenizer.backend_tokenizer.to_str()}"
         data = None if self.data is None else self.data.key()
-        split = self.valid_fraction if self.valid is None else self.valid.key()
+        split = VALID_SHARE if self.valid is None else self.valid.key()
         parts = [_FORMAT, data, split, ids, self.control_tokens]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
@@ -176,7 +173,7 @@ class _Job:
         if self.data is not None:
             sides["train"] = whole(self.data)
             if self.valid is None:
-                sides["train"], sides["valid"] = split_off_end(sides["train"], self.valid_fraction)
+                sides["train"], sides["valid"] = split_off_end(sides["train"])
         if self.valid is not None:
             sides["valid"] = whole(self.valid)
         tokenizer = self.tokenizer
@@ -198,15 +195,8 @@ class _Job:
 
 
 def _load_meta(folder: Path) -> dict[str, Any] | None:
-    """Read `{dtype, fingerprint, sides: {"train" and "valid", or "valid" alone: {tokens, bytes}}}`.
-
-    None where a file is missing or not as long as it was written.
-    """
+    """Read `{dtype, fingerprint, sides: {"train" and "valid", or "valid" alone: {tokens, bytes}}}`, if it is there."""
     try:
-        meta: dict[str, Any] = json.loads((folder / _META).read_text())
-        width = int(meta["dtype"].removeprefix("uint")) // 8
-        sizes = {side: of["tokens"] * width for side, of in meta["sides"].items()}
-        whole = all((folder / f"{side}.bin").stat().st_size == size for side, size in sizes.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return json.loads((folder / _META).read_text())
+    except (OSError, ValueError):
         return None
-    return meta if whole and "fingerprint" in meta else None
