@@ -6,8 +6,6 @@ import gzip
 import json
 import lzma
 import os
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from io import BytesIO
@@ -326,11 +324,10 @@ def test_a_name_that_is_not_utf8_is_refused_at_once(tmp_path: Path):
 
 
 def test_without_a_home_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch):
-    code = "import os; os.getuid = lambda: 987654; from vwn.common.cache import default_cache_dir; default_cache_dir()"
-    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "VWN_CACHE")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert "UserError" in done.stderr
-    assert "environment variable VWN_CACHE" in done.stderr
+    monkeypatch.delenv("VWN_CACHE", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(UserError, match="environment variable VWN_CACHE"):
+        default_cache_dir()
     monkeypatch.setenv("VWN_CACHE", "/somewhere")
     assert default_cache_dir() == Path("/somewhere")
 

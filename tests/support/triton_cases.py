@@ -20,7 +20,7 @@ class Case:
         self, m, n, d, dtype=torch.float32, tokens=None, write=True, read=True, norm=True, dynamic=(True, True)
     ):
         self.generator = torch.Generator().manual_seed(0)
-        self.tokens = (3 if n >= 8 else 25) if tokens is None else tokens
+        self.tokens = (1 if n >= 64 else 3 if n >= 8 else 9) if tokens is None else tokens
         self.dtype = dtype
         self.write = self.weights(m, n, d, dynamic[0]) if write else None
         self.read = self.weights(m, n, d, dynamic[1]).to_read if read else None

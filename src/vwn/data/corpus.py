@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import tokenizers
 
 from vwn.common.cache import default_cache_dir, load_or_build
 from vwn.common.errors import UserError
+from vwn.common.files import sync
 from vwn.data.packing import PackedWindows, smallest_dtype, write_tokens
 from vwn.data.sources import VALID_SHARE, Source, resolve, resolve_valid
 from vwn.data.splitting import Text, split_off_end, whole
@@ -77,7 +77,7 @@ def prepare(
     if window < 2:
         raise UserError(f"a window of {window} tokens predicts nothing; give a window of at least 2")
     tokenizer = BYTES if tokenizer is None else tokenizer
-    ready = None if bpe_size(tokenizer) else load_tokenizer(tokenizer, max_length=window)
+    ready = None if bpe_size(tokenizer) else load_tokenizer(tokenizer)
     train_source, valid_source = resolve(data, valid)  # after the tokeniser, as it may ask the hub
     job = _Job(train_source, valid_source, tokenizer, ready, window, control_tokens)
     valid_name = valid_source.name if valid_source else f"(the last {100 * VALID_SHARE:g}% of {data})"
@@ -97,7 +97,7 @@ def prepare_valid(
     For training on streamed data, and for measuring a model: both sides of the corpus are this text, which is read and
     tokenised once. Otherwise as `prepare`.
     """
-    ready = load_tokenizer(tokenizer, max_length=window) if isinstance(tokenizer, str) else tokenizer
+    ready = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     job = _Job(None, resolve_valid(valid), "", ready, window, control_tokens)
     return job.corpus(cache_dir, "", f"the validation text {valid}")
 
@@ -161,7 +161,7 @@ class _Job:
         return Corpus(
             train=train or valid,
             valid=valid,
-            tokenizer=self.tokenizer or wrap(tokenizers.Tokenizer.from_file(str(folder / _TOKENIZER)), self.window),
+            tokenizer=self.tokenizer or wrap(tokenizers.Tokenizer.from_file(str(folder / _TOKENIZER))),
             train_tokens=meta["sides"].get("train", size)["tokens"],
             valid_tokens=size["tokens"],
             valid_bytes_per_token=size["bytes"] / size["tokens"],
@@ -179,7 +179,7 @@ class _Job:
         tokenizer = self.tokenizer
         if tokenizer is None:
             texts = (chunk.text for _, chunk in sides["train"].chunks(f"training {self.spec}") if chunk.text)
-            tokenizer = load_tokenizer(self.spec, texts, max_length=self.window)
+            tokenizer = load_tokenizer(self.spec, texts)
             tokenizer.backend_tokenizer.save(str(folder / _TOKENIZER))
         encoder = TextEncoder(tokenizer, self.control_tokens)
         dtype, digest = smallest_dtype(tokenizer), hashlib.blake2b(digest_size=16)
@@ -188,10 +188,8 @@ class _Job:
             for side, text in sides.items()
         }
         meta = {"dtype": dtype, "fingerprint": digest.hexdigest(), "sides": sizes}
-        with open(folder / _META, "w") as file:
-            json.dump(meta, file)
-            file.flush()
-            os.fsync(file.fileno())
+        (folder / _META).write_text(json.dumps(meta))
+        sync(folder / _META)
 
 
 def _load_meta(folder: Path) -> dict[str, Any] | None:

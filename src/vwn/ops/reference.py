@@ -45,11 +45,7 @@ def read_slots(slots: Tensor, read: Tensor) -> Tensor:
 def write_slots(slots: Tensor, segments: Tensor, carry: Tensor, beta: Tensor) -> Tensor:
     """``H' <- Bᵀ Z + Âᵀ H'`` (second line of eq. 10), ``[..., D']``.
 
-    Args:
-        slots: ``H'``, ``[..., n, d]``.
-        segments: ``Z``, ``[..., m, d]``.
-        carry: ``Â``, ``[..., n, n]``.
-        beta: ``B``, ``[..., m, n]``.
+    Shapes: ``H'`` ``[..., n, d]``, ``Z`` ``[..., m, d]``, ``Â`` ``[..., n, n]``, ``B`` ``[..., m, n]``.
     """
     return (beta.mT @ segments + carry.mT @ slots).flatten(-2)  # H' <- Bᵀ Z + Âᵀ H' (eq. 10)
 

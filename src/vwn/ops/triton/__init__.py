@@ -18,10 +18,8 @@ from vwn.ops.weights import Inputs
 
 MOST_SLOTS = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LEAST_CAPABILITY = (8, 0)
-"""Compute capability of Ampere, the first with TF32 and bfloat16."""
-_LEAST_TRITON = (3, 6)
-"""The oldest version the kernels were compiled with."""
+_LEAST_CAPABILITY = 8
+"""Major compute capability of Ampere, the first with TF32 and bfloat16."""
 _PROGRAMS = 264
 """Most programs of a backward: two for each processor of an H100. It is a constant, so that what each of them adds up
 is the same on every GPU."""
@@ -36,13 +34,14 @@ def unavailable(device: torch.device, dtype: torch.dtype, slots: int = 1) -> str
         return f"it runs on a GPU, not on {device.type}"
     import triton
 
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _LEAST_TRITON:
-        return f"it needs Triton {_dotted(_LEAST_TRITON)} or newer, {triton.__version__} is installed"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):  # the oldest that the kernels were compiled with
+        return f"it needs Triton 3.6 or newer, {triton.__version__} is installed"
     if device.type == "cuda":
         if torch.version.hip:
             return "it needs an NVIDIA GPU"
-        if (found := torch.cuda.get_device_capability(device)) < _LEAST_CAPABILITY:
-            return f"it needs compute capability {_dotted(_LEAST_CAPABILITY)} or higher, the GPU has {_dotted(found)}"
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < _LEAST_CAPABILITY:
+            return f"it needs compute capability {_LEAST_CAPABILITY}.0 or higher, the GPU has {major}.{minor}"
     if dtype not in _DTYPES:
         return f"it knows float32, bfloat16 and float16; {str(dtype).removeprefix('torch.')} is not supported"
     if slots > MOST_SLOTS:
@@ -122,7 +121,3 @@ def _constants(inputs: Inputs) -> dict[str, Any]:
         "FEW": state.shape[0] <= 64,  # as when decoding: other tiles are fastest
         "PRECISION": "tf32x3" if state.dtype == torch.float32 else "tf32",  # which a 16-bit number fits in
     }
-
-
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
