@@ -141,7 +141,7 @@ def test_one_long_document_is_cut_at_a_line(source: Path, cache: Path):
 def test_text_without_lines_is_cut_anywhere(source: Path, cache: Path):
     text = "é" * 3000
     result = prepare(str(write_txt(source, [text])), window=64, cache_dir=cache)
-    assert result.valid_tokens == pytest.approx(600, rel=0.02)
+    assert result.valid_tokens == pytest.approx(600, rel=0.05)
     assert tokens_of(result) == encoded([text])
 
 

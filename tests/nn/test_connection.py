@@ -66,20 +66,6 @@ def test_forward_and_gradients_equal_the_reference(D, m, n, dynamic):
         )
 
 
-@MODES
-@pytest.mark.parametrize(("D", "m", "n"), [(6, 2, 3), (4, 1, 3), (6, 3, 3), (8, 4, 9)])
-def test_routing_matrices_equal_the_reference(D, m, n, dynamic):
-    connection = make(D, m, n, dynamic)
-    state = random_state(D, m, n, 2, 3)
-    A, B = connection.routing_matrices(state)
-    right = expected(connection, state, lambda x: x)
-    assert A.dtype == B.dtype == torch.float32
-    if dynamic:
-        assert (A.shape, B.shape) == ((2, 3, n, m + n), (2, 3, m, n))
-    assert_close(A.double().expand(2, 3, n, m + n), right["A"], rtol=1e-5, atol=1e-5)
-    assert_close(B.double().expand(2, 3, m, n), right["B"], rtol=1e-5, atol=1e-5)
-
-
 # Initial values and names
 
 

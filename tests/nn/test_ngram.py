@@ -121,15 +121,6 @@ def test_context_is_what_precedes():
             with_context(ids[:, 2:], 3, wrong)
 
 
-def test_padding_inside_the_chunk_is_no_predecessor():
-    embedding = perturb(NgramEmbedding(3, 1009, 4))
-    ids = token_ids(1, 5)
-    padded = torch.cat([torch.tensor([[7, 7, 7]]), ids], dim=1)
-    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
-    assert torch.equal(embedding(padded, attention_mask=mask)[:, 3:], embedding(ids))
-    assert not torch.equal(embedding(padded)[:, 3:], embedding(ids))
-
-
 # Models
 
 

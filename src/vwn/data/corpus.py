@@ -15,7 +15,7 @@ from vwn.common.cache import default_cache_dir, load_or_build
 from vwn.common.errors import UserError
 from vwn.common.files import sync
 from vwn.data.packing import PackedWindows, smallest_dtype, write_tokens
-from vwn.data.sources import VALID_SHARE, Source, resolve, resolve_valid
+from vwn.data.sources import VALID_SHARE, Source, find, resolve
 from vwn.data.splitting import Text, split_off_end, whole
 from vwn.data.tokenizer import BYTES, TextEncoder, bpe_size, load_tokenizer, wrap
 
@@ -98,7 +98,7 @@ def prepare_valid(
     tokenised once. Otherwise as `prepare`.
     """
     ready = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    job = _Job(None, resolve_valid(valid), "", ready, window, control_tokens)
+    job = _Job(None, find(valid, "valid")[0], "", ready, window, control_tokens)
     return job.corpus(cache_dir, "", f"the validation text {valid}")
 
 

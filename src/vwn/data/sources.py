@@ -103,16 +103,11 @@ def resolve(data: str, valid: str | None) -> tuple[Source, Source | None]:
     `stdlib` and hub data sets have sides of their own: the training side is read for `data`, the validation side for
     `valid`, or for `data` alone. Raises `UserError` for what cannot be found.
     """
-    train, own_valid = _open(data, "train")
-    return train, own_valid if valid is None else _open(valid, "valid")[0]
+    train, own_valid = find(data, "train")
+    return train, own_valid if valid is None else find(valid, "valid")[0]
 
 
-def resolve_valid(spec: str) -> Source:
-    """Find the source for the validation side alone."""
-    return _open(spec, "valid")[0]
-
-
-def _open(spec: str, side: Side) -> tuple[Source, Source | None]:
+def find(spec: str, side: Side) -> tuple[Source, Source | None]:
     """Find the source for one side, and the validation side that belongs to it, if any."""
     if spec == STDLIB:
         sides = _stdlib_sides()
