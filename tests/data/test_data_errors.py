@@ -41,20 +41,19 @@ def test_missing_path(name: str, cache: Path):
     assert f"{name!r} does not exist" in refusal(name, cache)
 
 
-@pytest.mark.parametrize("content", [b"", SEPARATOR.encode() * 2])
-def test_empty_file(content: bytes, source: Path, cache: Path):
-    (source / "text.txt").write_bytes(content)
-    assert "text.txt is empty" in refusal(source / "text.txt", cache)
-
-
-def test_empty_folder(source: Path, cache: Path):
-    (source / "notes.md").write_text("not supported")
-    assert "holds no .txt, .jsonl (also .xz, .gz or .zst) or .parquet file" in refusal(source, cache)
-
-
-def test_unsupported_kind(source: Path, cache: Path):
-    (source / "text.csv").write_text("a,b")
-    assert "text.csv is none of the supported kinds" in refusal(source / "text.csv", cache)
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("text.txt", "", "text.txt is empty"),
+        ("text.txt", SEPARATOR * 2, "text.txt is empty"),
+        ("text.csv", "a,b", "text.csv is none of the supported kinds"),
+        ("d/notes.md", "no text", "d holds no .txt, .jsonl (also .xz, .gz or .zst) or .parquet file"),
+    ],
+)
+def test_nothing_to_read(name: str, content: str, message: str, source: Path, cache: Path):
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).write_text(content)
+    assert message in refusal(source / name.split("/")[0], cache)
 
 
 def test_shorter_than_a_window(source: Path, cache: Path):
@@ -70,7 +69,7 @@ def test_shorter_than_a_window(source: Path, cache: Path):
     assert len(prepare(data, valid=valid, window=51, cache_dir=cache).train) == 1
 
 
-@pytest.mark.parametrize("offset", [0, 5, (1 << 20) - 1, (1 << 20) + 7])
+@pytest.mark.parametrize("offset", [0, (1 << 20) - 1])
 @pytest.mark.parametrize("pack", [False, True])
 def test_not_utf8(offset: int, pack: bool, source: Path, cache: Path):
     path = source / "text.txt"
@@ -171,6 +170,5 @@ def test_hub_without_a_training_split(monkeypatch: pytest.MonkeyPatch, cache: Pa
     assert "has no split 'train' (it has test)" in refusal("owner/name", cache)
 
 
-@pytest.mark.parametrize("options", [{"window": 1}, {"valid_fraction": 0.0}, {"valid_fraction": 1.0}])
-def test_bad_numbers(options: dict, source: Path, cache: Path):
-    assert str(*options.values()) in refusal(write_txt(source, DOCUMENTS), cache, **options)
+def test_a_window_of_one_token(source: Path, cache: Path):
+    assert "a window of 1 tokens" in refusal(write_txt(source, DOCUMENTS), cache, window=1)

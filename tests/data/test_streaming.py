@@ -18,7 +18,7 @@ from vwn.data import load_tokenizer, reading
 from vwn.data.reading import FileRange, read_range
 from vwn.data.stream import StreamLoader, TokenStream, prepare_stream
 from vwn.data.stream import source as streamed_source
-from vwn.data.stream.reader import START, Reader, reader_count, reader_of
+from vwn.data.stream.reader import START, Reader, reader_of
 from vwn.data.stream.source import StreamedSource, open_source, parse_sources, sources_of_step
 
 EOS = 256
@@ -78,17 +78,6 @@ def test_the_ranges_of_a_source_hold_all_of_it_once(tmp_path, kind, readers):
     assert sorted("".join(parts).split("#")) == sorted("".join(made).split("#"))
 
 
-@pytest.mark.parametrize("kind", ["txt", "txt.xz", "jsonl", "jsonl.xz", "parquet"])
-@pytest.mark.parametrize("readers", [1, 40])
-def test_reading_goes_on_from_any_chunk(tmp_path, kind, readers):
-    source = open_source(str(WRITERS[kind](tmp_path, documents(20))), readers)
-    for part in source.ranges[:10]:
-        found = list(read_range(part))
-        for number, chunk in enumerate(found):
-            again = read_range(part, chunk.offset)  # from the beginning of a row on
-            assert [each for each in again if each[:2] >= chunk[:2]] == found[number:]
-
-
 def test_a_text_without_lines_is_cut_between_characters(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("數🎈é" * 2000)
@@ -146,16 +135,6 @@ def test_a_reader_goes_on_from_any_position(sources):
             for before, place in zip(tokens[number : number + 8], passed[number + 1 :], strict=False):
                 assert np.array_equal(again.take(len(before)), before)
                 assert again.position == place
-
-
-@pytest.mark.parametrize("batch", [1, 3, 4, 16, 40])
-def test_the_readers_take_turns_and_keep_their_slots(batch):
-    turns = reader_count(batch) // batch
-    assert reader_count(batch) >= 16
-    assert {reader_of(step, slot, batch) for step in range(turns) for slot in range(batch)} == set(
-        range(reader_count(batch))
-    )
-    assert all(reader_of(step, slot, batch) % batch == slot for step in range(40) for slot in range(batch))
 
 
 # The mixture
@@ -256,9 +235,7 @@ def test_batches_do_not_depend_on_processes_accumulation_or_workers(sources, wor
         assert state == state2  # although the workers have read on
 
 
-@pytest.mark.parametrize(
-    ("before", "after"), [((2, 1, 0), (1, 1, 0)), ((1, 1, 2), (4, 1, 0)), ((2, 2, 0), (1, 1, 3))]
-)
+@pytest.mark.parametrize(("before", "after"), [((2, 1, 0), (1, 1, 0)), ((1, 1, 2), (4, 1, 0)), ((2, 2, 0), (1, 1, 3))])
 def test_a_restart_goes_on_with_any_number_of_processes_and_workers(sources, before, after):
     stream = stream_of(*sources, weights=(0.5, 0.3, 0.2))
     whole = list(global_batches(stream, 20))
@@ -326,7 +303,7 @@ def test_damage_is_one_sentence_also_from_a_worker(tmp_path, workers):
         list(global_batches(stream_of(source, window=512), 200, workers=workers))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_stopped_by_a_broken_row_goes_on_without_it(tmp_path, caplog, workers):
     lines = [json.dumps({"text": text}) for text in documents(300, longest=20)]
     broken = lines[150].replace("{", "[", 1)

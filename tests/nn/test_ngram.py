@@ -6,16 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
 
 import reference
 from conftest import perturb
-from counted import LENGTH, backbone, build_counted, counted_flops_per_token
-from tiny import NEW, build, generate, greedy_by_hand, token_ids, vwn_config
+from tiny import build, generate, greedy_by_hand, token_ids, vwn_config
 from vwn import Geometry, OverWidthEmbedding
 from vwn.common.errors import UserError
-from vwn.cost import model_cost
-from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
+from vwn.hf import VirtualWidthForCausalLM
 from vwn.nn.ngram import NO_TOKEN, NgramEmbedding, hash_ngrams, with_context
 
 GOLDEN = [[[910060, 916760], [253507, 605688], [378809, 782473], [956610, 858037]]]
@@ -124,21 +121,6 @@ def test_context_is_what_precedes():
             with_context(ids[:, 2:], 3, wrong)
 
 
-def test_padding_inside_the_chunk_is_no_predecessor():
-    embedding = perturb(NgramEmbedding(3, 1009, 4))
-    ids = token_ids(1, 5)
-    padded = torch.cat([torch.tensor([[7, 7, 7]]), ids], dim=1)
-    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
-    assert torch.equal(embedding(padded, attention_mask=mask)[:, 3:], embedding(ids))
-    assert not torch.equal(embedding(padded)[:, 3:], embedding(ids))
-
-
-@pytest.mark.parametrize(("order", "buckets"), [(1, 5), (2, 0)])
-def test_ngrams_of_nothing_are_refused(order, buckets):
-    with pytest.raises(ValueError, match=f"got {order} and {buckets}"):
-        NgramEmbedding(order, buckets, 4)
-
-
 # Models
 
 
@@ -162,15 +144,6 @@ def test_a_model_starts_as_without_ngrams_and_learns_them(form):
     assert grad.abs().amax(-1).count_nonzero() == len(used)
 
 
-def test_save_and_load(tmp_path):
-    model = ngram_model("factorised", num_mtp_modules=1)
-    model.save_pretrained(tmp_path)
-    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert (again.config.ngram_order, again.config.ngram_buckets) == (3, 37)
-    assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
-
-
 @pytest.mark.parametrize(
     ("form", "length", "options"),  # a prompt may be shorter than the n-grams
     [("direct", 5, {"cache_implementation": "static"}), ("factorised", 1, {}), ("replicated", 2, {})],
@@ -182,27 +155,6 @@ def test_greedy_equals_a_loop_over_full_passes(form, length, options):
     assert torch.equal(generate(model, ids, **options), wanted)
     model.model.embed_tokens.ngram.weight.data.zero_()
     assert not torch.equal(generate(model, ids, **options), wanted)
-
-
-def test_chunks_with_a_cache_equal_the_full_pass():
-    sizes = (1, 1, 3, 4)
-    model, ids = ngram_model(num_mtp_modules=1), token_ids()
-    wanted = model(ids).logits
-    padded = with_context(ids, 3)
-    logits, cache, start = [], None, 0
-    for size in sizes:
-        chunk, preceding = ids[:, start : start + size], padded[:, start : start + 2]
-        out = model(chunk, past_key_values=cache, preceding_ids=preceding, use_cache=True)
-        logits.append(out.logits)
-        cache, start = out.past_key_values, start + size
-    assert_close(torch.cat(logits, dim=1), wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_a_checkpoint_without_ngrams_gets_tables_of_zeros(tmp_path):
-    plain = build(vwn_config())
-    plain.save_pretrained(tmp_path)
-    model = VirtualWidthForCausalLM.from_pretrained(tmp_path, **NGRAMS, ignore_mismatched_sizes=True)
-    assert torch.equal(model(token_ids()).logits, plain(token_ids()).logits)
 
 
 def test_a_filled_cache_without_the_ids_before_is_refused():
@@ -274,15 +226,6 @@ def test_assisted_and_prompt_lookup_decoding_equal_greedy():
     assert torch.equal(generate(model, ids, assistant_model=assistant), wanted)
 
 
-def test_embeddings_are_taken_as_they_are():
-    model, ids = ngram_model(), token_ids(2, 5)
-    state = model.model.embed_tokens(ids)
-    assert torch.equal(model(inputs_embeds=state).logits, model(ids).logits)
-    new = generate(model, None, inputs_embeds=state)
-    assert new.shape == (2, NEW)
-    assert torch.equal(new[:, :1], generate(model, ids)[:, 5:6])
-
-
 def test_multi_token_modules_see_the_ngram_of_the_token_ahead_and_nothing_later():
     model, ids = ngram_model(num_mtp_modules=2), token_ids(1, 9)
     other = ids.clone()
@@ -294,23 +237,6 @@ def test_multi_token_modules_see_the_ngram_of_the_token_ahead_and_nothing_later(
         assert not torch.allclose(a[:, 5 - k], b[:, 5 - k])
     model(ids, labels=ids).loss.backward()
     assert model.model.embed_tokens.ngram.weight.grad.any()
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{"m": 4, "n": 8, "num_mtp_modules": 1}, {"connection": "residual", "tie_word_embeddings": True}],
-    ids=str,
-)
-def test_cost_is_that_of_the_model(fields):
-    with_ngrams = VirtualWidthConfig(backbone=backbone(), ngram_order=4, ngram_buckets=50, **fields)
-    model = build_counted(with_ngrams)
-    cost = model_cost(with_ngrams, sequence_length=LENGTH)
-    assert cost.parameters == sum(p.numel() for p in model.parameters())
-    assert cost.forward_flops_per_token == counted_flops_per_token(model)
-    without = model_cost(VirtualWidthConfig(backbone=backbone(), **fields), sequence_length=LENGTH)
-    width = 256 if fields.get("n") == 8 else 128
-    assert cost.parameters - without.parameters == 3 * 50 * width
-    assert cost.flops == without.flops
 
 
 @pytest.mark.parametrize(

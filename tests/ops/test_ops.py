@@ -11,10 +11,10 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import reference as loops
-from vwn import GeneralizedHyperConnection, Geometry, ops
+from vwn import Geometry, ops
 from vwn.cost.connection import connection_cost
 from vwn.ops import backends, reference
-from vwn.ops.weights import NormWeights, ReadWeights, RoutingWeights
+from vwn.ops.weights import Inputs, NormWeights, RoutingWeights
 
 KINDS = ("read", "write", "write_read")
 HALF = (torch.bfloat16, torch.float16)
@@ -60,10 +60,11 @@ def make(m, n, d, *lead, dtype=torch.float32, dynamic=(True, True), norm=True) -
     return t
 
 
-def parts(t: Tensors) -> tuple[RoutingWeights, ReadWeights, NormWeights | None]:
-    write = RoutingWeights(*(t.get(f"write.{name}") for name in RoutingWeights._fields[:-1]), WRITE_EPS)  # type: ignore
-    read = ReadWeights(*(t.get(f"read.{name}") for name in ReadWeights._fields[:-1]), READ_EPS)  # type: ignore
-    return write, read, NormWeights(t["norm"], NORM_EPS) if "norm" in t else None
+def parts(t: Tensors) -> tuple[RoutingWeights, RoutingWeights, NormWeights | None]:
+    def side(name: str, eps: float) -> RoutingWeights:
+        return RoutingWeights(*(t.get(f"{name}.{field}") for field in RoutingWeights._fields[:-1]), eps)  # type: ignore
+
+    return side("write", WRITE_EPS), side("read", READ_EPS), NormWeights(t["norm"], NORM_EPS) if "norm" in t else None
 
 
 def call(kind: str, t: Tensors, backend: str) -> Tensors:
@@ -71,7 +72,7 @@ def call(kind: str, t: Tensors, backend: str) -> Tensors:
     write, read, norm = parts(t)
     if backend == "plain":
         w, r, z = None if kind == "read" else write, None if kind == "write" else read, t["z"]
-        found = reference.forward(t["state"], z, w, r, norm)
+        found = reference.forward(Inputs(t["state"], z, w, r, norm))
         return {name: x for name, x in zip(("new", "x"), found, strict=True) if x is not None}
     if kind == "write_read":
         return dict(zip(("new", "x"), ops.write_read(t["state"], t["z"], write, read, norm, backend), strict=True))
@@ -191,27 +192,6 @@ def test_the_reference_is_the_papers(m, n, d, dynamic):
         assert close(new[token], loops.flatten(loops.write(slots, z, A, B)), 1e-13)
 
 
-@ALIKE
-@pytest.mark.parametrize(("m", "n"), [(1, 1), (2, 3), (8, 64)])
-def test_coefficients_are_as_good_as_float32_allows(backend, m, n, dynamic):
-    """Each slot has a column where it alone is not zero, each segment one where all slots are: outputs there are single
-    coefficients."""
-    connection = GeneralizedHyperConnection(m * (n + m), m, n, dynamic=dynamic, backend=backend)
-    for parameter in connection.parameters():
-        torch.nn.init.normal_(parameter)
-    values = 0.5 + torch.rand(6, n)
-    state = torch.cat([torch.diag_embed(values), torch.zeros(6, n, m)], dim=-1).flatten(1)
-    z = torch.cat([torch.zeros(6, m, n), torch.eye(m).expand(6, m, m)], dim=-1).flatten(1)
-    with torch.no_grad():
-        x, new = connection.read(state).unflatten(1, (m, -1)), connection.write(state, z).unflatten(1, (n, -1))
-        in_float32 = connection.routing_matrices(state)
-        wanted = connection.double().routing_matrices(state.double())
-    alpha = torch.cat([out[..., :n].mT.double() / values.double()[..., None] for out in (x, new)], dim=-1)
-    for found in ((alpha, new[..., n:].mT), in_float32):
-        for actual, right in zip(found, wanted, strict=True):
-            assert (actual.double() - right).square().mean().sqrt() < 1e-6
-
-
 @NORM
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(backend, kind, norm):
@@ -327,19 +307,6 @@ def test_any_memory_layout(backend, layout, dtype):
         assert same_bits(run(kind, moved, backend, given), run(kind, t, backend))
 
 
-def test_expanded_inputs_and_gradients(backend):
-    t = make(2, 3, 5, 1, 4)
-    one = directions(call("write_read", t, backend))
-    many = t | {name: t[name].expand(6, 4, -1) for name in ("state", "z")}
-    result = run("write_read", many, backend, {name: g.expand(6, 4, -1) for name, g in one.items()})
-    wanted = run("write_read", t, backend, one)
-    for name, x in result.items():
-        if x.ndim == 3:
-            assert all(torch.equal(row, wanted[name][0]) for row in x)
-        else:
-            assert close(x, 6 * wanted[name].double(), 1e-5)
-
-
 # Weights that do not train, and other dtypes
 
 
@@ -399,29 +366,24 @@ def arguments(t: Tensors, backend: str) -> dict[str, tuple]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])
+@pytest.mark.parametrize(
+    ("dynamic", "norm", "backend"),
+    [*((*pair, "reference") for pair in PAIRS), (True, True, "compiled"), (True, True, "triton")],
+)
 @pytest.mark.parametrize("op", arguments(make(1, 1, 1, 1), ""))
-@pytest.mark.parametrize(("dynamic", "norm"), PAIRS)
-def test_opcheck(backend, op, dynamic, norm):
+def test_opcheck(op, dynamic, norm, backend):
     t = make(2, 3, 5, 4, 2, dynamic=(dynamic, dynamic), norm=norm)
     t |= {name: t[name].transpose(0, 1) for name in ("state", "z")}
     if not op.endswith("backward"):
         t = {name: x.requires_grad_() for name, x in t.items()}
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    checks += ["test_aot_dispatch_dynamic"] if dynamic and norm else []  # slow
+    checks += ["test_aot_dispatch_dynamic"] if dynamic and norm and backend == "reference" else []  # slow
     opcheck(getattr(torch.ops.vwn, op).default, arguments(t, backend)[op], test_utils=checks)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "dynamic", "backend"),
-    [
-        ("read", False, "reference"),
-        ("write", True, "reference"),
-        ("write_read", True, "reference"),
-        ("write_read", True, "compiled"),
-        ("read", True, "triton"),
-    ],
+    ("kind", "dynamic", "backend"), [("read", False, "reference"), ("write_read", True, "compiled")]
 )
 def test_compiles_as_one_graph_for_any_number_of_tokens(backend, kind, dynamic):
     torch._dynamo.reset()

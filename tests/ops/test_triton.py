@@ -21,10 +21,11 @@ from vwn import ops  # noqa: E402 - the variable must be there before Triton is 
 from vwn.common.errors import UserError  # noqa: E402
 from vwn.ops import backends  # noqa: E402
 from vwn.ops import triton as backend  # noqa: E402
-from vwn.ops.triton import configs, forward_kernel  # noqa: E402
-from vwn.ops.weights import ReadWeights, RoutingWeights  # noqa: E402
+from vwn.ops.triton import backward_kernel, configs, forward_kernel  # noqa: E402
+from vwn.ops.weights import RoutingWeights  # noqa: E402
 
 SHAPES = [(1, 1, 5), (1, 4, 7), (2, 3, 12), (3, 5, 33), (4, 8, 70), (4, 16, 33)]
+SIZES = configs.FORWARD_SIZES + configs.BACKWARD_SIZES
 SHAPES += [pytest.param(*shape, marks=pytest.mark.slow) for shape in ((8, 64, 5), (64, 64, 3))]
 
 
@@ -51,7 +52,7 @@ def test_forward(m, n, d, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-@pytest.mark.parametrize(("m", "n", "d"), [(2, 3, 40), (3, 5, 33), (4, 16, 70)])
+@pytest.mark.parametrize(("m", "n", "d"), [(2, 3, 40), (4, 16, 70)])
 def test_norm(m, n, d, dtype):
     case = Case(m, n, d, dtype, tokens=5, write=False)
     none, x = case.forward()
@@ -80,20 +81,26 @@ def test_backward(m, n, d):
     assert_all_close(case.backward(), case.exact_backward())
 
 
-@pytest.mark.parametrize(("write", "read"), [(True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("grad_state", [True, False])
-@pytest.mark.parametrize("needs_weights", [True, False])
+@pytest.mark.parametrize(
+    ("write", "read", "grad_state", "needs_weights"),
+    [
+        (True, False, True, True),
+        (True, False, True, False),
+        (False, True, True, True),
+        (False, True, False, False),
+        (True, True, False, True),
+        (True, True, True, False),
+    ],
+)
 def test_backward_of_each_half(write, read, grad_state, needs_weights):
     case = Case(2, 3, 12, write=write, read=read, norm=False)
-    if not read and not grad_state:
-        return
     actual = case.backward(grad_state, needs_weights)
     assert len(actual) == 1 + write + needs_weights * (7 * write + 4 * read)
     assert_all_close(actual, case.exact_backward(grad_state, needs_weights))
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("m", "n", "d"), [(1, 1, 5), (4, 16, 33), (8, 64, 5)])
+@pytest.mark.parametrize(("m", "n", "d"), [(1, 4, 5), (4, 16, 33)])
 @pytest.mark.parametrize("half", ["write", "read"])
 def test_backward_in_half_precision(m, n, d, dtype, half):
     case = Case(m, n, d, dtype, write=half == "write", read=half == "read", norm=False)
@@ -110,17 +117,17 @@ def test_backward_of_the_norm_in_half_precision(m, n, d, dtype):
     assert_all_close(case.backward(), case.exact_backward(), relative=relative)
 
 
-@pytest.mark.parametrize(("m", "n", "d"), [(2, 3, 12), (2, 17, 5), (3, 9, 5)])
+@pytest.mark.parametrize(("m", "n", "d"), [(2, 3, 12), (2, 17, 5)])
 def test_without_an_epsilon(m, n, d):
     """Rows that only fill a tile have a norm of zero."""
-    case = Case(m, n, d, tokens=5)
+    case = Case(m, n, d, tokens=2)
     case.write, case.read = case.write._replace(eps=0.0), case.read._replace(eps=0.0)
     case.norm = case.norm._replace(eps=0.0)
     assert_all_close(case.forward(), case.exact_forward())
     assert_all_close(case.backward(), case.exact_backward())
 
 
-@pytest.mark.parametrize(("m", "n", "d", "tokens"), [(2, 3, 12, 70), (3, 7, 9, 40), (4, 16, 17, 12)])
+@pytest.mark.parametrize(("m", "n", "d", "tokens"), [(3, 7, 9, 20), (4, 16, 17, 10)])
 def test_gradients_of_many_tiles_add_up(m, n, d, tokens, monkeypatch):
     monkeypatch.setattr(backend, "_PROGRAMS", 2)
     case = Case(m, n, d, tokens=tokens)
@@ -136,9 +143,8 @@ def test_two_runs_agree():
     assert_same(case.backward(), case.backward())
 
 
-@pytest.mark.parametrize(("m", "n", "d"), [(2, 3, 70), (4, 16, 33)])
-def test_a_token_has_the_same_result_among_others(m, n, d):
-    many, few = Case(m, n, d, tokens=17), Case(m, n, d, tokens=17)
+def test_a_token_has_the_same_result_among_others():
+    many, few = Case(2, 3, 40, tokens=17), Case(2, 3, 40, tokens=17)
     few.state, few.z, few.grad_state, few.grad_x = (t[:5] for t in (few.state, few.z, few.grad_state, few.grad_x))
     assert_same(few.forward(), [t[:5] for t in many.forward()])
     assert_same(few.backward(needs_weights=False), [t[:5] for t in many.backward(needs_weights=False)])
@@ -152,15 +158,15 @@ def test_tiles_are_not_measured_if_bits_count():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", configs.every((*configs.FORWARD_SIZES, *configs.BACKWARD_SIZES)), ids=str)
-def test_every_size_of_tile(config, monkeypatch):
-    """On a GPU the autotuner may take any; here each in turn, forward and backward."""
-    from vwn.ops.triton import backward_kernel
-
-    for module, name in ((forward_kernel, "forward"), (backward_kernel, "backward")):
-        monkeypatch.setattr(getattr(module, name), "configs", [config])
-    for m, n, d in ((2, 3, 70), (8, 64, 5)):
-        case = Case(m, n, d, tokens=7)
+@pytest.mark.parametrize(
+    ("rows", "columns"), sorted({size[:2] for size in configs.FORWARD_SIZES + configs.BACKWARD_SIZES})
+)
+def test_every_size_of_tile(rows, columns, monkeypatch):
+    """On a GPU the autotuner may take any; here each in turn, forward and backward, over whole and broken tiles."""
+    for kernel in (forward_kernel.forward, backward_kernel.backward):
+        monkeypatch.setattr(kernel, "configs", configs.every(((rows, columns, 4),)))
+    for m, n, d, tokens in ((2, 3, 70, 7), (4, 16, 33, 5)):
+        case = Case(m, n, d, tokens=tokens)
         assert_all_close(case.forward(), case.exact_forward())
         assert_all_close(case.backward(), case.exact_backward())
 
@@ -174,11 +180,11 @@ def test_through_the_ops():
     results = []
     for name in ("triton", "reference"):
         state, z = (t.clone().requires_grad_() for t in inputs)
-        weights = [RoutingWeights(*(t.clone().requires_grad_() for t in c.write[:-1]), c.write.eps)]
-        weights.append(ReadWeights(*(t.clone().requires_grad_() for t in c.read[:-1]), c.read.eps))
+        leaves = [[None if t is None else t.clone().requires_grad_() for t in w[:-1]] for w in (c.write, c.read)]
+        weights = [RoutingWeights(*side, w.eps) for side, w in zip(leaves, (c.write, c.read), strict=True)]
         new, x = ops.write_read(state, z, *weights, c.norm, backend=name)
         (new.sin().sum() + x.cos().sum()).backward()
-        results.append([new, x, state.grad, z.grad, *(t.grad for w in weights for t in w[:-1])])
+        results.append([new, x, state.grad, z.grad, *(t.grad for side in leaves for t in side if t is not None)])
     for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 
@@ -218,12 +224,7 @@ def test_an_old_gpu_gets_the_reference_and_is_told_why(monkeypatch, caplog):
         backends.choose("triton", gpu, torch.float32)
 
 
-@pytest.mark.usefixtures("_forget_choices")
-def test_more_than_64_slots_are_refused_by_name(monkeypatch, caplog):
+def test_more_than_64_slots_are_refused_by_name():
     case = Case(1, 65, 2, tokens=1)
     with pytest.raises(UserError, match="'triton' cannot run here: it has room for 64 slots, not for 65"):
         ops.read(case.state, case.read, backend="triton")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    with caplog.at_level(logging.WARNING, "vwn.ops"):
-        assert backends.choose("auto", torch.device("cuda"), torch.float32, 65) == "reference"
-    assert "not 'triton': it has room for 64 slots" in caplog.text

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vwn.ops import reference
 from vwn.ops import triton as backend
-from vwn.ops.weights import NormWeights, RoutingWeights
+from vwn.ops.weights import Inputs, NormWeights, RoutingWeights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = [torch.bfloat16, torch.float16]
@@ -20,7 +20,7 @@ class Case:
         self, m, n, d, dtype=torch.float32, tokens=None, write=True, read=True, norm=True, dynamic=(True, True)
     ):
         self.generator = torch.Generator().manual_seed(0)
-        self.tokens = (3 if n >= 8 else 25) if tokens is None else tokens
+        self.tokens = (1 if n >= 64 else 3 if n >= 8 else 9) if tokens is None else tokens
         self.dtype = dtype
         self.write = self.weights(m, n, d, dynamic[0]) if write else None
         self.read = self.weights(m, n, d, dynamic[1]).to_read if read else None
@@ -42,22 +42,21 @@ class Case:
         return RoutingWeights(*static, *rest, 1e-3)
 
     @property
-    def parameters(self):
-        return self.write, self.read, self.norm
+    def inputs(self):
+        return Inputs(self.state, self.z, self.write, self.read, self.norm)
 
     def forward(self):
-        return backend.forward(self.state, self.z, *self.parameters)
+        return backend.forward(self.inputs)
 
     def backward(self, grad_state=True, needs_weights=True):
-        given = self.grad_state if grad_state else None
-        return backend.backward(given, self.grad_x, self.state, self.z, *self.parameters, needs_weights)
+        return backend.backward(self.grad_state if grad_state else None, self.grad_x, self.inputs, needs_weights)
 
     def exact_forward(self):
-        return reference.forward(*wide(self.state, self.z, *self.parameters))
+        return reference.forward(*wide(self.inputs))
 
     def exact_backward(self, grad_state=True, needs_weights=True):
         given = self.grad_state if grad_state else None
-        return reference.backward(*wide(given, self.grad_x, self.state, self.z, *self.parameters), needs_weights)
+        return reference.backward(*wide(given, self.grad_x, self.inputs), needs_weights)
 
 
 def wide(*values):

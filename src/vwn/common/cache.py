@@ -40,14 +40,14 @@ def load_or_build(folder: Path, load: Callable[[Path], T | None], build: Callabl
         with FileLock(folder.with_name(f"{folder.name}.lock")):
             if (found := load(folder)) is not None:
                 return found
-            _remove(partial)
-            _remove(folder)
+            for left in (partial, folder):
+                shutil.rmtree(left, ignore_errors=True)
             partial.mkdir()
             try:
                 build(partial)
                 os.replace(partial, folder)
             finally:
-                _remove(partial)
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(
             f"the cache in {folder.parent} cannot be written ({error.strerror or error}); free space there, or name "
@@ -56,8 +56,3 @@ def load_or_build(folder: Path, load: Callable[[Path], T | None], build: Callabl
     found = load(folder)
     assert found is not None, f"{folder} was built incomplete"
     return found
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)

@@ -25,13 +25,6 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
-def return_free_memory() -> None:
-    """Return free memory to the system, also after :func:`keep_freed_memory`."""
-    gc.collect()
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 class PeakMemory:
     """Measure the peak memory from now on: the GPU's if there is one, else this process's."""
 
@@ -39,7 +32,9 @@ class PeakMemory:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         else:
-            return_free_memory()  # or the peak would start at what earlier runs of this process needed
+            gc.collect()
+            if platform.libc_ver()[0] == "glibc":  # or the peak would start at what earlier runs of this process needed
+                ctypes.CDLL(None).malloc_trim(0)
             with contextlib.suppress(OSError):  # resets the peak on Linux; elsewhere it covers the whole process
                 Path("/proc/self/clear_refs").write_text("5")
 

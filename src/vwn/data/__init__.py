@@ -3,7 +3,7 @@
 sources.py     what a name stands for: files, a folder, the standard library, a hub data set
 reading.py     the documents of a file, whole or from any place on (unpacking.py: .xz, .gz, .zst)
 tokenizer.py   documents to ids, with control tokens in the text kept as text
-corpus.py      `prepare`: all of a text at once (spool.py: on disk, cut in two sides), cached (packing.py)
+corpus.py      `prepare`: all of a text at once (splitting.py: in two sides), cached (packing.py)
 stream/        `prepare_stream`: read while the model trains
 """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ import tokenizers
 
 from vwn.common.cache import default_cache_dir, load_or_build
 from vwn.common.errors import UserError
+from vwn.common.files import sync
 from vwn.data.packing import PackedWindows, smallest_dtype, write_tokens
-from vwn.data.sources import Source, resolve, resolve_valid
+from vwn.data.sources import VALID_SHARE, Source, find, resolve
 from vwn.data.splitting import Text, split_off_end, whole
 from vwn.data.tokenizer import BYTES, TextEncoder, bpe_size, load_tokenizer, wrap
 
@@ -55,20 +55,20 @@ def prepare(
     tokenizer: str | None = None,
     window: int,
     cache_dir: Path | None = None,
-    valid_fraction: float = 0.1,
     control_tokens: bool = False,
 ) -> Corpus:
     """Read, split, tokenise and pack a text; a second call takes the token ids from the cache.
 
-    `data`, `valid`: a file (`.txt`, `.jsonl`, either also packed as `.xz`, `.gz` or `.zst`, or `.parquet`), a folder of
-    such files (all of them, in the order of their paths), `stdlib` (the Python files of the running interpreter's
-    standard library), or a data set of the Hugging Face hub (`owner/name`, or `owner/name:configuration`). JSON lines,
-    Parquet and hub rows are one document each, from the column `text` or else the only one of strings. A `.txt` is one
-    document, or several separated by `<|endoftext|>`. Every document ends in the tokeniser's end-of-text id.
+    `data`, `valid`: a file (`.txt`, `.jsonl`, either also packed as `.xz`, `.gz` or `.zst`, or `.parquet`), a folder or
+    a pattern of such files (all of them, in the order of their paths), `stdlib` (the Python files of the running
+    interpreter's standard library), or a data set of the Hugging Face hub (`owner/name`, `owner/name:configuration`).
+    JSON lines, Parquet and hub rows are one document each, from the column `text` or else the only one of strings. A
+    `.txt` is one document, or several separated by `<|endoftext|>`. Every document ends in the tokeniser's end-of-text
+    id.
 
     Without `valid`, `stdlib` is split by file (by a hash of its path), a hub data set gives its validation split, and
-    any other text loses its last `valid_fraction` to validation: whole documents, or where these are too long, the end
-    of the last one from the start of a line on. A `bpe:N` tokeniser is trained on the training part only.
+    any other text loses its last tenth to validation: whole documents, or where these are too long, the end of the last
+    one from the start of a line on. A `bpe:N` tokeniser is trained on the training part only.
 
     `window`: tokens per window. `cache_dir`: default `$VWN_CACHE`, else `~/.cache/vwn`. `control_tokens`: give control
     tokens that are written in the text (`<|im_start|>`) their ids; otherwise they are text like any other. Raises
@@ -76,13 +76,11 @@ def prepare(
     """
     if window < 2:
         raise UserError(f"a window of {window} tokens predicts nothing; give a window of at least 2")
-    if not 0 < valid_fraction < 1:
-        raise UserError(f"a validation fraction of {valid_fraction} is not between 0 and 1; give for example 0.1")
     tokenizer = BYTES if tokenizer is None else tokenizer
-    ready = None if bpe_size(tokenizer) else load_tokenizer(tokenizer, max_length=window)
-    train_source, valid_source = resolve(data, valid, valid_fraction)  # after the tokeniser, as it may ask the hub
-    job = _Job(train_source, valid_source, tokenizer, ready, window, valid_fraction, control_tokens)
-    valid_name = valid_source.name if valid_source else f"(the last {100 * valid_fraction:g}% of {data})"
+    ready = None if bpe_size(tokenizer) else load_tokenizer(tokenizer)
+    train_source, valid_source = resolve(data, valid)  # after the tokeniser, as it may ask the hub
+    job = _Job(train_source, valid_source, tokenizer, ready, window, control_tokens)
+    valid_name = valid_source.name if valid_source else f"(the last {100 * VALID_SHARE:g}% of {data})"
     return job.corpus(cache_dir, f"the training text {data}", f"the validation text {valid_name}")
 
 
@@ -99,8 +97,8 @@ def prepare_valid(
     For training on streamed data, and for measuring a model: both sides of the corpus are this text, which is read and
     tokenised once. Otherwise as `prepare`.
     """
-    ready = load_tokenizer(tokenizer, max_length=window) if isinstance(tokenizer, str) else tokenizer
-    job = _Job(None, resolve_valid(valid), "", ready, window, 0.0, control_tokens)
+    ready = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    job = _Job(None, find(valid, "valid")[0], "", ready, window, control_tokens)
     return job.corpus(cache_dir, "", f"the validation text {valid}")
 
 
@@ -132,7 +130,6 @@ class _Job:
     spec: str
     tokenizer: PreTrainedTokenizerFast | None
     window: int
-    valid_fraction: float
     control_tokens: bool
 
     def key(self) -> str:
@@ -141,7 +138,7 @@ class _Job:
         else:
             ids = f"{self.tokenizer.eos_token_id} {self.tokenizer.backend_tokenizer.to_str()}"
         data = None if self.data is None else self.data.key()
-        split = self.valid_fraction if self.valid is None else self.valid.key()
+        split = VALID_SHARE if self.valid is None else self.valid.key()
         parts = [_FORMAT, data, split, ids, self.control_tokens]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
@@ -164,7 +161,7 @@ class _Job:
         return Corpus(
             train=train or valid,
             valid=valid,
-            tokenizer=self.tokenizer or wrap(tokenizers.Tokenizer.from_file(str(folder / _TOKENIZER)), self.window),
+            tokenizer=self.tokenizer or wrap(tokenizers.Tokenizer.from_file(str(folder / _TOKENIZER))),
             train_tokens=meta["sides"].get("train", size)["tokens"],
             valid_tokens=size["tokens"],
             valid_bytes_per_token=size["bytes"] / size["tokens"],
@@ -176,13 +173,13 @@ class _Job:
         if self.data is not None:
             sides["train"] = whole(self.data)
             if self.valid is None:
-                sides["train"], sides["valid"] = split_off_end(sides["train"], self.valid_fraction)
+                sides["train"], sides["valid"] = split_off_end(sides["train"])
         if self.valid is not None:
             sides["valid"] = whole(self.valid)
         tokenizer = self.tokenizer
         if tokenizer is None:
             texts = (chunk.text for _, chunk in sides["train"].chunks(f"training {self.spec}") if chunk.text)
-            tokenizer = load_tokenizer(self.spec, texts, max_length=self.window)
+            tokenizer = load_tokenizer(self.spec, texts)
             tokenizer.backend_tokenizer.save(str(folder / _TOKENIZER))
         encoder = TextEncoder(tokenizer, self.control_tokens)
         dtype, digest = smallest_dtype(tokenizer), hashlib.blake2b(digest_size=16)
@@ -191,22 +188,13 @@ class _Job:
             for side, text in sides.items()
         }
         meta = {"dtype": dtype, "fingerprint": digest.hexdigest(), "sides": sizes}
-        with open(folder / _META, "w") as file:
-            json.dump(meta, file)
-            file.flush()
-            os.fsync(file.fileno())
+        (folder / _META).write_text(json.dumps(meta))
+        sync(folder / _META)
 
 
 def _load_meta(folder: Path) -> dict[str, Any] | None:
-    """Read `{dtype, fingerprint, sides: {"train" and "valid", or "valid" alone: {tokens, bytes}}}`.
-
-    None where a file is missing or not as long as it was written.
-    """
+    """Read `{dtype, fingerprint, sides: {"train" and "valid", or "valid" alone: {tokens, bytes}}}`, if it is there."""
     try:
-        meta: dict[str, Any] = json.loads((folder / _META).read_text())
-        width = int(meta["dtype"].removeprefix("uint")) // 8
-        sizes = {side: of["tokens"] * width for side, of in meta["sides"].items()}
-        whole = all((folder / f"{side}.bin").stat().st_size == size for side, size in sizes.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return json.loads((folder / _META).read_text())
+    except (OSError, ValueError):
         return None
-    return meta if whole and "fingerprint" in meta else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from vwn.common.errors import UserError
+from vwn.common.files import sync
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -81,8 +81,7 @@ def write_tokens(
                 digest.update(data)
                 tokens += len(ids)
                 size += len(chunk.text.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    sync(path)
     return {"tokens": tokens, "bytes": size}
 
 

@@ -38,6 +38,8 @@ from vwn.data.unpacking import refuse_unreadable
 Side = Literal["train", "valid"]
 
 STDLIB = "stdlib"
+VALID_SHARE = 0.1
+"""Share of a text that is held out for validation where none is given."""
 # Tests repeat themselves; `encodings` and `pydoc_data` are generated, near-copies of one table would be on both sides.
 _NOT_TEXT = frozenset({"test", "tests", "idlelib", "turtledemo", "encodings", "pydoc_data", "site-packages"})
 _VALID_SPLITS = ("validation", "valid", "dev")
@@ -95,25 +97,20 @@ class HubSource:
 Source = FileSource | HubSource
 
 
-def resolve(data: str, valid: str | None, valid_fraction: float) -> tuple[Source, Source | None]:
+def resolve(data: str, valid: str | None) -> tuple[Source, Source | None]:
     """Find the training source and the validation source; None if validation is to be split off the training text.
 
     `stdlib` and hub data sets have sides of their own: the training side is read for `data`, the validation side for
     `valid`, or for `data` alone. Raises `UserError` for what cannot be found.
     """
-    train, own_valid = _open(data, "train", valid_fraction)
-    return train, own_valid if valid is None else _open(valid, "valid", valid_fraction)[0]
+    train, own_valid = find(data, "train")
+    return train, own_valid if valid is None else find(valid, "valid")[0]
 
 
-def resolve_valid(spec: str) -> Source:
-    """Find the source for the validation side alone."""
-    return _open(spec, "valid", 0.1)[0]
-
-
-def _open(spec: str, side: Side, valid_fraction: float) -> tuple[Source, Source | None]:
+def find(spec: str, side: Side) -> tuple[Source, Source | None]:
     """Find the source for one side, and the validation side that belongs to it, if any."""
     if spec == STDLIB:
-        sides = _stdlib_sides(valid_fraction)
+        sides = _stdlib_sides()
         return sides[side], sides["valid"]
     source = open_local(spec)
     return _open_hub(spec, side) if source is None else (source, None)
@@ -125,10 +122,10 @@ def open_local(spec: str) -> FileSource | None:
     A warning lists the files of a folder or a pattern that cannot be read.
     """
     if spec == STDLIB:
-        return _stdlib_sides(0.1)["train"]
+        return _stdlib_sides()["train"]
     refuse_undecodable(spec)
     path = Path(os.path.expanduser(spec))
-    if path.is_dir():
+    if spec and path.is_dir():
         walked = [Path(folder, name).relative_to(path) for folder, _, names in os.walk(path) for name in names]
         visible = [file for file in walked if not any(part.startswith(".") for part in file.parts)]
         files = [path / file for file in sorted(visible, key=Path.as_posix)]
@@ -161,7 +158,7 @@ def refuse_undecodable(spec: str) -> None:
         raise UserError(f"the name {spec!a} is not UTF-8; rename the file or folder") from error
 
 
-def _stdlib_sides(valid_fraction: float) -> dict[Side, FileSource]:
+def _stdlib_sides() -> dict[Side, FileSource]:
     """Split the standard library's files in two, each side in the order of the hashes of their relative paths.
 
     A file's side depends on its relative path alone, so it is the same on every machine and Python version.
@@ -169,13 +166,13 @@ def _stdlib_sides(valid_fraction: float) -> dict[Side, FileSource]:
     root = Path(sysconfig.get_path("stdlib"))
     ranked = sorted((_rank(path.relative_to(root).as_posix()), path) for path in _stdlib_files(root))
     sides: dict[Side, FileSource] = {
-        "train": FileSource(STDLIB, tuple(path for rank, path in ranked if rank >= valid_fraction)),
-        "valid": FileSource(STDLIB, tuple(path for rank, path in ranked if rank < valid_fraction)),
+        "train": FileSource(STDLIB, tuple(path for rank, path in ranked if rank >= VALID_SHARE)),
+        "valid": FileSource(STDLIB, tuple(path for rank, path in ranked if rank < VALID_SHARE)),
     }
     if not all(source.paths for source in sides.values()):
         raise UserError(
-            f"the standard library at {root} has {len(ranked)} source files, too few for a validation fraction of "
-            f"{valid_fraction}; give a text of your own with --data"
+            f"the standard library at {root} has {len(ranked)} source files, too few to hold some out for validation; "
+            "give a text of your own with --data"
         )
     return sides
 

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from vwn.common.errors import UserError
 from vwn.data.reading import SEPARATOR, Chunk, line_end
-from vwn.data.sources import Source
+from vwn.data.sources import VALID_SHARE, Source
 
 _END = len(SEPARATOR)
 """Characters that the end of a document counts as; the place where a text is split depends on it."""
@@ -33,7 +33,7 @@ class Text:
                 if end > self.start:
                     text = chunk.text[max(self.start - begin, 0) : self.stop - begin]
                     yield file, chunk._replace(text=text, ends=chunk.ends and end <= self.stop)
-                    bar.update(len(text))
+                    bar.update(min(end, self.stop) - max(begin, self.start))
 
 
 def _places(source: Source) -> Iterator[tuple[int, int, str, Chunk]]:
@@ -55,13 +55,13 @@ def whole(source: Source) -> Text:
     return Text(source, 0, stop)
 
 
-def split_off_end(text: Text, valid_fraction: float) -> tuple[Text, Text]:
-    """Cut off the last `valid_fraction` of the characters as validation text; nothing is random.
+def split_off_end(text: Text) -> tuple[Text, Text]:
+    """Cut off the last `VALID_SHARE` of the characters as validation text; nothing is random.
 
-    The cut is at the nearest end of a document; where that would leave less than half or more than twice the fraction
+    The cut is at the nearest end of a document; where that would leave less than half or more than twice as much
     (few, long documents), at the end of a line; where there are no lines either, at the character.
     """
-    target = round(text.stop * (1 - valid_fraction))
+    target = round(text.stop * (1 - VALID_SHARE))
     document, line = 0, target
     for begin, end, _, chunk in _places(text.source):
         if begin < target <= end:
@@ -70,6 +70,6 @@ def split_off_end(text: Text, valid_fraction: float) -> tuple[Text, Text]:
             document = end
         if chunk.ends and end >= target:
             break
-    possible = (cut for cut in (document, line) if valid_fraction / 2 <= 1 - cut / text.stop <= valid_fraction * 2)
+    possible = (cut for cut in (document, line) if VALID_SHARE / 2 <= 1 - cut / text.stop <= VALID_SHARE * 2)
     cut = next(possible, target)
     return replace(text, stop=cut), replace(text, start=cut)

@@ -18,30 +18,26 @@ from vwn.data.reading import SEPARATOR, first_line
 from vwn.data.sources import quiet, refuse_undecodable
 
 BYTES = "bytes"
-DEFAULT_MAX_LENGTH = 1 << 20
 _SMALLEST_BPE = 257  # 256 bytes and the end of text
 _LARGEST_BPE = 1_000_000
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def load_tokenizer(
-    spec: str, texts: Iterable[str] | None = None, *, max_length: int = DEFAULT_MAX_LENGTH
-) -> PreTrainedTokenizerFast:
+def load_tokenizer(spec: str, texts: Iterable[str] | None = None) -> PreTrainedTokenizerFast:
     """Load the tokeniser that `spec` names, with an end-of-text token; it decodes what it encodes to the same text.
 
     `bytes`: ids 0..255 are the bytes of UTF-8, 256 is `<|endoftext|>`. `bpe:N`: a byte-level BPE of at most `N` ids,
     trained on `texts` (fewer where the text has no more pairs that occur twice); the same text gives the same ids.
-    Anything else is a folder or hub id for `AutoTokenizer`. `max_length` [tokens] becomes `model_max_length` where the
-    tokeniser has none of its own. Raises `UserError` for a spec that cannot be met.
+    Anything else is a folder or hub id for `AutoTokenizer`. Raises `UserError` for a spec that cannot be met.
     """
     if spec == BYTES:
-        return wrap(_bytes(), max_length)
+        return wrap(_bytes())
     if (size := bpe_size(spec)) is not None:
         if texts is None:
             raise UserError(f"the tokenizer {spec!r} is trained on text; give the text, or a saved tokenizer")
-        return wrap(_train_bpe(size, texts), max_length)
-    return _load(spec, max_length)
+        return wrap(_train_bpe(size, texts))
+    return _load(spec)
 
 
 def load_checkpoint_tokenizer(checkpoint: Path | str, spec: str | None = None) -> PreTrainedTokenizerFast:
@@ -126,14 +122,9 @@ def bpe_size(spec: str) -> int | None:
     return int(digits[1])
 
 
-def wrap(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
+def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """Wrap a tokeniser of `tokenizers` for transformers; `AutoTokenizer` loads what it saves."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=SEPARATOR,
-        model_max_length=max_length,
-        clean_up_tokenization_spaces=False,
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SEPARATOR, clean_up_tokenization_spaces=False)
 
 
 def _bytes() -> Tokenizer:
@@ -164,7 +155,7 @@ def _train_bpe(size: int, texts: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
-def _load(spec: str, max_length: int) -> PreTrainedTokenizerFast:
+def _load(spec: str) -> PreTrainedTokenizerFast:
     refuse_undecodable(spec)
     folder = Path(os.path.expanduser(spec))
     looks_local = spec.startswith((".", "/", "~")) or os.path.exists(folder)
@@ -185,8 +176,6 @@ def _load(spec: str, max_length: int) -> PreTrainedTokenizerFast:
         raise UserError(f"the tokenizer {spec!r} has no fast form (tokenizer.json); convert it, or give another")
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {spec!r} has no end-of-text token; set its eos_token and save it again")
-    if tokenizer.model_max_length > 1e9:  # transformers' way to say "no limit"
-        tokenizer.model_max_length = max_length
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer

@@ -146,9 +146,6 @@ class UnembeddingExpand(StatesItsInitialValues):
         """``[..., D]`` to ``[..., kD]``."""
         return F.linear(hidden, self.weight).to(hidden.dtype)
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
-
 
 def repeat_over_slots(hidden: Tensor, geometry: Geometry) -> Tensor:
     """``[..., D]`` to ``[..., D']``: slot ``j`` becomes segment ``j mod m``."""
@@ -212,7 +209,8 @@ class OverWidthReduce(StatesItsInitialValues):
         if self.form == "identity":
             return state
         if self.form == "sum":
-            return _sum_replicas(state, self.geometry)
+            slots, m = state.unflatten(-1, (self.geometry.n, -1)), self.geometry.m
+            return torch.cat([slots[..., i::m, :].sum(-2) for i in range(m)], dim=-1)
         return F.linear(self._normalise(state), self.weight)
 
     def _normalise(self, state: Tensor) -> Tensor:
@@ -250,9 +248,3 @@ def resolve_reduce(geometry: Geometry, form: str | None, norm: str | None) -> tu
             f"reduce norm {norm!r} needs an integer r = n/m, got {g.n}/{g.m} = {g.ratio:g}; use 'none', the paper's way"
         )
     return form, norm
-
-
-def _sum_replicas(state: Tensor, geometry: Geometry) -> Tensor:
-    slots = state.unflatten(-1, (geometry.n, geometry.segment_size))
-    segments = [slots[..., i :: geometry.m, :].sum(-2) for i in range(geometry.m)]
-    return torch.cat(segments, dim=-1)

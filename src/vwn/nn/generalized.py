@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from vwn import ops
-from vwn.nn.connection import Connection, Routing, check_output, has_hooks
+from vwn.nn.connection import Connection, check_output, has_hooks
 from vwn.nn.geometry import Geometry
 from vwn.ops.reference import coefficients
 from vwn.ops.sinkhorn import ROUNDS, sinkhorn
 from vwn.ops.weights import NormWeights, RoutingWeights, columns_of
-
-__all__ = ["CARRY_CONSTRAINTS", "CARRY_SHARPNESS", "Connection", "GeneralizedHyperConnection", "Routing"]
 
 CARRY_CONSTRAINTS = ("none", "doubly_stochastic")
 
@@ -48,12 +46,6 @@ class GeneralizedHyperConnection(Connection):
     kind = "ghc"
 
     bias_alpha: Tensor
-    bias_beta: Tensor
-    dynamic_alpha: Tensor
-    dynamic_beta: Tensor
-    scale_alpha: Tensor
-    scale_beta: Tensor
-    slot_norm: Tensor
 
     def __init__(
         self,

@@ -33,9 +33,6 @@ class BlockLinear(StatesItsInitialValues):
         """``[..., n, d_in]`` to ``[..., n, d_out]``."""
         return F.linear(slots, self.weight)
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
-
 
 class MultiTokenPredictor(StatesItsInitialValues):
     """Predicts one token further than the state it is given.

@@ -27,15 +27,10 @@ class NgramEmbedding(StatesItsInitialValues):
         order: ``K``, 2 or more.
         buckets: rows of each order's table.
         width: of a row.
-
-    Raises:
-        ValueError: an order below 2 or no buckets.
     """
 
     def __init__(self, order: int, buckets: int, width: int) -> None:
         super().__init__()
-        if order < 2 or buckets < 1:
-            raise ValueError(f"n-grams need an order of 2 or more and 1 bucket or more, got {order} and {buckets}")
         self.order, self.buckets = order, buckets
         self.weight = nn.Parameter(torch.empty((order - 1) * buckets, width))
         self.reset_parameters()
@@ -56,9 +51,6 @@ class NgramEmbedding(StatesItsInitialValues):
         first_rows = torch.arange(self.order - 1, device=ids.device) * self.buckets
         rows = F.embedding(hash_ngrams(ids, self.order, self.buckets, documents) + first_rows, self.weight)
         return rows.sum(-2).to(self.weight.dtype)  # autocast sums in float32
-
-    def extra_repr(self) -> str:
-        return f"order={self.order}, buckets={self.buckets}, width={self.weight.shape[1]}"
 
 
 def with_context(

@@ -109,9 +109,6 @@ class HyperConnection(Connection):
         weight, bias = self.slot_norm.to(slots.dtype), self.slot_norm_bias.to(slots.dtype)
         return F.layer_norm(slots, weight.shape, weight, bias, self.eps)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, index={self.index}, dynamic={self.dynamic}"
-
 
 class ManifoldHyperConnection(Connection):
     """Manifold-constrained Hyper-Connections (mHC, arXiv 2512.24880), ``m = 1``: the routing of all streams comes from
@@ -135,16 +132,6 @@ class ManifoldHyperConnection(Connection):
     """
 
     kind = "mhc"
-
-    pre_weight: Tensor
-    post_weight: Tensor
-    res_weight: Tensor
-    pre_bias: Tensor
-    post_bias: Tensor
-    res_bias: Tensor
-    pre_scale: Tensor
-    post_scale: Tensor
-    res_scale: Tensor
 
     def __init__(
         self,
@@ -200,6 +187,3 @@ class ManifoldHyperConnection(Connection):
         projected = (flat @ torch.cat(weights, dim=1)) * inverse_rms(flat, self.eps)
         parts = projected.split([w.shape[1] for w in weights], dim=-1)
         return [a * part.unflatten(-1, b.shape) + b for part, a, b in zip(parts, scales, biases, strict=True)]
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, index={self.index}, sinkhorn_rounds={self.sinkhorn_rounds}"

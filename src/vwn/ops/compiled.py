@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vwn.common.cache import default_cache_dir, load_or_build
 from vwn.common.errors import UserError
-from vwn.ops.weights import NormWeights, RoutingWeights
+from vwn.ops.weights import Inputs, RoutingWeights
 
 _SOURCE = Path(__file__).with_name("write_read.cpp")
 _HEADER = Path(__file__).with_name("write_read_kernels.h")
@@ -114,56 +114,34 @@ def _processor() -> str:
     return f"{platform.machine()} {flags}"
 
 
-def forward(
-    state: Tensor,
-    z: Tensor | None,
-    write: RoutingWeights | None,
-    read: RoutingWeights | None,
-    norm: NormWeights | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
+def forward(inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
     """Compute :func:`vwn.ops.reference.forward` for contiguous ``[T, D']`` and ``[T, D]``."""
-    new = torch.empty_like(state) if write is not None else None
-    x = state.new_empty(state.shape[0], state.shape[1] // read.n * read.m) if read is not None else None
-    _run(state, z, write, read, norm, backward=False, needs_weights=False, new_state=new, x=x)
+    state, (m, _, d) = inputs.state, inputs.sizes
+    new = torch.empty_like(state) if inputs.write is not None else None
+    x = state.new_empty(state.shape[0], m * d) if inputs.read is not None else None
+    _run(inputs, backward=False, needs_weights=False, new_state=new, x=x)
     return new, x
 
 
-def backward(
-    grad_state: Tensor | None,
-    grad_x: Tensor | None,
-    state: Tensor,
-    z: Tensor | None,
-    write: RoutingWeights | None,
-    read: RoutingWeights | None,
-    norm: NormWeights | None,
-    needs_weights: bool,
-) -> list[Tensor]:
+def backward(grad_state: Tensor | None, grad_x: Tensor | None, inputs: Inputs, needs_weights: bool) -> list[Tensor]:
     """Compute :func:`vwn.ops.reference.backward` for contiguous ``[T, D']`` and ``[T, D]``."""
+    state, z, norm = inputs.state, inputs.z, inputs.norm
     of_state, of_z, of_norm = torch.empty_like(state), None if z is None else torch.empty_like(z), None
     if norm is not None and needs_weights:
         of_norm = torch.empty_like(norm.weight, dtype=torch.promote_types(state.dtype, torch.float32))
     given = {"grad_new": grad_state, "grad_x": grad_x}
     wanted = {"grad_state": of_state, "grad_z": of_z, "grad_norm": of_norm}
-    of_weights = _run(state, z, write, read, norm, backward=True, needs_weights=needs_weights, **given, **wanted)
+    of_weights = _run(inputs, backward=True, needs_weights=needs_weights, **given, **wanted)
     rounded = None if of_norm is None else of_norm.to(state.dtype)
     return [t for t in (of_state, of_z, *of_weights, rounded) if t is not None]
 
 
-def _run(
-    state: Tensor,
-    z: Tensor | None,
-    write: RoutingWeights | None,
-    read: RoutingWeights | None,
-    norm: NormWeights | None,
-    backward: bool,
-    needs_weights: bool,
-    **tensors: Tensor | None,
-) -> list[Tensor]:
+def _run(inputs: Inputs, backward: bool, needs_weights: bool, **tensors: Tensor | None) -> list[Tensor]:
     """Call the library; returns the gradients of the weights of the write, then of the read, if they are needed."""
     library: Any = _library()
-    sizes: Any = read if write is None else write
-    dtype, threads = _DTYPES[state.dtype], torch.get_num_threads()
-    args = _Args(state.shape[0], sizes.n, sizes.m, state.shape[1] // sizes.n, dtype, threads)
+    state, z, write, read, norm = inputs
+    m, n, d = inputs.sizes
+    args = _Args(state.shape[0], n, m, d, _DTYPES[state.dtype], torch.get_num_threads())
     _point(args, state=state, z=z, **tensors)
     if norm is not None:
         args.norm, args.norm_eps = norm.weight.data_ptr(), norm.eps

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,27 +21,17 @@ from torch.library import CustomOpDef
 from torch.utils.flop_counter import register_flop_formula
 
 from vwn.ops.backends import choose, module
-from vwn.ops.weights import NormWeights, RoutingWeights
+from vwn.ops.weights import Inputs, NormWeights, RoutingWeights
 
 
-class Inputs(NamedTuple):
-    """The arguments of an op."""
-
-    state: Any
-    z: Any
-    write: RoutingWeights | None
-    read: RoutingWeights | None
-    norm: NormWeights | None
-    backend: str
-
-
-def _parsed(inputs: Iterable[Any], writes: bool, reads: bool) -> Inputs:
-    given, count = iter(inputs), len(RoutingWeights._fields)
+def _parsed(arguments: Iterable[Any], writes: bool, reads: bool) -> tuple[Inputs, str]:
+    """The arguments of an op, and the name of its backend."""
+    given, count = iter(arguments), len(RoutingWeights._fields)
     state, z = next(given), next(given) if writes else None
     write = RoutingWeights(*islice(given, count)) if writes else None
     read = RoutingWeights(*islice(given, count)) if reads else None
     norm = NormWeights(next(given), next(given)) if reads else None
-    return Inputs(state, z, write, read, None if norm is None or norm.weight is None else norm, next(given))
+    return Inputs(state, z, write, read, None if norm is None or norm.weight is None else norm), next(given)
 
 
 def _schema(writes: bool, reads: bool) -> str:
@@ -54,14 +44,14 @@ def _schema(writes: bool, reads: bool) -> str:
     return ", ".join(["Tensor state", *written, *read, "str backend"])
 
 
-def _run(step: str, given: Inputs, before: Sequence[Any] = (), after: Sequence[Any] = ()) -> Any:
+def _run(step: str, inputs: Inputs, backend: str, before: Sequence[Any] = (), after: Sequence[Any] = ()) -> Any:
     """Run ``forward`` or ``backward`` of the backend, chosen here, where ``torch.compile`` does not look."""
-    state, z, write, read, norm, backend = given
-    name = choose(backend, state.device, state.dtype, (write or read).n)  # type: ignore[union-attr]
+    state, z, write, read, norm = inputs
+    name = choose(backend, state.device, state.dtype, inputs.sizes[1])
     if name == "reference":  # torch.matmul takes another route, to other bits, for what requires a gradient
         write, read = _detached(write), _detached(read)
-    tokens = [None if t is None else _tokens(t) for t in (*before, state, z)]
-    return getattr(module(name), step)(*tokens, write, read, norm, *after)
+    inputs = Inputs(_tokens(state), None if z is None else _tokens(z), write, read, norm)
+    return getattr(module(name), step)(*(None if t is None else _tokens(t) for t in before), inputs, *after)
 
 
 def _tokens(t: Tensor) -> Tensor:
@@ -77,20 +67,20 @@ def _shaped(t: Tensor, shape: Sequence[int]) -> Tensor:
 def _detached(weights: RoutingWeights | None) -> RoutingWeights | None:
     if weights is None:
         return None
-    return RoutingWeights(*(t.detach() if isinstance(t, Tensor) else t for t in weights))
+    return RoutingWeights(*(t.detach() if isinstance(t, Tensor) else t for t in weights))  # type: ignore[arg-type]
 
 
 def _like(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-def _hidden_size(given: Inputs) -> int:
-    weights: Any = given.write or given.read
-    return given.state.shape[-1] // weights.n * weights.m
+def _hidden_size(inputs: Inputs) -> int:
+    m, _, d = inputs.sizes
+    return m * d
 
 
-def _flops(given: Inputs) -> int:
-    """FLOPs of the matrix products (section 3.5), from shapes in place of tensors.
+def _flops(given: Any) -> int:
+    """FLOPs of the matrix products (section 3.5), from :class:`Inputs` with shapes in place of tensors.
 
     Of the read: ``m`` columns of routing, when dynamic, and the read itself, ``2 m D'`` per token each. Of the write:
     ``m + n`` columns of routing, when dynamic, the carry ``2 n D'`` and the write ``2 n D``.
@@ -110,26 +100,26 @@ def _define(name: str, writes: bool, reads: bool) -> CustomOpDef:
     """Define an op, its backward, what both return without running, and their FLOPs."""
     results, first = writes + reads, 1 + writes  # how many; and of the inputs those that are no weights
 
-    def forward(*inputs: Any) -> Any:
-        given = _parsed(inputs, writes, reads)
-        new, x = _run("forward", given)
-        out = [_shaped(new, given.state.shape)] if writes else []
-        out += [_shaped(x, [*given.state.shape[:-1], _hidden_size(given)])] if reads else []
+    def forward(*arguments: Any) -> Any:
+        inputs, backend = _parsed(arguments, writes, reads)
+        new, x = _run("forward", inputs, backend)
+        out = [_shaped(new, inputs.state.shape)] if writes else []
+        out += [_shaped(x, [*inputs.state.shape[:-1], _hidden_size(inputs)])] if reads else []
         return tuple(out) if results > 1 else out[0]
 
-    def fake_forward(*inputs: Any) -> Any:
-        given = _parsed(inputs, writes, reads)
-        out = [_like(given.state)] if writes else []
-        out += [given.state.new_empty(*given.state.shape[:-1], _hidden_size(given))] if reads else []
+    def fake_forward(*arguments: Any) -> Any:
+        inputs, _ = _parsed(arguments, writes, reads)
+        out = [_like(inputs.state)] if writes else []
+        out += [inputs.state.new_empty(*inputs.state.shape[:-1], _hidden_size(inputs))] if reads else []
         return tuple(out) if results > 1 else out[0]
 
-    def backward(*inputs: Any) -> list[Tensor]:
+    def backward(*arguments: Any) -> list[Tensor]:
         """Gradients of the state, of ``z`` and, if needed, of the weights and the norm's weight that are there."""
-        grads, needs_weights = inputs[:results], inputs[-1]
-        given = _parsed(inputs[results:-1], writes, reads)
+        grads, needs_weights = arguments[:results], arguments[-1]
+        inputs, backend = _parsed(arguments[results:-1], writes, reads)
         before = (grads[0] if writes else None, grads[-1] if reads else None)
-        found = _run("backward", given, before, [needs_weights])
-        shapes = [t.shape for t in inputs[results : results + first]]
+        found = _run("backward", inputs, backend, before, [needs_weights])
+        shapes = [t.shape for t in arguments[results : results + first]]
         return [*map(_shaped, found[:first], shapes), *found[first:]]
 
     def fake_backward(*inputs: Any) -> list[Tensor]:
@@ -150,11 +140,11 @@ def _define(name: str, writes: bool, reads: bool) -> CustomOpDef:
 
     @register_flop_formula(getattr(packets, name))
     def _of_forward(*inputs: Any, **_: Any) -> int:
-        return _flops(_parsed(inputs, writes, reads))
+        return _flops(_parsed(inputs, writes, reads)[0])
 
     @register_flop_formula(getattr(packets, f"{name}_backward"))
     def _of_backward(*inputs: Any, **_: Any) -> int:  # without what it computes again
-        return 2 * _flops(_parsed(inputs[results:], writes, reads))
+        return 2 * _flops(_parsed(inputs[results:], writes, reads)[0])
 
     return op
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vwn.ops.weights import Columns, NormWeights, RoutingWeights, columns_of, gradients_of
+from vwn.ops.weights import Columns, Inputs, NormWeights, columns_of, gradients_of
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, slots: int = 1) -> str | None:
@@ -45,35 +45,19 @@ def read_slots(slots: Tensor, read: Tensor) -> Tensor:
 def write_slots(slots: Tensor, segments: Tensor, carry: Tensor, beta: Tensor) -> Tensor:
     """``H' <- Bᵀ Z + Âᵀ H'`` (second line of eq. 10), ``[..., D']``.
 
-    Args:
-        slots: ``H'``, ``[..., n, d]``.
-        segments: ``Z``, ``[..., m, d]``.
-        carry: ``Â``, ``[..., n, n]``.
-        beta: ``B``, ``[..., m, n]``.
+    Shapes: ``H'`` ``[..., n, d]``, ``Z`` ``[..., m, d]``, ``Â`` ``[..., n, n]``, ``B`` ``[..., m, n]``.
     """
     return (beta.mT @ segments + carry.mT @ slots).flatten(-2)  # H' <- Bᵀ Z + Âᵀ H' (eq. 10)
 
 
-def forward(
-    state: Tensor,
-    z: Tensor | None,
-    write: RoutingWeights | None,
-    read: RoutingWeights | None,
-    norm: NormWeights | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
+def forward(inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
     """The new state ``Bᵀ Z + Âᵀ H'``, and what is read from it, ``X = Åᵀ H'`` (eq. 10).
-
-    Args:
-        state: ``[..., D']``.
-        z: the sublayer's output, ``[..., D]``; ``None`` without a write.
-        write: of the sublayer that wrote ``z``, or ``None``: the state stays.
-        read: of the sublayer that reads, or ``None``.
-        norm: the reading sublayer's RMSNorm, applied to ``X``.
 
     Returns:
         the new state ``[..., D']``, ``None`` without a write, and ``X`` ``[..., D]``, ``None`` without a read; both in
         the state's dtype, computed in float32 (float64 for a float64 state).
     """
+    state, z, write, read, norm = inputs
     dtype = torch.promote_types(state.dtype, torch.float32)
     with torch.autocast(state.device.type, enabled=False):
         new = x = None
@@ -95,16 +79,7 @@ def rms_norm(x: Tensor, norm: NormWeights) -> Tensor:
     return norm.weight * (wide * inverse_rms(wide, norm.eps)).to(x.dtype)
 
 
-def backward(
-    grad_state: Tensor | None,
-    grad_x: Tensor | None,
-    state: Tensor,
-    z: Tensor | None,
-    write: RoutingWeights | None,
-    read: RoutingWeights | None,
-    norm: NormWeights | None,
-    needs_weights: bool,
-) -> list[Tensor]:
+def backward(grad_state: Tensor | None, grad_x: Tensor | None, inputs: Inputs, needs_weights: bool) -> list[Tensor]:
     """Gradients of :func:`forward` from its inputs alone: the routing is computed again, so nothing else is saved.
 
     Args:
@@ -115,8 +90,9 @@ def backward(
         of the state; of ``z`` if there is a write; and if ``needs_weights`` of the tensors of ``write``, of ``read``
         and of the norm, each in the order of their fields.
     """
+    state, z, write, read, norm = inputs
     dtype = torch.promote_types(state.dtype, torch.float32)
-    new, x = forward(state, z, write, read)
+    new, x = forward(inputs._replace(norm=None))
     grad_write: list[Tensor] = []
     grad_read: list[Tensor] = []
     grad_norm: list[Tensor] = []

@@ -64,6 +64,28 @@ class NormWeights(NamedTuple):
     eps: float = 1e-6
 
 
+class Inputs(NamedTuple):
+    """What an op works on: the write of one sublayer followed by the read of the next; either may be missing."""
+
+    state: Tensor
+    """``[..., D']``."""
+    z: Tensor | None = None
+    """Output of the sublayer that writes, ``[..., D]``; ``None`` without a write."""
+    write: RoutingWeights | None = None
+    """Of the sublayer that writes, or ``None``: the state stays."""
+    read: RoutingWeights | None = None
+    """Of the sublayer that reads, or ``None``."""
+    norm: NormWeights | None = None
+    """The reading sublayer's RMSNorm, applied to what is read."""
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """``m``, ``n`` and ``d``."""
+        weights = self.write if self.read is None else self.read
+        assert weights is not None
+        return weights.m, weights.n, self.state.shape[-1] // weights.n
+
+
 class Columns(NamedTuple):
     """Columns of the routing side by side: every one of them is computed alike, row ``i`` from slot ``i`` alone."""
 

@@ -7,7 +7,7 @@ import logging
 import os
 import resource
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -106,15 +106,8 @@ def prepare_stream(
         skip_bad_rows,
         control_tokens,
     )
-    return Corpus(
-        train=train,
-        valid=held_out.valid,
-        tokenizer=held_out.tokenizer,
-        train_tokens=None,
-        valid_tokens=held_out.valid_tokens,
-        valid_bytes_per_token=held_out.valid_bytes_per_token,
-        fingerprint=f"{held_out.fingerprint}+{train.fingerprint}",
-    )
+    fingerprint = f"{held_out.fingerprint}+{train.fingerprint}"
+    return replace(held_out, train=train, train_tokens=None, fingerprint=fingerprint)
 
 
 class StreamLoader:
@@ -177,7 +170,7 @@ class StreamLoader:
                 )
         self.step = state["step"]
         self.positions = {
-            reader: [_position(stored["positions"][reader]) for stored in known]
+            reader: [tuple(map(int, stored["positions"][reader].split())) for stored in known]  # type: ignore[misc]
             for reader in range(self.stream.readers)
             if reader % self.stream.batch_size // self.own == self.rank
         }
@@ -263,11 +256,6 @@ class _Skipping:
 
 def _unchanged(window: Any) -> Any:
     return window
-
-
-def _position(text: str) -> Position:
-    begun, offset, chunk, taken = map(int, text.split())
-    return begun, offset, chunk, taken
 
 
 def _allow_files(readers: int) -> None:

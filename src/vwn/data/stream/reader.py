@@ -50,9 +50,8 @@ class Reader:
     ):
         self._source, self._index, self._readers, self._seed = source, index, readers, seed
         self._encode, self._end, self._on_bad_row = encode, end, on_bad_row
-        self._chunks = self._read(*position[:3])
-        self._at, self._taken = position[:3], position[3]
-        self._ids: np.ndarray | None = None
+        self._chunks, self._taken = self._read(*position[:3]), position[3]
+        self._at, self._ids = next(self._chunks)  # to continue: the chunk again, without what is used up
 
     @property
     def position(self) -> Position:
@@ -64,9 +63,7 @@ class Reader:
         taken = np.empty(count, dtype=np.int64)
         filled = 0
         while filled < count:
-            if self._ids is None:
-                self._at, self._ids = next(self._chunks)  # to continue: the chunk again, without what is used up
-            elif self._taken == len(self._ids):
+            if self._taken == len(self._ids):
                 (self._at, self._ids), self._taken = next(self._chunks), 0
             size = min(count - filled, len(self._ids) - self._taken)
             taken[filled : filled + size] = self._ids[self._taken : self._taken + size]

@@ -61,7 +61,10 @@ def open_source(spec: str, readers: int) -> StreamedSource:
     files = open_local(spec)
     if files is None:
         return _open_hub(spec, readers)
-    sizes = {path: _size(path) for path in files.paths}
+    sizes: dict[Path, int] = {}
+    for path in files.paths:
+        with refuse_unreadable(path):
+            sizes[path] = path.stat().st_size
     at_most = max(1, min(sum(sizes.values()) // (2 * readers), _LARGEST_RANGE))
     ranges = [part for path, size in sizes.items() if size for part in _cut(path, size, at_most)]
     if not any(True for part in ranges for _ in read_range(part, on_bad_row=lambda _: None)):
@@ -73,11 +76,6 @@ def open_source(spec: str, readers: int) -> StreamedSource:
         for share in range(shares)
     ]
     return StreamedSource(spec, tuple(shared), _fingerprint(sizes))
-
-
-def _size(path: Path) -> int:
-    with refuse_unreadable(path):
-        return path.stat().st_size
 
 
 def _cut(path: Path, size: int, at_most: int) -> list[FileRange]:

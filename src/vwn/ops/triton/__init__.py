@@ -14,14 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vwn.ops.weights import NormWeights, RoutingWeights
+from vwn.ops.weights import Inputs
 
 MOST_SLOTS = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LEAST_CAPABILITY = (8, 0)
-"""Compute capability of Ampere, the first with TF32 and bfloat16."""
-_LEAST_TRITON = (3, 6)
-"""The oldest version the kernels were compiled with."""
+_LEAST_CAPABILITY = 8
+"""Major compute capability of Ampere, the first with TF32 and bfloat16."""
 _PROGRAMS = 264
 """Most programs of a backward: two for each processor of an H100. It is a constant, so that what each of them adds up
 is the same on every GPU."""
@@ -36,13 +34,14 @@ def unavailable(device: torch.device, dtype: torch.dtype, slots: int = 1) -> str
         return f"it runs on a GPU, not on {device.type}"
     import triton
 
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _LEAST_TRITON:
-        return f"it needs Triton {_dotted(_LEAST_TRITON)} or newer, {triton.__version__} is installed"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):  # the oldest that the kernels were compiled with
+        return f"it needs Triton 3.6 or newer, {triton.__version__} is installed"
     if device.type == "cuda":
         if torch.version.hip:
             return "it needs an NVIDIA GPU"
-        if (found := torch.cuda.get_device_capability(device)) < _LEAST_CAPABILITY:
-            return f"it needs compute capability {_dotted(_LEAST_CAPABILITY)} or higher, the GPU has {_dotted(found)}"
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < _LEAST_CAPABILITY:
+            return f"it needs compute capability {_LEAST_CAPABILITY}.0 or higher, the GPU has {major}.{minor}"
     if dtype not in _DTYPES:
         return f"it knows float32, bfloat16 and float16; {str(dtype).removeprefix('torch.')} is not supported"
     if slots > MOST_SLOTS:
@@ -50,17 +49,12 @@ def unavailable(device: torch.device, dtype: torch.dtype, slots: int = 1) -> str
     return None
 
 
-def forward(
-    state: Tensor,
-    z: Tensor | None,
-    write: RoutingWeights | None,
-    read: RoutingWeights | None,
-    norm: NormWeights | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
+def forward(inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
     """Like :func:`vwn.ops.reference.forward`, for contiguous ``[T, D']`` and ``[T, D]``, in one launch."""
     from vwn.ops.triton import forward_kernel
 
-    constants = _constants(state, write, read, norm)
+    state, z, write, read, norm = inputs
+    constants = _constants(inputs)
     tokens = state.shape[0]
     new = None if write is None else torch.empty_like(state)
     x = None if read is None else state.new_empty(tokens, constants["m"] * constants["d"])
@@ -72,20 +66,12 @@ def forward(
     return new, x
 
 
-def backward(
-    grad_state: Tensor | None,
-    grad_x: Tensor | None,
-    state: Tensor,
-    z: Tensor | None,
-    write: RoutingWeights | None,
-    read: RoutingWeights | None,
-    norm: NormWeights | None,
-    needs_weights: bool,
-) -> list[Tensor]:
+def backward(grad_state: Tensor | None, grad_x: Tensor | None, inputs: Inputs, needs_weights: bool) -> list[Tensor]:
     """Like :func:`vwn.ops.reference.backward`, for contiguous ``[T, D']`` and ``[T, D]``, in one launch and a sum."""
     from vwn.ops.triton import backward_kernel
 
-    constants = _constants(state, write, read, norm)
+    state, z, write, read, norm = inputs
+    constants = _constants(inputs)
     tokens = state.shape[0]
     of_state = torch.empty_like(state)
     of_z = None if z is None else torch.empty_like(z)
@@ -104,7 +90,7 @@ def backward(
             )  # fmt: skip
     if parts is None:
         return [of_state, *([] if of_z is None else [of_z])]
-    of_weights = torch.split_with_sizes_copy(parts.sum(0), sizes)
+    of_weights = torch.ops.aten.split_with_sizes_copy(parts.sum(0), sizes)
     shaped = (g.view(w.shape).to(w.dtype) for g, w in zip(of_weights, weights, strict=True))
     return [of_state, *([] if of_z is None else [of_z]), *shaped]
 
@@ -116,18 +102,15 @@ def _replaced(weights: Any, tensors: Iterator[Tensor | None]) -> Any:
     return type(weights)(*(next(tensors) if isinstance(w, Tensor) else w for w in weights))
 
 
-def _constants(
-    state: Tensor, write: RoutingWeights | None, read: RoutingWeights | None, norm: NormWeights | None
-) -> dict[str, Any]:
+def _constants(inputs: Inputs) -> dict[str, Any]:
     """Compile-time arguments of both kernels."""
-    weights = write if write is not None else read
-    assert weights is not None
-    n, m = weights.n, weights.m
+    state, _, write, read, norm = inputs
+    m, n, d = inputs.sizes
     slots, segments = (1 << (size - 1).bit_length() for size in (n, m))
     return {
         "n": n,
         "m": m,
-        "d": state.shape[1] // n,
+        "d": d,
         "N": slots,
         "M": max(16, segments) if slots >= 16 else segments,  # tensor cores want 16
         "WRITE": write is not None,
@@ -138,7 +121,3 @@ def _constants(
         "FEW": state.shape[0] <= 64,  # as when decoding: other tiles are fastest
         "PRECISION": "tf32x3" if state.dtype == torch.float32 else "tf32",  # which a 16-bit number fits in
     }
-
-
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))

@@ -20,12 +20,11 @@ from vwn.ops.triton.tiles import (
     mix_rows,
     products,
     project_back,
-    read_routing,
+    routing_of,
     rsqrt_of_mean,
     store_new,
     store_tile,
     tanh,
-    write_routing,
 )
 
 
@@ -140,8 +139,8 @@ def backward(
     for tile_index in range(tl.program_id(0), tl.cdiv(T, BT), tl.num_programs(0)):
         t = tile_index * BT + tl.arange(0, BT)
         if WRITE:
-            carry, beta, carry_logits, beta_logits, rstd = write_routing(
-                state, t, T, write, WRITE_DYNAMIC, n, m, d, N, M, BT, BD
+            carry, beta, carry_logits, beta_logits, rstd = routing_of(
+                state, t, T, write, m, n, N, True, WRITE_DYNAMIC, n, m, d, N, M, BT, BD
             )
         if READ:
             if WRITE:
@@ -149,7 +148,9 @@ def backward(
                 new = grad_state
             else:
                 new = state
-            routing, logits, read_rstd = read_routing(new, t, T, read, READ_DYNAMIC, n, m, d, N, M, BT, BD)
+            routing, _, logits, _, read_rstd = routing_of(
+                new, t, T, read, 0, m, M, False, READ_DYNAMIC, n, m, d, N, M, BT, BD
+            )
 
             # The norm: its backward needs Σ x² and Σ x (grad_x weight)
             squares, slope = tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from vwn.ops.triton.configs import FORWARD, KEY, first_if_deterministic
-from vwn.ops.triton.tiles import load_tile, mix_rows, read_routing, rsqrt_of_mean, store_new, store_tile, write_routing
+from vwn.ops.triton.tiles import load_tile, mix_rows, routing_of, rsqrt_of_mean, store_new, store_tile
 
 
 @triton.autotune(FORWARD, KEY, prune_configs_by={"early_config_prune": first_if_deterministic})
@@ -39,11 +39,11 @@ def forward(
     BT: tl.constexpr = ROWS // N if ROWS > N else 1
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     if WRITE:
-        carry, beta, _, _, _ = write_routing(state, t, T, write, WRITE_DYNAMIC, n, m, d, N, M, BT, BD)
+        carry, beta, _, _, _ = routing_of(state, t, T, write, m, n, N, True, WRITE_DYNAMIC, n, m, d, N, M, BT, BD)
         store_new(new, state, z, carry, beta, t, T, n, m, d, N, M, BD, PRECISION)
         state = new
     if READ:
-        routing, _, _ = read_routing(state, t, T, read, READ_DYNAMIC, n, m, d, N, M, BT, BD)
+        routing, _, _, _, _ = routing_of(state, t, T, read, 0, m, M, False, READ_DYNAMIC, n, m, d, N, M, BT, BD)
         squares = tl.zeros((BT,), tl.float32)
         for first in range(0, d, BD):
             c = first + tl.arange(0, BD)

@@ -146,62 +146,41 @@ def tanh(x):
 
 
 @triton.jit
-def write_routing(
-    state, t, T, w, DYNAMIC: tl.constexpr, n: tl.constexpr, m: tl.constexpr, d: tl.constexpr, N: tl.constexpr,
-    M: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+def routing_of(
+    state, t, T, w, first: tl.constexpr, count: tl.constexpr, COUNT: tl.constexpr, WRITES: tl.constexpr,
+    DYNAMIC: tl.constexpr, n: tl.constexpr, m: tl.constexpr, d: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``Â`` and ``Bᵀ`` from the state.
+    """Compute ``count`` columns of ``A`` from ``first`` on, ``Å`` or ``Â``, from the state; to write also ``Bᵀ``.
 
     Returns:
-        carry, beta, what ``tanh`` took for each of them, and ``rstd``; the last three are zero for a static routing.
+        alpha ``[BT, N, COUNT]``, beta ``[BT, N, M]``, what ``tanh`` took for each of them, and ``rstd``; what is not
+        computed is zero: the last three for a static routing, those of beta for a read.
     """
-    i, k = tl.arange(0, N), tl.arange(0, M)
-    carry_logits = tl.zeros((BT, N, N), tl.float32)
+    i, j, k = tl.arange(0, N), tl.arange(0, COUNT), tl.arange(0, M)
+    alpha_logits = tl.zeros((BT, N, COUNT), tl.float32)
     beta_logits = tl.zeros((BT, N, M), tl.float32)
     squares, rstd = tl.zeros((BT, N), tl.float32), tl.zeros((BT, N), tl.float32)
-    carry = carry_logits + load_matrix(w.bias_alpha + m, i, i, n, n, m + n, 1)[None, :, :]
-    beta = beta_logits + load_matrix(w.bias_beta, i, k, n, m, 1, n)[None, :, :]
+    alpha = alpha_logits + load_matrix(w.bias_alpha + first, i, j, n, count, m + n, 1)[None, :, :]
+    beta = beta_logits
+    if WRITES:
+        beta += load_matrix(w.bias_beta, i, k, n, m, 1, n)[None, :, :]
     if DYNAMIC:
-        for first in range(0, d, BD):
-            c = first + tl.arange(0, BD)
+        for start in range(0, d, BD):
+            c = start + tl.arange(0, BD)
             h = load_tile(state, t, c, T, n, N, d)
             gain = tl.load(w.slot_norm + c, c < d, 0.0)[:, None]
             squares += tl.sum(h * h, 2)
-            carry_logits += project(h, gain * load_matrix(w.dynamic_alpha + m, c, i, d, n, m + n, 1))
-            beta_logits += project(h, gain * load_matrix(w.dynamic_beta, c, k, d, m, m, 1))
+            alpha_logits += project(h, gain * load_matrix(w.dynamic_alpha + first, c, j, d, count, m + n, 1))
+            if WRITES:
+                beta_logits += project(h, gain * load_matrix(w.dynamic_beta, c, k, d, m, m, 1))
         rstd = rsqrt_of_mean(squares, w.eps, d)
-        carry_logits *= rstd[:, :, None] * d**-0.5  # tau = sqrt(d)
+        alpha_logits *= rstd[:, :, None] * d**-0.5  # tau = sqrt(d)
         beta_logits *= rstd[:, :, None] * d**-0.5
-        carry += load_matrix(w.scale_alpha + m, i, i, n, n, m + n, 1)[None, :, :] * tanh(carry_logits)
-        beta += load_matrix(w.scale_beta, i, k, n, m, 1, n)[None, :, :] * tanh(beta_logits)
-    return carry, beta, carry_logits, beta_logits, rstd
-
-
-@triton.jit
-def read_routing(
-    state, t, T, w, DYNAMIC: tl.constexpr, n: tl.constexpr, m: tl.constexpr, d: tl.constexpr, N: tl.constexpr,
-    M: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Compute ``Å`` from the state.
-
-    Returns:
-        routing, what ``tanh`` took, and ``rstd``; the last two are zero for a static routing.
-    """
-    i, k = tl.arange(0, N), tl.arange(0, M)
-    logits = tl.zeros((BT, N, M), tl.float32)
-    squares, rstd = tl.zeros((BT, N), tl.float32), tl.zeros((BT, N), tl.float32)
-    routing = logits + load_matrix(w.bias_alpha, i, k, n, m, m + n, 1)[None, :, :]
-    if DYNAMIC:
-        for first in range(0, d, BD):
-            c = first + tl.arange(0, BD)
-            h = load_tile(state, t, c, T, n, N, d)
-            gain = tl.load(w.slot_norm + c, c < d, 0.0)[:, None]
-            squares += tl.sum(h * h, 2)
-            logits += project(h, gain * load_matrix(w.dynamic_alpha, c, k, d, m, m + n, 1))
-        rstd = rsqrt_of_mean(squares, w.eps, d)
-        logits *= rstd[:, :, None] * d**-0.5
-        routing += load_matrix(w.scale_alpha, i, k, n, m, m + n, 1)[None, :, :] * tanh(logits)
-    return routing, logits, rstd
+        alpha += load_matrix(w.scale_alpha + first, i, j, n, count, m + n, 1)[None, :, :] * tanh(alpha_logits)
+        if WRITES:
+            beta += load_matrix(w.scale_beta, i, k, n, m, 1, n)[None, :, :] * tanh(beta_logits)
+    return alpha, beta, alpha_logits, beta_logits, rstd
 
 
 @triton.jit
