@@ -6,23 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.optim import AdamW, Optimizer
-
-from vwn.common.errors import UserError
+from torch.optim import AdamW, Muon, Optimizer
 
 
 class MuonWithAdamW(Optimizer):
-    """Muon and AdamW with one state and one list of groups, Muon's first, as :func:`vwn.parameter_groups` makes.
-
-    Raises:
-        UserError: a torch without Muon.
-    """
+    """Muon and AdamW with one state and one list of groups, Muon's first, as :func:`vwn.parameter_groups` makes."""
 
     def __init__(self, muon: list[dict[str, Any]], adamw: list[dict[str, Any]], betas: tuple[float, float]) -> None:
-        if not hasattr(torch.optim, "Muon"):
-            raise UserError(f"torch {torch.__version__} has no Muon; use --optimizer adamw, or torch 2.9 or newer")
         self.parts: tuple[Optimizer, ...] = (
-            torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw"),
+            Muon(muon, adjust_lr_fn="match_rms_adamw"),
             AdamW(adamw, betas=betas),
         )
         self.matrices = len(muon)

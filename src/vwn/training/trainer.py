@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import RandomSampler
 from tqdm import tqdm
@@ -90,18 +91,15 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make AdamW on :func:`vwn.parameter_groups` with ``rate_factors``, or Muon and AdamW together."""
-        if self.optimizer is not None:  # type: ignore[has-type]
-            return super().create_optimizer(*args, **kwargs)
         a = self.args
+        betas = a.adam_beta1, a.adam_beta2
         rates: Any = dict(lr=a.learning_rate, weight_decay=a.weight_decay, factors=self.rate_factors)
-        if self.config.optim.optimizer == "muon":
-            muon, adamw = parameter_groups(self.model, optimizer="muon", **rates)
-            self.optimizer = MuonWithAdamW(muon, adamw, (a.adam_beta1, a.adam_beta2))
-            return self.optimizer
-        optimizer = super().create_optimizer(*args, **kwargs)
-        options = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
-        optimizer.param_groups[:] = [options | group for group in parameter_groups(self.model, **rates)]
-        return optimizer
+        if self.optimizer is None:  # type: ignore[has-type]
+            if self.config.optim.optimizer == "muon":
+                self.optimizer = MuonWithAdamW(*parameter_groups(self.model, optimizer="muon", **rates), betas)
+            else:
+                self.optimizer = AdamW(parameter_groups(self.model, **rates), betas=betas, fused=True)
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Make the Trainer's, or with a cool-down a warm-up, the peak rate, and a linear fall to the final one."""
