@@ -14,8 +14,8 @@ from vwn.lab.compare.config import CompareConfig, SweepOptions
 from vwn.lab.compare.progress import Progress, duration
 from vwn.lab.compare.run import compare
 from vwn.lab.compare.sweep import sweep, sweep_run
-from vwn.training.config import OptimConfig
 from vwn.training.arguments import parse_factors
+from vwn.training.config import OptimConfig
 
 
 def swept(tmp_path, losses, **options):

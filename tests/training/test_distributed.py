@@ -23,7 +23,7 @@ from runs import command, config
 from vwn.cli import main, run_train
 from vwn.common.errors import UserError
 from vwn.training import run as run_module
-from vwn.training.checkpoint.sharding import MODEL
+from vwn.training.checkpoint.saving import MODEL
 from vwn.training.config import CorpusConfig, ReliabilityOptions, SpeedOptions
 from vwn.training.distributed import resolve
 from vwn.training.run import train
@@ -266,7 +266,7 @@ def test_what_is_asked_for_and_what_accelerate_says_decide(processes_of, text, t
 @pytest.mark.parametrize(
     ("world", "changes", "environment", "sentence"),
     [
-        (1, {"parallel": "fsdp2"}, {}, "needs several processes and there is one"),
+        (1, {"parallel": "fsdp2"}, {}, "need several processes and there is one"),
         (3, {}, {}, "make it a multiple of 6"),
         (2, {"parallel": "ddp"}, {"ACCELERATE_USE_FSDP": "true"}, "drop --parallel ddp"),
         (2, {}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: 2"),

@@ -36,7 +36,7 @@ from vwn.training.arguments import (
 )
 from vwn.training.branches import train_branches
 from vwn.training.checkpoint.manifest import checkpoints, last_checkpoint
-from vwn.training.checkpoint.sharding import MODEL, load_weights
+from vwn.training.checkpoint.saving import MODEL, load_weights
 from vwn.training.config import TrainConfig
 from vwn.training.distributed import (
     CheckParallel,
@@ -249,7 +249,9 @@ class Run:
         return finished
 
     def _trainer(self, config: TrainConfig, model: Any, checkpoint: Path | None) -> VirtualWidthTrainer:
-        board = tensorboard(config.out / "logs") if "tensorboard" in config.report_to else None
+        board = TensorBoardCallback() if "tensorboard" in config.report_to else None
+        if board is not None:
+            board.logging_dir = str(config.out / "logs")
         parallel = parallel_arguments(self.parallel, model)
         arguments = training_arguments(config, self.learning_rate, checkpoint is not None, parallel)
         if self.parallel != "fsdp2":  # a sharded one moves layer by layer
@@ -277,6 +279,7 @@ class Run:
         model = trainer.model
         m, n = getattr(model.config, "m", 1), getattr(model.config, "n", 1)
         median, p90 = trainer.stopwatch.quantiles()
+        tokens = trainer.state.global_step * trainer.tokens_per_step
         return RunResult(
             name=config.name if config.init_from is None or n == 1 else f"{m}x{n}",
             m=m,
@@ -289,9 +292,7 @@ class Run:
             learning_rate=self.learning_rate,
             params=sum(p.numel() for p in model.parameters()),
             flops_per_token=flops_per_token(model.config, config.corpus.window),
-            tokens_per_second=trainer.state.global_step
-            * trainer.tokens_per_step
-            / max(trainer.stopwatch.seconds, 1e-9),
+            tokens_per_second=tokens / max(trainer.stopwatch.seconds, 1e-9),
             peak_memory_bytes=memory.read(),
             curve=curve,
             step_seconds_median=median,
@@ -362,10 +363,3 @@ def summary(
                 f"more than {EPOCHS} epochs: the model will learn this text by heart; give more text, or fewer --steps"
             )
     return lines
-
-
-def tensorboard(logs: Path) -> TensorBoardCallback:
-    """Logs for TensorBoard in a folder of the run's."""
-    callback = TensorBoardCallback()
-    callback.logging_dir = str(logs)
-    return callback

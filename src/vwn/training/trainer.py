@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import RandomSampler
 from tqdm import tqdm
@@ -27,9 +27,7 @@ from vwn.data.stream import StreamLoader, TokenStream
 from vwn.nn.groups import GROUPS, parameter_groups
 from vwn.training.checkpoint.manifest import checkpoints
 from vwn.training.checkpoint.saving import SavingTrainer, not_finite
-from vwn.training.checkpoint.sharding import ShardingTrainer
 from vwn.training.config import TrainConfig
-from vwn.training.muon import MuonWithAdamW
 from vwn.training.watch.guards import StepGuard
 from vwn.training.watch.health import HealthLog
 
@@ -54,7 +52,7 @@ def named_losses(losses: Any) -> dict[str, float]:
     return {"loss" if k == 0 else f"loss_{k + 1}": float(value) for k, value in enumerate(losses)}
 
 
-class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
+class VirtualWidthTrainer(SavingTrainer):
     """A Trainer that logs every head's loss, decays by our rule, stops at a non-finite loss, and saves atomically.
 
     Training logs hold ``loss`` (next token), ``loss_2`` …, and ``objective``, their weighted sum with the router's
@@ -335,3 +333,28 @@ class ProgressBar(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()
+
+
+class MuonWithAdamW(Optimizer):
+    """Muon and AdamW with one state and one list of groups, Muon's first, as :func:`vwn.parameter_groups` makes."""
+
+    def __init__(self, muon: list[dict[str, Any]], adamw: list[dict[str, Any]], betas: tuple[float, float]) -> None:
+        self.parts: tuple[Optimizer, ...] = (
+            Muon(muon, adjust_lr_fn="match_rms_adamw"),
+            AdamW(adamw, betas=betas),
+        )
+        self.matrices = len(muon)
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step both; what was loaded or scheduled stands in this optimiser's groups and state."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups[: self.matrices], self.param_groups[self.matrices :]
+        for part, own in zip(self.parts, groups, strict=True):
+            part.param_groups, part.state = own, self.state
+            part.step()
+        return loss
