@@ -21,18 +21,7 @@ WHAT = (
     "transformer (arXiv 2511.11238)."
 )
 _INDENT = 24  # of the options' texts
-_SYNONYMS = {
-    "lr": "learning-rate",
-    "batch": "batch-size",
-    "bs": "batch-size",
-    "dataset": "data",
-    "max-steps": "steps",
-    "output-dir": "out",
-    "output": "out",
-    "context": "window",
-    "seq-len": "window",
-    "max-tokens": "max-new-tokens",
-}
+_SYNONYMS = {"lr": "learning-rate", "bs": "batch-size", "dataset": "data", "output-dir": "out", "seq-len": "window"}
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from tiny import backbone_config, vwn_config
 from vwn import Geometry, OverWidthEmbedding, OverWidthReduce, UserError, no_weight_decay, parameter_groups
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.nn.groups import default_factors, group_of_parameters
-from vwn.training.muon import MuonWithAdamW
 from vwn.training.run import train
+from vwn.training.trainer import MuonWithAdamW
 
 
 class Own(nn.Module):

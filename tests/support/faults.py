@@ -34,7 +34,6 @@ STEPS, SAVE = 12, 4
 BACKBONE = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 BACKBONE |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 258}
 SEED = 0
-REFUSED = "refused in a sentence"
 BEFORE = "the checkpoint before is used, same run"
 SAME = "same run"
 RESUMED = "killed, resumed, same run"
@@ -302,37 +301,6 @@ DAMAGES: dict[str, Damage] = {
 }
 
 
-def none_left(lab: Lab) -> Iterator[Case]:
-    for name in files(lab)[::3]:
-
-        def fault(lab: Lab, out: Path, name: str = name) -> str:
-            for folder in checkpoints(out).values():
-                (folder / name).write_bytes(b"")
-            before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-            code, said = lab.run(out)
-            assert code == 2, said
-            assert "none of the checkpoints" in said
-            assert {p: p.read_bytes() for p in before} == before
-            return REFUSED
-
-        yield name, fault
-
-
-def spoilt_record(lab: Lab) -> Iterator[Case]:
-    for name in ("run.json", "result.json"):
-        for content in (b"", b"{", b"[]", b"\xff\xfe"):
-
-            def fault(lab: Lab, out: Path, name: str = name, content: bytes = content) -> str:
-                (out / name).write_bytes(content)
-                code, said = lab.run(out)
-                assert code == 2, said
-                assert name in said.splitlines()[-1]
-                assert list(checkpoints(out)) == [2 * SAVE, SAVE]
-                return REFUSED
-
-            yield f"{name} {content!r}", fault
-
-
 def full_disk(lab: Lab) -> Iterator[Case]:
     """The system says how little is free; or it does not, as under a quota, and writing fails at some file's end."""
 
@@ -385,8 +353,6 @@ KINDS: dict[str, Callable[[Lab], Iterator[Case]]] = {
     "kill -9 at each file operation of a save": killed_in_save,
     "kill -9 at any moment": killed_at_any_time,
     **{kind: passed_over(damage) for kind, damage in DAMAGES.items()},
-    "every checkpoint damaged": none_left,
-    "a damaged record of the run": spoilt_record,
     "disk full": full_disk,
     "SIGTERM": told_to_stop,
 }

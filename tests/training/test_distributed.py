@@ -23,7 +23,7 @@ from runs import command, config
 from vwn.cli import main, run_train
 from vwn.common.errors import UserError
 from vwn.training import run as run_module
-from vwn.training.checkpoint.sharding import MODEL
+from vwn.training.checkpoint.saving import MODEL
 from vwn.training.config import CorpusConfig, ReliabilityOptions, SpeedOptions
 from vwn.training.distributed import resolve
 from vwn.training.run import train
@@ -56,7 +56,7 @@ def perturbed_train(run, *, check=True):
     finally:
         run_module.build_model, VirtualWidthTrainer.training_step = build, step
     if check:
-        assert kinds == {run.parallel in ("fsdp2", "hsdp")}
+        assert kinds == {run.parallel == "fsdp2"}
 
 
 def run_on(run, log, world):
@@ -131,25 +131,31 @@ def cut(out: Path, to: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_of_two_resumes_on_one(pair, alone, tmp_path, text, capsys):
+def test_a_run_of_two_resumes_on_one_with_copies_alone(pair, alone, tmp_path, text, capsys):
     out = cut(pair[1], tmp_path / "run")
     assert (out / "checkpoint-2" / MODEL).is_dir() == (pair[0] == "fsdp2")
-    perturbed_train(small(out, text, resume=True), check=False)
+    run = small(out, text, resume=True)
+    if pair[0] == "fsdp2":
+        with pytest.raises(UserError, match="checkpoint-2 is of a run with --parallel fsdp2"):
+            train(run)
+        return
+    perturbed_train(run, check=False)
     assert "was written by 2 processes, 1 go on with it" in capsys.readouterr().err
     assert_same_run(out, alone)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_a_run_of_one_resumes_on_two(parallel, alone, tmp_path, text):
+def test_a_run_of_one_resumes_on_two(alone, tmp_path, text):
     out = cut(alone, tmp_path / "run")
-    run_on(small(out, text, parallel=parallel, resume=True), tmp_path / "log", 2)
+    run_on(small(out, text, parallel="ddp", resume=True), tmp_path / "log", 2)
     assert_same_run(out, alone)
 
 
 @pytest.mark.slow
 def test_a_killed_and_resumed_sharded_run_goes_on_as_if_nothing_had_been(alone, tmp_path, text):
     run = small(tmp_path / "run", text, parallel="fsdp2")
+    again = SpeedOptions(gradient_checkpointing=True)  # gathers the layers' weights a second time, for the same losses
+    run = replace(run, speed=again)
     with Processes(perturbed_train, run, log=tmp_path / "first") as processes:
         deadline = time.monotonic() + 120
         while not (run.out / "checkpoint-2").exists():
@@ -213,15 +219,6 @@ def test_sharding_that_does_not_come_about_is_refused(tmp_path, text):
 
 
 @pytest.mark.slow
-def test_copies_over_nodes_of_what_is_sharded_within_them(alone, tmp_path, text):
-    again = SpeedOptions(gradient_checkpointing=True)  # gathers the layers' weights a second time, for the same losses
-    run = small(tmp_path / "run", text, parallel="hsdp", speed=again)
-    with Processes(perturbed_train, run, world=4, local=2, log=tmp_path / "log") as processes:
-        assert processes.wait() == [0] * 4, processes.said()
-    assert_same_run(run.out, alone)
-
-
-@pytest.mark.slow
 def test_torchrun_speaks_with_one_voice(tmp_path, text):
     """As a user would type it; without the dashes torchrun takes --m for an option of its own."""
     run = config(tmp_path, text)
@@ -262,15 +259,14 @@ def test_what_is_asked_for_and_what_accelerate_says_decide(processes_of, text, t
     processes_of(2)
     assert resolve(run) == "ddp"
     assert resolve(replace(run, parallel="fsdp2")) == "fsdp2"
-    processes_of(4, ACCELERATE_USE_FSDP="true", LOCAL_WORLD_SIZE="2")
+    processes_of(4, ACCELERATE_USE_FSDP="true")
     assert resolve(run) == "fsdp2"
-    assert resolve(replace(run, parallel="hsdp")) == "hsdp"
 
 
 @pytest.mark.parametrize(
     ("world", "changes", "environment", "sentence"),
     [
-        (1, {"parallel": "fsdp2"}, {}, "needs several processes and there is one"),
+        (1, {"parallel": "fsdp2"}, {}, "need several processes and there is one"),
         (3, {}, {}, "make it a multiple of 6"),
         (2, {"parallel": "ddp"}, {"ACCELERATE_USE_FSDP": "true"}, "drop --parallel ddp"),
         (2, {}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: 2"),
@@ -282,8 +278,6 @@ def test_what_is_asked_for_and_what_accelerate_says_decide(processes_of, text, t
             {},
             "--loss-backend liger does not go",
         ),
-        (4, {"parallel": "hsdp"}, {"LOCAL_WORLD_SIZE": "4"}, "are on one node"),
-        (4, {"parallel": "hsdp"}, {"LOCAL_WORLD_SIZE": "1"}, "needs LOCAL_WORLD_SIZE"),
     ],
 )
 def test_what_does_not_go_together_is_refused(processes_of, text, tmp_path, world, changes, environment, sentence):

@@ -20,7 +20,9 @@ from vwn.training.watch.guards import HISTORY, StepGuard
 
 def run(out, text, **options):
     reliability = ReliabilityOptions(**options.pop("reliability", {}))
-    made = config(out, text, m=2, n=3, optim={"steps": 8}, speed=SpeedOptions("reference"), **options)
+    made = config(
+        out, text, m=2, n=3, optim={"steps": options.pop("steps", 8)}, speed=SpeedOptions("reference"), **options
+    )
     return dataclasses.replace(made, reliability=reliability)
 
 
@@ -73,7 +75,7 @@ def test_a_bad_step_leaves_weights_and_moments_alone_and_is_recorded(tmp_path, t
 
 def test_the_log_is_the_mean_of_the_steps_that_were_used(tmp_path, text, monkeypatch):
     spoil(monkeypatch, {5}, "high")
-    options = dict(save_every=8, eval_every=8)
+    options = dict(save_every=8, eval_every=8, steps=6)
     train(run(tmp_path / "one", text, reliability={"spike_factor": 0.0}, log_every=1, **options))
     single = {step: objective for step, _, objective, _ in history(tmp_path / "one")}
     monkeypatch.setattr(StepGuard, "verdict", lambda self, loss, norm: "high" if loss > 50 else None)

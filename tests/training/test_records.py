@@ -24,9 +24,9 @@ from vwn.training.watch.samples import FILE
 
 
 def sampled(out, text, **changes):
-    """A run whose validation is long enough for samples of four tokens."""
-    corpus = CorpusConfig(data=str(text), window=32, max_valid_tokens=4 * 1024)
-    return config(out, text, **{"corpus": corpus, "optim": {"steps": 4}, "eval_every": 2, "save_every": 2} | changes)
+    """A run whose validation is long enough for samples of two tokens."""
+    corpus = CorpusConfig(data=str(text), window=32, max_valid_tokens=2 * 1024)
+    return config(out, text, **{"corpus": corpus, "optim": {"steps": 2}, "eval_every": 1, "save_every": 1} | changes)
 
 
 def weights(run):
@@ -37,7 +37,7 @@ def test_samples_at_each_validation_leave_the_run_as_it_is(tmp_path, text):
     run, silent = sampled(tmp_path / "a", text), sampled(tmp_path / "b", text, sample_tokens=0)
     result, without = train(run), train(silent)
     lines = [json.loads(line) for line in (run.out / FILE).read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 2, 4]
+    assert [line["step"] for line in lines] == [0, 1, 2]
     assert len(lines[0]["prompt"].encode()) == 16
     assert all(line["text"] for line in lines)
     assert result.sample == lines[-1]["prompt"] + lines[-1]["text"]
@@ -50,7 +50,7 @@ def test_samples_at_each_validation_leave_the_run_as_it_is(tmp_path, text):
         assert b"sample/text_summary" in path.read_bytes()
     for name in ("model.safetensors", "result.json"):  # a kill after the first checkpoint: its later lines are redone
         (run.out / name).unlink()
-    shutil.rmtree(run.out / "checkpoint-4")
+    shutil.rmtree(run.out / "checkpoint-2")
     assert train(dataclasses.replace(run, resume=True)).sample == result.sample
     assert [json.loads(line) for line in (run.out / FILE).read_text().splitlines()] == lines
 
@@ -84,7 +84,7 @@ def test_a_tracker_gets_every_loss(tmp_path, text, monkeypatch):
     monkeypatch.setattr(
         transformers.integrations.WandbCallback, "on_log", lambda *args, logs, **kwargs: seen.append(logs)
     )
-    train(config(tmp_path / "run", text, optim={"steps": 2}, report_to=("tensorboard", "wandb")))
+    train(config(tmp_path / "run", text, optim={"steps": 1}, log_every=1, report_to=("tensorboard", "wandb")))
     assert (tmp_path / "run" / "logs").exists()
     assert list((tmp_path / "wandb").glob("offline-run-*"))
     assert {"loss_2", "eval_loss"} <= {name for logs in seen for name in logs}
@@ -159,9 +159,9 @@ def test_a_run_from_weights_continues_without_them(tmp_path, text, finished):
     wide = tmp_path / "wide"
     shutil.copytree(finished[0].out, wide, ignore=shutil.ignore_patterns("checkpoint-*"))
     run = config(tmp_path / "a", text, m=None, n=None, backbone=TrainConfig.backbone, width=WidthOptions())
-    run = dataclasses.replace(run, init_from=str(wide), save_every=2, optim=dataclasses.replace(run.optim, steps=4))
+    run = dataclasses.replace(run, init_from=str(wide), save_every=1, optim=dataclasses.replace(run.optim, steps=2))
     whole = train(run)
-    shutil.copytree(run.out, tmp_path / "b", ignore=shutil.ignore_patterns("checkpoint-4", "result.json"))
+    shutil.copytree(run.out, tmp_path / "b", ignore=shutil.ignore_patterns("checkpoint-2", "result.json"))
     (tmp_path / "b" / "model.safetensors").unlink()
     shutil.rmtree(wide)
     cut = cli.parse("train", ["--out", str(tmp_path / "b"), "--resume"])

@@ -76,6 +76,16 @@ def test_a_checkpoint_without_a_manifest_is_passed_over_whatever_the_times_of_fi
     assert "manifest.json is missing" in capsys.readouterr().err
 
 
+def test_a_run_without_a_whole_checkpoint_does_not_start_again(tmp_path, finished, text):
+    out = shutil.copytree(finished[0].out, tmp_path / "run")
+    (out / "result.json").unlink()
+    for folder in checkpoints(out).values():
+        (folder / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="none of the checkpoints"):
+        train(config(out, text, resume=True))
+    assert list(checkpoints(out)) == [20, 16]
+
+
 def test_a_format_of_the_future_is_not_guessed_at(tmp_path, finished):
     shutil.copytree(last_checkpoint(finished[0].out), tmp_path / "checkpoint-20")
     manifest = json.loads((tmp_path / "checkpoint-20" / MANIFEST).read_text())

@@ -99,14 +99,6 @@ def test_a_run_that_breaks_off_goes_on_with_other_workers_to_the_same_bits(tmp_p
     assert epochs[0] == epochs[1]
 
 
-def test_a_checkpoint_has_the_place_behind_its_last_batch(whole):
-    run, _ = whole
-    state = read_json(run.out / "checkpoint-12" / "data_state.json")
-    assert state["step"] == 12
-    used = [place for source in state["sources"] for place in source["positions"] if place != "0 0 0 0"]
-    assert used
-
-
 def test_other_data_is_refused_and_other_workers_are_not(tmp_path, whole, sources):
     run, result = whole
     assert train(dataclasses.replace(run, resume=True)) == result

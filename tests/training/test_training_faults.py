@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from runs import config, without_seconds
+from runs import config, run_vwn, without_seconds
 from vwn.common.errors import UserError
 from vwn.common.files import CannotWrite
 from vwn.training.checkpoint.manifest import last_checkpoint
@@ -135,13 +135,11 @@ def test_two_processes_do_not_share_a_directory(tmp_path, text):
         train(run)
 
 
-def test_records_that_are_no_records(tmp_path, finished, text):
-    reference, _ = finished
-    for number, (name, content) in enumerate(
-        (n, c) for n in ("run.json", "result.json") for c in ("", "[]", '{"name": 1}')
-    ):
-        out = tmp_path / str(number)
-        shutil.copytree(reference.out, out, ignore=shutil.ignore_patterns("checkpoint-*"))
-        (out / name).write_text(content)
-        with pytest.raises(UserError, match=r"run\.json|result\.json|was started with"):
-            train(config(out, text, resume=True))
+@pytest.mark.parametrize("name", ["run.json", "result.json"])
+def test_records_that_are_no_records(tmp_path, finished, capsys, monkeypatch, name):
+    out = shutil.copytree(finished[0].out, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    for content in (b"", b"{", b"[]", b"\xff\xfe", b'{"name": 1}'):
+        (out / name).write_bytes(content)
+        code, _, err = run_vwn(capsys, monkeypatch, "train", "--out", out, "--resume")
+        assert code == 2, err
+        assert name in err.splitlines()[-1] or "no option --name" in err

@@ -57,14 +57,6 @@ def llama_8b() -> VirtualWidthTrainer.Config:
     )
 
 
-def llama_8b_r8() -> VirtualWidthTrainer.Config:
-    """Llama 3 8B at the paper's largest ratio, ``(m, n) = (8, 64)``: ``r = 8``, with one MTP module."""
-    c = llama_8b()
-    c.virtual_width = VirtualWidth(m=8, n=64, num_mtp_modules=1)
-    c.model_spec = model_spec(c.backbone, c.virtual_width)
-    return c
-
-
 def config(
     backbone: Backbone,
     width: VirtualWidth,

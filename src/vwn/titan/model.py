@@ -42,7 +42,7 @@ from vwn.titan.modules import (
     Reduce,
     ReducedNorm,
 )
-from vwn.titan.sharding import set_sharding
+from vwn.titan.parallelize import set_sharding
 from vwn.titan.sizes import Backbone, VirtualWidth, hf_config, initial_std
 
 _LATER = {"weight": skip_param_init}  # the model initialises all its weights itself

@@ -273,10 +273,9 @@ class TrainConfig:
     health_every: int | None = None
     """Steps between measurements of gradients, state and routing (health.jsonl, and the logs); by default those
     between validations, 0 for none."""
-    parallel: Literal["auto", "ddp", "fsdp2", "hsdp"] = "auto"
-    """Under torchrun or accelerate launch: a copy of the model in each process (`ddp`), the model sharded over all of
-    them (`fsdp2`), or sharded within a node and copied over nodes (`hsdp`). `auto`: what accelerate's configuration
-    asks for, else `ddp`."""
+    parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
+    """Under torchrun or accelerate launch: a copy of the model in each process (`ddp`), or the model sharded over all
+    (`fsdp2`). `auto`: what accelerate's configuration asks for, else `ddp`."""
     resume: bool | Literal["auto"] = False
     """Continue the run in --out from its last whole checkpoint; `--resume auto` starts it where there is none yet."""
 

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import ParallelismConfig
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -21,8 +20,6 @@ from vwn.hf import VirtualWidthForCausalLM
 from vwn.training.config import TrainConfig
 
 T = TypeVar("T")
-
-SHARDED = ("fsdp2", "hsdp")
 
 
 def join(patience: timedelta) -> None:
@@ -61,7 +58,7 @@ def rank0_first(act: Callable[[], T]) -> T:
 
 
 def resolve(config: TrainConfig) -> str:
-    """``none``, ``ddp``, ``fsdp2`` or ``hsdp``: what ``--parallel`` and the launcher ask for.
+    """``none``, ``ddp`` or ``fsdp2``: what ``--parallel`` and the launcher ask for.
 
     Raises:
         UserError: they contradict each other, or an option does not go with it.
@@ -92,23 +89,9 @@ def resolve(config: TrainConfig) -> str:
         "--loss-backend liger": s.loss_backend == "liger",
     }
     for option, is_given in needs_whole_weights.items():
-        if is_given and parallel in SHARDED:
-            raise UserError(f"{option} does not go with --parallel {parallel}, which shards the weights; drop it")
-    if parallel == "hsdp" and not (local := _per_node()) < world:
-        raise UserError(
-            f"--parallel hsdp copies over nodes what it shards within one, and all {local} processes are on one node; "
-            "use fsdp2"
-        )
+        if is_given and parallel == "fsdp2":
+            raise UserError(f"{option} does not go with --parallel fsdp2, which shards the weights; drop it")
     return parallel
-
-
-def _per_node() -> int:
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or 0)
-    if local < 2 or world_size() % local:
-        raise UserError(
-            f"--parallel hsdp needs LOCAL_WORLD_SIZE, the processes of a node: 2 or more, the same on each; got {local}"
-        )
-    return local
 
 
 def parallel_arguments(parallel: str, model: nn.Module) -> dict[str, Any]:
@@ -116,7 +99,7 @@ def parallel_arguments(parallel: str, model: nn.Module) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     if parallel != "none" and not torch.cuda.is_available():
         arguments["ddp_backend"] = "gloo"
-    if parallel in SHARDED:
+    if parallel == "fsdp2":
         arguments["fsdp"] = True
         arguments["fsdp_config"] = {
             "version": 2,
@@ -125,11 +108,6 @@ def parallel_arguments(parallel: str, model: nn.Module) -> dict[str, Any]:
             "reshard_after_forward": os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true"),
             "cpu_offload": os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true",
         }
-    if parallel == "hsdp":
-        local = _per_node()
-        arguments["parallelism_config"] = ParallelismConfig(
-            dp_replicate_size=world_size() // local, dp_shard_size=local
-        )
     return arguments
 
 
@@ -152,7 +130,7 @@ class CheckParallel(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         is_sharded = {isinstance(p, DTensor) for p in model.parameters()}
-        if is_sharded != {self.parallel in SHARDED}:
+        if is_sharded != {self.parallel == "fsdp2"}:
             raise UserError(
                 f"accelerate has {'sharded' if True in is_sharded else 'left whole'} weights on the device "
                 f"{args.device.type}, which --parallel {self.parallel} does not; ask for another --parallel, or change "

@@ -93,16 +93,8 @@ def training_facts(config: TrainConfig, result: RunResult) -> TrainingFacts:
 
 def validation_curve(history: list[dict[str, Any]]) -> list[Point]:
     """``{tokens, loss, loss_2, seconds}`` of each validation in a Trainer's log."""
-    return [
-        {
-            "tokens": entry["tokens"],
-            "loss": entry["eval_loss"],
-            "loss_2": entry.get("eval_loss_2"),
-            "seconds": entry["seconds"],
-        }
-        for entry in history
-        if "eval_loss" in entry
-    ]
+    names = {"tokens": "tokens", "loss": "eval_loss", "loss_2": "eval_loss_2", "seconds": "seconds"}
+    return [{ours: entry.get(theirs) for ours, theirs in names.items()} for entry in history if "eval_loss" in entry]
 
 
 def flops_per_token(config: Any, window: int) -> float | None:

@@ -36,10 +36,9 @@ from vwn.training.arguments import (
 )
 from vwn.training.branches import train_branches
 from vwn.training.checkpoint.manifest import checkpoints, last_checkpoint
-from vwn.training.checkpoint.sharding import MODEL, load_weights
+from vwn.training.checkpoint.saving import MODEL, load_weights
 from vwn.training.config import TrainConfig
 from vwn.training.distributed import (
-    SHARDED,
     CheckParallel,
     join,
     on_all_ranks,
@@ -168,7 +167,7 @@ class Run:
     def build(self) -> Any:
         """Return the model as it starts, set up for the options of speed."""
         model = self._start()
-        apply_speed(model, self.config.speed, whole=self.parallel not in SHARDED)
+        apply_speed(model, self.config.speed, whole=self.parallel != "fsdp2")
         return model
 
     def _start(self) -> Any:
@@ -209,11 +208,14 @@ class Run:
         checkpoint = checkpoint or start
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else TrainerState()
         trained = state.global_step >= config.optim.steps
+        in_parts = checkpoint is not None and (checkpoint / MODEL).is_dir()
         if trained and checkpoint is not None:  # killed between the last checkpoint and the result
-            if (checkpoint / MODEL).is_dir():
+            if in_parts:
                 load_weights(model, checkpoint)
             else:
                 model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        elif checkpoint is not None and in_parts != (self.parallel == "fsdp2"):
+            raise UserError(f"{checkpoint} is of a run {'with' if in_parts else 'without'} --parallel fsdp2; go on so")
         trainer = self._trainer(config, model, checkpoint)
         self.bar.begin(part, trainer.stopwatch)
         trainer.stopwatch.seconds = state.log_history[-1]["seconds"] if state.log_history else 0.0
@@ -247,11 +249,12 @@ class Run:
         return finished
 
     def _trainer(self, config: TrainConfig, model: Any, checkpoint: Path | None) -> VirtualWidthTrainer:
-        is_sharded = self.parallel in SHARDED
-        board = tensorboard(config.out / "logs") if "tensorboard" in config.report_to else None
+        board = TensorBoardCallback() if "tensorboard" in config.report_to else None
+        if board is not None:
+            board.logging_dir = str(config.out / "logs")
         parallel = parallel_arguments(self.parallel, model)
         arguments = training_arguments(config, self.learning_rate, checkpoint is not None, parallel)
-        if not is_sharded:  # a sharded one moves layer by layer
+        if self.parallel != "fsdp2":  # a sharded one moves layer by layer
             model.to(arguments.device)
         trainer = VirtualWidthTrainer(
             config,
@@ -276,6 +279,7 @@ class Run:
         model = trainer.model
         m, n = getattr(model.config, "m", 1), getattr(model.config, "n", 1)
         median, p90 = trainer.stopwatch.quantiles()
+        tokens = trainer.state.global_step * trainer.tokens_per_step
         return RunResult(
             name=config.name if config.init_from is None or n == 1 else f"{m}x{n}",
             m=m,
@@ -288,9 +292,7 @@ class Run:
             learning_rate=self.learning_rate,
             params=sum(p.numel() for p in model.parameters()),
             flops_per_token=flops_per_token(model.config, config.corpus.window),
-            tokens_per_second=trainer.state.global_step
-            * trainer.tokens_per_step
-            / max(trainer.stopwatch.seconds, 1e-9),
+            tokens_per_second=tokens / max(trainer.stopwatch.seconds, 1e-9),
             peak_memory_bytes=memory.read(),
             curve=curve,
             step_seconds_median=median,
@@ -361,10 +363,3 @@ def summary(
                 f"more than {EPOCHS} epochs: the model will learn this text by heart; give more text, or fewer --steps"
             )
     return lines
-
-
-def tensorboard(logs: Path) -> TensorBoardCallback:
-    """Logs for TensorBoard in a folder of the run's."""
-    callback = TensorBoardCallback()
-    callback.logging_dir = str(logs)
-    return callback

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import RandomSampler
 from tqdm import tqdm
@@ -26,9 +27,7 @@ from vwn.data.stream import StreamLoader, TokenStream
 from vwn.nn.groups import GROUPS, parameter_groups
 from vwn.training.checkpoint.manifest import checkpoints
 from vwn.training.checkpoint.saving import SavingTrainer, not_finite
-from vwn.training.checkpoint.sharding import ShardingTrainer
 from vwn.training.config import TrainConfig
-from vwn.training.muon import MuonWithAdamW
 from vwn.training.watch.guards import StepGuard
 from vwn.training.watch.health import HealthLog
 
@@ -53,7 +52,7 @@ def named_losses(losses: Any) -> dict[str, float]:
     return {"loss" if k == 0 else f"loss_{k + 1}": float(value) for k, value in enumerate(losses)}
 
 
-class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
+class VirtualWidthTrainer(SavingTrainer):
     """A Trainer that logs every head's loss, decays by our rule, stops at a non-finite loss, and saves atomically.
 
     Training logs hold ``loss`` (next token), ``loss_2`` …, and ``objective``, their weighted sum with the router's
@@ -90,18 +89,15 @@ class VirtualWidthTrainer(ShardingTrainer, SavingTrainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make AdamW on :func:`vwn.parameter_groups` with ``rate_factors``, or Muon and AdamW together."""
-        if self.optimizer is not None:  # type: ignore[has-type]
-            return super().create_optimizer(*args, **kwargs)
         a = self.args
+        betas = a.adam_beta1, a.adam_beta2
         rates: Any = dict(lr=a.learning_rate, weight_decay=a.weight_decay, factors=self.rate_factors)
-        if self.config.optim.optimizer == "muon":
-            muon, adamw = parameter_groups(self.model, optimizer="muon", **rates)
-            self.optimizer = MuonWithAdamW(muon, adamw, (a.adam_beta1, a.adam_beta2))
-            return self.optimizer
-        optimizer = super().create_optimizer(*args, **kwargs)
-        options = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
-        optimizer.param_groups[:] = [options | group for group in parameter_groups(self.model, **rates)]
-        return optimizer
+        if self.optimizer is None:  # type: ignore[has-type]
+            if self.config.optim.optimizer == "muon":
+                self.optimizer = MuonWithAdamW(*parameter_groups(self.model, optimizer="muon", **rates), betas)
+            else:
+                self.optimizer = AdamW(parameter_groups(self.model, **rates), betas=betas, fused=True)
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Make the Trainer's, or with a cool-down a warm-up, the peak rate, and a linear fall to the final one."""
@@ -337,3 +333,28 @@ class ProgressBar(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()
+
+
+class MuonWithAdamW(Optimizer):
+    """Muon and AdamW with one state and one list of groups, Muon's first, as :func:`vwn.parameter_groups` makes."""
+
+    def __init__(self, muon: list[dict[str, Any]], adamw: list[dict[str, Any]], betas: tuple[float, float]) -> None:
+        self.parts: tuple[Optimizer, ...] = (
+            Muon(muon, adjust_lr_fn="match_rms_adamw"),
+            AdamW(adamw, betas=betas),
+        )
+        self.matrices = len(muon)
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step both; what was loaded or scheduled stands in this optimiser's groups and state."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups[: self.matrices], self.param_groups[self.matrices :]
+        for part, own in zip(self.parts, groups, strict=True):
+            part.param_groups, part.state = own, self.state
+            part.step()
+        return loss

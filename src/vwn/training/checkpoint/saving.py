@@ -1,4 +1,8 @@
-"""How a Trainer saves: whole checkpoints only, the last few of them, and nothing lost where the disk is full."""
+"""How a Trainer saves: whole checkpoints only, the last few of them, and nothing lost where the disk is full.
+
+Checkpoints of a sharded run are PyTorch's distributed checkpoints: every process writes its part, and any number of
+processes reads them. The others hold ``model.safetensors`` and ``optimizer.pt``.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from vwn.common.files import CannotWrite, read_json, sync, sync_directory, write_json
 from vwn.common.processes import all_gather_object, broadcast, rank, world_size
-from vwn.training.checkpoint.manifest import MANIFEST, STAGING, checkpoints, publish, rotate, seal
+from vwn.training.checkpoint.manifest import MANIFEST, STAGING, checkpoints, publish, rotate, seal, step_of
 
+MODEL = "pytorch_model_fsdp_0"
+"""Folder of the weights in a checkpoint of a sharded run, by accelerate's name."""
 DATA_STATE = "data_state.json"
 RUN_STATE = "run_state.json"
 """What a run has to remember that transformers does not: ``{name: [state of each process]}``."""
@@ -41,10 +50,27 @@ class SavingTrainer(Trainer):
         self._whole: list[int] = []
         self._staging: Path | None = None
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Weights are gathered as they are, float32; autocast computes in bfloat16 what it does in one process.
+
+        FSDP's own mixed precision would round the routing weights too, which are computed in float32 (section 4).
+        """
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None:
+            plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save whole weights; a checkpoint of a sharded model has them in parts already."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+        elif not _internal_call:
+            whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            self._save(output_dir, get_model_state_dict(self.model, options=whole))
+
     def restore(self, checkpoint: Path) -> None:
         """Give the data and everything in ``stateful`` their state back; before training goes on from a checkpoint."""
-        step = int(checkpoint.name.rpartition("-")[2])
-        self._whole = [s for s in checkpoints(Path(self.args.output_dir)) if s <= step]
+        self._whole = [s for s in checkpoints(Path(self.args.output_dir)) if s <= step_of(checkpoint)]
         if self.stream is not None:
             self.stream.load_state_dict(read_json(checkpoint / DATA_STATE))
         wrote = read_json(checkpoint / MANIFEST)["world_size"]
@@ -129,6 +155,13 @@ class SavingTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or super()._get_output_dir(trial))
+
+
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Load a sharded run's weights into a model that is whole in each process."""
+    state = {"model": get_model_state_dict(model)}
+    dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint / MODEL))
+    set_model_state_dict(model, state["model"])
 
 
 def not_finite(model: nn.Module) -> str | None:
