@@ -229,6 +229,10 @@ class VirtualWidthConfig(PreTrainedConfig):
         """Ignore the value, which transformers before 5.18 sets; here it follows from the backbone."""
 
     @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Do nothing: classes of an installed package are imported, their source is not copied into checkpoints."""
+
+    @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """Read a ``config.json``; a ``UserError`` if it is of another model type."""
         fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
