@@ -56,7 +56,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 model = VirtualWidthForCausalLM(VirtualWidthConfig(backbone=LlamaConfig(**sizes), m=2, n=3, num_mtp_modules=1)).eval()
 ids = torch.arange(1, 9)[None]
 model(input_ids=ids, labels=ids).loss.backward()
-generated = model.generate(ids, max_new_tokens=4, do_sample=False)
+generated = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
 model.save_pretrained(sys.argv[1])
 loaded = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 assert generated.shape == (1, 12)
