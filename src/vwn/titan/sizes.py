@@ -82,11 +82,9 @@ def hf_config(backbone: Backbone, width: VirtualWidth) -> Any:
     from vwn.hf import VirtualWidthConfig
 
     sizes, width_fields = asdict(backbone), asdict(width)
-    if sizes["num_key_value_heads"] < 1 or sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
-        raise UserError(
-            f"backbone.num_key_value_heads = {sizes['num_key_value_heads']} does not divide num_attention_heads = "
-            f"{sizes['num_attention_heads']}"
-        )
+    for divisor, name in (("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")):
+        if sizes[divisor] < 1 or sizes[name] % sizes[divisor]:
+            raise UserError(f"backbone.{divisor} = {sizes[divisor]} does not divide {name} = {sizes[name]}")
     del sizes["attention"], sizes["output_init"], width_fields["backend"]
     experts, top_k = sizes.pop("num_experts"), sizes.pop("num_experts_per_tok")
     sizes |= {
@@ -103,7 +101,7 @@ def hf_config(backbone: Backbone, width: VirtualWidth) -> Any:
         config: Any = MixtralConfig(**sizes) if experts else LlamaConfig(**sizes)
         return VirtualWidthConfig(backbone=config, **width_fields)
     except ValueError as error:
-        raise UserError(f"backbone, virtual_width: {error}") from error
+        raise UserError(f"virtual_width: {error}") from error
 
 
 def initial_std(backbone: Backbone) -> float:

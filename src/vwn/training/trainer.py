@@ -89,14 +89,15 @@ class VirtualWidthTrainer(SavingTrainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make AdamW on :func:`vwn.parameter_groups` with ``rate_factors``, or Muon and AdamW together."""
-        a = self.args
+        a, optimizer = self.args, self.config.optim.optimizer
         betas = a.adam_beta1, a.adam_beta2
-        rates: Any = dict(lr=a.learning_rate, weight_decay=a.weight_decay, factors=self.rate_factors)
         if self.optimizer is None:  # type: ignore[has-type]
-            if self.config.optim.optimizer == "muon":
-                self.optimizer = MuonWithAdamW(*parameter_groups(self.model, optimizer="muon", **rates), betas)
+            groups = parameter_groups(self.model, a.learning_rate, a.weight_decay, optimizer, self.rate_factors)
+            if optimizer == "muon":
+                made: Any = MuonWithAdamW(groups[0], groups[1], betas)
             else:
-                self.optimizer = AdamW(parameter_groups(self.model, **rates), betas=betas, fused=True)
+                made = AdamW(groups, betas=betas, fused=True)
+            self.optimizer = made
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
