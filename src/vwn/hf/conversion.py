@@ -160,11 +160,11 @@ def _assemble(config: VirtualWidthConfig, shell: Any) -> VirtualWidthForCausalLM
     config.backbone = base.config  # the one that all of its modules hold
     config._attn_implementation = base.config._attn_implementation
     shape, has_bias = tuple(head.weight.shape), has_head_bias(base.config)
-    if shape != (config.vocab_size, g.hidden_size) or (head.bias is None) == has_bias:
-        raise UserError(f"{type(shell).__name__} cannot be widened: its head is not one linear map D -> V, but {shape}")
     for module in shell.modules():
         module._is_hf_initialized = True  # trained weights, which stay
     wide = VirtualWidthForCausalLM(config, base, head)
+    if shape != (config.vocab_size, g.hidden_size) or (head.bias is None) == has_bias:
+        raise UserError(f"{type(shell).__name__} cannot be widened: its head is not one linear map D -> V, but {shape}")
     wide.generation_config = shell.generation_config
     for part in (wide.model.reduce, wide.model.mtp):
         for name, parameter in part.named_parameters():
