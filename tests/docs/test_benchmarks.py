@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import measure
+from benchmarks import gpu, measure
 from benchmarks.rivals import Inputs, check_listing
 
 ROOT = Path(__file__).parents[2]
@@ -125,3 +125,55 @@ def test_listing_that_differs_is_noticed():
             getattr(changed, field).add_(0.1)
         with pytest.raises(AssertionError, match="listing"):
             check_listing(inputs, changed)
+
+
+# All that wants a GPU
+
+
+def test_gpu_steps_within_a_time_limit(tmp_path):
+    """Each is asked for what the options say; one that fails or takes too long does not keep others from running."""
+    options = gpu._parser().parse_args(
+        ["--shapes", "2x3", "--folder", str(tmp_path), "--commit", "abc", "--data", "books"]
+    )
+    commands, limits = {}, {}
+
+    def run(command, environment, seconds):
+        name = gpu.STEPS[len(commands)].name
+        commands[name], limits[name] = (command, environment), seconds
+        return {"accuracy": 3, "memory": None}.get(name, 0)
+
+    lines = dict(line.split(": ") for line in gpu.run_all(list(gpu.STEPS), options, run))
+    assert list(lines) == [step.name for step in gpu.STEPS]
+    assert lines.pop("accuracy") == "failed, exit code 3"
+    assert lines.pop("memory").startswith("stopped")
+    assert set(lines.values()) == {"done"}
+    assert limits["connections"] == pytest.approx(0.3 * 9 * 60)
+    assert limits["training_step_moe"] == pytest.approx(9 * 60, abs=5)
+    command = commands["decoding"][0]
+    assert command[command.index("--out") + 1] == str(tmp_path / "decoding-cuda.json")
+    assert command[command.index("--shapes") + 1] == "2x3"
+    assert command[command.index("--commit") + 1] == "abc"
+    assert commands["compile"][0][1:] == ["-m", "benchmarks.gpu", "--compile-only", "--shapes", "2x3"]
+    assert commands["train_4x16"][0][-4:] == ["--data", "books", "--out", str(tmp_path / "train_4x16")]
+    options.minutes = 0.1
+    assert list(gpu.run_all(list(gpu.STEPS[:1]), options, run)) == ["compile: no time left"]
+
+
+def test_a_step_that_takes_too_long_is_stopped(tmp_path):
+    assert gpu.run(["sleep", "30"], dict(os.environ), 0.5) is None
+    assert gpu.run([sys.executable, "-c", "raise SystemExit(5)"], dict(os.environ), 60.0) == 5
+
+
+def test_gpu_steps_run_dry(tmp_path):
+    """The same commands run in Triton's interpreter."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--steps", "accuracy,decoding"]
+    command += ["--shapes", "2x3", "--folder", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "accuracy: done" in result.stdout
+    rows = json.loads((tmp_path / "decoding-cpu.json").read_text())["rows"]
+    assert all(row["median_us"] > 0 for row in rows if "not measured" not in row)
+    rows = json.loads((tmp_path / "accuracy-cpu.json").read_text())["rows"]
+    assert {row["backend"] for row in rows} == {"triton"}
+    assert all(row["output_ulp"] < 20 for row in rows if "not measured" not in row)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import DynamicCache, GPT2Config
+from transformers import CONFIG_MAPPING, DynamicCache, GPT2Config
 
 import tiny
 from conftest import perturb
@@ -107,10 +107,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "m", "n", "modules", "padding", "fields"),
-    CASES,
-)
+@pytest.mark.parametrize(("kind", "m", "n", "modules", "padding", "fields"), CASES)
 def test_the_tokens_are_those_of_greedy_decoding(scripted, kind, m, n, modules, padding, fields):
     """Whatever is accepted; and each draft is what the modules predict in a pass over the whole text."""
     check_against_greedy(build(vwn_config(kind, m, n, num_mtp_modules=modules, **fields)), scripted, padding)
@@ -146,6 +143,14 @@ def check_against_greedy(model, scripted, padding: int) -> None:
         further = model(known, attention_mask=whole, position_ids=positions, output_mtp_logits=True).mtp_logits
         for k, logits in enumerate(own):
             assert_close(logits, further[k][:, length - 2], rtol=1e-3, atol=1e-4)
+
+
+def test_prompts_shorter_than_the_chain_of_modules(scripted):
+    model = build(vwn_config("llama", 2, 3, num_mtp_modules=3))
+    ids = token_ids(1, 1)
+    wanted = generate(model, ids)
+    scripted(Script(wanted, 3))
+    assert torch.equal(generate(model, ids, use_mtp=True), wanted)
 
 
 def test_most_drafts_are_accepted_where_the_modules_agree():
@@ -248,6 +253,23 @@ def test_refusals():
         generate(model, ids, use_mtp=True, **recorded)
     model.set_attn_implementation("eager")
     assert len(generate(model, ids, use_mtp=True, **recorded).attentions) > 0
+
+
+def test_a_choice_of_keys_that_ties_is_refused():
+    """Doge beyond its window: keys of equal tokens tie, and which are kept differs between one pass and several."""
+    backbone = CONFIG_MAPPING["doge"](
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        keep_window_size=9,
+    )
+    backbone.bos_token_id = backbone.eos_token_id = backbone.pad_token_id = None
+    model, ids = build(VirtualWidthConfig(backbone=backbone, m=2, n=3, num_mtp_modules=1)), token_ids(1, 4)
+    assert torch.equal(generate(model, ids, use_mtp=True, max_new_tokens=5), generate(model, ids, max_new_tokens=5))
+    with pytest.raises(UserError, match=r"keep_window_size = 9 .* here max_length is 10: ask for fewer tokens"):
+        generate(model, ids, use_mtp=True, max_new_tokens=6)
 
 
 @pytest.fixture

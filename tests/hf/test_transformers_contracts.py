@@ -151,9 +151,16 @@ class TestLlama(Contracts, TestCase):
         return VirtualWidthConfig(backbone=LlamaConfig(**SIZES), m=2, n=3)
 
 
+@pytest.mark.slow
+class TestLlamaWithMtp(Contracts, TestCase):
+    def make_config(self):
+        return VirtualWidthConfig(backbone=LlamaConfig(**SIZES), m=4, n=8, num_mtp_modules=1)
+
+
 for name in [name for name in dir(Contracts) if name.startswith("test_eager_matches_batched_and_grouped")]:
     # of experts; our class, asked whether it has any, knows no backbone
     setattr(TestLlama, name, None)
+    setattr(TestLlamaWithMtp, name, None)
 
 
 class TestMixtureOfExpertsWithMtp(Contracts, TestCase):

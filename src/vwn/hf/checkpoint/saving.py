@@ -121,6 +121,7 @@ class SavingMixin:
             _take_old_scalars(model, info, Path(source) / kwargs.get("subfolder", ""))
         if not ignore_mismatched_sizes:
             _check_complete(model, info, source)
+        _check_sharding(model)
         _free_connections(model)
         return (model, info) if output_loading_info else model
 
@@ -179,6 +180,16 @@ def _take_old_scalars(model: Any, info: dict[str, Any], folder: Path) -> None:
 def _some(names: Iterable[str]) -> str:
     first = sorted(names)
     return ", ".join(first[:2]) + (", ..." if len(first) > 2 else "")
+
+
+def _check_sharding(model: Any) -> None:
+    """Refuse FSDP's own mixed precision: it would round the routing, which is sharded in units of float32."""
+    distributed = getattr(model.config, "distributed_config", None)
+    if getattr(distributed, "fsdp_mixed_precision", False):
+        raise UserError(
+            "fsdp_mixed_precision = True would round the routing, which is computed in float32; leave it out, and load "
+            "with dtype=torch.bfloat16 or compute in bfloat16 by autocast"
+        )
 
 
 def _free_connections(model: Any) -> None:

@@ -186,6 +186,13 @@ class MtpGenerationMixin(NgramGenerationMixin):
                 raise UserError(f"use_mtp and {name} are two ways to draft tokens; give one of them")
         if kwargs["model_kwargs"].get("inputs_embeds") is not None:
             raise UserError("use_mtp needs the prompt's ids, not inputs_embeds; give input_ids")
+        window = getattr(self.config.backbone, "keep_window_size", None)  # Doge: equal tokens tie in the choice of keys
+        if window is not None and generation_config.max_length > window:
+            raise UserError(
+                f"beyond keep_window_size = {window} tokens what a backbone of type {self.config.backbone.model_type} "
+                f"attends to hangs on rounding, so that use_mtp might change the text; here max_length is "
+                f"{generation_config.max_length}: ask for fewer tokens, or leave use_mtp away"
+            )
         drafts = MtpDrafts(self, generation_config, kwargs.get("logits_processor"))
         self.draft_counts = drafts.counts
         return drafts
