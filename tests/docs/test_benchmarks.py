@@ -148,11 +148,8 @@ def test_gpu_steps_within_a_time_limit(tmp_path):
     assert lines.pop("memory").startswith("stopped")
     assert set(lines.values()) == {"done"}
     assert limits["connections"] == pytest.approx(0.3 * 9 * 60)
-    assert limits["training_step_moe"] == pytest.approx(9 * 60, abs=5)
     command = commands["decoding"][0]
     assert command[command.index("--out") + 1] == str(tmp_path / "decoding-cuda.json")
-    assert command[command.index("--shapes") + 1] == "2x3"
-    assert command[command.index("--commit") + 1] == "abc"
     assert commands["compile"][0][1:] == ["-m", "benchmarks.gpu", "--compile-only", "--shapes", "2x3"]
     assert commands["train_4x16"][0][-4:] == ["--data", "books", "--out", str(tmp_path / "train_4x16")]
     options.minutes = 0.1

@@ -12,7 +12,8 @@ import pytest
 from runs import config
 from vwn import cli
 from vwn.common.errors import UserError
-from vwn.training.checkpoint.manifest import MANIFEST, checkpoints, damage_of, last_checkpoint, rotate
+from vwn.training.checkpoint.manifest import MANIFEST, checkpoints, damage_of, last_checkpoint, rotate, seal
+from vwn.training.checkpoint.saving import RUN_STATE
 from vwn.training.config import ReliabilityOptions, SpeedOptions
 from vwn.training.run import train
 
@@ -28,11 +29,6 @@ from vwn.training.run import train
 )
 def test_forms_of_resume(words, meaning):
     assert cli.parse("train", ["--out", "x", *words]).resume == meaning
-
-
-def test_compares_resume_is_left_as_it_is():
-    given = ["--out", "x", "--resume", "--no-resume"]
-    assert cli.arguments("compare", given) == given
 
 
 def test_resume_alone_needs_a_run_and_auto_does_not(tmp_path, text):
@@ -53,8 +49,6 @@ def test_every_checkpoint_has_a_manifest_of_all_its_files(finished):
 
 
 def test_sharded_states_below_a_checkpoint_are_covered(tmp_path, finished):
-    from vwn.training.checkpoint.manifest import seal
-
     folder = tmp_path / "checkpoint-20"
     shutil.copytree(last_checkpoint(finished[0].out), folder)
     (folder / MANIFEST).unlink()
@@ -91,6 +85,16 @@ def test_a_format_of_the_future_is_not_guessed_at(tmp_path, finished):
     manifest = json.loads((tmp_path / "checkpoint-20" / MANIFEST).read_text())
     (tmp_path / "checkpoint-20" / MANIFEST).write_text(json.dumps(manifest | {"format": 2}))
     assert "newer vwn" in damage_of(tmp_path / "checkpoint-20")
+
+
+def test_a_checkpoint_with_a_part_that_other_versions_had(tmp_path, finished, text):
+    out = shutil.copytree(finished[0].out, tmp_path / "run")
+    (out / "result.json").unlink()
+    shutil.rmtree(out / "checkpoint-20")
+    state = out / "checkpoint-16" / RUN_STATE
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"stopwatch": [{"steps": [1.0]}]}))
+    seal(out / "checkpoint-16", 16)
+    assert train(config(out, text, resume=True)).curve[-1]["loss"] == finished[1].curve[-1]["loss"]
 
 
 def test_keep_last(tmp_path, text):

@@ -76,8 +76,9 @@ class SavingTrainer(Trainer):
         wrote = read_json(checkpoint / MANIFEST)["world_size"]
         if wrote != world_size() and rank() == 0:
             print(f"vwn: {checkpoint} was written by {wrote} processes, {world_size()} go on with it", file=sys.stderr)
-        for name, states in read_json(checkpoint / RUN_STATE).items():
-            self.stateful[name].load_state_dict(states)
+        states = read_json(checkpoint / RUN_STATE)
+        for name in self.stateful.keys() & states:  # other versions may have had other parts
+            self.stateful[name].load_state_dict(states[name])
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir, step = Path(self.args.output_dir), self.state.global_step
