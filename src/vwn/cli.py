@@ -304,7 +304,7 @@ def arguments(name: str, given: list[str]) -> list[str]:
             argument = argument.replace(argument.split("=")[0], f"--{PYTHON_NAMES[option]}", 1)
         elif option and option not in known:
             raise UserError(unknown_option(name, command, option))
-        is_bare = argument == "--resume" and name == "train" and following != "auto"
+        is_bare = argument == "--resume" and name == "train" and following not in ("auto", "True", "False")
         found.append("--resume=True" if is_bare else argument)
     return found
 

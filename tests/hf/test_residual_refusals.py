@@ -73,6 +73,7 @@ REFUSED = {
     "h = h + z\nreturn h * h.abs().max()": "behind the last sum",
     "h.mul_(2)\nreturn h + z": IN_PLACE,
     "h[:, 0] = 0\nreturn h + z": IN_PLACE,
+    "h.data = z\nreturn h + z": IN_PLACE,
     "h.data.copy_(z)\nreturn h + z": "changed in place through its attribute 'data'",
     "torch.add(h, z, out=h)\nreturn h + z": IN_PLACE,
     "torch.relu_(h)\nreturn h + z": IN_PLACE,

@@ -25,7 +25,7 @@ from vwn.training.config import OptimConfig, WidthOptions
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain model as `vwn train --mtp 1` leaves it, no weight of which is at its start."""
     folder = tmp_path_factory.mktemp("plain") / "checkpoint-7"
-    tokenizer = load_tokenizer("bytes", max_length=32)
+    tokenizer = load_tokenizer("bytes")
     backbone = LlamaConfig(
         **{"vocab_size": len(tokenizer), "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2},
         **{"num_attention_heads": 4, "tie_word_embeddings": False, "max_position_embeddings": 64},

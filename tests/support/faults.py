@@ -251,7 +251,7 @@ def passed_over(damage: Damage) -> Callable[[Lab], Iterator[Case]]:
 def truncated(lab: Lab) -> Iterator[Spoiling]:
     def cut(folder: Path, name: str, part: float) -> None:
         data = (folder / name).read_bytes()
-        (folder / name).write_bytes(data[: min(int(part * len(data)), len(data) - 1)])
+        (folder / name).write_bytes(data[: min(int(part * len(data)), len(data) - 2)])
 
     for name in files(lab):
         for part in (0.0, 0.5, 1.0):

@@ -24,7 +24,7 @@ from vwn.training.run import train
         (["--resume"], True),
         (["--resume", "auto"], "auto"),
         (["--resume", "--seed", "1"], True),
-        ([], False),
+        (["--resume", "False"], False),
     ],
 )
 def test_forms_of_resume(words, meaning):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import tokenizers
 
 from vwn.common.cache import default_cache_dir, load_or_build
@@ -193,8 +194,12 @@ class _Job:
 
 
 def _load_meta(folder: Path) -> dict[str, Any] | None:
-    """Read `{dtype, fingerprint, sides: {"train" and "valid", or "valid" alone: {tokens, bytes}}}`, if it is there."""
+    """Read `{dtype, fingerprint, sides: {side: {tokens, bytes}}}`; None unless all files are there, and whole."""
     try:
-        return json.loads((folder / _META).read_text())
-    except (OSError, ValueError):
+        meta: dict[str, Any] = json.loads((folder / _META).read_text())
+        width = np.dtype(meta["dtype"]).itemsize
+        sizes = {side: of["tokens"] * width for side, of in meta["sides"].items()}
+        whole = all((folder / f"{side}.bin").stat().st_size == size for side, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    return meta if whole and "fingerprint" in meta else None

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from vwn.common.errors import UserError
-from vwn.data.reading import SEPARATOR, Chunk, line_end
+from vwn.data.reading import SEPARATOR, Chunk
 from vwn.data.sources import VALID_SHARE, Source
 
 _END = len(SEPARATOR)
@@ -64,8 +64,8 @@ def split_off_end(text: Text) -> tuple[Text, Text]:
     target = round(text.stop * (1 - VALID_SHARE))
     document, line = 0, target
     for begin, end, _, chunk in _places(text.source):
-        if begin < target <= end:
-            line = begin + line_end(chunk.text, 0, target - begin)
+        if begin < target and (found := chunk.text.rfind("\n", 0, target - begin)) >= 0:
+            line = begin + found + 1
         if chunk.ends and abs(end - target) < abs(document - target):
             document = end
         if chunk.ends and end >= target:

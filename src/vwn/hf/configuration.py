@@ -45,7 +45,8 @@ TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 
 # Other options that may be given: those of any config.
-_OTHERS = {*TOKEN_IDS, *IMPLEMENTATIONS, *dir(PreTrainedConfig), "auto_map", "is_decoder", "quantization_config"}
+_OTHERS = {*TOKEN_IDS, *IMPLEMENTATIONS, "auto_map", "is_decoder", "quantization_config"}
+_OTHERS |= {name for name in dir(PreTrainedConfig) if not callable(getattr(PreTrainedConfig, name))}
 
 # Names of options on the command line and in papers.
 _ALIASES = {"mtp": "num_mtp_modules", "static": "dynamic=False", "num_slots": "n", "fraction_rate": "m"}

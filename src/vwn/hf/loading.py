@@ -19,14 +19,19 @@ def load_whole(checkpoint: Path | str, dtype: str = "auto") -> Any:
 
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+            checkpoint,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
     except SafetensorError as error:
         raise UserError(f"the weights in {checkpoint} are damaged ({error}); use another checkpoint") from error
-    if absent := sorted(found["missing_keys"]):
+    if absent := sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]):
         raise UserError(
-            f"{len(absent)} weights of the model are not in {checkpoint} ({absent[0]} is one), and would be random; "
-            "restore the checkpoint"
+            f"{len(absent)} weights of the model are not in {checkpoint}, or of another shape, and would be random "
+            f"({absent[0]} is one); restore the checkpoint"
         )
     return model
 

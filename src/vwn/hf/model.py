@@ -326,4 +326,7 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
 
 def one_cache(*named: Cache | None) -> Cache | None:
     """The cache that is given under one of its names."""
-    return next((cache for cache in named if cache is not None), None)
+    given = [cache for cache in named if cache is not None]
+    if len(given) > 1:
+        raise ValueError("cache, past_key_values and cache_params are names of one argument; give one of them")
+    return given[0] if given else None

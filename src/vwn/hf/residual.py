@@ -185,6 +185,11 @@ class ResidualStream:
     def __init__(self, node: _Node, view: tuple[str, tuple] | None = None) -> None:
         self._node, self._view = node, view
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":
+            self._node.run.refuse("its residual stream is changed in place by setting its attribute 'data'")
+        object.__setattr__(self, name, value)
+
     def read(self, norm: nn.Module | None = None) -> Tensor:
         """The next sublayer's input, ``[..., D]``; behind ``norm`` if one is given."""
         node = self._current()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vwn.common.errors import UserError
 from vwn.ops import library
 from vwn.ops.backends import BACKENDS, check_backend, choose
 from vwn.ops.weights import NormWeights, RoutingWeights, check_shapes, state_dtype
@@ -97,6 +98,8 @@ def _arguments(
     backend: str,
 ) -> list[Any]:
     """Check the arguments of an op; make the weights contiguous, in the dtype that the routing is computed in."""
+    if write is not None and (write.bias_beta is None or (write.dynamic and write.dynamic_beta is None)):
+        raise UserError("a write needs the weights of B too; these are for a read alone")
     sides = [weights for weights in (write, read) if weights is not None]
     check_shapes(state, z, *sides, norm=norm)
     state = state.to(state_dtype(state))

@@ -304,6 +304,10 @@ class TrainConfig:
         is_free = self.width.connection == "ghc" and self.width.carry_constraint == "none"
         if self.speed.keep_states_every > 1 and not is_free:
             raise UserError("--keep-states-every is for connection ghc with a free carry; leave it at 1")
+        backend, connection = self.speed.connection_backend, self.width.connection
+        if not is_free and (backend == "triton" or (backend == "compiled" and connection == "hc")):
+            kind = connection if connection != "ghc" else "ghc with a constrained carry"
+            raise UserError(f"--connection-backend {backend} does not run connection {kind}; use auto or reference")
         if self.m is None and self.width.mtp == 0 and self.speed.loss_backend == "liger":
             raise UserError("--loss-backend liger needs a virtual width or --mtp; a plain model keeps its own loss")
         require(

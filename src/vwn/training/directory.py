@@ -113,7 +113,7 @@ def settings(config: TrainConfig) -> dict[str, Any]:
 def continued(config: TrainConfig, record: dict[str, Any]) -> TrainConfig:
     """Return a run with the warm-up and the budgets of its ``run.json``; it may have further budgets."""
     before = record["config"]
-    budgets = tuple(dict.fromkeys((*before["optim.budgets"], *settings(config)["optim.budgets"])))
+    budgets = tuple(dict.fromkeys((*before.get("optim.budgets", ()), *settings(config)["optim.budgets"])))
     optim = dataclasses.replace(config.optim, warmup_steps=record["warmup"], budgets=budgets)
     return dataclasses.replace(config, optim=optim)
 

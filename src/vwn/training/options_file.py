@@ -49,7 +49,7 @@ def _options(content: dict[Any, Any]) -> Iterator[tuple[str, list[str]]]:
         name = str(key).rpartition(".")[2].replace("_", "-")
         if isinstance(value, dict):
             yield from _options(value)
-        elif isinstance(value, bool):
+        elif isinstance(value, bool) and name != "resume":
             yield name, [f"--{name}" if value else f"--no-{name}"]
         elif isinstance(value, list):
             if value:

@@ -303,7 +303,7 @@ class Run:
 
 def rate_factors(config: TrainConfig, model: Any, record: dict[str, Any] | None = None) -> dict[str, float]:
     """Return the factors given and the defaults for the other groups; a run that goes on keeps its ``record``'s."""
-    before = default_factors(model) if record is None else record["rate_factors"]
+    before = default_factors(model) if record is None else record.get("rate_factors", {})
     return before | parse_factors(config.optim.rate_factors)
 
 

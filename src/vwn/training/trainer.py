@@ -80,7 +80,7 @@ class VirtualWidthTrainer(SavingTrainer):
         guard = StepGuard(self, c.reliability.skip_bad_steps, c.reliability.spike_factor)
         for callback in (self.stopwatch, *([self.health] if self.health else []), guard, self.log_window):
             self.add_callback(callback)
-        self.stateful |= {"guard": guard, "log": self.log_window}
+        self.stateful |= {"guard": guard, "log": self.log_window, "stopwatch": self.stopwatch}
         if isinstance(self.train_dataset, TokenStream):
             a = self.args
             processes = a.process_index, a.world_size
@@ -278,6 +278,12 @@ class Stopwatch(TrainerCallback):
             return None, None
         median, p90 = np.quantile(self.steps, [0.5, 0.9])
         return float(median), float(p90)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": list(self.steps)}
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        self.steps.extend(states[0]["steps"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()

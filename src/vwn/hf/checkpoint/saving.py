@@ -43,6 +43,8 @@ class SavingMixin:
         The folder holds no code: transformers loads its tokenizer without a question, and its model after
         ``import vwn.hf``. See :meth:`register_for_auto_class` for programs without that import.
         """
+        if kwargs.pop("safe_serialization", True) is not True:
+            raise UserError("safe_serialization = False would write a pickle; leave it out, weights are safetensors")
         self._carries_code |= getattr(self.config, "auto_map", None) is not None  # loaded from a folder that does
         adapters_only = getattr(self, "_hf_peft_config_loaded", False)
         if not adapters_only and is_main_process:
@@ -103,6 +105,9 @@ class SavingMixin:
         source = pretrained_model_name_or_path
         if use_safetensors is False:
             raise UserError("use_safetensors = False would load a pickle, which can run code; leave it out")
+        ours = cls.config_class.model_type  # type: ignore[attr-defined]
+        if (found := getattr(kwargs.get("config"), "model_type", ours)) != ours:
+            raise UserError(f"the config is of model type {found!r}, not {ours!r}; load it with AutoModelForCausalLM")
         try:
             model, info = super().from_pretrained(  # type: ignore[misc]
                 source,
@@ -186,10 +191,7 @@ def _check_sharding(model: Any) -> None:
     """Refuse FSDP's own mixed precision: it would round the routing, which is sharded in units of float32."""
     distributed = getattr(model.config, "distributed_config", None)
     if getattr(distributed, "fsdp_mixed_precision", False):
-        raise UserError(
-            "fsdp_mixed_precision = True would round the routing, which is computed in float32; leave it out, and load "
-            "with dtype=torch.bfloat16 or compute in bfloat16 by autocast"
-        )
+        raise UserError("fsdp_mixed_precision would round the routing; leave it out, and give dtype=torch.bfloat16")
 
 
 def _free_connections(model: Any) -> None:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from vwn.common.errors import UserError
 from vwn.common.files import finite
 
 
@@ -34,8 +35,11 @@ class StepLines:
             partial.replace(self.path)
 
     def read(self) -> list[dict[str, Any]]:
-        """Return all entries; none without a file."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        """Return all entries; none without a file. Raises `UserError` if it is damaged."""
+        try:
+            return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        except ValueError as error:
+            raise UserError(f"{self.path} is damaged ({error}); delete it or restore it") from error
 
 
 def _step_of(line: str) -> float:
