@@ -138,6 +138,8 @@ def test_decoding_with_a_cache_equals_decoding_without():
     assert_close(torch.cat(steps, dim=1), wanted, rtol=1e-4, atol=1e-4)
     assert out.past_key_values.get_seq_length() == 9
     assert len(out.past_key_values.layers) == model.config.num_hidden_layers
+    with pytest.raises(ValueError, match="names of one argument"):
+        model(ids, past_key_values=out.past_key_values, cache=out.past_key_values)
 
 
 # Padding

@@ -282,6 +282,7 @@ def of_same_width(connection):
             "bias_alpha must be (16, 20), got (8, 10)",
         ),
         (lambda c, o: c.read(torch.randn(3, 256), NormWeights(torch.ones(32))), "the norm's weight must be (64,)"),
+        (lambda c, o: ops.write(torch.randn(3, 256), torch.randn(3, 64), c.weights.to_read), "weights of B"),
         (lambda c, o: c.read(torch.randn(3, 256, device="meta")), "what goes with it on cpu"),
     ],
 )

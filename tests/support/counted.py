@@ -7,14 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MixtralConfig,
-    PreTrainedConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 BATCH, LENGTH = 2, 64
 _SIZES: dict[str, Any] = {
@@ -29,17 +22,16 @@ _SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 _MOE = {"num_experts_per_tok": 2, "num_experts": 8, "moe_intermediate_size": 96, "mlp_only_layers": [0]}
-BACKBONES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
-    "llama": (LlamaConfig, {}),
-    "qwen3": (Qwen3Config, {"head_dim": 48}),  # heads together wider than the hidden size, as in Qwen3 itself
-    "mixtral": (MixtralConfig, {"num_experts_per_tok": 2, "num_local_experts": 8, "sliding_window": 16}),
-    "qwen3_moe": (Qwen3MoeConfig, {"head_dim": 48, **_MOE}),  # the first layer dense
+BACKBONES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {"head_dim": 48},  # heads together wider than the hidden size, as in Qwen3 itself
+    "mixtral": {"num_experts_per_tok": 2, "num_local_experts": 8, "sliding_window": 16},
+    "qwen3_moe": {"head_dim": 48, **_MOE},  # the first layer dense
 }
 
 
 def backbone(kind: str = "llama", **changes: Any) -> PreTrainedConfig:
-    config_class, fields = BACKBONES[kind]
-    return config_class(**_SIZES | fields | changes)
+    return CONFIG_MAPPING[kind](**_SIZES | BACKBONES[kind] | changes)
 
 
 def build_counted(config: PreTrainedConfig, experts: str = "eager") -> nn.Module:

@@ -214,4 +214,5 @@ def test_a_state_dict_in_memory_must_be_whole_too(saved):
 def test_a_checkpoint_of_another_model_type(tmp_path):
     stock("qwen3").save_pretrained(tmp_path)
     refused(VirtualWidthForCausalLM, tmp_path, r"model type 'qwen3', not 'virtual_width'.*vwn\.widen")
+    refused(VirtualWidthForCausalLM, tmp_path, "the config is of model type 'qwen3'", config=stock("qwen3").config)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)).__name__ == "Qwen3ForCausalLM"

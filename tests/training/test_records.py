@@ -20,7 +20,7 @@ from vwn.training.model import load_backbone
 from vwn.training.options_file import read_options
 from vwn.training.presets import PRESETS
 from vwn.training.run import train
-from vwn.training.watch.samples import FILE
+from vwn.training.watch.samples import FILE, last_sample
 
 
 def sampled(out, text, **changes):
@@ -48,6 +48,9 @@ def test_samples_at_each_validation_leave_the_run_as_it_is(tmp_path, text):
     assert weights(run) == weights(silent)
     for path in (run.out / "logs").iterdir():
         assert b"sample/text_summary" in path.read_bytes()
+    (tmp_path / FILE).write_text('{"step": 2')
+    with pytest.raises(UserError, match="is damaged"):
+        last_sample(tmp_path)
     for name in ("model.safetensors", "result.json"):  # a kill after the first checkpoint: its later lines are redone
         (run.out / name).unlink()
     shutil.rmtree(run.out / "checkpoint-2")

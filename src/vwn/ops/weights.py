@@ -72,9 +72,9 @@ class Inputs(NamedTuple):
     z: Tensor | None = None
     """Output of the sublayer that writes, ``[..., D]``; ``None`` without a write."""
     write: RoutingWeights | None = None
-    """Of the sublayer that writes, or ``None``: the state stays."""
+    """Weights of the sublayer that writes; ``None``: the state stays."""
     read: RoutingWeights | None = None
-    """Of the sublayer that reads, or ``None``."""
+    """Weights of the sublayer that reads; ``None`` without a read."""
     norm: NormWeights | None = None
     """The reading sublayer's RMSNorm, applied to what is read."""
 

@@ -114,7 +114,7 @@ def continued(config: TrainConfig, record: dict[str, Any]) -> TrainConfig:
     """Return a run with the warm-up and the budgets of its ``run.json``; it may have further budgets."""
     before = record["config"]
     budgets = tuple(dict.fromkeys((*before.get("optim.budgets", ()), *settings(config)["optim.budgets"])))
-    optim = dataclasses.replace(config.optim, warmup_steps=record["warmup"], budgets=budgets)
+    optim = dataclasses.replace(config.optim, warmup_steps=record.get("warmup", config.warmup), budgets=budgets)
     return dataclasses.replace(config, optim=optim)
 
 
