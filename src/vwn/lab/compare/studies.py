@@ -74,7 +74,7 @@ STUDIES: dict[str, Study] = {
             "plain-table:plain,table_factor=4",
             "plain-params:plain,match_params=4x16",
             "plain-flops:plain,match_flops=4x16",
-            "plain-width:plain,hidden_scale=1.5",
+            "plain-width:plain,hidden_scale=2",
         ),
     ),
 }
