@@ -13,11 +13,19 @@ from curves import BUDGETS, POWER, SCALE, arm, budget_runs, curve, law, report
 from vwn.lab.analysis.analyse import add_analysis
 from vwn.lab.analysis.budgets import REACH, BudgetStudy, budget_studies, fit_law
 from vwn.lab.analysis.curves import Curve
+from vwn.lab.analysis.estimates import Ratio
 from vwn.lab.analysis.story import budget_explanation, budget_sentence, cautions
 
 
 def studied(*arms: dict[str, Any]) -> BudgetStudy:
     return budget_studies(report(*arms))["loss"]
+
+
+def test_ratios_and_their_inverses_give_the_same_interval() -> None:
+    ratios, inverses = (Ratio.over([x**sign for x in (1, 2, 4)]) for sign in (1, -1))
+    assert ratios.mean == pytest.approx(2)
+    assert ratios.interval == pytest.approx([2 * math.exp(sign * 4.303 * math.log(2) / 3**0.5) for sign in (-1, 1)])
+    assert ratios.interval == pytest.approx([1 / bound for bound in reversed(inverses.interval)])
 
 
 @pytest.mark.parametrize("speed", [0.7, 1.0, 1.3, 3.0])
@@ -90,13 +98,8 @@ def test_missing_budgets_and_seeds_are_left_out() -> None:
         zip(BUDGETS, (1, 2, 2, 1, 1), strict=True)
     )
     # Where seed 2 ends its budgets, it is extrapolated by the law of all seeds.
-    assert [point.equal["tokens"].speedup.extrapolated for point in study.arms["4x16"]] == [
-        False,
-        False,
-        True,
-        False,
-        True,
-    ]
+    extrapolated = [point.equal["tokens"].speedup.extrapolated for point in study.arms["4x16"]]
+    assert extrapolated == [False, False, True, False, True]
     assert all(point.speedup.over_seeds.mean == pytest.approx(1.5, rel=0.03) for point in study.arms["4x16"])
     assert list(study.arms) == ["4x16"]
     assert [row.loss.n for row in study.baseline] == [3, 3, 3, 1, 1]

@@ -25,7 +25,7 @@ def test_a_diverged_seed_leaves_no_number_anywhere() -> None:
         runs = copy.deepcopy(plain() + arms_of("4x16", power_law(speed=2)))
         next(r for r in runs if r["name"] == broken and r["seed"] == 1)["curve"][-1]["loss"] = None
         row = summary(*runs)["4x16"]["loss"]
-        assert row["speedup"]["mean"] is None
+        assert row["tokens_fraction"]["mean"] is None
         for field in ("equal_flops", "equal_seconds"):
             assert row[field]["difference"]["mean"] is None
             assert row[field]["status"] == "diverged"

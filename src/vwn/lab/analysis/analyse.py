@@ -35,7 +35,6 @@ def add_analysis(report: dict[str, Any]) -> dict[str, Any]:
         `tokens_at_most`    the first point is already below: `tokens` is an upper bound
         `tokens_defined`    whether the baseline's run gives a target at all
         `tokens_fraction`   `tokens` / the tokens the baseline itself needs to reach its final loss for good
-        `speedup`           1 / `tokens_fraction`
         `equal_flops`, `equal_seconds`  see `compute.at_equal_cost`
 
     `report["summary"]` holds one object per arm, in the order of the arms: its geometry and options, `seeds`,
@@ -43,9 +42,9 @@ def add_analysis(report: dict[str, Any]) -> dict[str, Any]:
         `final`, `difference`  estimates; mean None if a seed diverged
         `verdict`              "baseline", "lower", "higher", "undecided" or "unknown", see `estimates.verdict`
         `reason`               why it is undecided or unknown, else None
-        `tokens_fraction`, `speedup`  estimates with n the seeds that reached it; mean None unless all did
+        `tokens_fraction`      an estimate with n the seeds that reached it; mean None unless all did
         `tokens_pairs`         the number of seeds in which the target is defined
-        `tokens_at_most`       whether `tokens_fraction` is an upper bound (and `speedup` a lower one)
+        `tokens_at_most`       whether `tokens_fraction` is an upper bound
         `diverged_seeds`       seeds whose final loss is not finite
         `equal_flops`, `equal_seconds`  see `compute.over_seeds`; None for the baseline
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from vwn.lab.analysis.compute import cost_ratio
 from vwn.lab.analysis.curves import Curve, loss_at, tokens_to_loss
-from vwn.lab.analysis.estimates import Estimate
+from vwn.lab.analysis.estimates import Estimate, Ratio
 from vwn.lab.analysis.runs import LOSS_KEYS, Run, runs_by_arm
 from vwn.lab.analysis.scaling import FEWEST_WIDTHS, fit_family, width_family
 from vwn.lab.analysis.wording import bounded
@@ -252,8 +252,8 @@ def _equal_cost(pairs: list[tuple[Run, Run, Decayed]], tokens: int, cost: str, k
         if reference is None or needed is None:
             reasons.append(f"beyond {'' if decayed.law is None else f'{REACH:.0f} times '}the baseline’s budgets")
     gap, speedup = (
-        Measured(by_seed, Estimate.over([*by_seed.values()], honest=len(by_seed) == len(pairs)), extrapolated)
-        for by_seed, extrapolated in ((gaps, gap_beyond), (speedups, speedup_beyond))
+        Measured(by_seed, estimate.over([*by_seed.values()], honest=len(by_seed) == len(pairs)), extrapolated)
+        for estimate, by_seed, extrapolated in ((Estimate, gaps, gap_beyond), (Ratio, speedups, speedup_beyond))
     )
     return EqualCost(gap, speedup, reasons[0] if reasons else None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from math import exp, log
 from typing import Any
 
 import numpy as np
@@ -33,28 +34,36 @@ class Estimate:
         return cls(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None, len(values))
 
     @property
-    def standard_error(self) -> float | None:
-        return None if self.std is None else self.std / self.n**0.5
-
-    @property
     def interval(self) -> list[float] | None:
         """`[low, high]`, the 95 % interval of Student's t; None below two seeds."""
-        if self.mean is None or self.standard_error is None:
+        if self.mean is None or self.std is None:
             return None
-        half = t_95(self.n) * self.standard_error
+        half = t_95(self.n) * self.std / self.n**0.5
         return [self.mean - half, self.mean + half]
 
     def sign(self) -> int:
         """Return -1 or 1 if the 95 % interval lies below or above zero; 0 if it does not decide, or there is none."""
-        if self.mean is None or self.standard_error is None:
+        if self.mean is None or self.interval is None or abs(self.mean) <= ROUNDING:
             return 0
-        if abs(self.mean) <= max(t_95(self.n) * self.standard_error, ROUNDING):
-            return 0
-        return -1 if self.mean < 0 else 1
+        return (self.interval[0] > 0) - (self.interval[1] < 0)
 
     def described(self) -> dict[str, Any]:
         """Return `{"mean", "std", "n", "interval"}`, JSON types only."""
         return {**asdict(self), "interval": self.interval}
+
+
+class Ratio(Estimate):
+    """The geometric mean of ratios; `std` is that of their logarithms, in which the interval is symmetric."""
+
+    @classmethod
+    def over(cls, values: Sequence[float], honest: bool = True) -> Ratio:
+        logs = Estimate.over([log(value) for value in values], honest)
+        return cls(None if logs.mean is None else exp(logs.mean), logs.std, logs.n)
+
+    @property
+    def interval(self) -> list[float] | None:
+        logs = None if self.mean is None else Estimate(log(self.mean), self.std, self.n).interval
+        return logs and [exp(bound) for bound in logs]
 
 
 def verdict(difference: Estimate) -> str:

@@ -37,7 +37,6 @@ def _pair(run: Run, baseline: Run | None, key: str) -> dict[str, Any]:
         "tokens_at_most": needed is not None and needed.at_most and not is_baseline,
         "tokens_defined": defined,
         "tokens_fraction": fraction,
-        "speedup": 1.0 / fraction if fraction else None,
         **{f"equal_{cost}": at_equal_cost(run, baseline, key, cost) for cost in COSTS},
     }
 
@@ -77,14 +76,11 @@ def _summarise_loss(runs: list[Run], references: dict[int, Run], key: str, is_ba
     defined = [pair for pair in pairs if pair["tokens_defined"]]
     reached = [pair for pair in defined if pair["tokens_fraction"] is not None]
     everywhere = len(reached) == len(defined) and not any_diverged
-    # A speed-up is infinite where the target is met before any training, so it has no mean there.
-    speedups = [pair["speedup"] for pair in reached if pair["speedup"] is not None]
     finals = [pair["final"] for pair in pairs if pair["final"] is not None]
     found = {
         "final": Estimate.over(finals, honest=not diverged and same_budget).described(),
         **difference_of(runs, list(references.values()), key),
         "tokens_fraction": Estimate.over([pair["tokens_fraction"] for pair in reached], everywhere).described(),
-        "speedup": Estimate.over(speedups, honest=everywhere and len(speedups) == len(reached)).described(),
         "tokens_pairs": len(defined),
         "tokens_at_most": any(pair["tokens_at_most"] for pair in reached),
         "diverged_seeds": diverged,

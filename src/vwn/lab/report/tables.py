@@ -37,9 +37,9 @@ def result_table(report: dict[str, Any], key: str) -> Table:
     rows = []
     for arm in report["summary"]:
         if arm[key] is not None:
-            needed = Cell(wording.tokens_needed(arm[key]), _speedup_note(arm[key]))
             difference = Cell("baseline") if arm["is_baseline"] else _difference(arm[key])
-            rows.append((_arm(report, arm["name"]), Cell(wording.estimate(arm[key]["final"])), difference, needed))
+            final, needed = Cell(wording.estimate(arm[key]["final"])), Cell(wording.tokens_needed(arm[key]))
+            rows.append((_arm(report, arm["name"]), final, difference, needed))
     heads = ("Arm", "Final loss", f"Minus {report.get('baseline')}", "Tokens needed")
     return Table(f"Results in {LOSS_NAMES[key]}", heads, tuple(rows))
 
@@ -185,12 +185,6 @@ def _arm(report: dict[str, Any], name: str) -> Cell:
 def _difference(found: dict[str, Any]) -> Cell:
     reason = found["reason"] if found["verdict"] == "unknown" else None
     return Cell(wording.estimate(found["difference"], signed=True), (reason or VERDICT_WORDS[found["verdict"]],))
-
-
-def _speedup_note(loss: dict[str, Any]) -> tuple[str, ...]:
-    if loss["verdict"] == "baseline" or loss["speedup"]["mean"] is None:
-        return ()
-    return (f"speed-up {'≥ ' if loss['tokens_at_most'] else ''}{loss['speedup']['mean']:.2f}×",)
 
 
 def _equal(found: dict[str, Any], arm: str, baseline: str | None) -> Cell:
