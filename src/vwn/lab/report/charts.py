@@ -127,8 +127,9 @@ def budget_figure(report: dict[str, Any], studies: dict[str, BudgetStudy], key: 
         ticks=[*ticks, (papers, PAPER_TOKENS)],
     )
     drawn = [1.0, PAPER_SPEEDUP[key]]
-    for arm, points in known.items():
-        x = np.array([log2(point.tokens) for point in points])
+    for place, (arm, points) in enumerate(known.items()):
+        aside = 0.1 * (place - (len(known) - 1) / 2)  # so that the bars of two arms do not cover each other
+        x = np.array([log2(point.tokens) + aside for point in points])
         y = np.array([point.speedup.over_seeds.mean for point in points])
         hollow = np.array([point.speedup.extrapolated for point in points])
         hover = [
