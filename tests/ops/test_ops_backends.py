@@ -264,6 +264,11 @@ def test_a_backend_that_cannot_run_changes_nothing(forget, monkeypatch):
 # What does not fit
 
 
+def op(name, connection, *arguments):
+    """Call the op itself, past what makes its arguments fit."""
+    return getattr(torch.ops.vwn, name)(*arguments, connection.backend, *[True] * name.endswith("backward"))
+
+
 def of_same_width(connection):
     return GeneralizedHyperConnection(64, 2, 8, backend=connection.backend)
 
@@ -284,6 +289,21 @@ def of_same_width(connection):
         (lambda c, o: c.read(torch.randn(3, 256), NormWeights(torch.ones(32))), "the norm's weight must be (64,)"),
         (lambda c, o: ops.write(torch.randn(3, 256), torch.randn(3, 64), c.weights.to_read), "weights of B"),
         (lambda c, o: c.read(torch.randn(3, 256, device="meta")), "what goes with it on cpu"),
+        (lambda c, o: ops.read(torch.randn(3, 256), c.weights._replace(slot_norm=None)), "dynamic routing needs"),
+        (lambda c, o: ops.write(torch.randn(3, 256), torch.randn(3, 64), c.weights._replace(scale_beta=None)), "of B"),
+        (lambda c, o: ops.read(torch.randn(3, 9), RoutingWeights(torch.ones(3, 3), None)), "bias_alpha must be n x"),
+        (
+            lambda c, o: op("read", c, torch.randn(3, 256).double(), *c.weights.to_read, None, 0.0),
+            "not (16, 20) float32",
+        ),
+        (
+            lambda c, o: op("write", c, torch.randn(3, 256), torch.randn(3, 64).half(), *c.weights),
+            "not (3, 64) float16",
+        ),
+        (
+            lambda c, o: op("read_backward", c, torch.randn(1, 64), torch.randn(3, 256), *c.weights.to_read, None, 0.0),
+            "the gradient of X must be (3, 64)",
+        ),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(call, message):
