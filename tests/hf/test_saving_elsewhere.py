@@ -236,8 +236,9 @@ def test_a_push_carries_a_card(tmp_path, monkeypatch, way, own_card):
 
     monkeypatch.setattr(ModelCard, "load", classmethod(stored_card))
     model = build(vwn_config())
+    model.add_model_tags("sft")
     if way == "push_to_hub":
-        model.push_to_hub("ada/wide")
+        model.push_to_hub("ada/wide", tags=["mine"])
     else:
         if way.endswith("twice"):
             model.save_pretrained(tmp_path)
@@ -248,3 +249,5 @@ def test_a_push_carries_a_card(tmp_path, monkeypatch, way, own_card):
         assert card.endswith("mine")
     else:
         assert "| `connection` | ghc |" in card
+        tags = ["vwn", "virtual-width-networks", "llama", "sft", *["mine"] * (way == "push_to_hub")]
+        assert ModelCard(card).data.tags == tags

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
 
 from vwn.common.errors import UserError
 from vwn.hf.checkpoint.card import TrainingFacts, model_card
@@ -69,8 +71,8 @@ class SavingMixin:
     def _upload_modified_files(self, working_dir: Any, repo_id: str, files_timestamps: Any, **kwargs: Any) -> Any:
         """Restore our card before a push: transformers has put the hub's card, or an empty template, over it."""
         card = Path(working_dir) / CARD
-        if card.exists() and _TEMPLATE in card.read_text(encoding="utf-8"):
-            model_card(self, self.training_facts).save(card)
+        if card.exists() and _TEMPLATE in (template := ModelCard.load(card)).content:
+            model_card(self, self.training_facts, template.data.tags).save(card)
         stamps = {name: time for name, time in files_timestamps.items() if name not in (CARD, f"{SHIM_MODULE}.py")}
         return super()._upload_modified_files(working_dir, repo_id, stamps, **kwargs)  # type: ignore[misc]
 
@@ -123,7 +125,9 @@ class SavingMixin:
         if conversions := getattr(model, "_weight_conversions", None):  # saving would bring the old names back
             model._weight_conversions = [c for c in conversions if c.source_patterns[0] not in OLD_NAMES]
         if info["mismatched_keys"] and source is not None:
-            _take_old_scalars(model, info, Path(source) / kwargs.get("subfolder", ""))
+            where = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
+            found = cached_file(source, "config.json", **{name: kwargs[name] for name in where if name in kwargs})
+            _take_old_scalars(model, info, Path(found).parent)
         if not ignore_mismatched_sizes:
             _check_complete(model, info, source)
         _check_sharding(model)
@@ -171,7 +175,7 @@ def _check_complete(model: Any, info: dict[str, Any], source: Any) -> None:
 
 @torch.no_grad()
 def _take_old_scalars(model: Any, info: dict[str, Any], folder: Path) -> None:
-    """Load the scales that earlier checkpoints in a local folder hold without a dimension."""
+    """Load the scales that earlier checkpoints hold without a dimension."""
     scalars = {name for name, stored, wanted in info["mismatched_keys"] if (*stored, 1) == tuple(wanted)}
     weights = model.state_dict()  # also of frozen connections, whose scales are buffers
     for path in folder.glob("*.safetensors"):

@@ -47,10 +47,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         UserError: as :func:`vwn.training.run.train`; all arms are checked before the first is trained.
     """
     config.check()
-    for arm in config.parsed:
-        run = config.run(arm, config.seeds[0])
-        check_device(run.speed, run.n)
-        start_rate(config, run)
+    check_runs(config)
     starts = {} if config.init_from is None else start_models(config.parsed, start_of(config))
     for arm in config.parsed:  # sizes of matched arms follow when the vocabulary is known
         if not starts and not arm.matches and "hidden_scale" not in arm.run:
@@ -74,7 +71,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         window = config.corpus.window
         backbone = load_backbone(config.backbone, len(corpus.tokenizer), window)
         models, sizes = arm_models(config.parsed, backbone, config.width, window)
-    check_runs(config, sizes)
+    check_same_runs(config, sizes)
     warn_of_untuned_rates(config)
     with directory.locked(config.out):
         made = provenance()
@@ -248,15 +245,23 @@ def check_same_study(config: CompareConfig, stored: dict[str, Any]) -> None:
         )
 
 
-def check_runs(config: CompareConfig, sizes: dict[str, Sizes]) -> None:
-    """Refuse what no arm could be trained with, or not be continued with, before anything is written."""
+def check_runs(config: CompareConfig) -> None:
+    """Refuse what no arm could be trained with, before anything is read or written."""
     for arm in config.parsed:
         for seed in config.seeds:
-            run = config.run(arm, seed, sizes[arm.name])
+            run = config.run(arm, seed)
+            check_device(run.speed, run.n)
             try:
                 with_rate(run, start_rate(config, run)).check()
             except UserError as error:
                 raise UserError(f"arm {arm.name}: {error}") from error
+
+
+def check_same_runs(config: CompareConfig, sizes: dict[str, Sizes]) -> None:
+    """Refuse to continue runs with other settings than they were started with."""
+    for arm in config.parsed:
+        for seed in config.seeds:
+            run = config.run(arm, seed, sizes[arm.name])
             path = run.out / "run.json"
             if path.exists():
                 asked = directory.settings(run)
