@@ -112,6 +112,10 @@ def test_damaged_parquet(damage: str, source: Path, cache: Path):
             '{"a": "x", "b": "y", "n": 1}',
             "has no column 'text' and 2 other columns of strings (columns: 'a', 'b', 'n')",
         ),
+        (
+            '{"title": "a"}\n{"title": "b", "text": "c"}',
+            "line 2 of {path} has a column 'text', which the first line lacks",
+        ),
         ('{"n": 1}', "has no column 'text' and 0 other columns of strings (columns: 'n')"),
     ],
 )
