@@ -109,7 +109,7 @@ def test_a_run_repeats_from_its_record(tmp_path, text):
     (tmp_path / "options.yaml").write_text(
         f"backbone: nano\nm: 4\nn: 10\nseed: 5\nnum_mtp_modules: 1\nstatic: true\nlog-every: 2\neval-every: 4\n"
         f"save-every: 4\ncorpus:\n  data: {text}\n  window: 32\n  max_valid_tokens: 512\noptim:\n  steps: 9\n"
-        "  batch_size: 4\n  learning_rate: 1e-2\n  rate_factors: [table=3, head=2]\n"
+        "  batch_size: 4\n  learning_rate: 1e-2\n  rate_factors: {table: 3, head: 2}\n"
     )
     assert read(tmp_path / "options.yaml", "--steps", 3) == settings(run)
 
@@ -121,6 +121,7 @@ def test_a_run_repeats_from_its_record(tmp_path, text):
         ("a.json", "[1]", "holds no options"),
         ("a.toml", "steps = 1", "a .json or a .yaml file"),
         ("a.yaml", "stesp: 1", "did you mean --steps?"),
+        ("a.yaml", "steps: 1\noptim: {steps: 2}", "a.yaml gives steps twice; give it once"),
         ("a.yaml", "steps: many", "vwn train --help"),
         (None, None, "cannot read the options"),
     ],
