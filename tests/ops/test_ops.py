@@ -33,13 +33,6 @@ NORM = pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 Tensors = dict[str, Tensor]
 
 
-@pytest.fixture(params=["reference", "compiled"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if reason := backends.module(request.param).unavailable(torch.device("cpu"), torch.float32):
-        pytest.skip(reason)
-    return request.param
-
-
 def make(m, n, d, *lead, dtype=torch.float32, dynamic=(True, True), norm=True) -> Tensors:
     """Inputs of a write followed by a read; no gain is one and no scale zero."""
     generator = torch.Generator().manual_seed(0)

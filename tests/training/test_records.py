@@ -17,7 +17,6 @@ from vwn.training import run as run_module
 from vwn.training.config import CorpusConfig, TrainConfig, WidthOptions
 from vwn.training.directory import settings, start
 from vwn.training.model import load_backbone
-from vwn.training.options_file import read_options
 from vwn.training.presets import PRESETS
 from vwn.training.run import train
 from vwn.training.watch.samples import FILE, last_sample
@@ -132,11 +131,6 @@ def test_files_of_options_that_are_refused(tmp_path, capsys, monkeypatch, name, 
         path.write_text(content)
     code, _, err = run_vwn(capsys, monkeypatch, "train", path, "--out", tmp_path / "run")
     assert (code, message in err.replace("\n", " ")) == (2, True), err
-
-
-def test_options_of_a_file_in_words(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"config": {"a.b_c": None, "x.y": [], "z": False, "s": [1, 2]}}))
-    assert read_options(tmp_path) == {"z": ["--no-z"], "s": ["--s", "1", "2"]}
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -99,8 +99,7 @@ def _arguments(
     """The arguments of an op, with the weights in the dtype that the routing is computed in."""
     state = state.to(state_dtype(state))
     dtype = torch.promote_types(state.dtype, torch.float32)
-    sides = [weights for weights in (write, read) if weights is not None]
-    weights = [t.to(dtype) if isinstance(t, Tensor) else t for side in sides for t in side]
+    weights = [t.to(dtype) if isinstance(t, Tensor) else t for side in (write, read) for t in side or ()]
     of_norm: list[Any] = [] if read is None else [None, 0.0]
     if norm is not None:
         of_norm = [norm.weight.to(state.dtype), norm.eps]

@@ -49,9 +49,7 @@ def _run(step: str, inputs: Inputs, backend: str, before: Sequence[Any] = (), af
     check(inputs, *before)
     state, z, write, read, norm = inputs
     name = choose(backend, state.device, state.dtype, inputs.sizes[1])
-    if norm is not None:
-        norm = norm._replace(weight=norm.weight.contiguous())
-    inputs = Inputs(_tokens(state), None if z is None else _tokens(z), _ready(write), _ready(read), norm)
+    inputs = Inputs(_tokens(state), None if z is None else _tokens(z), *map(_ready, (write, read, norm)))
     return getattr(module(name), step)(*(None if t is None else _tokens(t) for t in before), inputs, *after)
 
 
@@ -65,11 +63,11 @@ def _shaped(t: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.ops.aten._unsafe_view(t, shape)
 
 
-def _ready(weights: RoutingWeights | None) -> RoutingWeights | None:
+def _ready(weights: Any) -> Any:
     """Detach, as torch.matmul takes another route, to other bits, for what requires a gradient; make contiguous."""
     if weights is None:
         return None
-    return RoutingWeights(*(t.detach().contiguous() if isinstance(t, Tensor) else t for t in weights))  # type: ignore
+    return type(weights)(*(t.detach().contiguous() if isinstance(t, Tensor) else t for t in weights))
 
 
 def _like(t: Tensor) -> Tensor:

@@ -25,8 +25,7 @@ PARTIAL = re.compile(r"\..*\.partial")  # what a killed process had begun to wri
 # Settings that a run may be continued with others of: the batches are the same, but for rows that cannot be read.
 FREE = ("corpus.workers", "corpus.skip_bad_rows", "sample_tokens", "report_to")
 PATHS = ("init_from", "corpus.data", "corpus.valid", "corpus.tokenizer")
-"""Settings that may be the same file or folder, seen from another one; that the text is the same is checked by itself.
-"""
+"""Settings that may be the same file seen from another folder; that the text is the same is checked by itself."""
 
 
 @contextmanager

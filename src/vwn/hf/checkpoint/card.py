@@ -1,7 +1,6 @@
 """The model card beside a checkpoint: what the model is, how to load it and, after a training run, what it was."""
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -33,13 +32,13 @@ class TrainingFacts:
     losses: dict[str, float]
 
 
-def model_card(model: Any, facts: TrainingFacts | None = None, tags: Iterable[str] | None = None) -> ModelCard:
-    """The card of a model, with its tags and others, and the licence left to whoever publishes it.
+def model_card(model: Any, facts: TrainingFacts | None = None) -> ModelCard:
+    """The card of a model, with the licence left to whoever publishes it.
 
     Folders are left out of what ``facts`` name: they say nothing about the model, and much about a machine.
     """
     c = model.config
-    tags = ["vwn", "virtual-width-networks", c.backbone.model_type, *(model.model_tags or ()), *(tags or ())]
+    tags = ["vwn", "virtual-width-networks", c.backbone.model_type, *(model.model_tags or ())]
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=list(dict.fromkeys(tags)))
     name, wide = type(c.backbone).__name__.removesuffix("Config"), c.connection != "residual"
     title = f"# {name} with virtual width {c.n / c.m:g}" if wide else f"# {name}, plain"

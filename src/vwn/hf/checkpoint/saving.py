@@ -72,7 +72,8 @@ class SavingMixin:
         """Restore our card before a push: transformers has put the hub's card, or an empty template, over it."""
         card = Path(working_dir) / CARD
         if card.exists() and _TEMPLATE in (template := ModelCard.load(card)).content:
-            model_card(self, self.training_facts, template.data.tags).save(card)
+            self.add_model_tags(template.data.tags or [])  # type: ignore[attr-defined]
+            model_card(self, self.training_facts).save(card)
         stamps = {name: time for name, time in files_timestamps.items() if name not in (CARD, f"{SHIM_MODULE}.py")}
         return super()._upload_modified_files(working_dir, repo_id, stamps, **kwargs)  # type: ignore[misc]
 
@@ -130,7 +131,8 @@ class SavingMixin:
             _take_old_scalars(model, info, Path(found).parent)
         if not ignore_mismatched_sizes:
             _check_complete(model, info, source)
-        _check_sharding(model)
+        if getattr(getattr(model.config, "distributed_config", None), "fsdp_mixed_precision", False):
+            raise UserError("fsdp_mixed_precision would round the routing; leave it out, and give dtype=torch.bfloat16")
         _free_connections(model)
         return (model, info) if output_loading_info else model
 
@@ -189,13 +191,6 @@ def _take_old_scalars(model: Any, info: dict[str, Any], folder: Path) -> None:
 def _some(names: Iterable[str]) -> str:
     first = sorted(names)
     return ", ".join(first[:2]) + (", ..." if len(first) > 2 else "")
-
-
-def _check_sharding(model: Any) -> None:
-    """Refuse FSDP's own mixed precision: it would round the routing, which is sharded in units of float32."""
-    distributed = getattr(model.config, "distributed_config", None)
-    if getattr(distributed, "fsdp_mixed_precision", False):
-        raise UserError("fsdp_mixed_precision would round the routing; leave it out, and give dtype=torch.bfloat16")
 
 
 def _free_connections(model: Any) -> None:

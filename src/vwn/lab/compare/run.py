@@ -71,7 +71,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         window = config.corpus.window
         backbone = load_backbone(config.backbone, len(corpus.tokenizer), window)
         models, sizes = arm_models(config.parsed, backbone, config.width, window)
-    check_same_runs(config, sizes)
+    check_runs(config, sizes)
     warn_of_untuned_rates(config)
     with directory.locked(config.out):
         made = provenance()
@@ -245,25 +245,18 @@ def check_same_study(config: CompareConfig, stored: dict[str, Any]) -> None:
         )
 
 
-def check_runs(config: CompareConfig) -> None:
-    """Refuse what no arm could be trained with, before anything is read or written."""
+def check_runs(config: CompareConfig, sizes: dict[str, Sizes] | None = None) -> None:
+    """Refuse what no arm could be trained with or, with ``sizes``, not be continued with."""
     for arm in config.parsed:
         for seed in config.seeds:
-            run = config.run(arm, seed)
+            run = config.run(arm, seed, (sizes or {}).get(arm.name, (None, None)))
             check_device(run.speed, run.n)
             try:
                 with_rate(run, start_rate(config, run)).check()
             except UserError as error:
                 raise UserError(f"arm {arm.name}: {error}") from error
-
-
-def check_same_runs(config: CompareConfig, sizes: dict[str, Sizes]) -> None:
-    """Refuse to continue runs with other settings than they were started with."""
-    for arm in config.parsed:
-        for seed in config.seeds:
-            run = config.run(arm, seed, sizes[arm.name])
             path = run.out / "run.json"
-            if path.exists():
+            if sizes and path.exists():
                 asked = directory.settings(run)
                 if run.optim.learning_rate is None:  # swept, or the preset's
                     del asked["optim.learning_rate"]
