@@ -264,9 +264,6 @@ def test_a_backend_that_cannot_run_changes_nothing(forget, monkeypatch):
 # What does not fit
 
 
-SAME_WIDTH = GeneralizedHyperConnection(64, 2, 8)
-
-
 def op(name, connection, *arguments):
     """Call the op itself, past what makes its arguments fit."""
     return getattr(torch.ops.vwn, name)(*arguments, connection.backend, *[True] * name.endswith("backward"))
@@ -282,8 +279,8 @@ def op(name, connection, *arguments):
         (lambda c, o: c.write(torch.randn(3, 256), torch.randn(3, 32)), "output must be (3, 64)"),
         (lambda c, o: c.write_read(torch.randn(3, 256), torch.randn(3, 64), o), "must be D' = n d = 96 wide"),
         (
-            lambda c, o: ops.write_read(torch.randn(3, 256), torch.randn(3, 64), c.weights, SAME_WIDTH.weights),
-            "bias_alpha must be (16, 20), got (8, 10)",
+            lambda c, o: ops.write_read(torch.randn(3, 256), torch.randn(3, 64), c.weights, o.weights),
+            "bias_alpha must be (16, 20), got (3, 5)",
         ),
         (lambda c, o: c.read(torch.randn(3, 256), NormWeights(torch.ones(32))), "the norm's weight must be (64,)"),
         (lambda c, o: ops.write(torch.randn(3, 256), torch.randn(3, 64), c.weights.to_read), "weights of B"),

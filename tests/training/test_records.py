@@ -138,8 +138,6 @@ def test_sizes_of_presets(name):
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(load_backbone(name, 32_768, 256))
     assert sum(p.numel() for p in model.parameters()) == PRESETS[name].parameters()
-    if name == "xl":
-        assert 3e8 < PRESETS[name].parameters() < 1e9
 
 
 def test_bytes_can_be_asked_for_with_trained_weights(tmp_path, text, finished):
