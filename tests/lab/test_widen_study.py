@@ -83,8 +83,8 @@ def test_the_arms_go_on_from_it(source: Path, tmp_path: Path, text: Path, monkey
     ("changes", "expected"),
     [
         ({"study": "widen", "init_from": None}, "--study widen needs --init-from"),
-        ({"backbone": "nano"}, "decides the model; leave --backbone away"),
-        ({"width": WidthOptions(mtp=2)}, "leave the options of a width away"),
+        ({"backbone": "nano"}, "decides the model; drop --backbone"),
+        ({"width": WidthOptions(mtp=2)}, "drop the options of a width"),
         ({"arms": ("plain", "4x8,reduce=sum")}, "sets reduce, which --init-from decides"),
         ({"arms": ("plain", "4x8"), "optim": OptimConfig(steps=3)}, "--learning-rate is needed"),
         ({"study": "widen", "optim": OptimConfig(steps=3)}, "--sweep-rates is needed"),

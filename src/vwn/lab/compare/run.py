@@ -264,11 +264,7 @@ def check_runs(config: CompareConfig, sizes: dict[str, Sizes] | None = None) -> 
 
 
 def start_rate(config: CompareConfig, run: TrainConfig) -> float:
-    """Return the rate of a run, or where the sweep of its arm begins.
-
-    Raises:
-        UserError: none was given and none is known.
-    """
+    """Return the rate of a run, or where the sweep of its arm begins; refuse a run for which none is known."""
     if config.sweeps and config.sweep.sweep_rates and run.optim.learning_rate is None:
         return min(config.sweep.sweep_rates)
     if run.optim.learning_rate is None and (run.init_from or (config.sweeps and run.backbone not in PRESETS)):
