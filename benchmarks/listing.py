@@ -1,23 +1,19 @@
 """The connection as the paper's listing computes it, in our words: every mixed row is materialised.
 
-Shapes: ``T`` tokens, ``n`` slots, ``m`` segments, ``d = D / m``.
+Shapes: ``T`` tokens, ``n`` slots, ``m`` segments, ``d = D / m``; ``w`` are dynamic ``RoutingWeights``.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vwn.ops import RoutingWeights
 
-
-def width_connection(state: Tensor, w: RoutingWeights) -> tuple[Tensor, Tensor, Tensor]:
+def width_connection(state: Tensor, w: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``[T, D']`` to the sublayer's input ``[T, D]``, the carried rows ``[T, n, d]`` and ``Bᵀ`` ``[T, n, m]``."""
-    assert w.dynamic_alpha is not None
-    assert w.dynamic_beta is not None
-    assert w.scale_alpha is not None
-    assert w.scale_beta is not None
     h = state.unflatten(-1, (w.n, -1))
     d = h.shape[-1]
     normed = F.rms_norm(h, (d,), w.slot_norm, w.eps)
@@ -32,7 +28,7 @@ def depth_connection(carried: Tensor, beta: Tensor, z: Tensor) -> Tensor:
     return (carried + beta @ z.unflatten(-1, (beta.shape[-1], -1))).flatten(-2)
 
 
-def read_and_write(state: Tensor, z: Tensor, w: RoutingWeights) -> tuple[Tensor, Tensor]:
+def read_and_write(state: Tensor, z: Tensor, w: Any) -> tuple[Tensor, Tensor]:
     """Both connections of one sublayer whose output is ``z``: the new state, and what it had read."""
     x, carried, beta = width_connection(state, w)
     return depth_connection(carried, beta, z), x

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -116,7 +117,7 @@ def run_train(config: TrainConfig) -> None:
     last = result.curve[-1]
     further = "" if last["loss_2"] is None else f", next-2-token {last['loss_2']:.4f}"
     print(f"{config.out}: validation loss {last['loss']:.4f} nats per token{further} after {last['tokens']:,} tokens")
-    print(f'next: vwn generate {config.out} --prompt "..."')
+    print(f'next: vwn generate {shlex.quote(str(config.out))} --prompt "..."')
 
 
 def run_compare(config: CompareConfig) -> None:

@@ -29,11 +29,6 @@ CORE = {
     "tqdm",
 }
 ELSEWHERE = {"vllm", "yaml"}  # a plug-in that vLLM loads; transformers requires PyYAML
-SMALL = """
-from transformers import LlamaConfig
-from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM, widen
-sizes = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
-"""
 
 
 def run_without_extras(code: str, *arguments: str, kept: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -43,16 +38,12 @@ def run_without_extras(code: str, *arguments: str, kept: tuple[str, ...] = ()) -
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
 
 
-def vwn_without_extras(*arguments: str, kept: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    return run_without_extras("from vwn.cli import main; main()", *arguments, kept=kept)
-
-
 def test_the_core_needs_torch_and_transformers_only(tmp_path: Path) -> None:
-    code = (
-        SMALL
-        + """
+    code = """
 import torch, vwn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM, widen
+sizes = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
 model = VirtualWidthForCausalLM(VirtualWidthConfig(backbone=LlamaConfig(**sizes), m=2, n=3, num_mtp_modules=1)).eval()
 ids = torch.arange(1, 9)[None]
 model(input_ids=ids, labels=ids).loss.backward()
@@ -70,7 +61,6 @@ from vwn.cli import main
 sys.argv[1:] = "cost --backbone nano --window 16 --arms plain 2x3 --json".split()
 main()
 """
-    )
     done = run_without_extras(code, str(tmp_path / "model"))
     assert done.returncode == 0, done.stderr
     assert [row["name"] for row in json.loads(done.stdout)] == ["plain", "2x3"]
@@ -115,7 +105,7 @@ for data in (str(folder / "rows.parquet"), "owner/name"):
     ids=lambda x: x[0] if isinstance(x, list) else "",
 )
 def test_a_command_whose_extra_is_missing_names_it(arguments: list[str], kept: tuple[str, ...], sentence: str) -> None:
-    done = vwn_without_extras(*arguments, kept=kept)
+    done = run_without_extras("from vwn.cli import main; main()", *arguments, kept=kept)
     assert done.returncode == 2
     assert done.stderr == f"{sentence}\n"
 

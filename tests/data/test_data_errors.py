@@ -13,18 +13,6 @@ from vwn.data import load_tokenizer, prepare
 from vwn.data.reading import SEPARATOR
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    folder = tmp_path / "source"
-    folder.mkdir()
-    return folder
-
-
 def refusal(data: object, cache: Path, **options) -> str:
     defaults: dict[str, Any] = {"window": 64, "cache_dir": cache}
     with pytest.raises(UserError) as caught:
@@ -111,6 +99,10 @@ def test_damaged_parquet(damage: str, source: Path, cache: Path):
         (
             '{"a": "x", "b": "y", "n": 1}',
             "has no column 'text' and 2 other columns of strings (columns: 'a', 'b', 'n')",
+        ),
+        (
+            '{"title": "a"}\n{"title": "b", "text": "c"}',
+            "line 2 of {path} has a column 'text', which the first line lacks",
         ),
         ('{"n": 1}', "has no column 'text' and 0 other columns of strings (columns: 'n')"),
     ],

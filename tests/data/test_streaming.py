@@ -354,8 +354,9 @@ def test_empty_sources_and_missing_options_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("")
     (tmp_path / "b.jsonl").write_text('{"text": ""}\n')
     (tmp_path / "v.txt").write_text("some words\n" * 50)
-    for name in ("a.txt", "b.jsonl"):
-        with pytest.raises(UserError, match="is empty"):
+    (tmp_path / "c.jsonl").write_text("{broken\n")
+    for name, why in (("a.txt", "is empty"), ("b.jsonl", "is empty"), ("c.jsonl", "is not valid JSON")):
+        with pytest.raises(UserError, match=why):
             open_source(str(tmp_path / name), 4)
     given = dict(window=8, batch_size=2)
     with pytest.raises(UserError, match="needs --valid"):

@@ -43,10 +43,15 @@ def test_rows_of_the_table_stand_for_their_tokens(fields):
     assert torch.equal(new, model.generate(ids, **greedy)[:, 9:])
 
 
-def test_prompt_tuning_asks_for_no_sizes():
+@pytest.mark.parametrize("kind", ["PromptTuning", "PromptEncoder", "PrefixTuning"])
+@pytest.mark.parametrize("embedding", ["replicated", "direct"])
+def test_prompt_tuning_asks_for_no_sizes_but_the_row_of_a_direct_table(kind, embedding):
     peft = pytest.importorskip("peft")
-    model = widen(AutoModelForCausalLM.from_config(backbone_config()), m=2, n=3)
-    tuned = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    model = widen(AutoModelForCausalLM.from_config(backbone_config()), m=2, n=3, embedding=embedding)
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    if embedding == "direct" and kind != "PrefixTuning":
+        options["token_dim"] = model.get_input_embeddings().embedding_dim
+    tuned = peft.get_peft_model(model, getattr(peft, f"{kind}Config")(**options))
     ids = token_ids()
     loss = tuned(input_ids=ids, labels=ids).loss
     loss.backward()

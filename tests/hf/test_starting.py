@@ -39,18 +39,13 @@ def test_trained_weights_are_trained_on(tmp_path, text, finished, capsys):
         ({"m": 4, "n": 8, "backbone": "nano"}, "decides the model; drop --backbone, --m and --n"),
         ({"width": WidthOptions(mtp=1)}, "drop the options of a width"),
         ({"init_from": "./nowhere"}, "there is no checkpoint at './nowhere'"),
+        ({"optim": {"learning_rate": None}}, "--init-from needs a --learning-rate"),
     ],
 )
 def test_refusals_of_trained_weights(tmp_path, text, finished, changes, message):
     with pytest.raises(UserError, match=message):
         train(onwards(tmp_path / "run", text, finished[0].out, **changes))
     assert not (tmp_path / "run").exists()
-
-
-def test_trained_weights_need_a_rate(tmp_path, text, finished):
-    run = onwards(tmp_path / "run", text, finished[0].out)
-    with pytest.raises(UserError, match="--init-from needs a --learning-rate"):
-        train(dataclasses.replace(run, optim=dataclasses.replace(run.optim, learning_rate=None)))
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,12 @@ def test_earlier_checkpoints_load_and_are_saved_under_todays_names(tmp_path, m, 
 
 def test_a_base_model_loads_an_earlier_checkpoint_of_a_causal_one(tmp_path):
     model = perturb(build(vwn_config("llama", 1, 2, connection="hc", embedding="replicated", reduce="sum")))
-    model.save_pretrained(tmp_path)
-    rename(tmp_path)
-    base = AutoModel.from_pretrained(tmp_path)
+    cached = tmp_path / "models--ada--old"  # as the hub's cache keeps a download
+    model.save_pretrained(cached / "snapshots" / ("0" * 40))
+    rename(cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    base = AutoModel.from_pretrained("ada/old", cache_dir=tmp_path, local_files_only=True)
     assert torch.equal(base(token_ids()).last_hidden_state, model.model(token_ids()).last_hidden_state)
 
 

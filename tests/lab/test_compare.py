@@ -100,9 +100,11 @@ def test_resuming_repeats_nothing_and_adds_arms(done, text):
         ({"arms": ("plain", "big:plain,hidden_scale=nan")}, "above 0"),
         ({"backbone": "huge"}, "unknown backbone"),
         ({"seeds": ()}, "at least one"),
+        ({"optim": OptimConfig(schedule="wsd", budgets=("10k",), warmup_steps=99)}, "arm plain: .* within the 99"),
     ],
 )
-def test_refusals_come_before_anything_is_trained(tmp_path, text, changes, expected):
+def test_refusals_come_before_anything_is_read(tmp_path, text, monkeypatch, changes, expected):
+    monkeypatch.setattr("vwn.lab.compare.run.load_corpus", None)
     with pytest.raises(ValueError, match=expected):
         compare(compare_config(tmp_path / "out", text, **{"learning_rates": ()} | changes))
     assert not (tmp_path / "out").exists()

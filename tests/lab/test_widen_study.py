@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,11 +55,13 @@ def test_every_arm_computes_what_the_trained_model_does(source: Path) -> None:
     assert out.grad[:, 40:].abs().min() > 0
 
 
-def test_the_arms_go_on_from_it(source: Path, tmp_path: Path, text: Path) -> None:
+def test_the_arms_go_on_from_it(source: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arms = ("plain", "4x8-table:4x8,embedding=direct", "plain-params:plain,match_params=4x8-table")
     optim = OptimConfig(steps=3, batch_size=4, learning_rate=1e-3)
+    monkeypatch.chdir(shutil.copytree(source.parent, tmp_path / "here"))
+    source = Path(source.name)
     asked = compare_config(
-        **{"out": tmp_path / "out", "text": text, "backbone": "tiny", "arms": arms, "seeds": (3,)},
+        **{"out": Path("out"), "text": text, "backbone": "tiny", "arms": arms, "seeds": (3,)},
         **{"learning_rates": (), "init_from": str(source), "optim": optim, "eval_every": 3},
     )
     report = compare(asked)
@@ -68,16 +71,20 @@ def test_the_arms_go_on_from_it(source: Path, tmp_path: Path, text: Path) -> Non
     assert [run["r"] for run in report["arms"]] == [1, 2, 1]
     assert report["config"]["init_from"] == str(source)
     assert report["config"]["tokenizer"] == str(source)
-    again = compare(adopt(dataclasses.replace(asked, init_from=None, resume=True), {"out", "resume"}))
-    assert again["arms"] == report["arms"]
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(tmp_path / "here" / source)
+    more = dataclasses.replace(asked, out=Path("here", "out"), arms=("4x4",), init_from=None, resume=True)
+    again = compare(adopt(more, {"out", "arms", "resume"}))
+    assert again["arms"][:3] == report["arms"]
+    assert again["arms"][3]["curve"][0]["loss"] == pytest.approx(losses[0], abs=1e-4)
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({"study": "widen", "init_from": None}, "--study widen needs --init-from"),
-        ({"backbone": "nano"}, "decides the model; leave --backbone away"),
-        ({"width": WidthOptions(mtp=2)}, "leave the options of a width away"),
+        ({"backbone": "nano"}, "decides the model; drop --backbone"),
+        ({"width": WidthOptions(mtp=2)}, "drop the options of a width"),
         ({"arms": ("plain", "4x8,reduce=sum")}, "sets reduce, which --init-from decides"),
         ({"arms": ("plain", "4x8"), "optim": OptimConfig(steps=3)}, "--learning-rate is needed"),
         ({"study": "widen", "optim": OptimConfig(steps=3)}, "--sweep-rates is needed"),

@@ -264,8 +264,9 @@ def test_a_backend_that_cannot_run_changes_nothing(forget, monkeypatch):
 # What does not fit
 
 
-def of_same_width(connection):
-    return GeneralizedHyperConnection(64, 2, 8, backend=connection.backend)
+def op(name, connection, *arguments):
+    """Call the op itself, past what makes its arguments fit."""
+    return getattr(torch.ops.vwn, name)(*arguments, connection.backend, *[True] * name.endswith("backward"))
 
 
 @pytest.mark.parametrize(
@@ -278,12 +279,27 @@ def of_same_width(connection):
         (lambda c, o: c.write(torch.randn(3, 256), torch.randn(3, 32)), "output must be (3, 64)"),
         (lambda c, o: c.write_read(torch.randn(3, 256), torch.randn(3, 64), o), "must be D' = n d = 96 wide"),
         (
-            lambda c, o: ops.write_read(torch.randn(3, 256), torch.randn(3, 64), c.weights, of_same_width(c).weights),
-            "bias_alpha must be (16, 20), got (8, 10)",
+            lambda c, o: ops.write_read(torch.randn(3, 256), torch.randn(3, 64), c.weights, o.weights),
+            "bias_alpha must be (16, 20), got (3, 5)",
         ),
         (lambda c, o: c.read(torch.randn(3, 256), NormWeights(torch.ones(32))), "the norm's weight must be (64,)"),
         (lambda c, o: ops.write(torch.randn(3, 256), torch.randn(3, 64), c.weights.to_read), "weights of B"),
         (lambda c, o: c.read(torch.randn(3, 256, device="meta")), "what goes with it on cpu"),
+        (lambda c, o: ops.read(torch.randn(3, 256), c.weights._replace(slot_norm=None)), "dynamic routing needs"),
+        (lambda c, o: ops.write(torch.randn(3, 256), torch.randn(3, 64), c.weights._replace(scale_beta=None)), "of B"),
+        (lambda c, o: ops.read(torch.randn(3, 9), RoutingWeights(torch.ones(3, 3), None)), "bias_alpha must be n x"),
+        (
+            lambda c, o: op("read", c, torch.randn(3, 256).double(), *c.weights.to_read, None, 0.0),
+            "not (16, 20) float32",
+        ),
+        (
+            lambda c, o: op("write", c, torch.randn(3, 256), torch.randn(3, 64).half(), *c.weights),
+            "not (3, 64) float16",
+        ),
+        (
+            lambda c, o: op("read_backward", c, torch.randn(1, 64), torch.randn(3, 256), *c.weights.to_read, None, 0.0),
+            "the gradient of X must be (3, 64)",
+        ),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(call, message):

@@ -22,12 +22,14 @@ from processes import Processes, free_port, train_run, trained
 from runs import command, config
 from vwn.cli import main, run_train
 from vwn.common.errors import UserError
+from vwn.common.processes import rank
 from vwn.training import run as run_module
 from vwn.training.checkpoint.saving import MODEL
 from vwn.training.config import CorpusConfig, ReliabilityOptions, SpeedOptions
 from vwn.training.distributed import resolve
 from vwn.training.run import train
 from vwn.training.trainer import VirtualWidthTrainer
+from vwn.training.watch.samples import SampleLog
 
 STEPS = 3
 
@@ -107,6 +109,20 @@ def test_two_processes_train_the_model_of_one(pair, alone):
     for out in (pair[1], alone):
         lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [0, 2, 3]
+
+
+def train_where_a_sample_fails(run):
+    generate = SampleLog._generate
+    SampleLog._generate = lambda self: 1 / 0 if rank() else generate(self)
+    train(run)
+
+
+@pytest.mark.slow
+def test_a_sample_that_fails_in_one_process_of_a_sharded_run_ends_all(tmp_path, text):
+    run = small(tmp_path / "run", text, parallel="fsdp2")
+    with Processes(train_where_a_sample_fails, run, log=tmp_path / "log") as processes:
+        assert processes.wait(60) == [1, 1]
+        assert "a sample failed (ZeroDivisionError: division by zero); use --sample-tokens 0" in processes.said()
 
 
 @pytest.mark.slow
@@ -236,8 +252,8 @@ def test_torchrun_speaks_with_one_voice(tmp_path, text):
 def test_only_the_first_process_says_how_a_run_ended(finished, monkeypatch, capsys):
     run, result = finished
     monkeypatch.setattr(run_module, "train", lambda config: result)
-    for rank, said in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
+    for number, said in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", number)
         run_train(run)
         assert capsys.readouterr().out.count("validation loss") == said
 

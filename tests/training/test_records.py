@@ -17,7 +17,6 @@ from vwn.training import run as run_module
 from vwn.training.config import CorpusConfig, TrainConfig, WidthOptions
 from vwn.training.directory import settings, start
 from vwn.training.model import load_backbone
-from vwn.training.options_file import read_options
 from vwn.training.presets import PRESETS
 from vwn.training.run import train
 from vwn.training.watch.samples import FILE, last_sample
@@ -109,7 +108,7 @@ def test_a_run_repeats_from_its_record(tmp_path, text):
     (tmp_path / "options.yaml").write_text(
         f"backbone: nano\nm: 4\nn: 10\nseed: 5\nnum_mtp_modules: 1\nstatic: true\nlog-every: 2\neval-every: 4\n"
         f"save-every: 4\ncorpus:\n  data: {text}\n  window: 32\n  max_valid_tokens: 512\noptim:\n  steps: 9\n"
-        "  batch_size: 4\n  learning_rate: 1e-2\n  rate_factors: [table=3, head=2]\n"
+        "  batch_size: 4\n  learning_rate: 1e-2\n  rate_factors: {table: 3, head: 2}\n"
     )
     assert read(tmp_path / "options.yaml", "--steps", 3) == settings(run)
 
@@ -121,6 +120,7 @@ def test_a_run_repeats_from_its_record(tmp_path, text):
         ("a.json", "[1]", "holds no options"),
         ("a.toml", "steps = 1", "a .json or a .yaml file"),
         ("a.yaml", "stesp: 1", "did you mean --steps?"),
+        ("a.yaml", "steps: 1\noptim: {steps: 2}", "a.yaml gives steps twice; give it once"),
         ("a.yaml", "steps: many", "vwn train --help"),
         (None, None, "cannot read the options"),
     ],
@@ -133,18 +133,11 @@ def test_files_of_options_that_are_refused(tmp_path, capsys, monkeypatch, name, 
     assert (code, message in err.replace("\n", " ")) == (2, True), err
 
 
-def test_options_of_a_file_in_words(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"config": {"a.b_c": None, "x.y": [], "z": False, "s": [1, 2]}}))
-    assert read_options(tmp_path) == {"z": ["--no-z"], "s": ["--s", "1", "2"]}
-
-
 @pytest.mark.parametrize("name", PRESETS)
 def test_sizes_of_presets(name):
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(load_backbone(name, 32_768, 256))
     assert sum(p.numel() for p in model.parameters()) == PRESETS[name].parameters()
-    if name == "xl":
-        assert 3e8 < PRESETS[name].parameters() < 1e9
 
 
 def test_bytes_can_be_asked_for_with_trained_weights(tmp_path, text, finished):

@@ -6,10 +6,6 @@ class UserError(ValueError):
 
 
 def require(holds: bool, option: str, what: str, value: object) -> None:
-    """Raise one sentence for an option out of its range.
-
-    Raises:
-        UserError: `holds` is false.
-    """
+    """Raise a :class:`UserError` of one sentence for an option that is out of its range."""
     if not holds:
         raise UserError(f"--{option.replace('_', '-')} must be {what}, got {value}")

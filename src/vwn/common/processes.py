@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -34,16 +33,6 @@ def all_present() -> Iterator[None]:
         raise LostProcess(
             f"another process of this run is gone or does not answer ({why}); start all again with --resume auto"
         ) from error
-
-
-def launched_processes() -> int:
-    """Number of processes that the launcher started, also before they have joined."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
-
-
-def first_process() -> bool:
-    """Whether this process is the one that prints, also before they have joined."""
-    return int(os.environ.get("RANK") or 0) == 0
 
 
 def world_size() -> int:

@@ -192,6 +192,8 @@ def _line_text(line: bytes, begin: int, path: Path, place: str, column: str) -> 
     row = parse_row(_decode(line, begin, path), where)
     if column not in row:
         raise UserError(f"{where} has no column {column!r}; give every line the columns of the first")
+    if column != "text" and "text" in row:
+        raise UserError(f"{where} has a column 'text', which the first line lacks; give it to every line")
     return document(row[column], where)
 
 

@@ -37,7 +37,7 @@ DELEGATED = (
     "num_experts_per_tok",
 )
 
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_SIZES = (*DELEGATED[:3], "num_attention_heads", "num_key_value_heads", "head_dim")
 
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vwn.common.errors import UserError
 from vwn.ops import library
 from vwn.ops.backends import BACKENDS, check_backend, choose
-from vwn.ops.weights import NormWeights, RoutingWeights, check_shapes, state_dtype
+from vwn.ops.weights import NormWeights, RoutingWeights, state_dtype
 
 __all__ = [
     "BACKENDS",
@@ -97,19 +96,11 @@ def _arguments(
     norm: NormWeights | None,
     backend: str,
 ) -> list[Any]:
-    """Check the arguments of an op; make the weights contiguous, in the dtype that the routing is computed in."""
-    if write is not None and (write.bias_beta is None or (write.dynamic and write.dynamic_beta is None)):
-        raise UserError("a write needs the weights of B too; these are for a read alone")
-    sides = [weights for weights in (write, read) if weights is not None]
-    check_shapes(state, z, *sides, norm=norm)
+    """The arguments of an op, with the weights in the dtype that the routing is computed in."""
     state = state.to(state_dtype(state))
     dtype = torch.promote_types(state.dtype, torch.float32)
-    weights = [
-        t if not isinstance(t, Tensor) or (t.dtype is dtype and t.is_contiguous()) else t.to(dtype).contiguous()
-        for side in sides
-        for t in side
-    ]
+    weights = [t.to(dtype) if isinstance(t, Tensor) else t for side in (write, read) for t in side or ()]
     of_norm: list[Any] = [] if read is None else [None, 0.0]
     if norm is not None:
-        of_norm = [norm.weight.to(state.dtype).contiguous(), norm.eps]
+        of_norm = [norm.weight.to(state.dtype), norm.eps]
     return [state, *([] if z is None else [z.to(state.dtype)]), *weights, *of_norm, backend]

@@ -21,7 +21,7 @@ from torch.library import CustomOpDef
 from torch.utils.flop_counter import register_flop_formula
 
 from vwn.ops.backends import choose, module
-from vwn.ops.weights import Inputs, NormWeights, RoutingWeights
+from vwn.ops.weights import Inputs, NormWeights, RoutingWeights, check
 
 
 def _parsed(arguments: Iterable[Any], writes: bool, reads: bool) -> tuple[Inputs, str]:
@@ -46,11 +46,10 @@ def _schema(writes: bool, reads: bool) -> str:
 
 def _run(step: str, inputs: Inputs, backend: str, before: Sequence[Any] = (), after: Sequence[Any] = ()) -> Any:
     """Run ``forward`` or ``backward`` of the backend, chosen here, where ``torch.compile`` does not look."""
+    check(inputs, *before)
     state, z, write, read, norm = inputs
     name = choose(backend, state.device, state.dtype, inputs.sizes[1])
-    if name == "reference":  # torch.matmul takes another route, to other bits, for what requires a gradient
-        write, read = _detached(write), _detached(read)
-    inputs = Inputs(_tokens(state), None if z is None else _tokens(z), write, read, norm)
+    inputs = Inputs(_tokens(state), None if z is None else _tokens(z), *map(_ready, (write, read, norm)))
     return getattr(module(name), step)(*(None if t is None else _tokens(t) for t in before), inputs, *after)
 
 
@@ -64,10 +63,11 @@ def _shaped(t: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.ops.aten._unsafe_view(t, shape)
 
 
-def _detached(weights: RoutingWeights | None) -> RoutingWeights | None:
+def _ready(weights: Any) -> Any:
+    """Detach, as torch.matmul takes another route, to other bits, for what requires a gradient; make contiguous."""
     if weights is None:
         return None
-    return RoutingWeights(*(t.detach() if isinstance(t, Tensor) else t for t in weights))  # type: ignore[arg-type]
+    return type(weights)(*(t.detach().contiguous() if isinstance(t, Tensor) else t for t in weights))
 
 
 def _like(t: Tensor) -> Tensor:
@@ -109,6 +109,7 @@ def _define(name: str, writes: bool, reads: bool) -> CustomOpDef:
 
     def fake_forward(*arguments: Any) -> Any:
         inputs, _ = _parsed(arguments, writes, reads)
+        check(inputs)
         out = [_like(inputs.state)] if writes else []
         out += [inputs.state.new_empty(*inputs.state.shape[:-1], _hidden_size(inputs))] if reads else []
         return tuple(out) if results > 1 else out[0]

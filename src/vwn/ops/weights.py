@@ -131,17 +131,30 @@ def gradients_of(g: Columns, w: RoutingWeights) -> list[Tensor]:
 def state_dtype(state: Tensor) -> torch.dtype:
     """The dtype that an over-width state is kept in: autocast's where that is on, else its own; float64 stays."""
     device = state.device.type
-    if device == "meta" or state.dtype is torch.float64 or not torch.is_autocast_enabled(device):
-        return state.dtype
-    return torch.get_autocast_dtype(device)
+    stays = device == "meta" or state.dtype is torch.float64 or not state.is_floating_point()
+    return state.dtype if stays or not torch.is_autocast_enabled(device) else torch.get_autocast_dtype(device)
 
 
-def check_shapes(state: Tensor, z: Tensor | None, *sides: RoutingWeights, norm: NormWeights | None = None) -> None:
-    """Refuse what the kernels would read past the end of.
+def check(inputs: Inputs, grad_new: Tensor | None = None, grad_x: Tensor | None = None) -> None:
+    """Refuse what the kernels would read past the end of, or misread.
 
     Raises:
-        UserError: shapes or devices that do not fit each other, or forward-mode differentiation, which no op has.
+        UserError: shapes, dtypes or devices that do not fit each other, weights that are missing, or forward-mode
+            differentiation, which no op has.
     """
+    state, z, write, read, norm = inputs
+    sides = [weights for weights in (write, read) if weights is not None]
+    for weights in sides:
+        dynamic = (weights.dynamic_alpha, weights.scale_alpha, weights.slot_norm)
+        of_b = (weights.bias_beta, *((weights.dynamic_beta, weights.scale_beta) if weights.dynamic else ()))
+        if weights is write and any(t is None for t in of_b):
+            raise UserError("a write needs the weights of B too; these are for a read alone")
+        if len({t is None for t in dynamic}) > 1:
+            raise UserError(
+                "dynamic routing needs dynamic_alpha, scale_alpha and slot_norm, static routing none of them"
+            )
+        if weights.bias_alpha.ndim != 2 or weights.m < 1:
+            raise UserError(f"bias_alpha must be n x (m + n), got {_of(weights.bias_alpha)}")
     first = sides[0]
     n, m = first.n, first.m
     width = state.shape[-1] if state.ndim else 0
@@ -149,8 +162,10 @@ def check_shapes(state: Tensor, z: Tensor | None, *sides: RoutingWeights, norm: 
     if width != n * d or not state.is_floating_point():
         wanted = f"{n * d}" if first.dynamic else f"a multiple of n = {n}"
         raise UserError(f"the over-width state must be D' = n d = {wanted} wide and floating point, got {_of(state)}")
-    if z is not None and z.shape != (*state.shape[:-1], m * d):
-        raise UserError(f"the sublayer's output must be {(*state.shape[:-1], m * d)} beside {_of(state)}, got {_of(z)}")
+    rows = {"sublayer's output": (z, m), "gradient of the state": (grad_new, n), "gradient of X": (grad_x, m)}
+    for name, (t, count) in rows.items():
+        if t is not None and t.shape != (*state.shape[:-1], count * d):
+            raise UserError(f"the {name} must be {(*state.shape[:-1], count * d)} beside {_of(state)}, got {_of(t)}")
     if norm is not None and norm.weight.shape != (m * d,):
         raise UserError(f"the norm's weight must be {(m * d,)}, got {_of(norm.weight)}")
     alpha, beta = (n, m + n), (m, n)
@@ -159,9 +174,14 @@ def check_shapes(state: Tensor, z: Tensor | None, *sides: RoutingWeights, norm: 
         for weight, shape, name in zip(weights, shapes, weights._fields, strict=False):
             if isinstance(weight, Tensor) and weight.shape != shape:
                 raise UserError(f"{name} must be {shape}, got {_of(weight)}")
-    for t in (z, norm and norm.weight, *(t for weights in sides for t in weights)):
+    routing = torch.promote_types(state.dtype, torch.float32)
+    beside = [(t, state.dtype) for t in (z, grad_new, grad_x, norm and norm.weight)]
+    beside += [(t, routing) for weights in sides for t in weights]  # type: ignore[misc]
+    for t, dtype in beside:
         if isinstance(t, Tensor) and t.device != state.device:
             raise UserError(f"the state is on {state.device}, what goes with it on {t.device}; move one to the other")
+        if isinstance(t, Tensor) and t.dtype is not dtype:
+            raise UserError(f"beside {_of(state)} an op of torch.ops.vwn takes {dtype}, not {_of(t)}; vwn.ops casts")
     if not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0:
         raise UserError("the connections have no forward-mode derivative (jvp, dual numbers); use reverse mode")
 

@@ -115,11 +115,7 @@ def learning_rate_of(config: TrainConfig) -> float:
 
 
 def parse_factors(items: tuple[str, ...]) -> dict[str, float]:
-    """``("routing=0.3", ...)`` to ``{"routing": 0.3, ...}``.
-
-    Raises:
-        UserError: an unknown group, a factor that is no number above 0, or a group named twice.
-    """
+    """Parse ``("routing=0.3", ...)`` to ``{"routing": 0.3, ...}``; refuse unknown groups, and one named twice."""
     factors: dict[str, float] = {}
     for item in items:
         group, _, text = item.partition("=")

@@ -27,11 +27,7 @@ class Branch:
 
 
 def parse_tokens(text: str) -> int:
-    """``"1M"``, ``"2.5k"`` or ``"819200"`` to a number of tokens.
-
-    Raises:
-        UserError: none of these.
-    """
+    """Parse ``"1M"``, ``"2.5k"`` or ``"819200"`` to a number of tokens; refuse anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKMBT]?)", text)
     tokens = round(float(found[1]) * TOKENS[found[2].upper()]) if found else 0
     if tokens < 1:

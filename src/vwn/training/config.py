@@ -134,7 +134,9 @@ class OptimConfig:
     weight_decay: float = 0.1
     """Decay of everything but biases, norm gains and the static routing matrices."""
     beta1: float = 0.9
+    """Adam's share of the earlier mean of gradients in the new one."""
     beta2: float = 0.95
+    """Adam's share of the earlier mean of squared gradients in the new one."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 turns clipping off."""
     gradient_accumulation: int = 1

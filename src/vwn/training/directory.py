@@ -24,6 +24,8 @@ PARTIAL = re.compile(r"\..*\.partial")  # what a killed process had begun to wri
 
 # Settings that a run may be continued with others of: the batches are the same, but for rows that cannot be read.
 FREE = ("corpus.workers", "corpus.skip_bad_rows", "sample_tokens", "report_to")
+PATHS = ("init_from", "corpus.data", "corpus.valid", "corpus.stream", "corpus.tokenizer")
+"""Settings that may be the same file seen from another folder; that the text is the same is checked by itself."""
 
 
 @contextmanager
@@ -75,13 +77,21 @@ def check_same(directory: Path, stored: dict[str, Any], asked: dict[str, Any], k
     for name, value in _json(asked).items():
         if name in FREE or name.startswith("reliability.") or extends(name, stored, value):
             continue
-        if stored.get(name) != value:
+        if stored.get(name) != value and not (name in PATHS and _agree(stored.get(name), value)):
             longer = "; only a run with a constant rate, or one with --budgets, can be made longer"
             raise UserError(
                 f"the {kind} in {directory} was started with {name} = {stored.get(name)!r}, not {value!r}"
                 f"{longer if name == 'optim.steps' else ''}; drop the option to continue it, or choose another "
                 "--out"
             )
+
+
+def _agree(one: Any, other: Any) -> bool:
+    """Return whether two paths, or lists of them, end alike: in two parts, or in one where there is but one."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_agree, one, other))
+    ends = zip(Path(str(one)).parts[:-3:-1], Path(str(other)).parts[:-3:-1], strict=False)
+    return all(a == b for a, b in ends)
 
 
 def extends(name: str, stored: dict[str, Any], value: Any) -> bool:

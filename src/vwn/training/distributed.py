@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from vwn.common.errors import UserError
-from vwn.common.processes import all_gather_object, launched_processes, rank, world_size
+from vwn.common.processes import all_gather_object, rank, world_size
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.training.config import TrainConfig
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 def join(patience: timedelta) -> None:
     """Meet the other processes of the launcher, if there are any, and wait for them as long as ``patience``."""
-    if launched_processes() > 1 and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not dist.is_initialized():
         on_cpu = not torch.cuda.is_available()
         PartialState(cpu=on_cpu, timeout=patience, **({"backend": "gloo"} if on_cpu else {}))
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vwn.common.errors import UserError
+from vwn.data.reading import first_line
 from vwn.hf import VirtualWidthConfig
 from vwn.hf.loading import check_positions, load_model
 from vwn.training.config import OutputInit, WidthOptions
@@ -46,7 +47,7 @@ def load_backbone(spec: str, vocab_size: int, window: int, eos_token_id: int | N
     try:
         config = AutoConfig.from_pretrained(spec)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the backbone config {spec!r}: {_first_sentence(error)}") from error
+        raise UserError(f"cannot load the backbone config {spec!r}: {first_line(error)}") from error
     if isinstance(config, VirtualWidthConfig):
         raise UserError(f"{spec!r} is a virtual-width model already; give the config of its backbone instead")
     if config.vocab_size < vocab_size:
@@ -138,7 +139,7 @@ def start_from(checkpoint: str, vocab_size: int, window: int) -> PreTrainedModel
     try:
         model = load_model(locate(checkpoint)).float()
     except OSError as error:
-        raise UserError(f"cannot load the weights {checkpoint!r}: {_first_sentence(error)}") from error
+        raise UserError(f"cannot load the weights {checkpoint!r}: {first_line(error)}") from error
     if model.config.vocab_size < vocab_size:
         raise UserError(
             f"{checkpoint!r} knows {model.config.vocab_size} tokens, the tokenizer has {vocab_size}; "
@@ -182,7 +183,3 @@ def _stream(seed: int, name: str) -> int:
     # "model.layers" in a stock model is "model.backbone.layers" in ours
     key = f"{seed}/{name.replace('.backbone.', '.')}"
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
-
-
-def _first_sentence(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].removesuffix(".")

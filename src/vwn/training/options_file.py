@@ -28,7 +28,12 @@ def read_options(path: Path) -> dict[str, list[str]]:
         content = content["config"]  # of a run.json
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path} holds no options; write for example 'steps: 1000'")
-    return dict(_options(content))
+    found: dict[str, list[str]] = {}
+    for name, words in _options(content):
+        if name in found:
+            raise UserError(f"{path} gives {name} twice; give it once")
+        found[name] = words
+    return found
 
 
 def _parse(path: Path, text: str) -> Any:
@@ -47,6 +52,8 @@ def _parse(path: Path, text: str) -> Any:
 def _options(content: dict[Any, Any]) -> Iterator[tuple[str, list[str]]]:
     for key, value in content.items():
         name = str(key).rpartition(".")[2].replace("_", "-")
+        if isinstance(value, dict) and name == "rate-factors":
+            value = [f"{group}={factor}" for group, factor in value.items()]
         if isinstance(value, dict):
             yield from _options(value)
         elif isinstance(value, bool) and name != "resume":

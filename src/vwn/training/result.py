@@ -9,7 +9,7 @@ from typing import Any
 
 from vwn.common.errors import UserError
 from vwn.common.files import read_json
-from vwn.common.processes import first_process
+from vwn.common.processes import rank
 from vwn.cost import model_cost
 from vwn.hf.checkpoint.card import TrainingFacts
 from vwn.training.config import TrainConfig
@@ -102,6 +102,6 @@ def flops_per_token(config: Any, window: int) -> float | None:
     try:
         return model_cost(config, sequence_length=window).forward_flops_per_token
     except UserError as unknown:
-        if first_process():
+        if rank() == 0:
             print(f"vwn: FLOPs are left out of the result: {unknown}", file=sys.stderr)
         return None

@@ -67,8 +67,9 @@ def open_source(spec: str, readers: int) -> StreamedSource:
             sizes[path] = path.stat().st_size
     at_most = max(1, min(sum(sizes.values()) // (2 * readers), _LARGEST_RANGE))
     ranges = [part for path, size in sizes.items() if size for part in _cut(path, size, at_most)]
-    if not any(True for part in ranges for _ in read_range(part, on_bad_row=lambda _: None)):
-        raise UserError(f"{spec} is empty; give a source with text in it")
+    bad: list[UserError] = []
+    if not any(True for part in ranges for _ in read_range(part, on_bad_row=bad.append)):
+        raise bad[0] if bad else UserError(f"{spec} is empty; give a source with text in it")
     shares = -(-readers // len(ranges))
     shared = [
         FileRange(part.path, part.start, part.stop, share, shares, min(part.block, max(1, sizes[part.path] // shares)))

@@ -38,11 +38,8 @@ def model_card(model: Any, facts: TrainingFacts | None = None) -> ModelCard:
     Folders are left out of what ``facts`` name: they say nothing about the model, and much about a machine.
     """
     c = model.config
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["vwn", "virtual-width-networks", c.backbone.model_type],
-    )
+    tags = ["vwn", "virtual-width-networks", c.backbone.model_type, *(model.model_tags or ())]
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=list(dict.fromkeys(tags)))
     name, wide = type(c.backbone).__name__.removesuffix("Config"), c.connection != "residual"
     title = f"# {name} with virtual width {c.n / c.m:g}" if wide else f"# {name}, plain"
     parts = [f"---\n{data.to_yaml()}\n---", title, METHOD if wide else PLAIN, _table(_architecture(model))]

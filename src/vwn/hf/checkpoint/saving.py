@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
 
 from vwn.common.errors import UserError
 from vwn.hf.checkpoint.card import TrainingFacts, model_card
@@ -69,7 +71,8 @@ class SavingMixin:
     def _upload_modified_files(self, working_dir: Any, repo_id: str, files_timestamps: Any, **kwargs: Any) -> Any:
         """Restore our card before a push: transformers has put the hub's card, or an empty template, over it."""
         card = Path(working_dir) / CARD
-        if card.exists() and _TEMPLATE in card.read_text(encoding="utf-8"):
+        if card.exists() and _TEMPLATE in (template := ModelCard.load(card)).content:
+            self.add_model_tags(template.data.tags or [])  # type: ignore[attr-defined]
             model_card(self, self.training_facts).save(card)
         stamps = {name: time for name, time in files_timestamps.items() if name not in (CARD, f"{SHIM_MODULE}.py")}
         return super()._upload_modified_files(working_dir, repo_id, stamps, **kwargs)  # type: ignore[misc]
@@ -123,10 +126,13 @@ class SavingMixin:
         if conversions := getattr(model, "_weight_conversions", None):  # saving would bring the old names back
             model._weight_conversions = [c for c in conversions if c.source_patterns[0] not in OLD_NAMES]
         if info["mismatched_keys"] and source is not None:
-            _take_old_scalars(model, info, Path(source) / kwargs.get("subfolder", ""))
+            where = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
+            found = cached_file(source, "config.json", **{name: kwargs[name] for name in where if name in kwargs})
+            _take_old_scalars(model, info, Path(found).parent)
         if not ignore_mismatched_sizes:
             _check_complete(model, info, source)
-        _check_sharding(model)
+        if getattr(getattr(model.config, "distributed_config", None), "fsdp_mixed_precision", False):
+            raise UserError("fsdp_mixed_precision would round the routing; leave it out, and give dtype=torch.bfloat16")
         _free_connections(model)
         return (model, info) if output_loading_info else model
 
@@ -171,7 +177,7 @@ def _check_complete(model: Any, info: dict[str, Any], source: Any) -> None:
 
 @torch.no_grad()
 def _take_old_scalars(model: Any, info: dict[str, Any], folder: Path) -> None:
-    """Load the scales that earlier checkpoints in a local folder hold without a dimension."""
+    """Load the scales that earlier checkpoints hold without a dimension."""
     scalars = {name for name, stored, wanted in info["mismatched_keys"] if (*stored, 1) == tuple(wanted)}
     weights = model.state_dict()  # also of frozen connections, whose scales are buffers
     for path in folder.glob("*.safetensors"):
@@ -185,13 +191,6 @@ def _take_old_scalars(model: Any, info: dict[str, Any], folder: Path) -> None:
 def _some(names: Iterable[str]) -> str:
     first = sorted(names)
     return ", ".join(first[:2]) + (", ..." if len(first) > 2 else "")
-
-
-def _check_sharding(model: Any) -> None:
-    """Refuse FSDP's own mixed precision: it would round the routing, which is sharded in units of float32."""
-    distributed = getattr(model.config, "distributed_config", None)
-    if getattr(distributed, "fsdp_mixed_precision", False):
-        raise UserError("fsdp_mixed_precision would round the routing; leave it out, and give dtype=torch.bfloat16")
 
 
 def _free_connections(model: Any) -> None:

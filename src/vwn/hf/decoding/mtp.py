@@ -170,7 +170,7 @@ class MtpGenerationMixin(NgramGenerationMixin):
             "set_attn_implementation('eager')": weights,
         }
         for reason in (reason for reason, holds in refused.items() if config.use_mtp and holds):
-            raise UserError(f"use_mtp {reason}, or leave use_mtp away")
+            raise UserError(f"use_mtp {reason}, or drop use_mtp")
         return prepared
 
     def _get_candidate_generator(self, generation_config: GenerationConfig, **kwargs: Any) -> CandidateGenerator:
@@ -191,7 +191,7 @@ class MtpGenerationMixin(NgramGenerationMixin):
             raise UserError(
                 f"beyond keep_window_size = {window} tokens what a backbone of type {self.config.backbone.model_type} "
                 f"attends to hangs on rounding, so that use_mtp might change the text; here max_length is "
-                f"{generation_config.max_length}: ask for fewer tokens, or leave use_mtp away"
+                f"{generation_config.max_length}: ask for fewer tokens, or drop use_mtp"
             )
         drafts = MtpDrafts(self, generation_config, kwargs.get("logits_processor"))
         self.draft_counts = drafts.counts

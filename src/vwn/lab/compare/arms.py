@@ -78,11 +78,7 @@ class Arm:
 
 
 def parse_arm(text: str) -> Arm:
-    """Parse an arm's word.
-
-    Raises:
-        UserError: a width, option or value that does not exist.
-    """
+    """Parse an arm's word; refuse a width, option or value that does not exist."""
     name, colon, spec = text.rpartition(":")
     width, *pairs = spec.split(",")
     m, n = parse_width(width)
@@ -103,11 +99,7 @@ def parse_arm(text: str) -> Arm:
 
 
 def check_arms(arms: Iterable[Arm]) -> tuple[Arm, ...]:
-    """Return the arms, which must have names of their own and match only others that match nothing.
-
-    Raises:
-        UserError: they do not.
-    """
+    """Return the arms; refuse equal names, and an arm that matches another which matches a third, or is not there."""
     arms = tuple(arms)
     names = [arm.name for arm in arms]
     if not names:
@@ -121,11 +113,7 @@ def check_arms(arms: Iterable[Arm]) -> tuple[Arm, ...]:
 
 
 def check_start_options(arms: Iterable[Arm]) -> None:
-    """Refuse options of arms that a trained model decides.
-
-    Raises:
-        UserError: there is one.
-    """
+    """Refuse options of arms that a trained model decides."""
     for arm in arms:
         if decided := sorted(arm.own.keys() - set(START_OPTIONS)):
             known = ", ".join(START_OPTIONS)
@@ -133,11 +121,7 @@ def check_start_options(arms: Iterable[Arm]) -> None:
 
 
 def parse_width(name: str) -> tuple[int | None, int | None]:
-    """Parse ``plain`` to ``(None, None)``, ``"4x16"`` to ``(4, 16)``.
-
-    Raises:
-        UserError: neither.
-    """
+    """Parse ``plain`` to ``(None, None)``, ``"4x16"`` to ``(4, 16)``; refuse anything else."""
     if name == BASELINE:
         return None, None
     found = re.fullmatch(r"(\d+)x(\d+)", name)

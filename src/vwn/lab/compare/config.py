@@ -121,7 +121,7 @@ class CompareConfig:
             "the options of a width": self.width not in (DEFAULT_WIDTH, WidthOptions()),
         }
         if options := [name for name, is_given in given.items() if is_given]:
-            raise UserError(f"--init-from {self.init_from} decides the model; leave {', '.join(options)} away")
+            raise UserError(f"--init-from {self.init_from} decides the model; drop {', '.join(options)}")
         check_start_options(self.parsed)
 
     @property

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from vwn.common.errors import UserError
 from vwn.common.provenance import provenance
-from vwn.data import Corpus, prepare
+from vwn.data import Corpus
 from vwn.lab.analysis.analyse import add_analysis
 from vwn.lab.analysis.story import read_recorded
 from vwn.lab.compare.arms import BASELINE, Arm
@@ -29,10 +29,10 @@ from vwn.training import directory
 from vwn.training.arguments import check_device, learning_rate_of
 from vwn.training.branches import finished
 from vwn.training.config import TrainConfig
-from vwn.training.model import load_backbone
+from vwn.training.model import load_backbone, record_start
 from vwn.training.presets import PRESETS
 from vwn.training.result import RunResult, flops_per_token, stored_result
-from vwn.training.run import check_model, train, with_tokenizer
+from vwn.training.run import START, check_model, load_corpus, train, with_tokenizer
 from vwn.training.trainer import Diverged
 from vwn.training.watch.preemption import Stopped
 
@@ -47,33 +47,30 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         UserError: as :func:`vwn.training.run.train`; all arms are checked before the first is trained.
     """
     config.check()
-    for arm in config.parsed:
-        run = config.run(arm, config.seeds[0])
-        check_device(run.speed, run.n)
-        start_rate(config, run)
-    starts = {} if config.init_from is None else start_models(config.parsed, config.init_from)
+    check_runs(config)
+    starts = {} if config.init_from is None else start_models(config.parsed, start_of(config))
     for arm in config.parsed:  # sizes of matched arms follow when the vocabulary is known
         if not starts and not arm.matches and "hidden_scale" not in arm.run:
             size = arm.run.get("hidden_size"), arm.run.get("intermediate_size")
             check_model(config.run(arm, config.seeds[0], size))
     recorded = None if config.recorded is None else read_recorded(Path(config.recorded))
     stored = directory.open_directory(config.out, "compare.json", config.resume)
-    own_text = with_tokenizer(TrainConfig(config.out, init_from=config.init_from, corpus=config.corpus)).corpus
-    config = dataclasses.replace(config, corpus=own_text)
+    text = with_tokenizer(TrainConfig(config.out, init_from=config.init_from, corpus=config.corpus))
+    config = dataclasses.replace(config, corpus=text.corpus)
     shared = shared_settings(config)
     if stored is not None:
         directory.check_same(config.out, stored.get("config", {}), shared, "comparison")
         check_same_study(config, stored)
-    c = config.corpus
-    corpus = prepare(c.data, valid=c.valid, tokenizer=c.tokenizer, window=c.window, control_tokens=c.control_tokens)
+    corpus = load_corpus(text)
     if stored is not None:
         directory.check_same_text(config.out, stored, corpus.fingerprint)
     if starts:
         models = {name: model.config for name, model in starts.items()}
         sizes: dict[str, Sizes] = dict.fromkeys(starts, (None, None))
     else:
-        backbone = load_backbone(config.backbone, len(corpus.tokenizer), c.window)
-        models, sizes = arm_models(config.parsed, backbone, config.width, c.window)
+        window = config.corpus.window
+        backbone = load_backbone(config.backbone, len(corpus.tokenizer), window)
+        models, sizes = arm_models(config.parsed, backbone, config.width, window)
     check_runs(config, sizes)
     warn_of_untuned_rates(config)
     with directory.locked(config.out):
@@ -83,7 +80,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
             record["continued"] = [*stored.get("continued", []), made]
         record["plan"] = plan(config)
         directory.write_json(config.out / "compare.json", record)
-        write_starts(starts, config.out / "starts")
+        if starts:
+            write_starts(starts, config.out / "starts")
+            record_start(next(iter(starts.values())), corpus.tokenizer, config.out / START)
         starts.clear()  # every run reads its own
         return Comparison(config, corpus, models, sizes, record).run(recorded)
 
@@ -210,6 +209,12 @@ class Comparison:
         return result
 
 
+def start_of(config: CompareConfig) -> str:
+    """The trained model that the arms start from: the plain one that is kept here, else what --init-from names."""
+    kept = [config.out / "starts" / arm.name for arm in config.parsed if arm.is_plain and not arm.matches]
+    return str(next((folder for folder in kept if folder.exists()), config.init_from))
+
+
 def with_rate(run: TrainConfig, rate: float) -> TrainConfig:
     """Return a run at another learning rate."""
     return dataclasses.replace(run, optim=dataclasses.replace(run.optim, learning_rate=rate))
@@ -240,17 +245,18 @@ def check_same_study(config: CompareConfig, stored: dict[str, Any]) -> None:
         )
 
 
-def check_runs(config: CompareConfig, sizes: dict[str, Sizes]) -> None:
-    """Refuse what no arm could be trained with, or not be continued with, before anything is written."""
+def check_runs(config: CompareConfig, sizes: dict[str, Sizes] | None = None) -> None:
+    """Refuse what no arm could be trained with or, with ``sizes``, not be continued with."""
     for arm in config.parsed:
         for seed in config.seeds:
-            run = config.run(arm, seed, sizes[arm.name])
+            run = config.run(arm, seed, (sizes or {}).get(arm.name, (None, None)))
+            check_device(run.speed, run.n)
             try:
                 with_rate(run, start_rate(config, run)).check()
             except UserError as error:
                 raise UserError(f"arm {arm.name}: {error}") from error
             path = run.out / "run.json"
-            if path.exists():
+            if sizes and path.exists():
                 asked = directory.settings(run)
                 if run.optim.learning_rate is None:  # swept, or the preset's
                     del asked["optim.learning_rate"]
@@ -258,11 +264,7 @@ def check_runs(config: CompareConfig, sizes: dict[str, Sizes]) -> None:
 
 
 def start_rate(config: CompareConfig, run: TrainConfig) -> float:
-    """Return the rate of a run, or where the sweep of its arm begins.
-
-    Raises:
-        UserError: none was given and none is known.
-    """
+    """Return the rate of a run, or where the sweep of its arm begins; refuse a run for which none is known."""
     if config.sweeps and config.sweep.sweep_rates and run.optim.learning_rate is None:
         return min(config.sweep.sweep_rates)
     if run.optim.learning_rate is None and (run.init_from or (config.sweeps and run.backbone not in PRESETS)):

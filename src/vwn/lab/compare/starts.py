@@ -93,9 +93,7 @@ def with_wider_ffn(model: PreTrainedModel, parameters: int) -> PreTrainedModel:
     backbone: Any = model.config
     size = getattr(backbone, "intermediate_size", None)
     if size is None:
-        raise UserError(
-            f"a {backbone.model_type} has no intermediate_size to grow; leave the arm with match_params away"
-        )
+        raise UserError(f"a {backbone.model_type} has no intermediate_size to grow; drop the arm with match_params")
     per_unit = _count(resize_backbone(backbone, None, size + 1)) - _count(backbone)
     units = round((parameters - model.num_parameters()) / per_unit)
     if units < 1:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from vwn.common.processes import LostProcess, all_present
 from vwn.training.watch.lines import StepLines
 
 FILE = "samples.jsonl"
@@ -42,9 +43,15 @@ class SampleLog(TrainerCallback):
         if not self.tokens or not (is_sharded or state.is_world_process_zero):
             return
         try:
-            prompt, text = self._generate()
+            with all_present():
+                prompt, text = self._generate()
+        except LostProcess:
+            raise
         except Exception as error:  # not every backbone can generate, nor every tokenizer decode all of a model's ids
-            logger.warning("no samples are written: %s: %s", type(error).__name__, str(error).split("\n")[0])
+            why = str(error).split("\n")[0]
+            if is_sharded:  # the other processes may wait for this one
+                raise LostProcess(f"a sample failed ({type(error).__name__}: {why}); use --sample-tokens 0") from error
+            logger.warning("no samples are written: %s: %s", type(error).__name__, why)
             self.tokens = 0
             return
         if state.is_world_process_zero:
