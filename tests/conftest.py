@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from pathlib import Path
@@ -16,6 +17,11 @@ from torch import nn
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, whose kernels run on a CPU only so
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported() -> None:
+    gc.freeze()  # or each collection, and Trainer asks for some, would go through all of PyTorch and transformers
 
 
 @pytest.fixture(autouse=True)

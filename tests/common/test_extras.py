@@ -47,6 +47,7 @@ def vwn_without_extras(*arguments: str, kept: tuple[str, ...] = ()) -> subproces
     return run_without_extras("from vwn.cli import main; main()", *arguments, kept=kept)
 
 
+@pytest.mark.slow
 def test_the_core_needs_torch_and_transformers_only(tmp_path: Path) -> None:
     code = (
         SMALL
@@ -76,6 +77,7 @@ main()
     assert [row["name"] for row in json.loads(done.stdout)] == ["plain", "2x3"]
 
 
+@pytest.mark.slow
 def test_text_is_prepared_without_extras(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a line of text\n" * 100)
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")

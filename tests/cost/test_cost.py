@@ -23,6 +23,7 @@ from zoo import tiny_config
 WIDTHS = [(1, 1), (1, 4), (2, 2), (2, 3), (4, 16), (8, 64)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mtp", [0, 1])
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_flops_of_widened_models_are_those_the_counter_sees(kind: str, mtp: int) -> None:

@@ -56,6 +56,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
+@pytest.mark.slow
 def test_every_budget_of_all_arms_and_seeds_comes_before_the_next(
     tmp_path: Path, text: Path, trained: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
