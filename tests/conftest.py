@@ -52,6 +52,29 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["VWN_CACHE"] = str(own)
 
 
+@pytest.fixture(params=["reference", "compiled"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend of the ops that runs on a CPU."""
+    from vwn.ops import backends
+
+    if reason := backends.module(request.param).unavailable(torch.device("cpu"), torch.float32):
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """An empty folder for texts."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of made-up sentences, 60 KB, in which letters and words follow from what comes before."""

@@ -43,6 +43,13 @@ def test_flops_of_widened_models_are_those_the_counter_sees(kind: str, mtp: int)
         {"m": 2, "n": 3, "num_mtp_modules": 2},
         {"connection": "residual"},
         {"connection": "residual", "num_mtp_modules": 1, "tie_word_embeddings": True},
+        {
+            "connection": "residual",
+            "table_factor": 4,
+            "tie_word_embeddings": True,
+            "ngram_order": 2,
+            "ngram_buckets": 9,
+        },
     ],
     ids=str,
 )
@@ -52,6 +59,12 @@ def test_flops_and_parameters_of_every_form(fields: dict[str, Any]) -> None:
     cost = model_cost(config, sequence_length=LENGTH)
     assert cost.forward_flops_per_token == counted_flops_per_token(model)
     assert cost.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_a_table_factor_costs_a_linear_at_both_ends() -> None:
+    config = VirtualWidthConfig(backbone=backbone(), connection="residual", table_factor=4, num_mtp_modules=1)
+    flops = model_cost(config, sequence_length=LENGTH).flops
+    assert (flops.embedding, flops.unembedding) == (2 * 128 * 512, 2 * 2 * (128 * 512 + 512 * 320))
 
 
 @pytest.mark.parametrize("kind", BACKBONES)

@@ -44,18 +44,6 @@ def tokens_of(result: Corpus) -> list[int]:
     return [*stream_of(result.train).tolist(), *stream_of(result.valid).tolist()]
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    folder = tmp_path / "source"
-    folder.mkdir()
-    return folder
-
-
 # Sources
 
 

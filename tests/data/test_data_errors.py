@@ -13,18 +13,6 @@ from vwn.data import load_tokenizer, prepare
 from vwn.data.reading import SEPARATOR
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    folder = tmp_path / "source"
-    folder.mkdir()
-    return folder
-
-
 def refusal(data: object, cache: Path, **options) -> str:
     defaults: dict[str, Any] = {"window": 64, "cache_dir": cache}
     with pytest.raises(UserError) as caught:

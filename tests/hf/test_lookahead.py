@@ -21,7 +21,6 @@ from vwn import GeneralizedHyperConnection, ops
 from vwn.common.errors import UserError
 from vwn.hf import layer as layer_module
 from vwn.hf.lookahead import Lookahead
-from vwn.ops import backends
 
 CASES = pytest.mark.parametrize(
     ("kind", "m", "n", "dtype"),
@@ -33,13 +32,6 @@ LAYERS = 3
 def model_of(kind: str = "llama", m: int = 2, n: int = 3, mtp: int = 1, layers: int = LAYERS, **fields):
     """In training mode, with layers enough that one is neither first nor last."""
     return build(vwn_config(kind, m, n, {"num_hidden_layers": layers}, num_mtp_modules=mtp, **fields)).train()
-
-
-@pytest.fixture(params=["reference", "compiled"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if reason := backends.module(request.param).unavailable(torch.device("cpu"), torch.float32):
-        pytest.skip(reason)
-    return request.param
 
 
 @contextlib.contextmanager

@@ -22,6 +22,8 @@ from vwn.training.presets import PRESETS
 from vwn.training.run import train
 from vwn.training.watch.samples import FILE, last_sample
 
+pytestmark = pytest.mark.slow
+
 
 def sampled(out, text, **changes):
     """A run whose validation is long enough for samples of two tokens."""
@@ -33,7 +35,6 @@ def weights(run):
     return (run.out / "model.safetensors").read_bytes()
 
 
-@pytest.mark.slow
 def test_samples_at_each_validation_leave_the_run_as_it_is(tmp_path, text):
     run, silent = sampled(tmp_path / "a", text), sampled(tmp_path / "b", text, sample_tokens=0)
     result, without = train(run), train(silent)
@@ -59,7 +60,6 @@ def test_samples_at_each_validation_leave_the_run_as_it_is(tmp_path, text):
     assert [json.loads(line) for line in (run.out / FILE).read_text().splitlines()] == lines
 
 
-@pytest.mark.slow
 def test_a_model_that_cannot_generate_is_trained_without_samples(tmp_path, text, monkeypatch, caplog):
     monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", lambda *_, **__: 1 / 0)
     result = train(sampled(tmp_path / "run", text, m=None, n=None, width=WidthOptions()))
@@ -67,7 +67,6 @@ def test_a_model_that_cannot_generate_is_trained_without_samples(tmp_path, text,
     assert caplog.records[-1].getMessage() == "no samples are written: ZeroDivisionError: division by zero"
 
 
-@pytest.mark.slow
 def test_trackers(tmp_path, text, monkeypatch):
     monkeypatch.setattr(run_module, "load_corpus", None)  # all are refused before any text is read
     for names, message in (
@@ -82,7 +81,6 @@ def test_trackers(tmp_path, text, monkeypatch):
     assert not (tmp_path / "run" / "logs").exists()
 
 
-@pytest.mark.slow
 def test_a_tracker_gets_every_loss(tmp_path, text, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -151,7 +149,6 @@ def test_sizes_of_presets(name):
         assert 3e8 < PRESETS[name].parameters() < 1e9
 
 
-@pytest.mark.slow
 def test_bytes_can_be_asked_for_with_trained_weights(tmp_path, text, finished):
     wide = tmp_path / "wide"
     shutil.copytree(finished[0].out, wide, ignore=shutil.ignore_patterns("checkpoint-*", "tokenizer*"))
@@ -163,7 +160,6 @@ def test_bytes_can_be_asked_for_with_trained_weights(tmp_path, text, finished):
     train(dataclasses.replace(onwards, corpus=corpus, optim=dataclasses.replace(onwards.optim, steps=1)))
 
 
-@pytest.mark.slow
 def test_a_run_from_weights_continues_without_them(tmp_path, text, finished):
     wide = tmp_path / "wide"
     shutil.copytree(finished[0].out, wide, ignore=shutil.ignore_patterns("checkpoint-*"))

@@ -17,6 +17,8 @@ from vwn.training.checkpoint.saving import RUN_STATE
 from vwn.training.config import ReliabilityOptions, SpeedOptions
 from vwn.training.run import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("words", "meaning"),
@@ -31,7 +33,6 @@ def test_forms_of_resume(words, meaning):
     assert cli.parse("train", ["--out", "x", *words]).resume == meaning
 
 
-@pytest.mark.slow
 def test_resume_alone_needs_a_run_and_auto_does_not(tmp_path, text):
     with pytest.raises(UserError, match=r"no run in .*--resume auto"):
         train(config(tmp_path / "none", text, resume=True))
@@ -88,7 +89,6 @@ def test_a_format_of_the_future_is_not_guessed_at(tmp_path, finished):
     assert "newer vwn" in damage_of(tmp_path / "checkpoint-20")
 
 
-@pytest.mark.slow
 def test_a_checkpoint_with_a_part_that_other_versions_had(tmp_path, finished, text):
     out = shutil.copytree(finished[0].out, tmp_path / "run")
     (out / "result.json").unlink()
@@ -99,7 +99,6 @@ def test_a_checkpoint_with_a_part_that_other_versions_had(tmp_path, finished, te
     assert train(config(out, text, resume=True)).curve[-1]["loss"] == finished[1].curve[-1]["loss"]
 
 
-@pytest.mark.slow
 def test_keep_last(tmp_path, text):
     run = config(tmp_path / "run", text, optim={"steps": 4}, save_every=1, eval_every=8)
     train(dataclasses.replace(run, reliability=ReliabilityOptions(keep_last=3)))
@@ -113,7 +112,6 @@ def test_rotation_keeps_what_may_be_counted_on_and_leaves_what_comes_after(tmp_p
     assert list(checkpoints(tmp_path)) == [16, 12, 8]
 
 
-@pytest.mark.slow
 def test_options_that_do_not_shape_a_run_may_change_and_new_ones_may_be_missing(tmp_path, text):
     run = config(tmp_path / "run", text, optim={"steps": 2})
     result = train(run)

@@ -16,6 +16,8 @@ from vwn.training.directory import locked
 from vwn.training.run import train
 from vwn.training.trainer import Diverged, VirtualWidthTrainer
 
+pytestmark = pytest.mark.slow
+
 
 def test_an_existing_directory_is_refused_and_left_alone(finished, text):
     run, _ = finished
@@ -47,7 +49,6 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, finished, text):
     assert not list(run.out.glob(".discarded-*"))
 
 
-@pytest.mark.slow
 def test_a_save_that_fails_leaves_no_checkpoint_behind(tmp_path, text, monkeypatch):
     def full_disk(self, directory):
         if "checkpoint-8" in directory:
@@ -81,7 +82,6 @@ def test_a_non_finite_loss_stops_with_a_sentence_and_keeps_the_checkpoint(tmp_pa
     assert curve[-1]["loss"] is None
 
 
-@pytest.mark.slow
 def test_ruined_weights_are_neither_saved_nor_called_a_result(tmp_path, text):
     for name, save_every in (("late", 2), ("early", 1)):
         run = config(tmp_path / name, text, optim={"steps": 2, "learning_rate": 1e30}, save_every=save_every)
@@ -93,7 +93,6 @@ def test_ruined_weights_are_neither_saved_nor_called_a_result(tmp_path, text):
             assert all(w.isfinite().all() for w in load_file(checkpoint / "model.safetensors").values())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("gone", [["result.json"], ["result.json", "config.json", "model.safetensors"]])
 def test_a_run_killed_after_its_last_step_only_writes_its_result(tmp_path, text, finished, gone):
     reference, result = finished
@@ -110,7 +109,6 @@ def test_a_run_killed_after_its_last_step_only_writes_its_result(tmp_path, text,
     assert AutoModelForCausalLM.from_pretrained(out).config.m == 4
 
 
-@pytest.mark.slow
 def test_changed_text_is_refused(tmp_path, text):
     copy = tmp_path / "text.txt"
     copy.write_text(text.read_text())

@@ -129,9 +129,8 @@ def backward(grad_state: Tensor | None, grad_x: Tensor | None, inputs: Inputs, n
     of_state, of_z, of_norm = torch.empty_like(state), None if z is None else torch.empty_like(z), None
     if norm is not None and needs_weights:
         of_norm = torch.empty_like(norm.weight, dtype=torch.promote_types(state.dtype, torch.float32))
-    given = {"grad_new": grad_state, "grad_x": grad_x}
-    wanted = {"grad_state": of_state, "grad_z": of_z, "grad_norm": of_norm}
-    of_weights = _run(inputs, backward=True, needs_weights=needs_weights, **given, **wanted)
+    tensors = {"grad_new": grad_state, "grad_x": grad_x, "grad_state": of_state, "grad_z": of_z, "grad_norm": of_norm}
+    of_weights = _run(inputs, backward=True, needs_weights=needs_weights, **tensors)
     rounded = None if of_norm is None else of_norm.to(state.dtype)
     return [t for t in (of_state, of_z, *of_weights, rounded) if t is not None]
 

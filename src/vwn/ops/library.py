@@ -49,7 +49,10 @@ def _run(step: str, inputs: Inputs, backend: str, before: Sequence[Any] = (), af
     state, z, write, read, norm = inputs
     name = choose(backend, state.device, state.dtype, inputs.sizes[1])
     if name == "reference":  # torch.matmul takes another route, to other bits, for what requires a gradient
-        write, read = _detached(write), _detached(read)
+        write, read = (
+            weights and RoutingWeights(*(t.detach() if isinstance(t, Tensor) else t for t in weights))
+            for weights in (write, read)
+        )
     inputs = Inputs(_tokens(state), None if z is None else _tokens(z), write, read, norm)
     return getattr(module(name), step)(*(None if t is None else _tokens(t) for t in before), inputs, *after)
 
@@ -64,19 +67,8 @@ def _shaped(t: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.ops.aten._unsafe_view(t, shape)
 
 
-def _detached(weights: RoutingWeights | None) -> RoutingWeights | None:
-    if weights is None:
-        return None
-    return RoutingWeights(*(t.detach() if isinstance(t, Tensor) else t for t in weights))  # type: ignore[arg-type]
-
-
 def _like(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
-def _hidden_size(inputs: Inputs) -> int:
-    m, _, d = inputs.sizes
-    return m * d
 
 
 def _flops(given: Any) -> int:
@@ -104,13 +96,14 @@ def _define(name: str, writes: bool, reads: bool) -> Callable[..., Any]:
         inputs, backend = _parsed(arguments, writes, reads)
         new, x = _run("forward", inputs, backend)
         out = [_shaped(new, inputs.state.shape)] if writes else []
-        out += [_shaped(x, [*inputs.state.shape[:-1], _hidden_size(inputs)])] if reads else []
+        out += [_shaped(x, [*inputs.state.shape[:-1], x.shape[-1]])] if reads else []
         return tuple(out) if results > 1 else out[0]
 
     def fake_forward(*arguments: Any) -> Any:
         inputs, _ = _parsed(arguments, writes, reads)
+        m, _, d = inputs.sizes
         out = [_like(inputs.state)] if writes else []
-        out += [inputs.state.new_empty(*inputs.state.shape[:-1], _hidden_size(inputs))] if reads else []
+        out += [inputs.state.new_empty(*inputs.state.shape[:-1], m * d)] if reads else []
         return tuple(out) if results > 1 else out[0]
 
     def backward(*arguments: Any) -> list[Tensor]:

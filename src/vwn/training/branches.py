@@ -51,7 +51,7 @@ def train_branches(run: Run, budgets: int | None = None) -> RunResult:
     decayed: list[Point] = []
     for branch in config.branches[:budgets]:
         out = config.out / FOLDER / branch.name
-        ended = _stored(out)
+        ended = broadcast(on_all_ranks(lambda out=out: stored_result(out) if rank() == 0 else None))
         if ended is None:
             try:
                 _reach(run, branch)
@@ -94,10 +94,6 @@ def finished(out: Path) -> RunResult | None:
 
 def _tokens(point: Point) -> int:
     return int(point["tokens"] or 0)
-
-
-def _stored(out: Path) -> RunResult | None:
-    return broadcast(on_all_ranks(lambda: stored_result(out) if rank() == 0 else None))
 
 
 def _reach(run: Run, branch: Branch) -> None:
