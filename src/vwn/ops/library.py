@@ -49,10 +49,7 @@ def _run(step: str, inputs: Inputs, backend: str, before: Sequence[Any] = (), af
     state, z, write, read, norm = inputs
     name = choose(backend, state.device, state.dtype, inputs.sizes[1])
     if name == "reference":  # torch.matmul takes another route, to other bits, for what requires a gradient
-        write, read = (
-            weights and RoutingWeights(*(t.detach() if isinstance(t, Tensor) else t for t in weights))
-            for weights in (write, read)
-        )
+        write, read = _detached(write), _detached(read)
     inputs = Inputs(_tokens(state), None if z is None else _tokens(z), write, read, norm)
     return getattr(module(name), step)(*(None if t is None else _tokens(t) for t in before), inputs, *after)
 
@@ -65,6 +62,12 @@ def _tokens(t: Tensor) -> Tensor:
 def _shaped(t: Tensor, shape: Sequence[int]) -> Tensor:
     """A result in another shape, but no view to autograd, which would forbid to change it in place."""
     return torch.ops.aten._unsafe_view(t, shape)
+
+
+def _detached(weights: RoutingWeights | None) -> RoutingWeights | None:
+    if weights is None:
+        return None
+    return RoutingWeights(*(t.detach() if isinstance(t, Tensor) else t for t in weights))  # type: ignore[arg-type]
 
 
 def _like(t: Tensor) -> Tensor:
