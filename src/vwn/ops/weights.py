@@ -156,12 +156,13 @@ def check_shapes(state: Tensor, z: Tensor | None, *sides: RoutingWeights, norm: 
     alpha, beta = (n, m + n), (m, n)
     shapes: Any = (alpha, beta, (d, m + n), (d, m), alpha, beta, (d,))
     for weights in sides:
-        for weight, shape, name in zip(weights, shapes, weights._fields, strict=False):
-            if isinstance(weight, Tensor) and weight.shape != shape:
+        for weight, shape, name in zip(weights[:-1], shapes, weights._fields, strict=False):
+            if weight is not None and weight.shape != shape:
                 raise UserError(f"{name} must be {shape}, got {_of(weight)}")
-    for t in (z, norm and norm.weight, *(t for weights in sides for t in weights)):
-        if isinstance(t, Tensor) and t.device != state.device:
-            raise UserError(f"the state is on {state.device}, what goes with it on {t.device}; move one to the other")
+    device = state.device
+    for t in (z, norm and norm.weight, *(t for weights in sides for t in weights[:-1])):
+        if t is not None and t.device != device:
+            raise UserError(f"the state is on {device}, what goes with it on {t.device}; move one to the other")
     if not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0:
         raise UserError("the connections have no forward-mode derivative (jvp, dual numbers); use reverse mode")
 
