@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from pathlib import Path
@@ -16,6 +17,11 @@ from torch import nn
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, whose kernels run on a CPU only so
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported() -> None:
+    gc.freeze()  # or each collection, and Trainer asks for some, would go through all of PyTorch and transformers
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +52,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["VWN_CACHE"] = str(own)
 
 
+@pytest.fixture(params=["reference", "compiled"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend of the ops that runs on a CPU."""
+    from vwn.ops import backends
+
+    if reason := backends.module(request.param).unavailable(torch.device("cpu"), torch.float32):
+        pytest.skip(reason)
+    return request.param
+
+
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
@@ -53,18 +69,10 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
+    """An empty folder for texts."""
     folder = tmp_path / "source"
     folder.mkdir()
     return folder
-
-
-@pytest.fixture(params=["reference", "compiled"])
-def backend(request: pytest.FixtureRequest) -> str:
-    from vwn.ops import backends  # it may import Triton, which looks at what is set above
-
-    if reason := backends.module(request.param).unavailable(torch.device("cpu"), torch.float32):
-        pytest.skip(reason)
-    return request.param
 
 
 @pytest.fixture(scope="session")

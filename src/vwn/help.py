@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from itertools import pairwise
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -66,7 +67,7 @@ class Command:
     hidden: tuple[str, ...] = ()
     file: str = ""
 
-    @property
+    @cached_property
     def options(self) -> list[Option]:
         """Return all options, those of nested dataclasses by their group."""
         return [option for option in _options(self.config) if option.name not in self.hidden]

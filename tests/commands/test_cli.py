@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from runs import run_vwn
-from vwn.cli import COMMANDS, arguments, parse
+from vwn.cli import COMMANDS, arguments, main, parse
 from vwn.common.version import __version__ as vwn_version
 
 SMALL = ["--backbone", "nano", "--window", "32", "--batch-size", "4", "--max-valid-tokens", "256", "--steps", "4"]
@@ -26,7 +26,9 @@ def run(capsys, monkeypatch):
 def checkpoint(tmp_path_factory, text):
     out = tmp_path_factory.mktemp("cli") / "run"
     arguments = ["train", "--out", out, "--data", text, "--m", "4", "--n", "6", "--mtp", "1", *SMALL]
-    subprocess.run([sys.executable, "-m", "vwn", *map(str, arguments)], check=True, capture_output=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["vwn", *map(str, arguments)])
+        main()
     return out
 
 
@@ -42,6 +44,7 @@ def test_train_and_generate(run, checkpoint):
     assert greedy.startswith("sea ")
 
 
+@pytest.mark.slow
 def test_the_tokenizer_of_a_run_is_loaded_without_asking_for_trust(checkpoint):
     code = "import sys; from vwn.data import load_tokenizer; print(load_tokenizer(sys.argv[1]).eos_token)"
     done = subprocess.run(
@@ -299,6 +302,7 @@ def test_cost_refusals(run):
     assert "--vocab-size must be at least 1" in run("cost", "--vocab-size", "-5")[2]
 
 
+@pytest.mark.slow
 def test_import_needs_torch_only():
     code = (
         "import sys, vwn; vwn.GeneralizedHyperConnection(8, 2, 3);"

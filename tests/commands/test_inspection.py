@@ -269,6 +269,7 @@ def test_files_of_a_run(inspected) -> None:
     assert "https://" not in page
 
 
+@pytest.mark.slow
 def test_other_text_and_a_checkpoint_of_the_run(inspected, tmp_path) -> None:
     run, _, _ = inspected
     text = tmp_path / "short.txt"
@@ -314,6 +315,7 @@ def test_command_line(inspected, tmp_path, monkeypatch, capsys) -> None:
     assert "exists already; choose another --out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_widened_pretrained_model(tmp_path, text) -> None:
     """It has no run, so text and tokenizer are given; the page says nothing of the folders they lie in."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -264,6 +264,7 @@ def test_printed_and_written(checkpoint, data_dir, found, tmp_path, capfd, monke
     assert "text" not in written
 
 
+@pytest.mark.slow
 def test_contexts_that_are_cut_are_counted_and_answers_are_not_cut(model, checkpoint, data_dir) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     lengths = sorted(len(f"{row['context']} {row['continuation']}".encode()) for row in LAMBADA)

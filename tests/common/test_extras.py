@@ -38,6 +38,7 @@ def run_without_extras(code: str, *arguments: str, kept: tuple[str, ...] = ()) -
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_core_needs_torch_and_transformers_only(tmp_path: Path) -> None:
     code = """
 import torch, vwn
@@ -66,6 +67,7 @@ main()
     assert [row["name"] for row in json.loads(done.stdout)] == ["plain", "2x3"]
 
 
+@pytest.mark.slow
 def test_text_is_prepared_without_extras(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a line of text\n" * 100)
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")

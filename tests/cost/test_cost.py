@@ -23,6 +23,7 @@ from zoo import tiny_config
 WIDTHS = [(1, 1), (1, 4), (2, 2), (2, 3), (4, 16), (8, 64)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mtp", [0, 1])
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_flops_of_widened_models_are_those_the_counter_sees(kind: str, mtp: int) -> None:
@@ -42,6 +43,13 @@ def test_flops_of_widened_models_are_those_the_counter_sees(kind: str, mtp: int)
         {"m": 2, "n": 3, "num_mtp_modules": 2},
         {"connection": "residual"},
         {"connection": "residual", "num_mtp_modules": 1, "tie_word_embeddings": True},
+        {
+            "connection": "residual",
+            "table_factor": 4,
+            "tie_word_embeddings": True,
+            "ngram_order": 2,
+            "ngram_buckets": 9,
+        },
     ],
     ids=str,
 )
@@ -53,17 +61,10 @@ def test_flops_and_parameters_of_every_form(fields: dict[str, Any]) -> None:
     assert cost.parameters == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", BACKBONES)
-@pytest.mark.parametrize("tied", [False, True])
-def test_plain_transformers_models(kind: str, tied: bool) -> None:
-    config = backbone(kind, tie_word_embeddings=tied)
-    model = build_counted(config)
-    cost = model_cost(config, sequence_length=LENGTH)
-    assert cost.forward_flops_per_token == counted_flops_per_token(model)
-    assert cost.training_flops_per_token == 3 * cost.forward_flops_per_token
-    assert cost.parameters == sum(p.numel() for p in model.parameters())
-    assert cost.connection is None
-    assert cost.flops.connections == 0
+def test_a_table_factor_costs_a_linear_at_both_ends() -> None:
+    config = VirtualWidthConfig(backbone=backbone(), connection="residual", table_factor=4, num_mtp_modules=1)
+    flops = model_cost(config, sequence_length=LENGTH).flops
+    assert (flops.embedding, flops.unembedding) == (2 * 128 * 512, 2 * 2 * (128 * 512 + 512 * 320))
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
@@ -86,6 +87,7 @@ def test_training_flops_are_what_forward_and_backward_take() -> None:
 def test_active_parameters_leave_out_the_experts_a_token_does_not_meet() -> None:
     dense = model_cost(backbone("llama"), sequence_length=8)
     assert dense.active_parameters == dense.parameters
+    assert (dense.connection, dense.flops.connections) == (None, 0)
     cost = model_cost(backbone("mixtral"), sequence_length=8)
     one_expert = 3 * 128 * 352
     assert cost.parameters - cost.active_parameters == 3 * (8 - 2) * one_expert

@@ -204,6 +204,7 @@ def in_another_process(data: Path, cache: Path, what: str) -> subprocess.Complet
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_another_process_and_cache_give_the_same_tokens(source: Path, tmp_path: Path, cache: Path):
     data = write_txt(source, DOCUMENTS)
     here = prepare(str(data), tokenizer="bpe:500", window=64, cache_dir=cache)
@@ -213,6 +214,7 @@ def test_another_process_and_cache_give_the_same_tokens(source: Path, tmp_path: 
     assert other.read_bytes() == here.train.path.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_nothing_that_is_used(source: Path, cache: Path):
     data = write_txt(source, DOCUMENTS)
     assert in_another_process(data, cache, "kill").returncode == -signal.SIGKILL

@@ -126,6 +126,7 @@ def test_the_notebook(monkeypatch):
         assert curve[-1][1] < curve[0][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["sft", "dpo", "reward"])
 def test_trl(run, tmp_path, monkeypatch, task):
     pytest.importorskip("trl")

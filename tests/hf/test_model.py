@@ -10,17 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import reference
-from tiny import (
-    NEW,
-    VOCAB,
-    build,
-    copy_stock_weights,
-    generate,
-    greedy_by_hand,
-    stock,
-    token_ids,
-    vwn_config,
-)
+from tiny import NEW, VOCAB, build, copy_stock_weights, generate, greedy_by_hand, stock, token_ids, vwn_config
 from vwn import GeneralizedHyperConnection
 from vwn.hf import VirtualWidthForCausalLM
 

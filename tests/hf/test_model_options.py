@@ -11,15 +11,7 @@ from packaging.version import Version
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, OpenAIGPTConfig, PreTrainedModel
 
-from tiny import (
-    MOE_BACKBONES,
-    VOCAB,
-    backbone_config,
-    build,
-    stock,
-    token_ids,
-    vwn_config,
-)
+from tiny import MOE_BACKBONES, VOCAB, backbone_config, build, stock, token_ids, vwn_config
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
 
 # Recorded outputs

@@ -13,6 +13,8 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 from tiny import build, token_ids, vwn_config
 from vwn import UserError
 from vwn.hf import MultiTokenTrainerMixin
+from vwn.hf.documents import number_documents
+from vwn.hf.loss import targets_of_heads
 
 LENGTHS = (9, 5, 2, 7)
 NGRAMS = {"ngram_order": 3, "ngram_buckets": 50}
@@ -76,11 +78,18 @@ def test_packed_documents_have_the_loss_of_the_documents_alone(how):
 @pytest.mark.parametrize("tell", ["cu_seq_lens_q", "seq_idx"])
 def test_each_key_of_the_padding_free_collator_tells_documents_apart(tell):
     """Where attention goes by it, positions need not restart. Targets alone: eager attention does not read it."""
-    from vwn.hf.documents import number_documents
-
     row = packed("collator")
     wanted = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))[None]
     assert torch.equal(number_documents(row["input_ids"].shape, **{tell: row[tell]}), wanted)
+    positions = torch.tensor([[0, 0, 1, 2, 0]])  # the first has one token
+    assert number_documents((1, 5), torch.ones(1, 5), positions).tolist() == [[0, 1, 1, 1, 2]]
+
+
+def test_no_module_has_a_target_in_another_document():
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    found = targets_of_heads(3, torch.arange(1, 7)[None], documents=documents)
+    nothing = [-100] * 6
+    assert [t[0].tolist() for t in found] == [[2, 3, 4, 5, 6, -100], [3, -100, -100, 6, -100, -100], nothing]
 
 
 def test_left_padding_and_strided_positions_are_no_documents():

@@ -68,6 +68,7 @@ REFUSED = {
     "return h * 0.5 + z + h": "to itself",
     "return twice(z, h)": "to itself",
     "y = self.norm2(h + z)\nreturn h + y": "older state",
+    "r = h\nh = (h + z).to(z.dtype)\nreturn r": "hands on an older state",
     "return h + scaling(z, h)": "older state",
     "h = h + z\nw = self.mlp(h)\nreturn h, w": "behind the last sum",
     "h = h + z\nreturn h * h.abs().max()": "behind the last sum",

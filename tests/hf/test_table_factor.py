@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from counted import LENGTH, backbone, build_counted, counted_flops_per_token
 from tiny import VOCAB, build, stock, token_ids, vwn_config
-from vwn.cost import model_cost
-from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
+from vwn.hf import VirtualWidthForCausalLM
 
 PLAIN = {"m": 1, "n": 1, "connection": "residual"}
 
@@ -75,21 +73,6 @@ def test_rows_and_logits_start_at_the_plain_models_scale(k, tied):
         scales.append((float(rows.detach().std()), float(logits.detach().std())))
     assert scales[0][0] == pytest.approx(1, rel=0.02)
     assert scales[1] == pytest.approx(scales[0], rel=0.05)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{"num_mtp_modules": 1}, {"tie_word_embeddings": True, "ngram_order": 2, "ngram_buckets": 9}],
-    ids=str,
-)
-def test_cost_is_that_of_the_model(fields):
-    config = VirtualWidthConfig(backbone=backbone("mixtral"), connection="residual", table_factor=4, **fields)
-    model, cost = build_counted(config), model_cost(config, sequence_length=LENGTH)
-    assert cost.parameters == sum(p.numel() for p in model.parameters())
-    assert cost.forward_flops_per_token == counted_flops_per_token(model)
-    heads = 1 + config.num_mtp_modules
-    assert cost.flops.embedding == 2 * 128 * 512
-    assert cost.flops.unembedding == 2 * heads * (128 * 512 + 512 * 320)
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,10 @@ def test_a_model_that_does_more_than_it_shows_is_refused(monkeypatch):
     monkeypatch.setitem(families.FAMILIES, "granite", families.Family())
     with pytest.raises(UserError, match="changed the logits"):
         widen(zoo.tiny_causal_lm("granite"), m=1, n=2)
+    broken = zoo.tiny_causal_lm("llama")
+    broken.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="changed the logits by up to nan"):
+        widen(broken, m=1, n=2)
 
 
 def test_on_the_command_line(tmp_path, capsys, monkeypatch):

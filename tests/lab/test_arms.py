@@ -85,6 +85,7 @@ def test_options_of_a_width_do_not_reach_the_plain_arm(tmp_path):
     assert wide.width.reduce == "sum"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_is_arms_that_can_be_built_and_given_by_hand(name, tmp_path):
     study = CompareConfig(out=tmp_path, study=name, init_from="trained" if name == "widen" else None)
@@ -102,6 +103,7 @@ def test_arms_are_added_to_a_study(tmp_path):
     assert [a.name for a in config.parsed] == ["plain", "4x6", "4x8", "4x16", "4x32", "8x64"]
 
 
+@pytest.mark.slow
 def test_matched_backbones_cost_what_they_should():
     backbone = load_backbone("nano", 1024, 64)
     target = model_config(backbone, 4, 16, MTP)
@@ -117,6 +119,7 @@ def test_matched_backbones_cost_what_they_should():
             assert got.forward_flops_per_token == pytest.approx(wanted.forward_flops_per_token, rel=tolerance)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_matched_is_refused():
     backbone = load_backbone("nano", 256, 64)
     with pytest.raises(UserError, match="by hand"):

@@ -51,6 +51,7 @@ def test_arms_of_a_seed_start_alike_and_differ_by_width_alone(done):
     assert plain["flops_per_token"] < same["flops_per_token"]
 
 
+@pytest.mark.slow
 def test_an_arm_that_diverges_does_not_stop_the_others(tmp_path, text):
     diverging = compare_config(
         tmp_path / "out", text, arms=("plain", "4x10"), seeds=(0,), learning_rates=("plain=1e30",)
@@ -75,6 +76,7 @@ def test_what_was_left_away_on_resume_is_taken_from_the_record(done, text):
     assert adopt(asked, given={"out", "window", "resume"}).corpus.window == CorpusConfig().window
 
 
+@pytest.mark.slow
 def test_resuming_repeats_nothing_and_adds_arms(done, text):
     out, report = done
     results = {p: p.stat().st_mtime_ns for p in out.glob("arms/*/result.json")}
@@ -185,6 +187,7 @@ def test_validation_smaller_than_a_batch_is_validated(tmp_path, text):
     assert [p["tokens"] for p in report["arms"][0]["curve"]] == [0, 256]
 
 
+@pytest.mark.slow
 def test_the_peak_memory_of_a_small_arm_is_not_that_of_the_large_one_before_it(tmp_path, text):
     # a process of its own: `vwn compare` keeps freed memory, the tests do not
     command = [

@@ -240,16 +240,8 @@ def test_headline_without_anything_to_compare() -> None:
 @pytest.mark.parametrize(
     ("difference", "steps", "expected"),
     [
-        (
-            -0.1,
-            3,
-            f"{RECORDED}; this result is within their range.",
-        ),
-        (
-            -0.2,
-            3,
-            f"{RECORDED}; this result is outside their range.",
-        ),
+        (-0.1, 3, f"{RECORDED}; this result is within their range."),
+        (-0.2, 3, f"{RECORDED}; this result is outside their range."),
         (-0.1, 4, ""),
     ],
 )

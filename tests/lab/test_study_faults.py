@@ -20,9 +20,9 @@ pytestmark = pytest.mark.slow
 def study(out, text):
     return [
         sys.executable, "-m", "vwn", "compare", "--out", str(out), "--data", str(text), "--window", "32",
-        "--max-valid-tokens", "256", "--backbone", "nano", "--arms", "plain", "wide:4x10", "--lr-sweep", "on",
-        "--sweep-rates", "0.002", "0.005", "0.01", "--sweep-extensions", "0", "--sweep-steps", "4", "--seeds", "0",
-        "--steps", "12", "--batch-size", "4", "--eval-every", "4", "--save-every", "2",
+        "--max-valid-tokens", "256", "--backbone", "nano", "--arms", "plain", "wide:4x10,learning_rate=0.01",
+        "--lr-sweep", "on", "--sweep-rates", "0.002", "0.005", "0.01", "--sweep-extensions", "0", "--sweep-steps", "4",
+        "--seeds", "0", "--steps", "12", "--batch-size", "4", "--eval-every", "4", "--save-every", "2",
     ]  # fmt: skip
 
 

@@ -55,6 +55,7 @@ def test_every_arm_computes_what_the_trained_model_does(source: Path) -> None:
     assert out.grad[:, 40:].abs().min() > 0
 
 
+@pytest.mark.slow
 def test_the_arms_go_on_from_it(source: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arms = ("plain", "4x8-table:4x8,embedding=direct", "plain-params:plain,match_params=4x8-table")
     optim = OptimConfig(steps=3, batch_size=4, learning_rate=1e-3)

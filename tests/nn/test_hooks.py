@@ -63,15 +63,15 @@ def test_hooks_see_every_operation_once_and_change_no_bit(fields, grad):
     assert len(seen) == count
 
 
-@pytest.mark.parametrize("operation", ["write", "read"])
-def test_what_a_hook_returns_is_used_with_its_gradient(operation):
+@pytest.mark.parametrize(("sublayer", "operation"), [(0, "write"), (1, "read")])
+def test_what_a_hook_returns_is_used_with_its_gradient(sublayer, operation):
     """Also where states are rebuilt: those are not the unchanged ones."""
     model = build(vwn_config()).train()
     push = torch.randn(24 if operation == "read" else 36, generator=torch.Generator().manual_seed(1))
     results = []
     for keep in (1, 2):
         model.model.keep_states_every = keep
-        module = getattr(model.model.layers[0].connections[0], operation)
+        module = getattr(model.model.layers[0].connections[sublayer], operation)
         hook = module.register_forward_hook(lambda module, args, out: out * 0.5 + push)
         loss = model(IDS, labels=IDS).loss
         loss.backward()

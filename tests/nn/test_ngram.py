@@ -91,6 +91,7 @@ def test_the_hash_does_not_depend_on_the_batch():
     assert torch.equal(hash_ngrams(ids[:, 3:], 4, 1009), together[:, 3:])
     assert hash_ngrams(ids[:, :3], 4, 1009).shape == (4, 0, 3)
     assert hash_ngrams(ids.view(2, 2, 11), 4, 1009).shape == (2, 2, 8, 3)
+    assert torch.equal(hash_ngrams(ids, 4, 1009, torch.full((4, 8), 7)), together)  # one document, whatever its number
 
 
 # Context and padding

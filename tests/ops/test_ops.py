@@ -185,20 +185,6 @@ def test_the_reference_is_the_papers(m, n, d, dynamic):
         assert close(new[token], loops.flatten(loops.write(slots, z, A, B)), 1e-13)
 
 
-@NORM
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck(backend, kind, norm):
-    m, n, d = 2, 3, 3
-    for dynamic in [(True, True), (False, False)]:
-        t = make(m, n, d, 2, dtype=torch.float64, dynamic=dynamic, norm=norm)
-        values, names = [x.requires_grad_() for x in t.values()], tuple(t)
-
-        def f(*values: Tensor, names: tuple[str, ...] = names) -> tuple[Tensor, ...]:
-            return tuple(call(kind, dict(zip(names, values, strict=True)), backend).values())
-
-        assert torch.autograd.gradcheck(f, values)
-
-
 # Bits
 
 

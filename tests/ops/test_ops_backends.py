@@ -168,6 +168,7 @@ def test_processes_that_start_together_build_once(forget, compiler):
     assert outputs[0].startswith("[[")
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_library_is_built_once_and_again_if_it_is_damaged(forget, compiler, monkeypatch, tmp_path, caplog):
     runs = compiler()
@@ -200,6 +201,7 @@ def test_every_compiler_and_its_options_build_their_own_library(monkeypatch):
     assert len(set(folders)) == 3
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_compiler_without_openmp_will_do(forget, compiler):
     runs = compiler('case " $* " in *" -fopenmp "*) echo "error: unsupported option -fopenmp" >&2; exit 1;; esac')

@@ -55,6 +55,8 @@ def test_the_last_step_leaves_alone_what_is_doubly_stochastic():
     p = sum(w * order for w, order in zip(weights, orders, strict=True)).double()  # type: ignore[union-attr]
     p = sinkhorn(p.log(), 2000, 0.0)
     torch.testing.assert_close(to_polytope(p), p, rtol=1e-12, atol=1e-13)
+    scaled_down_and_filled_up = torch.tensor([[0.75, 0.25], [0.25, 0.75]])  # by hand
+    torch.testing.assert_close(to_polytope(torch.tensor([[0.2, 0.1], [0.3, 0.9]])), scaled_down_and_filled_up)
 
 
 @EXACT

@@ -99,6 +99,7 @@ def test_backward_of_each_half(write, read, grad_state, needs_weights):
     assert_all_close(actual, case.exact_backward(grad_state, needs_weights))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(("m", "n", "d"), [(1, 4, 5), (4, 16, 33)])
 @pytest.mark.parametrize("half", ["write", "read"])
@@ -127,6 +128,7 @@ def test_without_an_epsilon(m, n, d):
     assert_all_close(case.backward(), case.exact_backward())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("m", "n", "d", "tokens"), [(3, 7, 9, 20), (4, 16, 17, 10)])
 def test_gradients_of_many_tiles_add_up(m, n, d, tokens, monkeypatch):
     monkeypatch.setattr(backend, "_PROGRAMS", 2)

@@ -1,6 +1,6 @@
 """torchtitan's entry point on a CPU: what torchtitan 0.3.0 takes of a GPU, or of torch 2.14, put in its place first.
 
-``python titan_train.py RECORD.jsonl --module titan_configs --config tiny ...``, once for every process.
+``python titan_train.py`` imports all of it once and forks the processes of each run that it is asked for.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,14 +55,7 @@ def layout(metrics):
     return weights
 
 
-def main() -> None:
-    put_shim_in_place()
-    record = Path(sys.argv.pop(1))
-    from torchtitan import train
-    from torchtitan.components.metrics import MetricsProcessor
-
-    from vwn.titan.modules import Block
-
+def main(record: Path) -> None:
     log, forward, states = MetricsProcessor.log, Block.forward, []
 
     def watched(self, state, *args):
@@ -81,5 +75,35 @@ def main() -> None:
     train.main()
 
 
+def start(environment: dict[str, str], log: str, record: str, arguments: list[str]) -> int:
+    """Fork a process of a run; its id."""
+    if child := os.fork():
+        return child
+    signal.alarm(300)
+    code = 1
+    try:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.environ |= environment
+        sys.argv[1:] = arguments
+        main(Path(record))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    main()
+    put_shim_in_place()
+    from torchtitan import train
+    from torchtitan.components.metrics import MetricsProcessor
+
+    import titan_configs  # noqa: F401
+    from vwn.titan.modules import Block
+
+    for line in sys.stdin:  # the arguments of `start`, for each process of a run
+        children = [start(*process) for process in json.loads(line)]
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,9 +20,18 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 import vwn  # noqa: E402
 import vwn.hf  # noqa: E402
+from processes import free_port  # noqa: E402
 from vwn.titan.export import export  # noqa: E402
 
-TESTS = Path(__file__).parents[1] / "support"
+SUPPORT = Path(__file__).parents[1] / "support"
+
+
+@cache
+def server():
+    path = os.pathsep.join([str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, str(SUPPORT / "titan_train.py")]
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 class Run:
@@ -32,25 +41,15 @@ class Run:
         self.folder, self.name = folder, name
         self.dump = folder / name
 
-    def __call__(self, *arguments, processes=1, environment=(), killed=False, module="titan_configs"):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-        shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        started = []
-        try:
-            for rank in range(processes):
-                own = shared | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": path} | dict(environment)
-                command = [sys.executable, str(TESTS / "titan_train.py"), str(self.record(rank)), "--module", module]
-                command += [*arguments, "--dump_folder", str(self.dump)]
-                log = (self.folder / f"{self.name}.{rank}.log").open("w")
-                env = os.environ | {k: str(v) for k, v in own.items()}
-                started.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-            codes = [process.wait(timeout=300) for process in started]
-        finally:
-            for process in started:
-                process.kill()
+    def __call__(self, *arguments, processes=1, environment=(), killed=False):
+        shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} | dict(environment)
+        command = ["--module", "titan_configs", *arguments, "--dump_folder", str(self.dump)]
+        asked = []
+        for rank in range(processes):
+            own = {k: str(v) for k, v in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            asked.append([own, str(self.folder / f"{self.name}.{rank}.log"), str(self.record(rank)), command])
+        print(json.dumps(asked), file=server().stdin, flush=True)
+        codes = json.loads(server().stdout.readline())
         log = (self.folder / f"{self.name}.0.log").read_text()
         assert codes == [-signal.SIGKILL if killed else 0] * processes, log[-3000:]
         return self.steps(processes - 1)

@@ -20,6 +20,8 @@ from vwn.training.checkpoint.manifest import checkpoints
 from vwn.training.run import train
 from vwn.training.trainer import VirtualWidthTrainer, cooled_down
 
+pytestmark = pytest.mark.slow
+
 STEP = 4 * 32  # tokens
 
 

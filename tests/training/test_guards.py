@@ -17,6 +17,8 @@ from vwn.training.run import train
 from vwn.training.trainer import Diverged, VirtualWidthTrainer
 from vwn.training.watch.guards import HISTORY, StepGuard
 
+pytestmark = pytest.mark.slow
+
 
 def run(out, text, **options):
     reliability = ReliabilityOptions(**options.pop("reliability", {}))

@@ -51,6 +51,7 @@ def test_the_worst_is_in_the_logs_with_the_step_it_was_measured_at(finished):
         assert health[step]["gradient_norm"]["total"] == pytest.approx(logged[step]["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_training_does_not_notice_it(tmp_path, text):
     without, measured = (
         train(config(tmp_path / str(every), text, health_every=every, optim={"steps": 3})) for every in (0, 1)
@@ -145,6 +146,7 @@ def test_effective_slots_of_states_with_a_known_number():
     assert effective_slots(orthogonal) == pytest.approx(6, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_is_said_once(finished, tmp_path, text, caplog):
     run, _ = finished
     healthy = read_health(run.out)[-1]

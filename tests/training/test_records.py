@@ -21,6 +21,8 @@ from vwn.training.presets import PRESETS
 from vwn.training.run import train
 from vwn.training.watch.samples import FILE, last_sample
 
+pytestmark = pytest.mark.slow
+
 
 def sampled(out, text, **changes):
     """A run whose validation is long enough for samples of two tokens."""

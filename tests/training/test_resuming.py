@@ -17,6 +17,8 @@ from vwn.training.checkpoint.saving import RUN_STATE
 from vwn.training.config import ReliabilityOptions, SpeedOptions
 from vwn.training.run import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("words", "meaning"),

@@ -24,6 +24,8 @@ from vwn.training.directory import check_same, read_json, settings
 from vwn.training.run import train
 from vwn.training.trainer import VirtualWidthTrainer
 
+pytestmark = pytest.mark.slow
+
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "off")
 
 
@@ -69,7 +71,6 @@ def inputs_of(monkeypatch):
     return seen
 
 
-@pytest.mark.slow
 def test_a_run_that_breaks_off_goes_on_with_other_workers_to_the_same_bits(tmp_path, sources, whole, monkeypatch):
     reference, result = whole
     seen = inputs_of(monkeypatch)

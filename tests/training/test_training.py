@@ -64,6 +64,7 @@ def test_validation_losses_are_means_over_the_windows(finished, text):
     assert result.curve[-1]["loss_2"] == pytest.approx(nll_2, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_final_validation_also_when_the_interval_does_not_divide_the_steps(tmp_path, text):
     result = train(config(tmp_path / "run", text, optim={"steps": 3}, eval_every=2, save_every=100))
     assert [p["tokens"] // 128 for p in result.curve] == [0, 2, 3]
@@ -104,6 +105,7 @@ def test_presets_start_at_the_scale_of_their_width():
     assert state["model.norm.weight"].eq(1).all()
 
 
+@pytest.mark.slow
 def test_data_order_depends_on_the_seed_alone(tmp_path, text, monkeypatch):
     def batches(name, m, n, seed):
         seen = []

@@ -16,6 +16,8 @@ from vwn.training.directory import locked
 from vwn.training.run import train
 from vwn.training.trainer import Diverged, VirtualWidthTrainer
 
+pytestmark = pytest.mark.slow
+
 
 def test_an_existing_directory_is_refused_and_left_alone(finished, text):
     run, _ = finished

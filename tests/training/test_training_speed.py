@@ -32,6 +32,7 @@ def test_logged_training_losses_do_not_depend_on_accumulation(tmp_path, text, ba
     assert logged("split", 4) == pytest.approx(logged("whole", 1), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_speed_options_reach_the_model_and_leave_the_losses(tmp_path, text, monkeypatch):
     seen = []
     apply = run_module.apply_speed

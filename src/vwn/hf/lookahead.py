@@ -86,7 +86,6 @@ class Lookahead:
     def _note(self, state: Tensor, z: Tensor, connection: Connection, new: Tensor) -> None:
         if self.keep_every > 1 and torch.is_grad_enabled():
             assert isinstance(connection, GeneralizedHyperConnection)
-            assert connection.has_fused_write
             before, self._writes = self._kept(state), self._writes + 1
             if self._writes % self.keep_every and not has_hooks(connection, connection.write):  # which may change it
                 self._last = new, _version(new), Rebuilt(before, z.detach(), connection)

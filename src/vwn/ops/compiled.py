@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -129,9 +130,8 @@ def backward(grad_state: Tensor | None, grad_x: Tensor | None, inputs: Inputs, n
     of_state, of_z, of_norm = torch.empty_like(state), None if z is None else torch.empty_like(z), None
     if norm is not None and needs_weights:
         of_norm = torch.empty_like(norm.weight, dtype=torch.promote_types(state.dtype, torch.float32))
-    given = {"grad_new": grad_state, "grad_x": grad_x}
-    wanted = {"grad_state": of_state, "grad_z": of_z, "grad_norm": of_norm}
-    of_weights = _run(inputs, backward=True, needs_weights=needs_weights, **given, **wanted)
+    tensors = {"grad_new": grad_state, "grad_x": grad_x, "grad_state": of_state, "grad_z": of_z, "grad_norm": of_norm}
+    of_weights = _run(inputs, backward=True, needs_weights=needs_weights, **tensors)
     rounded = None if of_norm is None else of_norm.to(state.dtype)
     return [t for t in (of_state, of_z, *of_weights, rounded) if t is not None]
 
@@ -142,7 +142,9 @@ def _run(inputs: Inputs, backward: bool, needs_weights: bool, **tensors: Tensor 
     state, z, write, read, norm = inputs
     m, n, d = inputs.sizes
     args = _Args(state.shape[0], n, m, d, _DTYPES[state.dtype], torch.get_num_threads())
-    _point(args, state=state, z=z, **tensors)
+    for name, tensor in (("state", state), ("z", z), *tensors.items()):
+        if tensor is not None:
+            setattr(args, name, tensor.data_ptr())
     if norm is not None:
         args.norm, args.norm_eps = norm.weight.data_ptr(), norm.eps
     gradients: list[Tensor] = []
@@ -150,18 +152,15 @@ def _run(inputs: Inputs, backward: bool, needs_weights: bool, **tensors: Tensor 
         if weights is None:
             continue
         side.present, side.dynamic, side.eps = 1, weights.dynamic, weights.eps
-        named = {name: t for name, t in weights._asdict().items() if isinstance(t, Tensor)}
-        _point(side.weights, **named)
+        side.weights = _addresses(weights[:-1])
         if needs_weights:
-            zeros = {name: torch.zeros_like(t) for name, t in named.items()}
-            _point(side.gradients, **zeros)
-            gradients += zeros.values()
+            zeros = [None if t is None else torch.zeros_like(t) for t in weights[:-1]]
+            side.gradients = _addresses(zeros)
+            gradients += [t for t in zeros if t is not None]
     if library.vwn_write_read(ctypes.byref(args), int(backward), int(needs_weights)):
         raise AssertionError("the library was built without this dtype")
     return gradients
 
 
-def _point(target: ctypes.Structure, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            setattr(target, name, tensor.data_ptr())
+def _addresses(tensors: Sequence[Tensor | None]) -> _Parameters:
+    return _Parameters(*(None if t is None else t.data_ptr() for t in tensors))

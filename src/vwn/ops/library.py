@@ -11,7 +11,7 @@ of the results in front of them and ``needs_weights`` behind. It returns a list,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -74,11 +74,6 @@ def _like(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-def _hidden_size(inputs: Inputs) -> int:
-    m, _, d = inputs.sizes
-    return m * d
-
-
 def _flops(given: Any) -> int:
     """FLOPs of the matrix products (section 3.5), from :class:`Inputs` with shapes in place of tensors.
 
@@ -96,22 +91,23 @@ def _flops(given: Any) -> int:
     return total
 
 
-def _define(name: str, writes: bool, reads: bool) -> CustomOpDef:
-    """Define an op, its backward, what both return without running, and their FLOPs."""
+def _define(name: str, writes: bool, reads: bool) -> Callable[..., Any]:
+    """Define an op, its backward, what both return without running, and their FLOPs; returns what calls it."""
     results, first = writes + reads, 1 + writes  # how many; and of the inputs those that are no weights
 
     def forward(*arguments: Any) -> Any:
         inputs, backend = _parsed(arguments, writes, reads)
         new, x = _run("forward", inputs, backend)
         out = [_shaped(new, inputs.state.shape)] if writes else []
-        out += [_shaped(x, [*inputs.state.shape[:-1], _hidden_size(inputs)])] if reads else []
+        out += [_shaped(x, [*inputs.state.shape[:-1], x.shape[-1]])] if reads else []
         return tuple(out) if results > 1 else out[0]
 
     def fake_forward(*arguments: Any) -> Any:
         inputs, _ = _parsed(arguments, writes, reads)
         check(inputs)
+        m, _, d = inputs.sizes
         out = [_like(inputs.state)] if writes else []
-        out += [inputs.state.new_empty(*inputs.state.shape[:-1], _hidden_size(inputs))] if reads else []
+        out += [inputs.state.new_empty(*inputs.state.shape[:-1], m * d)] if reads else []
         return tuple(out) if results > 1 else out[0]
 
     def backward(*arguments: Any) -> list[Tensor]:
@@ -135,7 +131,6 @@ def _define(name: str, writes: bool, reads: bool) -> CustomOpDef:
     back = torch.library.custom_op(f"vwn::{name}_backward", backward, mutates_args=(), schema=schema)
     op.register_fake(fake_forward)
     back.register_fake(fake_backward)
-    _differentiate(op, back, first)
 
     packets = torch.ops.vwn
 
@@ -147,26 +142,39 @@ def _define(name: str, writes: bool, reads: bool) -> CustomOpDef:
     def _of_backward(*inputs: Any, **_: Any) -> int:  # without what it computes again
         return 2 * _flops(_parsed(inputs[results:], writes, reads)[0])
 
-    return op
+    return _differentiated(op, back, first)
 
 
-def _differentiate(op: CustomOpDef, backward: CustomOpDef, first: int) -> None:
+def _differentiated(op: CustomOpDef, backward: CustomOpDef, first: int) -> Callable[..., Any]:
     """Save the inputs of ``op`` and hand them, as they came, to ``backward`` behind the gradients of the results."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
-        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
-        ctx.others = [value for value in inputs if not isinstance(value, Tensor)]
+        ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs))
+        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
 
     def run_backward(ctx: Any, *grads: Tensor) -> Any:
-        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
-        inputs = [next(tensors if is_tensor else others) for is_tensor in ctx.is_tensor]
-        needs_weights = any(ctx.needs_input_grad[first:])
+        tensors, needs_weights = ctx.saved_tensors, any(ctx.needs_input_grad[first:])
+        inputs = [other if t is None else t for t, other in zip(tensors, ctx.others, strict=True)]
         found = iter(backward(*grads, *inputs, needs_weights))
-        wanted = [is_tensor and (i < first or needs_weights) for i, is_tensor in enumerate(ctx.is_tensor)]
+        wanted = [t is not None and (i < first or needs_weights) for i, t in enumerate(tensors)]
         return tuple(next(found) if wants else None for wants in wanted)
 
     op.register_autograd(run_backward, setup_context=setup_context)
+
+    class Differentiated(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            setup_context(ctx, inputs, None)
+            return op(*inputs)
+
+        backward = staticmethod(run_backward)
+
+    def call(*inputs: Any) -> Any:
+        """The op; where it is run and not traced by a shorter way, as ``register_autograd`` takes 0.1 ms a call."""
+        traced = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        return op(*inputs) if traced else Differentiated.apply(*inputs)
+
+    return call
 
 
 read = _define("read", writes=False, reads=True)

@@ -171,16 +171,16 @@ def check(inputs: Inputs, grad_new: Tensor | None = None, grad_x: Tensor | None 
     alpha, beta = (n, m + n), (m, n)
     shapes: Any = (alpha, beta, (d, m + n), (d, m), alpha, beta, (d,))
     for weights in sides:
-        for weight, shape, name in zip(weights, shapes, weights._fields, strict=False):
-            if isinstance(weight, Tensor) and weight.shape != shape:
+        for weight, shape, name in zip(weights[:-1], shapes, weights._fields, strict=False):
+            if weight is not None and weight.shape != shape:
                 raise UserError(f"{name} must be {shape}, got {_of(weight)}")
     routing = torch.promote_types(state.dtype, torch.float32)
     beside = [(t, state.dtype) for t in (z, grad_new, grad_x, norm and norm.weight)]
-    beside += [(t, routing) for weights in sides for t in weights]  # type: ignore[misc]
+    beside += [(t, routing) for weights in sides for t in weights[:-1]]
     for t, dtype in beside:
-        if isinstance(t, Tensor) and t.device != state.device:
+        if t is not None and t.device != state.device:
             raise UserError(f"the state is on {state.device}, what goes with it on {t.device}; move one to the other")
-        if isinstance(t, Tensor) and t.dtype is not dtype:
+        if t is not None and t.dtype is not dtype:
             raise UserError(f"beside {_of(state)} an op of torch.ops.vwn takes {dtype}, not {_of(t)}; vwn.ops casts")
     if not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0:
         raise UserError("the connections have no forward-mode derivative (jvp, dual numbers); use reverse mode")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterator
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 from datasets import Features, IterableDataset, Value
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
@@ -46,9 +46,5 @@ def _rows(files: list[str]) -> Iterator[dict[str, str]]:
                 held = []
 
 
-def _text(row: dict[str, Any]) -> str:
-    return row["text"]
-
-
 for _name in FORMATS:
-    DATASETS[_name] = DatasetConfig(path="", loader=partial(_stream, _name), sample_processor=_text)
+    DATASETS[_name] = DatasetConfig(path="", loader=partial(_stream, _name), sample_processor=itemgetter("text"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,7 @@ from vwn.common.files import read_json, sync, sync_directory
 from vwn.common.processes import broadcast, rank
 from vwn.training import directory
 from vwn.training.budgets import Branch, decay_steps
-from vwn.training.checkpoint.manifest import (
-    checkpoints,
-    discard,
-    is_whole,
-    last_checkpoint,
-    step_of,
-)
+from vwn.training.checkpoint.manifest import checkpoints, discard, is_whole, last_checkpoint, step_of
 from vwn.training.distributed import on_all_ranks
 from vwn.training.result import Point, RunResult, stored_result
 from vwn.training.trainer import Diverged
@@ -51,7 +46,7 @@ def train_branches(run: Run, budgets: int | None = None) -> RunResult:
     decayed: list[Point] = []
     for branch in config.branches[:budgets]:
         out = config.out / FOLDER / branch.name
-        ended = _stored(out)
+        ended = broadcast(on_all_ranks(partial(stored_result, out) if rank() == 0 else lambda: None))
         if ended is None:
             try:
                 _reach(run, branch)
@@ -94,10 +89,6 @@ def finished(out: Path) -> RunResult | None:
 
 def _tokens(point: Point) -> int:
     return int(point["tokens"] or 0)
-
-
-def _stored(out: Path) -> RunResult | None:
-    return broadcast(on_all_ranks(lambda: stored_result(out) if rank() == 0 else None))
 
 
 def _reach(run: Run, branch: Branch) -> None:

@@ -97,10 +97,16 @@ def validation_curve(history: list[dict[str, Any]]) -> list[Point]:
     return [{ours: entry.get(theirs) for ours, theirs in names.items()} for entry in history if "eval_loss" in entry]
 
 
+_COUNTED: dict[tuple[str, int], int] = {}
+
+
 def flops_per_token(config: Any, window: int) -> float | None:
-    """Forward FLOPs per token, by the formulas of :mod:`vwn.cost.model`; None for attention they do not know."""
+    """Forward FLOPs per token, as :mod:`vwn.cost.model` counts them, once for equal configs; None if it cannot."""
+    key = config.to_json_string(), window
     try:
-        return model_cost(config, sequence_length=window).forward_flops_per_token
+        if key not in _COUNTED:
+            _COUNTED[key] = model_cost(config, sequence_length=window).forward_flops_per_token
+        return _COUNTED[key]
     except UserError as unknown:
         if rank() == 0:
             print(f"vwn: FLOPs are left out of the result: {unknown}", file=sys.stderr)

@@ -101,7 +101,7 @@ def plan_text(found: Mapping[str, Plan]) -> str:
     """Return what ``vwn cost --cluster`` prints, at most 110 columns wide."""
     rows, notes = [["GB per GPU", "params", *_REMEDIES, "total", "fits"]], []
     for name, plan in found.items():
-        memory = [_gb(getattr(plan.memory, part)) for part in (*_REMEDIES, "total")]
+        memory = [f"{getattr(plan.memory, part) / 1e9:.2f}" for part in (*_REMEDIES, "total")]
         rows.append([name, count(plan.shape.parameters), *memory, "yes" if plan.fits else "NO"])
         if not plan.fits:
             notes += textwrap.wrap(f"{name}: does not fit: {plan.advice}", 110, subsequent_indent="  ")
@@ -117,7 +117,3 @@ def plan_text(found: Mapping[str, Plan]) -> str:
         f"fits: in {USABLE:.0%} of memory. Without expert parallelism.",
     ]
     return "\n".join([*heading, "", *align(rows), *([""] if notes else []), *notes, "", *legend])
-
-
-def _gb(value: float) -> str:
-    return f"{value / 1e9:.2f}"
