@@ -139,6 +139,9 @@ def test_parts_of_sequences_are_refused():
             model(ids, **part)
         model(ids, **part | {"position_ids": torch.arange(8)[None]})
     assert torch.isfinite(wide(num_mtp_modules=0)(ids, **part).loss)
+    model = wide(num_mtp_modules=1)
+    before = model(ids, use_cache=True).past_key_values
+    assert model(ids, **part, past_key_values=before).loss.isfinite()  # the first half is in the cache
 
 
 # Trainers

@@ -200,6 +200,13 @@ def test_a_model_spread_by_accelerate_is_refused(tmp_path):
         widen(whole, m=2, n=3)
 
 
+def test_a_norm_of_the_embedding_gives_copies_of_a_segment_the_same_numbers():
+    wide = widen(zoo.tiny_causal_lm("bloom"), m=2, n=3)
+    state = wide(torch.arange(3, 10)[None], output_hidden_states=True).over_width_hidden_states[0]
+    first, _, copy = state.chunk(3, dim=-1)
+    torch.testing.assert_close(copy, first)
+
+
 def test_a_model_that_does_more_than_it_shows_is_refused(monkeypatch):
     """What the probe is for: the head of this model scales its logits, and no table says so."""
     from vwn.hf import families

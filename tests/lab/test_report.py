@@ -121,14 +121,8 @@ def test_page_has_the_content_and_loads_nothing_from_outside(tmp_path: Path) -> 
     assert not {tag for tag, _ in page.tags} & {"img", "b", "script"}
     assert any(HOSTILE in text for text in page.text)
     text = " ".join(page.text)
-    for expected in (
-        source["command"],
-        headline(add_analysis(source)),
-        "a processor",
-        "0.9, 0.95",
-        "optim.betas",
-        "0.1.0",
-    ):
+    made_from = source["command"], headline(add_analysis(source))
+    for expected in (*made_from, "a processor", "0.9, 0.95", "optim.betas", "0.1.0"):
         assert expected in text
     ids = [attributes.get("id") for _, attributes in page.tags]
     assert {"loss-over-tokens", "loss-over-tokens-2", "gain", "gain-2"} <= set(ids)

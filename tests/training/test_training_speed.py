@@ -17,6 +17,8 @@ from vwn.training.config import SpeedOptions, WidthOptions
 from vwn.training.model import build_model, load_backbone, model_config
 from vwn.training.run import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("backbone", ["nano", "tiny-moe"])
 def test_logged_training_losses_do_not_depend_on_accumulation(tmp_path, text, backbone):
@@ -32,7 +34,6 @@ def test_logged_training_losses_do_not_depend_on_accumulation(tmp_path, text, ba
     assert logged("split", 4) == pytest.approx(logged("whole", 1), abs=2e-3)
 
 
-@pytest.mark.slow
 def test_speed_options_reach_the_model_and_leave_the_losses(tmp_path, text, monkeypatch):
     seen = []
     apply = run_module.apply_speed
