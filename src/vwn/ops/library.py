@@ -49,7 +49,8 @@ def _run(step: str, inputs: Inputs, backend: str, before: Sequence[Any] = (), af
     check(inputs, *before)
     state, z, write, read, norm = inputs
     name = choose(backend, state.device, state.dtype, inputs.sizes[1])
-    inputs = Inputs(_tokens(state), None if z is None else _tokens(z), *map(_ready, (write, read, norm)))
+    weights = [_ready(of, detached=name == "reference") for of in (write, read, norm)]
+    inputs = Inputs(_tokens(state), None if z is None else _tokens(z), *weights)
     return getattr(module(name), step)(*(None if t is None else _tokens(t) for t in before), inputs, *after)
 
 
@@ -63,10 +64,12 @@ def _shaped(t: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.ops.aten._unsafe_view(t, shape)
 
 
-def _ready(weights: Any) -> Any:
-    """Detach, as torch.matmul takes another route, to other bits, for what requires a gradient; make contiguous."""
+def _ready(weights: Any, detached: bool) -> Any:
+    """Make contiguous; detach, as torch.matmul takes another route, to other bits, for what requires a gradient."""
     if weights is None:
         return None
+    if not detached and all(t.is_contiguous() for t in weights if isinstance(t, Tensor)):
+        return weights
     return type(weights)(*(t.detach().contiguous() if isinstance(t, Tensor) else t for t in weights))
 
 
@@ -170,9 +173,9 @@ def _differentiated(op: CustomOpDef, backward: CustomOpDef, first: int) -> Calla
         backward = staticmethod(run_backward)
 
     def call(*inputs: Any) -> Any:
-        """The op; where it is run and not traced by a shorter way, as ``register_autograd`` takes 0.1 ms a call."""
-        traced = torch.compiler.is_compiling() or not torch.is_grad_enabled()
-        return op(*inputs) if traced else Differentiated.apply(*inputs)
+        """The op; where gradients are taken in eager by a shorter way, as ``register_autograd`` takes 0.1 ms a call."""
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        return op(*inputs) if traced or not torch.is_grad_enabled() else Differentiated.apply(*inputs)
 
     return call
 

@@ -5,7 +5,7 @@ Shapes: ``n`` slots, ``m`` segments, ``d = D / m`` segment width.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -144,17 +144,14 @@ def check(inputs: Inputs, grad_new: Tensor | None = None, grad_x: Tensor | None 
     """
     state, z, write, read, norm = inputs
     sides = [weights for weights in (write, read) if weights is not None]
-    for weights in sides:
-        dynamic = (weights.dynamic_alpha, weights.scale_alpha, weights.slot_norm)
-        of_b = (weights.bias_beta, *((weights.dynamic_beta, weights.scale_beta) if weights.dynamic else ()))
-        if weights is write and any(t is None for t in of_b):
+    for w in sides:
+        if w is write and (w.bias_beta is None or (w.dynamic and (w.dynamic_beta is None or w.scale_beta is None))):
             raise UserError("a write needs the weights of B too; these are for a read alone")
-        if len({t is None for t in dynamic}) > 1:
-            raise UserError(
-                "dynamic routing needs dynamic_alpha, scale_alpha and slot_norm, static routing none of them"
-            )
-        if weights.bias_alpha.ndim != 2 or weights.m < 1:
-            raise UserError(f"bias_alpha must be n x (m + n), got {_of(weights.bias_alpha)}")
+        if not (w.dynamic_alpha is None) == (w.scale_alpha is None) == (w.slot_norm is None):
+            needed = "dynamic routing needs dynamic_alpha, scale_alpha and slot_norm, static routing none of them"
+            raise UserError(needed)
+        if w.bias_alpha.ndim != 2 or w.m < 1:
+            raise UserError(f"bias_alpha must be n x (m + n), got {_of(w.bias_alpha)}")
     first = sides[0]
     n, m = first.n, first.m
     width = state.shape[-1] if state.ndim else 0
@@ -162,26 +159,26 @@ def check(inputs: Inputs, grad_new: Tensor | None = None, grad_x: Tensor | None 
     if width != n * d or not state.is_floating_point():
         wanted = f"{n * d}" if first.dynamic else f"a multiple of n = {n}"
         raise UserError(f"the over-width state must be D' = n d = {wanted} wide and floating point, got {_of(state)}")
-    rows = {"sublayer's output": (z, m), "gradient of the state": (grad_new, n), "gradient of X": (grad_x, m)}
-    for name, (t, count) in rows.items():
-        if t is not None and t.shape != (*state.shape[:-1], count * d):
-            raise UserError(f"the {name} must be {(*state.shape[:-1], count * d)} beside {_of(state)}, got {_of(t)}")
-    if norm is not None and norm.weight.shape != (m * d,):
-        raise UserError(f"the norm's weight must be {(m * d,)}, got {_of(norm.weight)}")
-    alpha, beta = (n, m + n), (m, n)
-    shapes: Any = (alpha, beta, (d, m + n), (d, m), alpha, beta, (d,))
-    for weights in sides:
-        for weight, shape, name in zip(weights[:-1], shapes, weights._fields, strict=False):
-            if weight is not None and weight.shape != shape:
-                raise UserError(f"{name} must be {shape}, got {_of(weight)}")
-    routing = torch.promote_types(state.dtype, torch.float32)
-    beside = [(t, state.dtype) for t in (z, grad_new, grad_x, norm and norm.weight)]
-    beside += [(t, routing) for weights in sides for t in weights[:-1]]
-    for t, dtype in beside:
-        if t is not None and t.device != state.device:
-            raise UserError(f"the state is on {state.device}, what goes with it on {t.device}; move one to the other")
-        if t is not None and t.dtype is not dtype:
-            raise UserError(f"beside {_of(state)} an op of torch.ops.vwn takes {dtype}, not {_of(t)}; vwn.ops casts")
+    rows, dtype, device = state.shape[:-1], state.dtype, state.device
+    beside: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]] = [
+        ("the sublayer's output", z, (*rows, m * d), dtype),
+        ("the gradient of the state", grad_new, (*rows, n * d), dtype),
+        ("the gradient of X", grad_x, (*rows, m * d), dtype),
+        ("the norm's weight", norm and norm.weight, (m * d,), dtype),
+    ]
+    routing, alpha, beta = torch.promote_types(dtype, torch.float32), (n, m + n), (m, n)
+    shapes = (alpha, beta, (d, m + n), (d, m), alpha, beta, (d,))
+    for w in sides:
+        beside += zip(w._fields, w[:-1], shapes, [routing] * len(shapes), strict=False)
+    for name, t, shape, kind in beside:
+        if t is None:
+            continue
+        if t.shape != shape:
+            raise UserError(f"{name} must be {shape} beside {_of(state)}, got {_of(t)}")
+        if t.device != device:
+            raise UserError(f"the state is on {device}, what goes with it on {t.device}; move one to the other")
+        if t.dtype is not kind:
+            raise UserError(f"beside {_of(state)} an op of torch.ops.vwn takes {kind}, not {_of(t)}; vwn.ops casts")
     if not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0:
         raise UserError("the connections have no forward-mode derivative (jvp, dual numbers); use reverse mode")
 
