@@ -282,7 +282,7 @@ def op(name, connection, *arguments):
         (lambda c, o: c.write_read(torch.randn(3, 256), torch.randn(3, 64), o), "must be D' = n d = 96 wide"),
         (
             lambda c, o: ops.write_read(torch.randn(3, 256), torch.randn(3, 64), c.weights, o.weights),
-            "bias_alpha must be (16, 20), got (3, 5)",
+            "bias_alpha must be (16, 20) beside (3, 256) float32, got (3, 5)",
         ),
         (lambda c, o: c.read(torch.randn(3, 256), NormWeights(torch.ones(32))), "the norm's weight must be (64,)"),
         (lambda c, o: ops.write(torch.randn(3, 256), torch.randn(3, 64), c.weights.to_read), "weights of B"),
