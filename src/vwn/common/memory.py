@@ -17,8 +17,10 @@ def keep_freed_memory() -> None:
     """Make glibc keep freed memory for the next step, in a process that does nothing but train.
 
     By default it returns the memory to the system, which clears and maps it again in every step: up to a third of a
-    connection's time on a CPU. Other C libraries have no such setting.
+    connection's time on a CPU. Other C libraries have no such setting. Python's collections, which Trainer asks for,
+    pass over what is there already.
     """
+    gc.freeze()
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((-1, 2**31 - 1), (-2, 64 << 20), (-3, 32 << 20)):  # trim, top pad, mmap thresholds
