@@ -43,13 +43,7 @@ def test_flops_of_widened_models_are_those_the_counter_sees(kind: str, mtp: int)
         {"m": 2, "n": 3, "num_mtp_modules": 2},
         {"connection": "residual"},
         {"connection": "residual", "num_mtp_modules": 1, "tie_word_embeddings": True},
-        {
-            "connection": "residual",
-            "table_factor": 4,
-            "tie_word_embeddings": True,
-            "ngram_order": 2,
-            "ngram_buckets": 9,
-        },
+        dict(connection="residual", table_factor=4, tie_word_embeddings=True, ngram_order=2, ngram_buckets=9),
     ],
     ids=str,
 )

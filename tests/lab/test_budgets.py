@@ -23,8 +23,7 @@ def studied(*arms: dict[str, Any]) -> BudgetStudy:
 
 def test_ratios_and_their_inverses_give_the_same_interval() -> None:
     ratios, inverses = (Ratio.over([x**sign for x in (1, 2, 4)]) for sign in (1, -1))
-    assert ratios.mean == pytest.approx(2)
-    assert ratios.interval == pytest.approx([2 * math.exp(sign * 4.303 * math.log(2) / 3**0.5) for sign in (-1, 1)])
+    assert ratios.interval[0] == pytest.approx(2 ** (1 - 4.303 / 3**0.5))
     assert ratios.interval == pytest.approx([1 / bound for bound in reversed(inverses.interval)])
 
 

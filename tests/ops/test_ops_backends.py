@@ -271,37 +271,28 @@ def op(name, connection, *arguments):
     return getattr(torch.ops.vwn, name)(*arguments, connection.backend, *[True] * name.endswith("backward"))
 
 
+STATE, Z = torch.ones(3, 256), torch.ones(3, 64)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda c, o: c.read(torch.randn(2, 5, 64)), "must be D' = n d = 256 wide and floating point, got (2, 5, 64)"),
         (lambda c, o: c.read(torch.randn(250)), "must be D' = n d = 256 wide"),
         (lambda c, o: c.read(torch.ones(2, 256, dtype=torch.long)), "floating point, got (2, 256) int64"),
-        (lambda c, o: c.write(torch.randn(8, 3, 256), torch.randn(3, 64)), "output must be (8, 3, 64)"),
-        (lambda c, o: c.write(torch.randn(3, 256), torch.randn(3, 32)), "output must be (3, 64)"),
-        (lambda c, o: c.write_read(torch.randn(3, 256), torch.randn(3, 64), o), "must be D' = n d = 96 wide"),
-        (
-            lambda c, o: ops.write_read(torch.randn(3, 256), torch.randn(3, 64), c.weights, o.weights),
-            "bias_alpha must be (16, 20) beside (3, 256) float32, got (3, 5)",
-        ),
-        (lambda c, o: c.read(torch.randn(3, 256), NormWeights(torch.ones(32))), "the norm's weight must be (64,)"),
-        (lambda c, o: ops.write(torch.randn(3, 256), torch.randn(3, 64), c.weights.to_read), "weights of B"),
+        (lambda c, o: c.write(torch.randn(8, 3, 256), Z), "output must be (8, 3, 64)"),
+        (lambda c, o: c.write(STATE, torch.randn(3, 32)), "output must be (3, 64)"),
+        (lambda c, o: c.write_read(STATE, Z, o), "must be D' = n d = 96 wide"),
+        (lambda c, o: ops.write_read(STATE, Z, c.weights, o.weights), "must be (16, 20) beside (3, 256) float32"),
+        (lambda c, o: c.read(STATE, NormWeights(torch.ones(32))), "the norm's weight must be (64,)"),
+        (lambda c, o: ops.write(STATE, Z, c.weights.to_read), "weights of B"),
         (lambda c, o: c.read(torch.randn(3, 256, device="meta")), "what goes with it on cpu"),
-        (lambda c, o: ops.read(torch.randn(3, 256), c.weights._replace(slot_norm=None)), "dynamic routing needs"),
-        (lambda c, o: ops.write(torch.randn(3, 256), torch.randn(3, 64), c.weights._replace(scale_beta=None)), "of B"),
+        (lambda c, o: ops.read(STATE, c.weights._replace(slot_norm=None)), "dynamic routing needs"),
+        (lambda c, o: ops.write(STATE, Z, c.weights._replace(scale_beta=None)), "of B"),
         (lambda c, o: ops.read(torch.randn(3, 9), RoutingWeights(torch.ones(3, 3), None)), "bias_alpha must be n x"),
-        (
-            lambda c, o: op("read", c, torch.randn(3, 256).double(), *c.weights.to_read, None, 0.0),
-            "not (16, 20) float32",
-        ),
-        (
-            lambda c, o: op("write", c, torch.randn(3, 256), torch.randn(3, 64).half(), *c.weights),
-            "not (3, 64) float16",
-        ),
-        (
-            lambda c, o: op("read_backward", c, torch.randn(1, 64), torch.randn(3, 256), *c.weights.to_read, None, 0.0),
-            "the gradient of X must be (3, 64)",
-        ),
+        (lambda c, o: op("read", c, STATE.double(), *c.weights.to_read, None, 0.0), "not (16, 20) float32"),
+        (lambda c, o: op("write", c, STATE, Z.half(), *c.weights), "not (3, 64) float16"),
+        (lambda c, o: op("read_backward", c, Z[:1], STATE, *c.weights.to_read, None, 0.0), "gradient of X must be (3"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(call, message):
