@@ -22,6 +22,7 @@ from vwn.ops import backends, compiled, library
 from vwn.ops.weights import NormWeights, RoutingWeights
 
 COMPILER = shutil.which("g++") or shutil.which("c++")
+STATE, Z = torch.ones(3, 256), torch.ones(3, 64)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 
 READ = """
@@ -269,9 +270,6 @@ def test_a_backend_that_cannot_run_changes_nothing(forget, monkeypatch):
 def op(name, connection, *arguments):
     """Call the op itself, past what makes its arguments fit."""
     return getattr(torch.ops.vwn, name)(*arguments, connection.backend, *[True] * name.endswith("backward"))
-
-
-STATE, Z = torch.ones(3, 256), torch.ones(3, 64)
 
 
 @pytest.mark.parametrize(
