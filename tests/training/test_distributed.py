@@ -288,12 +288,7 @@ def test_what_is_asked_for_and_what_accelerate_says_decide(processes_of, text, t
         (2, {}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: 2"),
         (2, {"parallel": "fsdp2", "speed": SpeedOptions(compile=True)}, {}, "--compile does not go with"),
         (2, {"parallel": "fsdp2", "speed": SpeedOptions(keep_states_every=2)}, {}, "--keep-states-every does not go"),
-        (
-            2,
-            {"parallel": "fsdp2", "speed": SpeedOptions(loss_backend="liger")},
-            {},
-            "--loss-backend liger does not go",
-        ),
+        (2, {"parallel": "fsdp2", "speed": SpeedOptions(loss_backend="liger")}, {}, "--loss-backend liger does not"),
     ],
 )
 def test_what_does_not_go_together_is_refused(processes_of, text, tmp_path, world, changes, environment, sentence):

@@ -166,3 +166,7 @@ def test_a_run_from_weights_continues_without_them(tmp_path, text, finished):
     assert without_seconds(train(cut).curve) == without_seconds(whole.curve)
     assert weights(cut) == weights(run)
     assert (cut.out / "generation_config.json").read_text() == (run.out / "generation_config.json").read_text()
+    for written in (*run_module.checkpoints(cut.out).values(), cut.out / "result.json"):  # as before the first one
+        shutil.rmtree(written) if written.is_dir() else written.unlink()
+    with pytest.raises(UserError, match="has no checkpoint yet; continue it with --init-from"):
+        train(dataclasses.replace(cut, init_from=f"elsewhere/{tmp_path.name}/wide"))

@@ -99,11 +99,8 @@ def _arguments(
     """The arguments of an op, with the weights in the dtype that the routing is computed in."""
     state = state.to(state_dtype(state))
     dtype = torch.promote_types(state.dtype, torch.float32)
-    weights = [
-        t.to(dtype) if isinstance(t, Tensor) and t.dtype is not dtype else t
-        for side in (write, read)
-        for t in side or ()
-    ]
+    both = (*(write or ()), *(read or ()))
+    weights = [t.to(dtype) if isinstance(t, Tensor) and t.dtype is not dtype else t for t in both]
     of_norm: list[Any] = [] if read is None else [None, 0.0]
     if norm is not None:
         of_norm = [norm.weight.to(state.dtype), norm.eps]

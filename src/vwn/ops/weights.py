@@ -145,12 +145,12 @@ def check(inputs: Inputs, grad_new: Tensor | None = None, grad_x: Tensor | None 
     state, z, write, read, norm = inputs
     sides = [weights for weights in (write, read) if weights is not None]
     for w in sides:
-        if w is write and (w.bias_beta is None or (w.dynamic and (w.dynamic_beta is None or w.scale_beta is None))):
-            raise UserError("a write needs the weights of B too; these are for a read alone")
+        missing = [t is None for t in (w.bias_beta, w.dynamic_beta, w.scale_beta)]
+        if missing != ([False, not w.dynamic, not w.dynamic] if w is write else [True] * 3):
+            raise UserError("a write takes the weights of B, as dynamic as those of A, and a read (to_read) has none")
         if not (w.dynamic_alpha is None) == (w.scale_alpha is None) == (w.slot_norm is None):
-            needed = "dynamic routing needs dynamic_alpha, scale_alpha and slot_norm, static routing none of them"
-            raise UserError(needed)
-        if w.bias_alpha.ndim != 2 or w.m < 1:
+            raise UserError("dynamic routing needs dynamic_alpha, scale_alpha and slot_norm, static routing none")
+        if w.bias_alpha.ndim != 2 or w.m < 1 or w.n < 1:
             raise UserError(f"bias_alpha must be n x (m + n), got {_of(w.bias_alpha)}")
     first = sides[0]
     n, m = first.n, first.m

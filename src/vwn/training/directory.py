@@ -91,7 +91,7 @@ def _agree(one: Any, other: Any) -> bool:
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(_agree, one, other))
     ends = zip(Path(str(one)).parts[:-3:-1], Path(str(other)).parts[:-3:-1], strict=False)
-    return all(a == b for a, b in ends)
+    return [a == b for a, b in ends] in ([True], [True, True])
 
 
 def extends(name: str, stored: dict[str, Any], value: Any) -> bool:

@@ -173,8 +173,12 @@ class Run:
     def _start(self) -> Any:
         c = self.config
         if c.init_from is not None:
-            if (c.out / START / "config.json").exists() and checkpoints(c.out):
-                return recorded_start(c.out / START)
+            if (c.out / START / "config.json").exists():
+                if checkpoints(c.out):
+                    return recorded_start(c.out / START)
+                began = directory.read_json(c.out / "run.json")["config"]["init_from"]
+                if began != c.init_from:  # another path to the same model is fine where its weights are here
+                    raise UserError(f"{c.out} has no checkpoint yet; continue it with --init-from {began}")
             return start_from(c.init_from, len(self.corpus.tokenizer), c.corpus.window)
         tokenizer = self.corpus.tokenizer
         backbone = load_backbone(c.backbone, len(tokenizer), c.corpus.window, tokenizer.eos_token_id)

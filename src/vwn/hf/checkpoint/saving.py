@@ -128,7 +128,7 @@ class SavingMixin:
         if info["mismatched_keys"] and source is not None:
             where = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
             found = cached_file(source, "config.json", **{name: kwargs[name] for name in where if name in kwargs})
-            _take_old_scalars(model, info, Path(found).parent)
+            _take_old_scalars(model, info, Path(found).parent if found else Path(source))
         if not ignore_mismatched_sizes:
             _check_complete(model, info, source)
         if getattr(getattr(model.config, "distributed_config", None), "fsdp_mixed_precision", False):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from vwn.common.errors import UserError
 from vwn.common.processes import LostProcess, all_present
 from vwn.training.watch.lines import StepLines
 
@@ -50,7 +51,7 @@ class SampleLog(TrainerCallback):
         except Exception as error:  # not every backbone can generate, nor every tokenizer decode all of a model's ids
             why = str(error).split("\n")[0]
             if is_sharded:  # the other processes may wait for this one
-                raise LostProcess(f"a sample failed ({type(error).__name__}: {why}); use --sample-tokens 0") from error
+                raise UserError(f"a sample failed ({type(error).__name__}: {why}); use --sample-tokens 0") from error
             logger.warning("no samples are written: %s: %s", type(error).__name__, why)
             self.tokens = 0
             return
