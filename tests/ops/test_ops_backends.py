@@ -290,6 +290,8 @@ def op(name, connection, *arguments):
         (lambda c, o: ops.read(torch.randn(3, 9), RoutingWeights(torch.ones(3, 3), None)), "bias_alpha must be n x"),
         (lambda c, o: op("read", c, STATE.double(), *c.weights.to_read, None, 0.0), "not (16, 20) float32"),
         (lambda c, o: op("write", c, STATE, Z.half(), *c.weights), "not (3, 64) float16"),
+        (lambda c, o: op("read", c, STATE, *c.weights, None, 0.0), "a read (to_read) has none"),
+        (lambda c, o: ops.write(STATE, Z, RoutingWeights(*c.weights[:2], None, c.weights[3])), "as dynamic"),
         (lambda c, o: op("read_backward", c, Z[:1], STATE, *c.weights.to_read, None, 0.0), "gradient of X must be (3"),
     ],
 )
