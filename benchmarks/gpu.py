@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import connections, rivals
 from benchmarks.report import FOLDER, shapes
-from benchmarks.rivals import Inputs, Rival
+from benchmarks.rivals import Inputs
 
 LEAST = 20.0
 """Seconds in which nothing worth starting is done."""
@@ -123,14 +123,9 @@ def _compile(case: tuple[int, int, int, int, torch.dtype]) -> str:
     for rival in (*rivals.ours(some, "triton"), *rivals.paper(some), *rivals.plain(some)):
         attempt(rival.name, rival.both)
     for rival in rivals.ours(few, "triton"):
-        attempt(f"{rival.name}, few tokens", lambda rival=rival: _without_gradients(rival))
+        attempt(f"{rival.name}, few tokens", torch.no_grad()(rival.run))
     torch.cuda.empty_cache()
     return ", ".join(failed)
-
-
-def _without_gradients(rival: Rival) -> None:
-    with torch.no_grad():
-        rival.run()
 
 
 def run_all(

@@ -58,7 +58,8 @@ class Script:
         self.rounds: list[tuple[int, int, list[Tensor]]] = []  # length, right drafts, the modules' own logits
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        if not self.rounds or self._complete(*self.rounds[-1]):
+        before, _, own = self.rounds[-1] if self.rounds else (0, 0, [])
+        if not self.rounds or len(own) == min(self.modules, len(self.wanted) - before - 1):
             right = min(self.RIGHT[len(self.rounds) % len(self.RIGHT)], self.modules)
             self.rounds.append((ids.shape[1], right, []))
         _, right, own = self.rounds[-1]
@@ -66,9 +67,6 @@ class Script:
         token = self.wanted[ids.shape[1]]
         token = token if len(own) <= right else (token + 1) % logits.shape[-1]
         return torch.nn.functional.one_hot(torch.tensor([token]), logits.shape[-1]).float()
-
-    def _complete(self, length: int, right: int, own: list[Tensor]) -> bool:
-        return len(own) == min(self.modules, len(self.wanted) - length - 1)
 
     def accepted(self) -> int:
         return sum(min(right, len(own)) for _, right, own in self.rounds)

@@ -84,6 +84,17 @@ def test_what_a_hook_returns_is_used_with_its_gradient(sublayer, operation):
         torch.testing.assert_close(results[1][1][name], grad, rtol=1e-5, atol=1e-7, msg=name)
 
 
+def test_hooks_on_a_layers_norm_see_tensors():
+    model, seen = build(vwn_config()), []
+    layer = model.model.layers[0]
+    for module in (layer.connections[0].read, layer.input_layernorm):
+        module.register_forward_hook(lambda module, args, out: seen.extend([args[0], out]))
+    model(IDS)
+    _, x, given, _ = seen
+    assert type(given) is torch.Tensor
+    assert torch.equal(given, x)
+
+
 def test_pre_hooks_change_what_is_read_and_written():
     connection = perturb(vwn.GeneralizedHyperConnection(12, 2, 3))
     following = perturb(vwn.GeneralizedHyperConnection(12, 2, 3), seed=1)

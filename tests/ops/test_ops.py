@@ -377,6 +377,12 @@ def test_compiles_as_one_graph_for_any_number_of_tokens(backend, kind, dynamic):
         assert same_bits(result, run(kind, leaves, backend))
 
 
+def test_a_profile_without_gradients_names_the_ops(backend):
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        call("write_read", make(2, 3, 5, TOKENS), backend)
+    assert "vwn::write_read" in {event.key for event in profile.key_averages()}
+
+
 def flops(kind: str, t: Tensors, backend: str, f=call) -> int:
     with FlopCounterMode(display=False) as counter:
         f(kind, t, backend)

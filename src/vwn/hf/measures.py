@@ -111,13 +111,15 @@ class SublayerStatistics:
             "kept": parts["carry"].diagonal(dim1=-2, dim2=-1),
             "rms": state.square().mean(-1),
         }
-        _add(self._slots, {name: value.double().sum(0) for name, value in slots.items()})
+        for name, value in slots.items():
+            self._slots[name] = self._slots.get(name, 0) + value.double().sum(0)
         for name, part in parts.items():
             dynamic = (part - self._static[name]).double()
-            sums = {"sum": dynamic.sum(0), "square": dynamic.square().sum(0)}
+            found = {"sum": dynamic, "square": dynamic.square()}
             if name in scales:
-                sums["saturated"] = (dynamic.abs() > SATURATED * scales[name].abs()).double().sum(0)
-            _add(self._parts.setdefault(name, {}), sums)
+                found["saturated"] = (dynamic.abs() > SATURATED * scales[name].abs()).double()
+            sums = self._parts.setdefault(name, {})
+            sums.update({what: sums.get(what, 0) + value.sum(0) for what, value in found.items()})
 
     def result(self) -> dict[str, Any]:
         """``spectral_radius``, ``slots`` (a number for each) and ``routing``, for ``read``, ``carry`` and ``write``."""
@@ -129,7 +131,7 @@ class SublayerStatistics:
         for name, sums in self._parts.items():
             mean, square = sums["sum"] / self._tokens, sums["square"] / self._tokens
             routing[name] = {
-                "static": _rms(self._static[name].double()),
+                "static": float(self._static[name].double().square().mean().sqrt()),
                 "dynamic": float(square.mean().sqrt()),
                 "varying": float((square - mean.square()).clamp(min=0).mean().sqrt()),
                 "saturated": float(sums["saturated"].mean()) / self._tokens if "saturated" in sums else None,
@@ -139,15 +141,6 @@ class SublayerStatistics:
             "slots": {name: value.tolist() for name, value in slots.items()},
             "routing": routing,
         }
-
-
-def _add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
-    for name, value in more.items():
-        sums[name] = sums[name] + value if name in sums else value
-
-
-def _rms(values: Tensor) -> float:
-    return float(values.square().mean().sqrt())
 
 
 def split(routing: Routing) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ class HandOver:
                 break
         else:
             return None
-        if isinstance(module, ReadingNorm) and "forward" not in module.__dict__:
+        if isinstance(module, ReadingNorm) and not has_hooks(module):
             return None
         new = tuple(v if i == self._residual else _read(v) for i, v in enumerate(args))
         return new, {k: v if k == "residual" else _read(v) for k, v in kwargs.items()}
