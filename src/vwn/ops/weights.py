@@ -155,7 +155,7 @@ def check(inputs: Inputs, grad_new: Tensor | None = None, grad_x: Tensor | None 
     first = sides[0]
     n, m = first.n, first.m
     width = state.shape[-1] if state.ndim else 0
-    d = first.dynamic_alpha.shape[0] if first.dynamic_alpha is not None else width // n
+    d = first.slot_norm.numel() if first.slot_norm is not None else width // n
     if width != n * d or not state.is_floating_point():
         wanted = f"{n * d}" if first.dynamic else f"a multiple of n = {n}"
         raise UserError(f"the over-width state must be D' = n d = {wanted} wide and floating point, got {_of(state)}")

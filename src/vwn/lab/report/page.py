@@ -142,7 +142,7 @@ def _figures(drawn: Drawn, names: list[str]) -> tuple[dict[str, str], ...]:
 
 def _sections(report: dict[str, Any], drawn: Drawn, studies: dict[str, BudgetStudy], leads: list[str]) -> list[Section]:
     baseline, found = report.get("baseline"), []
-    if studies:
+    if any(len(study.baseline) > 1 for study in studies.values()):
         shown = [tables.budget_table(report, studies, key) for key in studies]
         shown += [tables.budget_width_table(studies, key) for key in studies if studies[key].widths]
         found.append(Section("budgets", "Over training budgets", BUDGETS.format(baseline=baseline), tuple(shown)))

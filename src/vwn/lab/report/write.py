@@ -64,7 +64,7 @@ def readme_tables(report: dict[str, Any]) -> str:
     measured = measured_losses(report)
     studies = budget_studies(report)
     shown = [tables.result_table(report, key) for key in measured]
-    shown += [tables.budget_table(report, studies, key) for key in studies]
+    shown += [tables.budget_table(report, studies, key) for key in studies if len(studies[key].baseline) > 1]
     shown += [tables.equal_cost_table(report, key) for key in measured if not studies]
     shown.append(tables.cost_table(report))
     return "\n\n".join(f"{table.name}:\n\n{tables.markdown(table)}" for table in shown)
