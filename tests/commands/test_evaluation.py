@@ -20,7 +20,7 @@ from tiny import build, stock, vwn_config
 from vwn.cli import main
 from vwn.commands.evaluation.config import EvalConfig
 from vwn.commands.evaluation.run import evaluate_checkpoint
-from vwn.commands.evaluation.text import Text, byte_lengths, load_text, measure_text
+from vwn.commands.evaluation.text import EvaluationText, byte_lengths, load_text, measure_text
 from vwn.common.errors import UserError
 from vwn.data import load_tokenizer, prepare
 from vwn.data.reading import SEPARATOR
@@ -29,10 +29,10 @@ from vwn.hf.loading import load_model
 BYTES = load_tokenizer("bytes")
 
 
-def text_of(tokens, tokenizer=BYTES, size=None, name="some text") -> Text:
+def text_of(tokens, tokenizer=BYTES, size=None, name="some text") -> EvaluationText:
     tokens = np.asarray(tokens)
     size = int(byte_lengths(tokenizer)[tokens].sum()) if size is None else size
-    return Text(name, tokens, size, tokenizer, None)
+    return EvaluationText(name, tokens, size, tokenizer, None)
 
 
 def some_tokens(count: int, seed: int = 0) -> np.ndarray:

@@ -70,9 +70,9 @@ def test_states_and_outputs_are_those_of_a_forward_by_hand(kind: str) -> None:
                 state = connection.write(state, z)
         out = model.model(input_ids=ids, use_cache=False)
     assert len(steps) == len(expected) == 4
-    for (slots, segments, _), (of_state, of_z) in zip(steps, expected, strict=True):
-        assert_close(slots.flatten(-2), of_state)
-        assert_close(segments.flatten(-2), of_z)
+    for (slots, segments, _), (state, z) in zip(steps, expected, strict=True):
+        assert_close(slots.flatten(-2), state)
+        assert_close(segments.flatten(-2), z)
     assert_close(final.flatten(-2), out.over_width_state)  # the hook is gone, the model runs as before
 
 

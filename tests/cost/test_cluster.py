@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from counted import backbone
 from runs import run_vwn
 from vwn.common.errors import UserError
-from vwn.cost.cluster.memory import Layout, memory, saved_per_token
+from vwn.cost.cluster.memory import ParallelLayout, memory, saved_per_token
 from vwn.cost.cluster.options import Cluster, PlanOptions, parse_cluster
 from vwn.cost.cluster.plan import plan_rows, plan_text, plans
 from vwn.cost.cluster.shape import model_shape
@@ -57,10 +57,10 @@ def test_state_on_a_gpu_is_the_models_tensors(made: Any) -> None:
     numbers = sum(p.numel() for p in model.parameters())
     shape = model_shape(made, WINDOW)
     assert shape.parameters == numbers
-    assert memory(shape, Layout(1, 4, 2), options()).state == numbers * (4 + 4 + 8) / 4
-    assert memory(shape, Layout(1, 4, 2), options(precision="bfloat16")).state == numbers * (2 + 2 + 8) / 4
+    assert memory(shape, ParallelLayout(1, 4, 2), options()).state == numbers * (4 + 4 + 8) / 4
+    assert memory(shape, ParallelLayout(1, 4, 2), options(precision="bfloat16")).state == numbers * (2 + 2 + 8) / 4
     # what is split over two ranks is matrices and tables; connections and norms are on both
-    halves = memory(shape, Layout(2, 1, 1), options()).state / 16
+    halves = memory(shape, ParallelLayout(2, 1, 1), options()).state / 16
     whole = sum(
         p.numel()
         for module in model.modules()
@@ -121,7 +121,7 @@ def test_a_layer_saves_what_the_formula_says(shape: tuple[int, int] | None) -> N
 
 
 def test_what_grows_with_what() -> None:
-    eight, o = Layout(1, 8, 1), options()
+    eight, o = ParallelLayout(1, 8, 1), options()
     wide = [model_shape(config(*mn), WINDOW) for mn in [(None,), (2, 3), (4, 16), (8, 64)]]
     for narrower, wider in itertools.pairwise(wide):
         assert memory(narrower, eight, o).total < memory(wider, eight, o).total
@@ -132,9 +132,9 @@ def test_what_grows_with_what() -> None:
     model = wide[2]
     kept = [saved_per_token(model, model.layers[0], options(keep_states_every=k), 1) for k in (1, 2, 4)]
     assert kept[0] > kept[1] > kept[2]
-    assert memory(model, Layout(1, 1, 1), o).total > memory(model, Layout(2, 1, 1), o).total
+    assert memory(model, ParallelLayout(1, 1, 1), o).total > memory(model, ParallelLayout(2, 1, 1), o).total
     logits = model_shape(config(None, vocab_size=32_000), WINDOW)
-    unfused, fused = (memory(logits, Layout(1, 1, 1), options(fused_loss=x)) for x in (False, True))
+    unfused, fused = (memory(logits, ParallelLayout(1, 1, 1), options(fused_loss=x)) for x in (False, True))
     assert unfused.logits == WINDOW * 32_000 * (2 + 4 + 4)
     assert unfused.total > fused.total
 
@@ -161,7 +161,7 @@ def test_rows_and_text() -> None:
     assert rows[1]["memory"]["total"] == sum(
         rows[1]["memory"][k] for k in ("state", "buffers", "activations", "logits")
     )
-    assert plans(arms, EIGHT, options(tp=2), WINDOW)["plain"].layout == Layout(2, 4, 1)
+    assert plans(arms, EIGHT, options(tp=2), WINDOW)["plain"].layout == ParallelLayout(2, 4, 1)
     assert max(map(len, plan_text(found).splitlines())) <= 110
 
 
@@ -230,7 +230,7 @@ def test_the_page_says_how_far_the_prediction_is_from_the_measured_memory() -> N
     for row in rows:
         m, n = row["connection"]
         made = VirtualWidthConfig(backbone=LlamaConfig(**fields), num_mtp_modules=1, m=m, n=n)
-        needed = memory(model_shape(made, 256), Layout(1, 1, 1), o)
+        needed = memory(model_shape(made, 256), ParallelLayout(1, 1, 1), o)
         saved = (needed.activations + needed.logits) / 1e6
         assert saved == pytest.approx(row["saved_mb"], rel=0.25)
         line = f"| `({m},{n})` | {saved:.0f} | {row['saved_mb']:.0f} |"

@@ -86,7 +86,7 @@ def test_validation_text_of_its_own(source: Path, tmp_path: Path, cache: Path):
 
 
 def test_stdlib_is_split_by_file(cache: Path):
-    train, valid = sources.resolve("stdlib", None)
+    train, valid = sources.find_sources("stdlib", None)
     assert isinstance(train, sources.FileSource)
     assert isinstance(valid, sources.FileSource)
     sides = [set(source.paths) for source in (train, valid)]
@@ -96,7 +96,7 @@ def test_stdlib_is_split_by_file(cache: Path):
     assert not any({"test", "tests", "idlelib", "site-packages"} & set(path.parts) for path in sides[0] | sides[1])
     assert {"argparse.py", "base_events.py"} <= {path.name for path in sides[0] | sides[1]}
     assert list(train.paths) != sorted(train.paths), "neighbouring files are mixed"
-    assert sources.resolve("stdlib", "stdlib")[1] == valid
+    assert sources.find_sources("stdlib", "stdlib")[1] == valid
 
 
 @pytest.mark.parametrize("own_valid", [True, False])

@@ -108,7 +108,7 @@ def test_each_pass_has_every_range_once_in_another_order(sources):
     assert passes[0] != [source.range_at(i, 8) for i in range(size)]
 
 
-# Lanes
+# Readers
 
 
 def test_a_reader_reads_its_ranges_document_by_document(tmp_path):

@@ -1,4 +1,4 @@
-"""The relatives against other authors' code and their formulas, forward and backward, and at the seam."""
+"""The relatives against other authors' code and their formulas, forward and backward, and as connections."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_doubly_stochastic_carry_by_its_formula(m, n, d, dynamic):
         assert (alpha[..., m:] - torch.eye(n)).abs().max() > 1e-2
 
 
-# At the seam
+# As connections
 
 
 @EVERY_KIND

@@ -98,10 +98,10 @@ def run_in_float64(kind: str, t: Tensors) -> tuple[Tensors, Tensors]:
     def objective(weights: Tensors, rows: Tensors, given: Tensors) -> Tensor:
         return sum((x * given[name]).sum() for name, x in call(kind, weights | rows, "plain").items())  # type: ignore
 
-    of_weights, of_rows = torch.vmap(torch.func.grad(objective, (0, 1)), (None, 0, 0))(wide, rows, given)
-    sizes = {name: x.abs().max() for name, x in (right | of_rows).items()}
-    sizes |= {name: x.abs().sum(0).max() for name, x in of_weights.items()}
-    right |= of_rows | {name: x.sum(0) for name, x in of_weights.items()}
+    grad_weights, grad_rows = torch.vmap(torch.func.grad(objective, (0, 1)), (None, 0, 0))(wide, rows, given)
+    sizes = {name: x.abs().max() for name, x in (right | grad_rows).items()}
+    sizes |= {name: x.abs().sum(0).max() for name, x in grad_weights.items()}
+    right |= grad_rows | {name: x.sum(0) for name, x in grad_weights.items()}
     return {name: x for name, x in right.items() if sizes[name]}, sizes
 
 
@@ -320,13 +320,13 @@ def test_half_precision_weights_are_cast(backend):
     assert same_bits(run("write_read", t, backend), {name: x.bfloat16() for name, x in wanted.items()})
 
 
-@pytest.mark.parametrize(("dtype", "of_z"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
-def test_the_sublayers_output_may_have_another_dtype(backend, dtype, of_z):
+@pytest.mark.parametrize(("dtype", "z_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_the_sublayers_output_may_have_another_dtype(backend, dtype, z_dtype):
     t = make(2, 3, 5, TOKENS, dtype=dtype)
-    t["z"] = t["z"].to(of_z)
+    t["z"] = t["z"].to(z_dtype)
     for kind in ("write", "write_read"):
         wanted = run(kind, t | {"z": t["z"].to(dtype)}, backend)
-        assert same_bits(run(kind, t, backend), wanted | {"z": wanted["z"].to(of_z)})
+        assert same_bits(run(kind, t, backend), wanted | {"z": wanted["z"].to(z_dtype)})
 
 
 # As PyTorch sees them
@@ -335,12 +335,12 @@ def test_the_sublayers_output_may_have_another_dtype(backend, dtype, of_z):
 def arguments(t: Tensors, backend: str) -> dict[str, tuple]:
     write, read, norm = parts(t)
     normed, state, z = (None, 0.0) if norm is None else tuple(norm), t["state"], t["z"]
-    of_read = (state, *read, *normed, backend)
-    of_write = (state, z, *write, backend)
-    of_both = (*of_write[:-1], *of_read[1:])
+    read_arguments = (state, *read, *normed, backend)
+    write_arguments = (state, z, *write, backend)
+    both = (*write_arguments[:-1], *read_arguments[1:])
     new, x = torch.randn_like(state), torch.randn_like(z)
-    backward = {"read": (x, *of_read), "write": (new, *of_write), "write_read": (new, x, *of_both)}
-    forward = {"read": of_read, "write": of_write, "write_read": of_both}
+    backward = {"read": (x, *read_arguments), "write": (new, *write_arguments), "write_read": (new, x, *both)}
+    forward = {"read": read_arguments, "write": write_arguments, "write_read": both}
     return forward | {f"{name}_backward": (*given, True) for name, given in backward.items()}
 
 

@@ -284,7 +284,7 @@ def op(name, connection, *arguments):
         (lambda c, o: ops.write_read(STATE, Z, c.weights, o.weights), "must be (16, 20) beside (3, 256) float32"),
         (lambda c, o: c.read(STATE, NormWeights(torch.ones(32))), "the norm's weight must be (64,)"),
         (lambda c, o: ops.write(STATE, Z, c.weights.to_read), "weights of B"),
-        (lambda c, o: c.read(torch.randn(3, 256, device="meta")), "what goes with it on cpu"),
+        (lambda c, o: c.read(torch.randn(3, 256, device="meta")), "is on cpu; move one"),
         (lambda c, o: ops.read(STATE, c.weights._replace(slot_norm=None)), "dynamic routing needs"),
         (lambda c, o: ops.read(STATE, c.weights._replace(dynamic_alpha=torch.ones(()))), "dynamic_alpha must be"),
         (lambda c, o: ops.write(STATE, Z, c.weights._replace(scale_beta=None)), "of B"),

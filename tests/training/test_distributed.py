@@ -26,7 +26,7 @@ from vwn.common.processes import rank
 from vwn.training import run as run_module
 from vwn.training.checkpoint.saving import MODEL
 from vwn.training.config import CorpusConfig, ReliabilityOptions, SpeedOptions
-from vwn.training.distributed import resolve
+from vwn.training.distributed import parallel_mode
 from vwn.training.run import train
 from vwn.training.trainer import VirtualWidthTrainer
 from vwn.training.watch.samples import SampleLog
@@ -271,12 +271,12 @@ def processes_of(monkeypatch):
 
 def test_what_is_asked_for_and_what_accelerate_says_decide(processes_of, text, tmp_path):
     run = small(tmp_path, text)
-    assert resolve(run) == "none"
+    assert parallel_mode(run) == "none"
     processes_of(2)
-    assert resolve(run) == "ddp"
-    assert resolve(replace(run, parallel="fsdp2")) == "fsdp2"
+    assert parallel_mode(run) == "ddp"
+    assert parallel_mode(replace(run, parallel="fsdp2")) == "fsdp2"
     processes_of(4, ACCELERATE_USE_FSDP="true")
-    assert resolve(run) == "fsdp2"
+    assert parallel_mode(run) == "fsdp2"
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_what_is_asked_for_and_what_accelerate_says_decide(processes_of, text, t
 def test_what_does_not_go_together_is_refused(processes_of, text, tmp_path, world, changes, environment, sentence):
     processes_of(world, **environment)
     with pytest.raises(UserError, match=sentence):
-        resolve(small(tmp_path, text, **changes))
+        parallel_mode(small(tmp_path, text, **changes))
 
 
 @pytest.mark.parametrize("arguments", [["compare", "--out", "x"], ["cost"]])

@@ -108,7 +108,7 @@ def test_keep_last(tmp_path, text):
 def test_rotation_keeps_what_may_be_counted_on_and_leaves_what_comes_after(tmp_path):
     for step in (4, 8, 9, 12, 16):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    rotate(tmp_path, 2, whole=[4, 8, 12], upto=12)  # 9 was found damaged, and so was 16
+    rotate(tmp_path, 2, whole=[4, 8, 12], last_step=12)  # 9 was found damaged, and so was 16
     assert list(checkpoints(tmp_path)) == [16, 12, 8]
 
 

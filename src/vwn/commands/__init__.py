@@ -1,1 +1,1 @@
-"""What the commands do with a finished model."""
+"""Use a finished model: generate, evaluate, inspect."""

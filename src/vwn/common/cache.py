@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def default_cache_dir() -> Path:
-    """`$VWN_CACHE`, else `~/.cache/vwn`. Raises `UserError` where there is no home directory."""
+    """Return `$VWN_CACHE`, else `~/.cache/vwn`. Raises `UserError` where there is no home directory."""
     folder = os.path.expanduser(os.environ.get("VWN_CACHE") or "~/.cache/vwn")
     if folder.startswith("~"):
         raise UserError(

@@ -36,12 +36,12 @@ def all_present() -> Iterator[None]:
 
 
 def world_size() -> int:
-    """Number of processes that have joined."""
+    """Return the number of processes that have joined."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 

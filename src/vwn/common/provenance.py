@@ -16,7 +16,7 @@ import torch
 
 
 def provenance() -> dict[str, Any]:
-    """Command, time, versions, commit and machine, for a run's directory and every report."""
+    """Return command, time, versions, commit and machine, for a run's directory and every report."""
     program = Path(sys.argv[0]).name
     program = "vwn" if program == "__main__.py" else program  # python -m vwn
     return {
@@ -28,7 +28,7 @@ def provenance() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what decides a run's numbers, and the commit if run from a checkout."""
+    """Return the versions that decide a run's numbers, and the commit if run from a checkout."""
     import vwn
 
     found: dict[str, str | None] = {"vwn": vwn.__version__, "commit": _commit(), "python": platform.python_version()}
@@ -41,7 +41,7 @@ def versions() -> dict[str, str | None]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, threads, GPU and system."""
+    """Return processor, cores, threads, GPU and system."""
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),

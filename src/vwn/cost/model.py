@@ -173,7 +173,7 @@ def _count_forward(model: Any, length: int) -> dict[str, int]:
 
 
 def _part(model: Any, module: nn.Module) -> str | None:
-    """Field of :class:`ForwardFlops` that a module outside the layers belongs to."""
+    """Return the field of :class:`ForwardFlops` that a module outside the layers belongs to."""
     if module is model.get_output_embeddings() or isinstance(module, UnembeddingExpand):
         return "unembedding"
     parts = {OverWidthEmbedding: "embedding", OverWidthReduce: "reduce", BlockLinear: "mtp_fuse"}

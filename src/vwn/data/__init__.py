@@ -1,4 +1,4 @@
-"""Text in, windows of token ids out.
+"""Turn text into windows of token ids.
 
 sources.py     what a name stands for: files, a folder, the standard library, a hub data set
 reading.py     the documents of a file, whole or from any place on (unpacking.py: .xz, .gz, .zst)

@@ -1,4 +1,4 @@
-"""`prepare`: from the name of a text to windows of token ids, tokenised once and cached."""
+"""`prepare`: make windows of token ids of the text that a name stands for, tokenised once and cached."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vwn.common.cache import default_cache_dir, load_or_build
 from vwn.common.errors import UserError
 from vwn.common.files import sync
 from vwn.data.packing import PackedWindows, smallest_dtype, write_tokens
-from vwn.data.sources import VALID_SHARE, Source, find, resolve
+from vwn.data.sources import VALID_SHARE, Source, find, find_sources
 from vwn.data.splitting import Text, split_off_end, whole
 from vwn.data.tokenizer import BYTES, TextEncoder, bpe_size, load_tokenizer, wrap
 
@@ -79,7 +79,7 @@ def prepare(
         raise UserError(f"a window of {window} tokens predicts nothing; give a window of at least 2")
     tokenizer = BYTES if tokenizer is None else tokenizer
     ready = None if bpe_size(tokenizer) else load_tokenizer(tokenizer)
-    train_source, valid_source = resolve(data, valid)  # after the tokeniser, as it may ask the hub
+    train_source, valid_source = find_sources(data, valid)  # after the tokeniser, as it may ask the hub
     job = _Job(train_source, valid_source, tokenizer, ready, window, control_tokens)
     valid_name = valid_source.name if valid_source else f"(the last {100 * VALID_SHARE:g}% of {data})"
     return job.corpus(cache_dir, f"the training text {data}", f"the validation text {valid_name}")
@@ -120,7 +120,7 @@ def prepare_run(settings: Mapping[str, Any], *, window: int) -> Corpus:
 
 @dataclass(frozen=True)
 class _Job:
-    """All that determines the token streams, and their making.
+    """The making of the token files, and all that determines them.
 
     Without `data` there is only a validation side, without `valid` it is split off. Without `tokenizer` one is trained,
     as `spec` says.

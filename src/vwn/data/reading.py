@@ -210,7 +210,7 @@ def _json_column(path: Path, _modified: int) -> str:
     with open_unpacked(path) as file:
         for number, line in enumerate(islice(file, 1000), 1):
             where = f"line {number} of {path}"
-            with suppress(UserError):  # which is raised, or the line left out, when it is read
+            with suppress(UserError):  # whoever reads the line raises it, or leaves the line out
                 row = parse_row(_decode(line, 0, path), where)
                 break
         else:

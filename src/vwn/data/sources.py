@@ -40,7 +40,7 @@ Side = Literal["train", "valid"]
 STDLIB = "stdlib"
 VALID_SHARE = 0.1
 """Share of a text that is held out for validation where none is given."""
-# Tests repeat themselves; `encodings` and `pydoc_data` are generated, near-copies of one table would be on both sides.
+# Tests are repetitive; `encodings` and `pydoc_data` are generated, so that near-copies would be on both sides.
 _NOT_TEXT = frozenset({"test", "tests", "idlelib", "turtledemo", "encodings", "pydoc_data", "site-packages"})
 _VALID_SPLITS = ("validation", "valid", "dev")
 _logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class HubSource:
 Source = FileSource | HubSource
 
 
-def resolve(data: str, valid: str | None) -> tuple[Source, Source | None]:
+def find_sources(data: str, valid: str | None) -> tuple[Source, Source | None]:
     """Find the training source and the validation source; None if validation is to be split off the training text.
 
     `stdlib` and hub data sets have sides of their own: the training side is read for `data`, the validation side for

@@ -1,4 +1,4 @@
-"""Virtual width at home in transformers. Importing this registers the Auto classes."""
+"""Virtual width in transformers. Importing this registers the Auto classes."""
 
 from vwn.hf.versions import check_transformers
 

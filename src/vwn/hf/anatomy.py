@@ -22,15 +22,15 @@ class Anatomy:
     embedding_path: str
 
     def stack(self, model: nn.Module) -> Any:
-        """The module that runs the layers."""
+        """Return the module that runs the layers."""
         return model.get_submodule(self.layers_path.rpartition(".")[0])
 
     def layers(self, model: nn.Module) -> Any:
-        """The ``nn.ModuleList`` of layers."""
+        """Return the ``nn.ModuleList`` of layers."""
         return model.get_submodule(self.layers_path)
 
     def take_ends(self, model: nn.Module) -> tuple[Any, Any]:
-        """The final norm, replaced by nothing, and the token embedding, of which the model keeps nothing."""
+        """Take the final norm and the token embedding out of the model, and return them."""
         norm = _replace(model, self.norm_path, nn.Identity()) if self.norm_path else nn.Identity()
         return norm, _replace(model, self.embedding_path, None)
 

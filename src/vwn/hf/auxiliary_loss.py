@@ -55,5 +55,5 @@ def penalises_logits(config: Any) -> bool:
 
 
 def logit_loss(logits: Tensor, config: Any) -> Tensor:
-    """The mean square of the log of the softmax's denominator, weighted: ``[B, S, V]`` to a scalar in float32."""
+    """Compute the weighted mean square of the log of the softmax's denominator: ``[B, S, V]`` to a float32 scalar."""
     return config.z_loss_coefficient * torch.logsumexp(logits, dim=-1).float().pow(2).mean()

@@ -73,7 +73,7 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
         cache_params: Cache | None = None,
         **kwargs: Any,
     ) -> VirtualWidthCausalLMOutput:
-        """Logits ``[B, S, V]`` and, with ``labels`` ``[B, S]`` (ids, not shifted, -100 ignored), the loss.
+        """Compute logits ``[B, S, V]`` and, with ``labels`` ``[B, S]`` (ids, not shifted, -100 ignored), the loss.
 
         In training with Liger-Kernel (:attr:`loss_backend`) there are no logits.
 
@@ -188,7 +188,7 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
         targets: list[Tensor],
         num_items_in_batch: Tensor | int | None,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Each head's mean cross-entropy, and next-token + λ · (sum of the further ones) for the optimiser."""
+        """Return each head's mean cross-entropy, and next-token + λ · (sum of the further ones) for the optimiser."""
         losses: list[Tensor] = []
         objective: Any = 0.0
         counts = [(t != -100).sum() for t in targets]

@@ -16,7 +16,7 @@ from vwn.nn.geometry import Geometry
 
 _log = logging.getLogger("vwn.hf")
 
-# A plain class finds this in a saved backbone's config, where its weights' name would be (vwn.hf.checkpoint.saving).
+# Saved in the backbone's config as the name of its weights, so that a plain class fails (vwn.hf.checkpoint.saving).
 NOT_PLAIN = "these are weights of a model with virtual width; `import vwn.hf` and load it with AutoModelForCausalLM"
 
 CONNECTIONS = ("ghc", "hc", "mhc", "residual")
@@ -253,11 +253,11 @@ class VirtualWidthConfig(PreTrainedConfig):
         return {name: value for name, value in super().to_diff_dict().items() if name not in _SIZES}
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The backbone's config: what caches, masks and generation read."""
+        """Return the backbone's config: what caches, masks and generation read."""
         return self.backbone
 
     def mtp_backbone(self) -> PreTrainedConfig:
-        """Config of a backbone of one layer, of the kind of the last: the extra layer of an MTP module."""
+        """Return the config of a backbone of one layer, of the kind of the last: the extra layer of an MTP module."""
         fields = self.backbone.to_dict()
         depth = self.backbone.num_hidden_layers
         per_layer = {k: v[-1:] for k, v in fields.items() if k.endswith("layer_types") and v and len(v) == depth}
@@ -267,7 +267,7 @@ class VirtualWidthConfig(PreTrainedConfig):
 
 
 def _delegate(name: str) -> property:
-    """A field that lives on the backbone's config and is read and set through the outer one."""
+    """Make a field that lives on the backbone's config and is read and set through the outer one."""
 
     def get(self: VirtualWidthConfig) -> Any:
         try:

@@ -148,13 +148,13 @@ def _config(model: Any, embedding: str, **fields: Any) -> VirtualWidthConfig:
 
 
 def _base(model: PreTrainedModel) -> Any:
-    """The base model inside a causal LM, if it is the one of its config."""
+    """Return the base model inside a causal LM, if it is the one of its config."""
     kind = base_model_class(model.config)
     return next((child for child in model.children() if type(child) is kind), None)
 
 
 def _assemble(config: VirtualWidthConfig, shell: Any) -> VirtualWidthForCausalLM:
-    """The virtual-width model around the modules of ``shell``; what is new in it has its initial values."""
+    """Build the virtual-width model around the modules of ``shell``; what is new in it has its initial values."""
     base, table, head = _base(shell), shell.get_input_embeddings(), shell.get_output_embeddings()
     g, narrow, device, dtype = config.geometry, table.weight, shell.device, shell.dtype
     config.backbone = base.config  # the one that all of its modules hold
@@ -180,7 +180,7 @@ def _assemble(config: VirtualWidthConfig, shell: Any) -> VirtualWidthForCausalLM
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> Tensor:
-    """Logits ``[2, 19, V]`` of random ids, in evaluation mode."""
+    """Return logits ``[2, 19, V]`` of random ids, in evaluation mode."""
     generator = torch.Generator().manual_seed(0)
     vocabulary: int = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocabulary, (2, 19), generator=generator).to(model.device)

@@ -121,7 +121,7 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 
 
 def family_of(config: Any) -> Family:
-    """The facts about the model type of a transformers config."""
+    """Return the facts about the model type of a transformers config."""
     return FAMILIES.get(config.model_type, Family())
 
 
@@ -131,7 +131,7 @@ def has_head_bias(config: Any) -> bool:
 
 
 def scaled_embedding(state: Tensor, config: Any) -> Tensor:
-    """The embedding ``[..., D']`` that the backbone's layers expect, from rows of the table."""
+    """Return the embedding ``[..., D']`` that the backbone's layers expect, from rows of the table."""
     name = family_of(config).multiplies_embedding
     return state * getattr(config, name) if name else state
 
@@ -143,7 +143,7 @@ def scaled_hidden(hidden: Tensor, config: Any) -> Tensor:
 
 
 def scaled_logits(logits: Tensor, config: Any) -> Tensor:
-    """The model type's logits ``[..., V]`` from those of the linear map: scaled, and capped to ``c tanh(x / c)``."""
+    """Turn the linear map's logits ``[..., V]`` into the model type's: scaled, and capped to ``c tanh(x / c)``."""
     family = family_of(config)
     if family.divides_logits:
         logits = logits / getattr(config, family.divides_logits)

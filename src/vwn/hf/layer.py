@@ -49,7 +49,7 @@ class VirtualWidthLayer(OnDemand):
         return self.connections(state, run_layer)
 
     def reader(self, i: int, dtype: torch.dtype) -> Reader:
-        """The connection of sublayer ``i``, and its norm where the read takes that on."""
+        """Return the connection of sublayer ``i``, and its norm where the read takes that on."""
         connection, name = self.connections[i], self.layout.norms[i]
         if name is None or not connection.fuses_norm(dtype):
             return Reader(connection)

@@ -32,7 +32,7 @@ class Sublayer:
     takes_context: bool = False
 
     def __call__(self, layer: Any, stream: ResidualStream, context: dict[str, Any]) -> Tensor:
-        """The sublayer's output ``[B, S, D]``, with the modules of ``layer``."""
+        """Return the sublayer's output ``[B, S, D]``, with the modules of ``layer``."""
         x: Any = getattr(layer, self.pre_norm)(stream) if self.pre_norm else stream.read()
         core = getattr(layer, self.core)
         z = core(hidden_states=x, **context) if self.takes_context else core(x)

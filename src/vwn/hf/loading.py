@@ -57,7 +57,7 @@ def load_model(checkpoint: Path | str, tokenizer: Any = None) -> Any:
 
 
 def positions_of(model: Any) -> tuple[int | None, bool]:
-    """How many positions a model was made for, None for any; and whether it can compute more (rotary ones)."""
+    """Return the positions a model was made for, None for any; and whether it can compute more (rotary ones)."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     return limit, limit is None or bool(getattr(config, "rope_parameters", None))

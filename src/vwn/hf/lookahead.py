@@ -43,9 +43,9 @@ class Lookahead:
         self._writes = 0  # since the first state
 
     def after(self, layer: Any) -> Any:
-        """The layer that runs after ``layer``, or ``None``: it is the last, or not itself among the layers."""
+        """Return the layer that runs after ``layer``, or ``None``: it is the last, or not itself among the layers."""
         if torch.compiler.is_compiling() and not self._compiling:
-            return None  # layers compiled one by one share a graph only if it does not say which comes next
+            return None  # layers compiled one by one share a graph only if none knows the next
         for i in range(self._position, len(self._layers) - 1):
             if self._layers[i] is layer:
                 self._position = i + 1
@@ -142,7 +142,7 @@ class Rebuilt:
         """Nodes of the graph that will :meth:`take` it."""
 
     def take(self) -> Tensor:
-        """The state; once all who need it have it, it is let go."""
+        """Return the state; once all who need it have it, it is let go."""
         state = self.state()
         self.uses -= 1
         if self.uses <= 0:
@@ -150,7 +150,7 @@ class Rebuilt:
         return state
 
     def state(self) -> Tensor:
-        """The state, rebuilt if it was let go."""
+        """Return the state, rebuilt if it was let go."""
         if self._rebuilt is None:
             taken: Any = (w.take() if isinstance(w, Unchanged) else w for w in self._weights)
             with torch.no_grad():
@@ -189,5 +189,5 @@ def _first_weight(layer: Any) -> Tensor:
 
 
 def _version(state: Tensor) -> int | None:
-    """Counts changes in place, which a hook may have made; what is compiled or in inference mode does not count."""
+    """Count changes in place, which a hook may have made; what is compiled or in inference mode does not count."""
     return None if torch.compiler.is_compiling() or state.is_inference() else state._version

@@ -26,7 +26,7 @@ _log = logging.getLogger("vwn.hf")
 
 @torch.compiler.assume_constant_result
 def choose_loss(name: str, device: torch.device) -> str:
-    """``"liger"`` or ``"torch"``: what computes the training loss when ``name`` was asked for.
+    """Choose what computes the training loss when ``name`` was asked for: ``"liger"`` or ``"torch"``.
 
     ``"auto"`` is Liger-Kernel where it is installed and the model is on a GPU, and says once what it took.
     """

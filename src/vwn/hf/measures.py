@@ -75,7 +75,7 @@ class DepthMap:
         return total
 
     def result(self) -> dict[str, Any]:
-        """``gain`` and ``carried``, a row for each reader and a number for each source before it."""
+        """Return ``gain`` and ``carried``, a row for each reader and a number for each source before it."""
         carried = (self._carried / self._read[:, None]).sqrt()
         return {
             "gain": [row[: i + 1].tolist() for i, row in enumerate(self._gain / self._tokens)],
@@ -122,7 +122,7 @@ class SublayerStatistics:
             sums.update({what: sums.get(what, 0) + value.sum(0) for what, value in found.items()})
 
     def result(self) -> dict[str, Any]:
-        """``spectral_radius``, ``slots`` (a number for each) and ``routing``, for ``read``, ``carry`` and ``write``."""
+        """Return ``spectral_radius``, ``slots`` (a number each), and ``routing`` of read, carry and write."""
         radii = torch.cat(self._radii).double()
         low, high = torch.quantile(radii, torch.tensor([0.05, 0.95], dtype=radii.dtype)).tolist()
         slots = {name: value / self._tokens for name, value in self._slots.items()}
@@ -144,13 +144,13 @@ class SublayerStatistics:
 
 
 def split(routing: Routing) -> dict[str, Tensor]:
-    """``read``: ``Å`` ``[..., n, m]``, ``carry``: ``Â`` ``[..., n, n]``, ``write``: ``B`` ``[..., m, n]``."""
+    """Return ``read``: ``Å`` ``[..., n, m]``, ``carry``: ``Â`` ``[..., n, n]``, ``write``: ``B`` ``[..., m, n]``."""
     m = routing.beta.shape[-2]
     return {"read": routing.alpha[..., :m], "carry": routing.alpha[..., m:], "write": routing.beta}
 
 
 def spectral_radius(carry: Tensor) -> Tensor:
-    """Largest absolute eigenvalue, ``[T, n, n] -> [T]``, on the CPU; the same matrix throughout is looked at once."""
+    """Compute the largest absolute eigenvalue, ``[T, n, n] -> [T]``, on the CPU; once if all matrices are the same."""
     carry = carry.cpu()
     if bool((carry == carry[:1]).all()):
         return torch.linalg.eigvals(carry[:1]).abs().amax(-1).expand(carry.shape[0])
@@ -158,7 +158,7 @@ def spectral_radius(carry: Tensor) -> Tensor:
 
 
 def static_routing(connection: Connection, state: Tensor) -> Routing:
-    """A connection's matrices with its dynamic weights at zero, for one token: ``[1, n, m+n]`` and ``[1, m, n]``."""
+    """Return the matrices with dynamic weights at zero, for one token: ``[1, n, m+n]`` and ``[1, m, n]``."""
     twin = deepcopy(connection)
     for name in DYNAMIC:
         if name in twin.shapes:
@@ -167,7 +167,7 @@ def static_routing(connection: Connection, state: Tensor) -> Routing:
 
 
 def tanh_scales(connection: Connection) -> dict[str, Tensor]:
-    """``S`` of each part of the routing that is ``S ∘ tanh(…)`` + static (eqs. 13-14); empty if there is none."""
+    """Return ``S`` of each part of the routing that is ``S ∘ tanh(…)`` + static (eqs. 13-14); empty if none is."""
     if "scale_alpha" not in connection.shapes:
         return {}
     m, n = connection.geometry.m, connection.geometry.n
@@ -208,6 +208,6 @@ def record(
 
 
 def sublayer_names(model: VirtualWidthForCausalLM) -> list[str]:
-    """``attn 1, mlp 1, attn 2, ...`` in the order in which they run."""
+    """Return ``attn 1, mlp 1, attn 2, ...``, in the order in which they run."""
     layers = enumerate(model.model.layers, 1)
     return [f"{name.removeprefix('self_')} {number}" for number, layer in layers for name in layer.layout.names]

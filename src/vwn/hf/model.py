@@ -101,7 +101,7 @@ class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
                 module.set_backend(backend)
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding table, ``V x D'`` (direct), ``V x D``, or ``V x kD`` with a table factor."""
+        """Return the embedding table, ``V x D'`` (direct), ``V x D``, or ``V x kD`` with a table factor."""
         return self.base_model.embed_tokens.table
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
@@ -109,7 +109,7 @@ class VirtualWidthPreTrainedModel(SavingMixin, PreTrainedModel):
 
 
 class VirtualWidthModel(VirtualWidthPreTrainedModel):
-    """Token ids to hidden states of width ``D``, through an over-width stream (sections 3.2-3.3)."""
+    """Map token ids to hidden states of width ``D``, through an over-width state (sections 3.2-3.3)."""
 
     keep_states_every: int = 1
     """Keep one over-width state in this many sublayers for the backward and rebuild the others from the sublayers'
@@ -165,7 +165,7 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
         predicts_further: bool = False,
         **kwargs: Any,
     ) -> VirtualWidthModelOutput:
-        """``input_ids`` ``[B, S]`` or ``inputs_embeds`` to hidden states ``[B, S, D]``.
+        """Map ``input_ids`` ``[B, S]`` or ``inputs_embeds`` to hidden states ``[B, S, D]``.
 
         Embeddings are over-width, ``[B, S, D']``, or as wide as the rows of the table, which are expanded. They are
         taken as they are, without n-grams. The other arguments are the backbone's.
@@ -325,7 +325,7 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
 
 
 def one_cache(*named: Cache | None) -> Cache | None:
-    """The cache that is given under one of its names."""
+    """Return the cache that is given under one of its names."""
     given = [cache for cache in named if cache is not None]
     if len(given) > 1:
         raise ValueError("cache, past_key_values and cache_params are names of one argument; give one of them")

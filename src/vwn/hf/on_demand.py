@@ -15,7 +15,7 @@ class OnDemand:
 
 @cache
 def mixed_class(mixin: Any, base: Any) -> Any:
-    """Subclass of ``base`` with ``mixin`` in front."""
+    """Make a subclass of ``base`` with ``mixin`` in front."""
     fields = {"widened_from": base, "_mixin": mixin, "__module__": base.__module__}  # transformers reads its source
     return type(f"{mixin.prefix}{base.__name__}", (mixin, base), fields)
 
@@ -27,7 +27,7 @@ def mix_in(mixin: Any, module: Any) -> None:
 
 
 def own_class(module: Any) -> Any:
-    """The class that a module had before it was widened."""
+    """Return the class that a module had before it was widened."""
     return getattr(type(module), "widened_from", type(module))
 
 

@@ -26,7 +26,7 @@ def take_streams(layer: nn.Module) -> None:
 
 
 def called_modules(layer: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a layer by name; where they stand in lists, those in the lists."""
+    """Return the modules of a layer by name; where they stand in lists, those in the lists."""
     found: dict[str, nn.Module] = {}
     for name, child in layer.named_children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
@@ -55,7 +55,7 @@ class HandOver:
         self._residual = names.index("residual") if "residual" in names else None
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The arguments, or ``None`` to leave them."""
+        """Return the arguments, or ``None`` to leave them."""
         for value in (*args, *kwargs.values()):
             if isinstance(value, ResidualStream):
                 break
@@ -77,14 +77,14 @@ class ReadingNorm(OnDemand):
     prefix = "Reading"
 
     def forward(self, hidden_states: Any) -> Tensor:
-        """The normalised ``[..., D]``."""
+        """Return the normalised ``[..., D]``."""
         if isinstance(hidden_states, ResidualStream):
             return hidden_states.read(norm=self)  # type: ignore[arg-type]
         return super().forward(hidden_states)  # type: ignore[misc]
 
 
 def fusable_norm(norm: Any, dtype: torch.dtype) -> NormWeights | None:
-    """The weights of a norm if a read can do it: one of :class:`ReadingNorm`, in ``dtype`` and without other hooks."""
+    """Return a norm's weights if a read can do it: one of :class:`ReadingNorm`, in ``dtype``, without other hooks."""
     if not isinstance(norm, ReadingNorm) or norm.weight.dtype != dtype or has_hooks(norm):  # type: ignore[attr-defined]
         return None
     return NormWeights(norm.weight, norm.variance_epsilon)  # type: ignore[attr-defined]

@@ -65,7 +65,7 @@ class ProbePass(LayerPass):
 
 
 def meta_copy(model: Any) -> Any:
-    """A copy of a model without memory or hooks, in bfloat16, which every operation has on the meta device."""
+    """Copy a model without memory or hooks, in bfloat16, which every operation has on the meta device."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype

@@ -70,7 +70,7 @@ class RepeatedOverSlots(OnDemand):
     geometry: Geometry
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """``[..., D']``: the module's output, once in every slot (slot ``j`` = segment ``j mod m``)."""
+        """Return ``[..., D']``: the module's output, once in every slot (slot ``j`` = segment ``j mod m``)."""
         return repeat_over_slots(super().forward(*args, **kwargs), self.geometry)  # type: ignore[misc]
 
 
@@ -78,7 +78,7 @@ class NoPositions(nn.Module):
     """Adds nothing where a backbone adds positions."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """A zero, whatever it is asked for."""
+        """Return zero, whatever it is asked for."""
         like = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         return torch.zeros((), device=like.device)
 
@@ -91,7 +91,7 @@ class NormedInBlocks(OnDemand):
     geometry: Geometry
 
     def forward(self, state: Tensor) -> Tensor:
-        """``[..., D'] -> [..., D']``."""
+        """Map ``[..., D']`` to ``[..., D']``."""
         g = self.geometry
         blocks = list(state.split(g.hidden_size, dim=-1))
         missing = g.hidden_size - blocks[-1].shape[-1]
@@ -201,7 +201,7 @@ def build_mtp_layer(config: VirtualWidthConfig, index: int, last: nn.Module) -> 
             raise ValueError("its number of layers is not that of its config's num_hidden_layers")
         norm, _ = model.anatomy.take_ends(model)
         layer = own_class(last)(config.backbone, depth - 1)
-    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:  # types count layers in other ways
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:  # types count layers differently
         raise UserError(
             f"a backbone of type {config.backbone.model_type} cannot have MTP modules, set num_mtp_modules to 0: "
             f"{str(error).strip().splitlines()[-1].strip()}"
@@ -238,7 +238,7 @@ def _widen_front(config: VirtualWidthConfig, model: Any) -> None:
 
 
 def _connection(config: VirtualWidthConfig, index: int) -> Connection:
-    """The connection of sublayer number ``index`` of the model."""
+    """Make the connection of sublayer number ``index`` of the model."""
     g = config.geometry
     if config.connection == "mhc":
         return ManifoldHyperConnection(g.hidden_size, g.n, index, frozen=config.frozen)

@@ -67,7 +67,7 @@ def check_output(z: Any) -> None:
 
 
 def has_hooks(*modules: nn.Module) -> bool:
-    """True if calling one of the modules does more than its ``forward``, so that it has to be called by itself."""
+    """Return whether a call of one of the modules does more than its ``forward``; then none may be left out."""
     return any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
         for m in modules
@@ -82,7 +82,7 @@ class Connections(nn.ModuleList):
     """
 
     def forward(self, state: Tensor, layer: Callable[[Tensor], Any]) -> Any:
-        """``layer(state)``, which uses the connections."""
+        """Return ``layer(state)``; the layer uses the connections."""
         return layer(state)
 
 
@@ -150,15 +150,15 @@ class Connection(StatesItsInitialValues):
         self.backend = backend
 
     def read_matrix(self, slots: Tensor) -> Tensor:
-        """``Å``, ``[..., n, m]``, from the slots ``[..., n, d]``, in their dtype; without ``...`` if it is static."""
+        """Compute ``Å``, ``[..., n, m]``, from slots ``[..., n, d]``, in their dtype; without ``...`` if static."""
         raise NotImplementedError
 
     def write_matrices(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """``Â``, ``[..., n, n]``, and ``B``, ``[..., m, n]``, as :meth:`read_matrix`."""
+        """Compute ``Â``, ``[..., n, n]``, and ``B``, ``[..., m, n]``; see :meth:`read_matrix`."""
         raise NotImplementedError
 
     def routing_matrices(self, state: Tensor) -> Routing:
-        """The matrices ``A`` and ``B`` for a state, in float32 whatever the model's dtype.
+        """Compute the matrices ``A`` and ``B`` for a state, in float32 whatever the model's dtype.
 
         For inspection: :attr:`read` and :attr:`write` compute what they need themselves.
 
@@ -219,7 +219,7 @@ class Connection(StatesItsInitialValues):
     def write_read(
         self, state: Tensor, z: Tensor, following: Connection, norm: NormWeights | None = None
     ) -> tuple[Tensor, Tensor]:
-        """:attr:`write`, then ``following.read`` of the new state; in one pass where nothing has hooks on either.
+        """Write, then run ``following.read`` on the new state; in one pass where nothing has hooks on either.
 
         Args:
             state: the state that was read, ``[..., D']``.
@@ -234,12 +234,12 @@ class Connection(StatesItsInitialValues):
         return new, following.read(new, norm)
 
     def fuses_norm(self, dtype: torch.dtype) -> bool:
-        """True if a read gains from taking on the sublayer's norm."""
+        """Return whether a read gains from taking on the sublayer's norm."""
         return False
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if isinstance(value, Read | Write):  # no submodule of theirs; also where DataParallel puts copies in
+        if isinstance(value, Read | Write):  # not as a submodule; also for the copies that DataParallel puts in
             value.__dict__["connection"] = self
 
     def _slots(self, state: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ REDUCE_INITS = ("first_slots", "normal")
 
 
 class OverWidthEmbedding(StatesItsInitialValues):
-    """Token ids to the initial over-width state ``H'_0``.
+    """Map token ids to the initial over-width state ``H'_0``.
 
     Args:
         geometry: ``(D, m, n)``.
@@ -77,14 +77,14 @@ class OverWidthEmbedding(StatesItsInitialValues):
         attention_mask: Tensor | None = None,
         documents: Tensor | None = None,
     ) -> Tensor:
-        """``[...]`` ids to ``[..., D']``; the other arguments matter to n-grams only, see ``NgramEmbedding``."""
+        """Map ``[...]`` ids to ``[..., D']``; the other arguments matter to n-grams only, see ``NgramEmbedding``."""
         rows = self.table(input_ids)
         if self.ngram is not None:
             rows = rows + self.ngram(input_ids, preceding_ids, attention_mask, documents)
         return self.expand(rows)
 
     def expand(self, rows: Tensor) -> Tensor:
-        """Rows of the table to the over-width state, ``[..., width of the table]`` to ``[..., D']``."""
+        """Map rows of the table to the over-width state, ``[..., width of the table]`` to ``[..., D']``."""
         if self.form == "factorised":
             return F.linear(rows, self.expand_weight).to(rows.dtype)  # autocast must not round the state
         if self.table_factor > 1:
@@ -96,7 +96,7 @@ class OverWidthEmbedding(StatesItsInitialValues):
 
 
 def _widened_table(table: nn.Embedding, width: int) -> nn.Embedding:
-    """The same module; with new rows if they have to be of another width."""
+    """Return the same module; with new rows if they have to be of another width."""
     if table.embedding_dim != width and (len(list(table.parameters())) > 1 or len(list(table.children()))):
         raise ValueError(
             f"the backbone's {type(table).__name__} does more than look up rows, so it cannot be wider; use the "
@@ -131,7 +131,7 @@ def check_embedding(form: str, ngram_order: int, ngram_buckets: int, table_facto
 
 
 class UnembeddingExpand(StatesItsInitialValues):
-    """``D -> kD`` in front of an unembedding whose table is ``k`` times as wide as the backbone."""
+    """Map ``D -> kD`` in front of an unembedding whose table is ``k`` times as wide as the backbone."""
 
     def __init__(self, hidden_size: int, table_factor: int) -> None:
         super().__init__()
@@ -143,18 +143,18 @@ class UnembeddingExpand(StatesItsInitialValues):
         return {"weight": torch.randn(self.weight.shape) * self.weight.shape[0] ** -0.5}
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """``[..., D]`` to ``[..., kD]``."""
+        """Map ``[..., D]`` to ``[..., kD]``."""
         return F.linear(hidden, self.weight).to(hidden.dtype)
 
 
 def repeat_over_slots(hidden: Tensor, geometry: Geometry) -> Tensor:
-    """``[..., D]`` to ``[..., D']``: slot ``j`` becomes segment ``j mod m``."""
+    """Map ``[..., D]`` to ``[..., D']``: slot ``j`` becomes segment ``j mod m``."""
     repeats = -(-geometry.n // geometry.m)
     return torch.cat([hidden] * repeats, dim=-1)[..., : geometry.over_width]
 
 
 class OverWidthReduce(StatesItsInitialValues):
-    """The final over-width state back to the backbone's width, before the final norm.
+    """Map the final over-width state back to the backbone's width, before the final norm.
 
     Args:
         geometry: ``(D, m, n)``.
@@ -193,7 +193,7 @@ class OverWidthReduce(StatesItsInitialValues):
         self.reset_parameters()
 
     def initial_values(self) -> dict[str, Tensor]:
-        """``W_reduce`` by ``init``; gains one, biases zero."""
+        """Start ``W_reduce`` as ``init`` says, gains at one, biases at zero."""
         d_in, d_out, values = self.geometry.over_width, self.geometry.hidden_size, {}
         if self.form == "linear":
             first = torch.eye(d_out, d_in)
@@ -205,7 +205,7 @@ class OverWidthReduce(StatesItsInitialValues):
         return values
 
     def forward(self, state: Tensor) -> Tensor:
-        """``[..., D']`` to ``[..., D]``."""
+        """Map ``[..., D']`` to ``[..., D]``."""
         if self.form == "identity":
             return state
         if self.form == "sum":
@@ -229,7 +229,7 @@ class OverWidthReduce(StatesItsInitialValues):
 
 
 def resolve_reduce(geometry: Geometry, form: str | None, norm: str | None) -> tuple[str, str]:
-    """The form and norm that ``None`` stands for, and the check that the two fit the geometry and each other."""
+    """Fill in the form and norm that ``None`` stands for; check that they fit the geometry and each other."""
     g = geometry
     if form is None:
         form = "identity" if g.n == g.m else "linear"

@@ -91,26 +91,26 @@ class GeneralizedHyperConnection(Connection):
 
     @property
     def weights(self) -> RoutingWeights:
-        """The parameters as the ops take them."""
+        """The parameters in the form that the ops take."""
         return RoutingWeights(**{name: getattr(self, name) for name in self.shapes}, eps=self.eps)
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """All, or those that run a constrained carry."""
+        """Names that :meth:`set_backend` takes: all, or those that can constrain the carry."""
         return ops.BACKENDS if self.has_fused_write else ("auto", "reference", "compiled")
 
     @property
     def has_fused_write(self) -> bool:
-        """True if the carry is free: then the ops do the write."""
+        """True if the carry is free: only then can the ops do the write."""
         return self.carry_constraint == "none"
 
     def read_matrix(self, slots: Tensor) -> Tensor:
-        """``Å = S_α ∘ tanh(H̄ W_α / τ) + A``, its first ``m`` columns (eq. 13): ``[..., n, m]``."""
+        """Compute ``Å = S_α ∘ tanh(H̄ W_α / τ) + A``, its first ``m`` columns (eq. 13): ``[..., n, m]``."""
         return coefficients(slots, columns_of(self.weights.to_read, slots.dtype))
 
     def write_matrices(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """``Â``, the other ``n`` columns (eq. 13), and ``B = S_β ∘ tanh(H̄ W_β / τ)ᵀ + B`` (eq. 14): ``[..., n, n]`` and
-        ``[..., m, n]``."""
+        """Compute ``Â``, the other ``n`` columns (eq. 13), and ``B = S_β ∘ tanh(H̄ W_β / τ)ᵀ + B`` (eq. 14):
+        ``[..., n, n]`` and ``[..., m, n]``."""
         g = self.geometry
         carry, beta = coefficients(slots, columns_of(self.weights, slots.dtype)).split([g.n, g.m], dim=-1)
         if self.carry_constraint == "doubly_stochastic":
@@ -126,7 +126,7 @@ class GeneralizedHyperConnection(Connection):
     def write_read(
         self, state: Tensor, z: Tensor, following: Connection, norm: NormWeights | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Like :meth:`Connection.write_read`; in one pass over the state if the ops do both and no hooks look on."""
+        """Do as :meth:`Connection.write_read`; in one pass over the state if the ops do both and no hooks look on."""
         fused = (
             self.has_fused_write
             and isinstance(following, GeneralizedHyperConnection)
@@ -139,7 +139,7 @@ class GeneralizedHyperConnection(Connection):
         return ops.write_read(state, z, self.weights, following.weights, norm, self.backend)  # type: ignore[arg-type]
 
     def fuses_norm(self, dtype: torch.dtype) -> bool:
-        """True if a read gains from taking on the sublayer's norm: with Triton alone, and unless hooks look on."""
+        """Return whether a read gains from taking on the sublayer's norm: only with Triton, and without hooks."""
         backend = ops.choose(self.backend, self.bias_alpha.device, dtype, self.geometry.n)
         return backend == "triton" and not has_hooks(self.read)
 

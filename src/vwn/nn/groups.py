@@ -80,7 +80,7 @@ def parameter_groups(
 
 
 def group_of_parameters(model: nn.Module) -> dict[str, str]:
-    """Parameter name -> its group.
+    """Return parameter name -> its group.
 
     ``table``: rows looked up by token or n-gram; ``expansion``: from the table's width to the over-width;
     ``routing``: the connections; ``reduce``: from the over-width to ``D``, its norm included; ``head``: the
@@ -119,7 +119,7 @@ def _tables(model: nn.Module) -> list[nn.Parameter]:
 
 
 def default_factors(model: nn.Module) -> dict[str, float]:
-    """The shares of the rate that hold where none are given; groups at the whole rate are left out.
+    """Return the shares of the rate that hold where none are given; groups at the whole rate are left out.
 
     ``table``: ten times the rate for rows that start at unit variance, as those of ``torch.nn.Embedding`` do, and are
     neither tied to the unembedding nor followed by a learned expansion. Matrices start at about a tenth of that, so the
@@ -150,7 +150,7 @@ def _has_unit_table(model: nn.Module) -> bool:
 
 
 def routing_factor(sublayers: int) -> float:
-    """The share of the peak rate at which free carries over so many sublayers learn where nothing else is said.
+    """Return the share of the peak rate at which free carries learn by default in a model of so many sublayers.
 
     Free carries multiply over the ``L`` sublayers of the backbone, so small changes in all of them grow as
     ``(1 + rate)^L``. With 48 sublayers the whole rate diverged and a tenth of it did not (results/stability); between

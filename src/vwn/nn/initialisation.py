@@ -1,4 +1,4 @@
-"""How modules of virtual width start, and the names that their weights had in earlier checkpoints."""
+"""Initialise modules of virtual width, and load weights by the names that they had in earlier checkpoints."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OLD_NAMES = {  # the same for the weights of a whole model, as patterns that app
 
 
 def current_name(name: str) -> str:
-    """The name that a weight of an earlier checkpoint has now."""
+    """Return the name that a weight of an earlier checkpoint has now."""
     for old, new in OLD_NAMES.items():
         name = re.sub(old, new, name)
     return name
@@ -41,7 +41,7 @@ class StatesItsInitialValues(nn.Module):
     """A module whose own parameters start at :meth:`initial_values`, standalone and inside a Hugging Face model."""
 
     def initial_values(self) -> dict[str, Tensor]:
-        """Initial value of each of this module's own parameters, by name."""
+        """Return the initial value of each of this module's own parameters, by name."""
         raise NotImplementedError
 
     @torch.no_grad()

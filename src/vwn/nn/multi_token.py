@@ -30,7 +30,7 @@ class BlockLinear(StatesItsInitialValues):
         return {"weight": torch.randn(self.weight.shape) * self.weight.shape[1] ** -0.5}
 
     def forward(self, slots: Tensor) -> Tensor:
-        """``[..., n, d_in]`` to ``[..., n, d_out]``."""
+        """Map ``[..., n, d_in]`` to ``[..., n, d_out]``."""
         return F.linear(slots, self.weight)
 
 

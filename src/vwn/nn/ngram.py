@@ -46,7 +46,7 @@ class NgramEmbedding(StatesItsInitialValues):
         attention_mask: Tensor | None = None,
         documents: Tensor | None = None,
     ) -> Tensor:
-        """``[..., S]`` ids to ``[..., S, width]``; see :func:`with_context` and :func:`hash_ngrams`."""
+        """Map ``[..., S]`` ids to ``[..., S, width]``; see :func:`with_context` and :func:`hash_ngrams`."""
         ids = with_context(input_ids, self.order, preceding_ids, attention_mask)
         first_rows = torch.arange(self.order - 1, device=ids.device) * self.buckets
         rows = F.embedding(hash_ngrams(ids, self.order, self.buckets, documents) + first_rows, self.weight)
@@ -56,7 +56,7 @@ class NgramEmbedding(StatesItsInitialValues):
 def with_context(
     input_ids: Tensor, order: int, preceding_ids: Tensor | None = None, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """The ids ``[..., S]`` and the ``order - 1`` before them, :data:`NO_TOKEN` where there is none: ``[..., K-1+S]``.
+    """Put the ``order - 1`` ids before ``[..., S]`` ids, :data:`NO_TOKEN` where there is none: ``[..., K-1+S]``.
 
     Args:
         preceding_ids: the last ``K-1`` ids before ``input_ids``, ``[..., K-1]``; without them a sequence starts.
@@ -80,7 +80,7 @@ def with_context(
 
 
 def hash_ngrams(ids: Tensor, order: int, buckets: int, documents: Tensor | None = None) -> Tensor:
-    """The bucket of the n-gram of each order ``2..K`` that ends at a position.
+    """Compute the bucket of the n-gram of each order ``2..K`` that ends at a position.
 
     64-bit integers throughout, so the same on every device and in every batch. A trained table depends on these
     numbers: they are part of a checkpoint's meaning.

@@ -88,7 +88,7 @@ class HyperConnection(Connection):
         return values
 
     def read_matrix(self, slots: Tensor) -> Tensor:
-        """``Å = s_α tanh(LN(H') W_α) + A``, the first ``m`` columns: ``[..., n, m]``."""
+        """Compute ``Å = s_α tanh(LN(H') W_α) + A``, the first ``m`` columns: ``[..., n, m]``."""
         m, static = self.geometry.m, self.bias_alpha.to(slots.dtype)[:, : self.geometry.m]
         if not self.dynamic:
             return static
@@ -96,7 +96,7 @@ class HyperConnection(Connection):
         return scale * torch.tanh(self._normed(slots) @ weight) + static
 
     def write_matrices(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """``Â``, the other ``n`` columns, and ``B = s_β tanh(LN(H') W_β)ᵀ + B``."""
+        """Compute ``Â``, the other ``n`` columns, and ``B = s_β tanh(LN(H') W_β)ᵀ + B``."""
         m, n, dtype = self.geometry.m, self.geometry.n, slots.dtype
         carry, beta = self.bias_alpha.to(dtype)[:, m:], self.bias_beta.to(dtype)
         if not self.dynamic:
@@ -169,17 +169,17 @@ class ManifoldHyperConnection(Connection):
         return ("auto", "reference", "compiled")
 
     def read_matrix(self, slots: Tensor) -> Tensor:
-        """``Å``, ``[..., n, 1]``."""
+        """Compute ``Å``, ``[..., n, 1]``."""
         return torch.sigmoid(self._logits(slots, "pre")[0]).unsqueeze(-1) + self.routing_eps
 
     def write_matrices(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """``Â``, ``[..., n, n]``, and ``B``, ``[..., 1, n]``."""
+        """Compute ``Â``, ``[..., n, n]``, and ``B``, ``[..., 1, n]``."""
         res, post = self._logits(slots, "res", "post")
         carry = sinkhorn(res, self.sinkhorn_rounds, self.routing_eps)
         return carry, 2 * torch.sigmoid(post).unsqueeze(-2)
 
     def _logits(self, slots: Tensor, *names: str) -> list[Tensor]:
-        """``a x̄ φ + b`` for each name, in the shape of ``b``."""
+        """Compute ``a x̄ φ + b`` for each name, in the shape of ``b``."""
         weights, biases, scales = (
             [getattr(self, f"{name}_{part}").to(slots.dtype) for name in names] for part in ("weight", "bias", "scale")
         )

@@ -1,4 +1,4 @@
-"""Which parameters weight decay leaves alone (section 3.3): one rule, used by every trainer."""
+"""Find the parameters that weight decay leaves alone (section 3.3): one rule, used by every trainer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vwn.nn.connection import Connection
 
 
 def no_weight_decay(module: nn.Module) -> set[str]:
-    """Names of the parameters of ``module`` that must not be decayed: biases and norm gains.
+    """Return the names of the parameters of ``module`` that must not be decayed: biases and norm gains.
 
     The static ``A`` and ``B`` of a connection are the biases of its routing, and named so. Everywhere else these are
     the parameters of fewer than two dimensions, or whose name ends in ``bias``. The dynamic ``W`` and the scales ``S``

@@ -28,7 +28,7 @@ __all__ = [
 
 
 def read(state: Tensor, weights: RoutingWeights, norm: NormWeights | None = None, backend: str = "auto") -> Tensor:
-    """A sublayer's input ``X = Åᵀ H'`` (first line of eq. 10).
+    """Compute a sublayer's input ``X = Åᵀ H'`` (first line of eq. 10).
 
     Args:
         state: over-width state, ``[..., D']``, floating point.
@@ -47,7 +47,7 @@ def read(state: Tensor, weights: RoutingWeights, norm: NormWeights | None = None
 
 
 def write(state: Tensor, z: Tensor, weights: RoutingWeights, backend: str = "auto") -> Tensor:
-    """The new state ``Bᵀ Z + Âᵀ H'`` (second line of eq. 10).
+    """Compute the new state ``Bᵀ Z + Âᵀ H'`` (second line of eq. 10).
 
     Args:
         state: the state that was read, ``[..., D']``.
@@ -69,7 +69,7 @@ def write_read(
     norm: NormWeights | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The write of one sublayer and the read of the next, which sees the new state while it is at hand.
+    """Compute the write of one sublayer and the read of the next, which sees the new state while it is at hand.
 
     Equal to :func:`write` and then :func:`read`, on a CPU to the bit, on a GPU within rounding; it moves
     ``(2r + 2) D`` elements instead of ``(3r + 2) D``.
@@ -96,12 +96,12 @@ def _arguments(
     norm: NormWeights | None,
     backend: str,
 ) -> list[Any]:
-    """The arguments of an op, with the weights in the dtype that the routing is computed in."""
+    """Return the arguments of an op, with the weights in the dtype that the routing is computed in."""
     state = state.to(state_dtype(state))
     dtype = torch.promote_types(state.dtype, torch.float32)
     both = (*(write or ()), *(read or ()))
     weights = [t.to(dtype) if isinstance(t, Tensor) and t.dtype is not dtype else t for t in both]
-    of_norm: list[Any] = [] if read is None else [None, 0.0]
+    norm_arguments: list[Any] = [] if read is None else [None, 0.0]
     if norm is not None:
-        of_norm = [norm.weight.to(state.dtype), norm.eps]
-    return [state, *([] if z is None else [z.to(state.dtype)]), *weights, *of_norm, backend]
+        norm_arguments = [norm.weight.to(state.dtype), norm.eps]
+    return [state, *([] if z is None else [z.to(state.dtype)]), *weights, *norm_arguments, backend]

@@ -1,4 +1,4 @@
-"""Which code runs the ops: ``"reference"``, ``"compiled"`` (C++ on a CPU) or ``"triton"`` (a GPU).
+"""Choose the code that runs the ops: ``"reference"``, ``"compiled"`` (C++ on a CPU) or ``"triton"`` (a GPU).
 
 ``"auto"`` takes the fastest that runs for the device and dtype at hand, and says once what it took and why. A backend
 asked for by name runs or raises.
@@ -23,7 +23,7 @@ _log = logging.getLogger("vwn.ops")
 
 @cache
 def module(name: str) -> ModuleType:
-    """The module of a backend, which has the functions of :mod:`vwn.ops.reference`; imported when first used."""
+    """Return the module of a backend, which has the functions of :mod:`vwn.ops.reference`; imported when first used."""
     return importlib.import_module(f"vwn.ops.{name}")
 
 
@@ -36,7 +36,7 @@ def check_backend(name: str) -> str:
 
 @torch.compiler.assume_constant_result
 def choose(name: str, device: torch.device, dtype: torch.dtype, slots: int = 1) -> str:
-    """The backend that runs for states of this device, dtype and number of slots when ``name`` was asked for.
+    """Return the backend that runs for states of this device, dtype and number of slots when ``name`` was asked for.
 
     Raises:
         UserError: unknown, or asked for by name and unable to run there.

@@ -53,7 +53,7 @@ class _Args(ctypes.Structure):
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, slots: int = 1) -> str | None:
-    """Why it cannot run there, or ``None``; builds the library when first asked."""
+    """Return the reason why it cannot run there, or ``None``; builds the library when first asked."""
     if device.type != "cpu":
         return f"it runs on a CPU, not on {device.type}"
     if dtype not in _DTYPES:
@@ -68,7 +68,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, slots: int = 1) -> str
 
 @cache
 def _library() -> ctypes.CDLL | str:
-    """The built library, from the cache if it is there; else why there is none."""
+    """Return the library, built first if the cache does not have it; else why there is none."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++")), None)
     if compiler is None:
         return "there is no C++ compiler (g++ or c++; CXX names another)"
@@ -124,16 +124,16 @@ def forward(inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
     return new, x
 
 
-def backward(grad_state: Tensor | None, grad_x: Tensor | None, inputs: Inputs, needs_weights: bool) -> list[Tensor]:
+def backward(grad_new: Tensor | None, grad_x: Tensor | None, inputs: Inputs, needs_weights: bool) -> list[Tensor]:
     """Compute :func:`vwn.ops.reference.backward` for contiguous ``[T, D']`` and ``[T, D]``."""
     state, z, norm = inputs.state, inputs.z, inputs.norm
-    of_state, of_z, of_norm = torch.empty_like(state), None if z is None else torch.empty_like(z), None
+    grad_state, grad_z, grad_norm = torch.empty_like(state), None if z is None else torch.empty_like(z), None
     if norm is not None and needs_weights:
-        of_norm = torch.empty_like(norm.weight, dtype=torch.promote_types(state.dtype, torch.float32))
-    tensors = {"grad_new": grad_state, "grad_x": grad_x, "grad_state": of_state, "grad_z": of_z, "grad_norm": of_norm}
-    of_weights = _run(inputs, backward=True, needs_weights=needs_weights, **tensors)
-    rounded = None if of_norm is None else of_norm.to(state.dtype)
-    return [t for t in (of_state, of_z, *of_weights, rounded) if t is not None]
+        grad_norm = torch.empty_like(norm.weight, dtype=torch.promote_types(state.dtype, torch.float32))
+    results = {"grad_state": grad_state, "grad_z": grad_z, "grad_norm": grad_norm}
+    grad_weights = _run(inputs, backward=True, needs_weights=needs_weights, grad_new=grad_new, grad_x=grad_x, **results)
+    rounded = None if grad_norm is None else grad_norm.to(state.dtype)
+    return [t for t in (grad_state, grad_z, *grad_weights, rounded) if t is not None]
 
 
 def _run(inputs: Inputs, backward: bool, needs_weights: bool, **tensors: Tensor | None) -> list[Tensor]:

@@ -13,17 +13,17 @@ from vwn.ops.weights import Columns, Inputs, NormWeights, columns_of, gradients_
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, slots: int = 1) -> str | None:
-    """Why the backend cannot run there, or ``None``; the reference runs everywhere."""
+    """Return the reason why it cannot run there, or ``None``; the reference runs everywhere."""
     return None
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """``1 / sqrt(mean(x²) + eps)`` over the last dimension, ``[..., d] -> [..., 1]``: the core of every RMSNorm."""
+    """Compute ``1 / sqrt(mean(x²) + eps)`` over the last dimension, ``[..., d] -> [..., 1]``, as every RMSNorm does."""
     return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 def coefficients(slots: Tensor, columns: Columns) -> Tensor:
-    """Columns of the routing matrices (eqs. 12-14): ``[..., n, k]``, or ``[n, k]`` where the routing is static.
+    """Compute columns of the routing matrices (eqs. 12-14): ``[..., n, k]``, or ``[n, k]`` where the routing is static.
 
     Args:
         slots: ``[..., n, d]``, float32 or float64.
@@ -38,12 +38,12 @@ def coefficients(slots: Tensor, columns: Columns) -> Tensor:
 
 
 def read_slots(slots: Tensor, read: Tensor) -> Tensor:
-    """``X = Åᵀ H'`` (first line of eq. 10): ``H'`` ``[..., n, d]`` and ``Å`` ``[..., n, m]`` to ``[..., D]``."""
+    """Compute ``X = Åᵀ H'`` (first line of eq. 10): ``[..., n, d]`` and ``[..., n, m]`` to ``[..., D]``."""
     return (read.mT @ slots).flatten(-2)  # X = Åᵀ H' (eq. 10)
 
 
 def write_slots(slots: Tensor, segments: Tensor, carry: Tensor, beta: Tensor) -> Tensor:
-    """``H' <- Bᵀ Z + Âᵀ H'`` (second line of eq. 10), ``[..., D']``.
+    """Compute ``H' <- Bᵀ Z + Âᵀ H'`` (second line of eq. 10), ``[..., D']``.
 
     Shapes: ``H'`` ``[..., n, d]``, ``Z`` ``[..., m, d]``, ``Â`` ``[..., n, n]``, ``B`` ``[..., m, n]``.
     """
@@ -51,7 +51,7 @@ def write_slots(slots: Tensor, segments: Tensor, carry: Tensor, beta: Tensor) ->
 
 
 def forward(inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
-    """The new state ``Bᵀ Z + Âᵀ H'``, and what is read from it, ``X = Åᵀ H'`` (eq. 10).
+    """Compute the new state ``Bᵀ Z + Âᵀ H'``, and what is read from it, ``X = Åᵀ H'`` (eq. 10).
 
     Returns:
         the new state ``[..., D']``, ``None`` without a write, and ``X`` ``[..., D]``, ``None`` without a read; both in
@@ -74,16 +74,16 @@ def forward(inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
 
 
 def rms_norm(x: Tensor, norm: NormWeights) -> Tensor:
-    """RMSNorm over the last dimension in float32, rounded to the dtype of ``x`` before the gain."""
+    """Apply RMSNorm over the last dimension in float32, rounded to the dtype of ``x`` before the gain."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return norm.weight * (wide * inverse_rms(wide, norm.eps)).to(x.dtype)
 
 
-def backward(grad_state: Tensor | None, grad_x: Tensor | None, inputs: Inputs, needs_weights: bool) -> list[Tensor]:
-    """Gradients of :func:`forward` from its inputs alone: the routing is computed again, so nothing else is saved.
+def backward(grad_new: Tensor | None, grad_x: Tensor | None, inputs: Inputs, needs_weights: bool) -> list[Tensor]:
+    """Compute gradients of :func:`forward` from its inputs alone; it computes the routing again, so none is saved.
 
     Args:
-        grad_state: of the new state, ``[..., D']``; ``None`` counts as zero.
+        grad_new: of the new state, ``[..., D']``; ``None`` counts as zero.
         grad_x: of ``X``, ``[..., D]``.
 
     Returns:
@@ -104,14 +104,14 @@ def backward(grad_state: Tensor | None, grad_x: Tensor | None, inputs: Inputs, n
         columns = columns_of(read, dtype)
         through, gradients = coefficients_backward(slots @ g.mT, slots, columns)
         through = (coefficients(slots, columns) @ g + through).flatten(-2).to(state.dtype)
-        grad_state = through if grad_state is None else grad_state + through
+        grad_new = through if grad_new is None else grad_new + through
         grad_read = gradients_of(gradients, read)
-    assert grad_state is not None
-    result = [grad_state]
+    assert grad_new is not None
+    result = [grad_new]
     if write is not None and z is not None:
         slots = state.unflatten(-1, (write.n, -1)).to(dtype)
         segments = z.unflatten(-1, (write.m, -1)).to(dtype)
-        g = grad_state.unflatten(-1, (write.n, -1)).to(dtype)
+        g = grad_new.unflatten(-1, (write.n, -1)).to(dtype)
         columns = columns_of(write, dtype)
         carry, beta = coefficients(slots, columns).split([write.n, write.m], dim=-1)
         grad_columns = torch.cat([slots @ g.mT, g @ segments.mT], dim=-1)
@@ -123,7 +123,7 @@ def backward(grad_state: Tensor | None, grad_x: Tensor | None, inputs: Inputs, n
 
 
 def coefficients_backward(grad: Tensor, slots: Tensor, columns: Columns) -> tuple[Tensor, Columns]:
-    """Gradients of :func:`coefficients`: of the slots, zero where the routing is static, and of the parameters.
+    """Compute gradients of :func:`coefficients`: of the slots, zero where the routing is static, and of the parameters.
 
     Args:
         grad: of the coefficients, ``[..., n, k]``.
@@ -148,7 +148,7 @@ def coefficients_backward(grad: Tensor, slots: Tensor, columns: Columns) -> tupl
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, norm: NormWeights) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of :func:`rms_norm`: of ``x``, and in a list of the weight."""
+    """Compute gradients of :func:`rms_norm`: of ``x`` and, in a list, of the weight."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide, g = x.to(dtype), grad.to(dtype)
     rstd = inverse_rms(wide, norm.eps)

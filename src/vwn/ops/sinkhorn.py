@@ -22,7 +22,7 @@ CONVERGED = 4e-6
 
 
 def sinkhorn(logits: Tensor, rounds: int = ROUNDS, eps: float = EXACT_EPS, exact: bool = False) -> Tensor:
-    """``exp(logits)`` scaled to row and column sums of one.
+    """Scale ``exp(logits)`` to row and column sums of one.
 
     Args:
         logits: ``[..., n, n]``, floating point.
@@ -48,7 +48,7 @@ def sinkhorn(logits: Tensor, rounds: int = ROUNDS, eps: float = EXACT_EPS, exact
 
 
 def _factors(p: Tensor, rounds: int, eps: float) -> tuple[list[Tensor], list[Tensor]]:
-    """The factors ``[n, count]`` that scale rows and columns after each round.
+    """Compute the factors ``[n, count]`` that scale rows and columns after each round.
 
     A round divides a row by its sum plus ``eps``. With factors ``r`` and ``c`` that is ``r_i / (r_i sum_j p_ij c_j +
     eps)``, and so the matrices themselves are never rewritten.

@@ -65,7 +65,7 @@ class NormWeights(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What an op works on: the write of one sublayer followed by the read of the next; either may be missing."""
+    """The inputs of an op: the write of one sublayer followed by the read of the next; either may be missing."""
 
     state: Tensor
     """``[..., D']``."""
@@ -101,7 +101,7 @@ class Columns(NamedTuple):
 
 
 def columns_of(w: RoutingWeights, dtype: torch.dtype) -> Columns:
-    """The ``n`` columns of ``Â`` and the ``m`` of ``Bᵀ``; of weights for a read the ``m`` of ``Å``."""
+    """Return the ``n`` columns of ``Â`` and the ``m`` of ``Bᵀ``; of weights for a read the ``m`` of ``Å``."""
 
     def beside(alpha: Tensor, beta: Tensor | None) -> Tensor:
         return (alpha[:, : w.m] if beta is None else torch.cat([alpha[:, w.m :], beta], dim=1)).to(dtype)
@@ -129,7 +129,7 @@ def gradients_of(g: Columns, w: RoutingWeights) -> list[Tensor]:
 
 
 def state_dtype(state: Tensor) -> torch.dtype:
-    """The dtype that an over-width state is kept in: autocast's where that is on, else its own; float64 stays."""
+    """Return the dtype of an over-width state: autocast's where that is on, else its own; float64 stays."""
     device = state.device.type
     stays = device == "meta" or state.dtype is torch.float64 or not state.is_floating_point()
     return state.dtype if stays or not torch.is_autocast_enabled(device) else torch.get_autocast_dtype(device)
@@ -147,9 +147,9 @@ def check(inputs: Inputs, grad_new: Tensor | None = None, grad_x: Tensor | None 
     for w in sides:
         missing = [t is None for t in (w.bias_beta, w.dynamic_beta, w.scale_beta)]
         if missing != ([False, not w.dynamic, not w.dynamic] if w is write else [True] * 3):
-            raise UserError("a write takes the weights of B, as dynamic as those of A, and a read (to_read) has none")
+            raise UserError("a write needs the weights of B, as dynamic as those of A; a read (to_read) has none")
         if not (w.dynamic_alpha is None) == (w.scale_alpha is None) == (w.slot_norm is None):
-            raise UserError("dynamic routing needs dynamic_alpha, scale_alpha and slot_norm, static routing none")
+            raise UserError("dynamic routing needs dynamic_alpha, scale_alpha and slot_norm; static has none of them")
         if w.bias_alpha.ndim != 2 or w.m < 1 or w.n < 1:
             raise UserError(f"bias_alpha must be n x (m + n), got {_of(w.bias_alpha)}")
     first = sides[0]
@@ -176,9 +176,9 @@ def check(inputs: Inputs, grad_new: Tensor | None = None, grad_x: Tensor | None 
         if t.shape != shape:
             raise UserError(f"{name} must be {shape} beside {_of(state)}, got {_of(t)}")
         if t.device != device:
-            raise UserError(f"the state is on {device}, what goes with it on {t.device}; move one to the other")
+            raise UserError(f"the state is on {device}, but {name} is on {t.device}; move one to the other")
         if t.dtype is not kind:
-            raise UserError(f"beside {_of(state)} an op of torch.ops.vwn takes {kind}, not {_of(t)}; vwn.ops casts")
+            raise UserError(f"{name} must be {kind} beside {_of(state)}, not {_of(t)}; call vwn.ops, which casts")
     if not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0:
         raise UserError("the connections have no forward-mode derivative (jvp, dual numbers); use reverse mode")
 

@@ -438,12 +438,12 @@ template <class C, class S> struct Block {
         slope(w.rp), total(Simd<C>::L) {}
 
   // Coefficients of token t of the block
-  const C* of_write(int64_t t) const { return rw.c + t * n; }
-  const C* of_read(int64_t t) const { return rr.c + t * n; }
+  const C* write_coefficients(int64_t t) const { return rw.c + t * n; }
+  const C* read_coefficients(int64_t t) const { return rr.c + t * n; }
 
   // X = A_read^T H' of token t, and with a norm its rounded normalised value in y_
   void read_x(int64_t t, C* x) {
-    nn<C>(m, dp, x, dp, {of_read(t), r.rp, 1, fresh + t * wide, dp, n}, false);
+    nn<C>(m, dp, x, dp, {read_coefficients(t), r.rp, 1, fresh + t * wide, dp, n}, false);
     if (!a.norm) return;
     round_to<C, S>(x, narrow);
     row_dots<C>(1, narrow, total, x, 0, x, 0);
@@ -460,8 +460,8 @@ template <class C, class S> struct Block {
       rw.compute(w, h, tokens * n);
       for (int64_t t = 0; t < tokens; t++) {
         next.fetch();
-        const Term<C> carry{of_write(t), w.rp, 1, h + t * wide, dp, n};
-        const Term<C> injected{of_write(t) + n * w.rp, 1, w.rp, z + t * narrow, dp, m};
+        const Term<C> carry{write_coefficients(t), w.rp, 1, h + t * wide, dp, n};
+        const Term<C> injected{write_coefficients(t) + n * w.rp, 1, w.rp, z + t * narrow, dp, m};
         nn<C>(n, dp, {to + t * wide, dp, nullptr, nullptr, {carry, injected}, 2});
       }
       round_to<C, S>(to, tokens * wide);
@@ -551,7 +551,7 @@ template <class C, class S> struct Block {
         dots(n, w, dc, gt, h + t * wide, w.turns ? rw.turned + t * n : nullptr);
         next.fetch();
         dots(m, w, dc + n * w.rp, z + t * narrow, gt, nullptr);
-        nn<C>(m, dp, to + t * narrow, dp, {of_write(t) + n * w.rp, w.rp, 1, gt, dp, n}, false);
+        nn<C>(m, dp, to + t * narrow, dp, {write_coefficients(t) + n * w.rp, w.rp, 1, gt, dp, n}, false);
         next.fetch();
       }
       store<C, S>(to, tokens * m, d, dp, grad_z);

@@ -21,7 +21,7 @@ from vwn.titan.trainer import VirtualWidthTrainer, adamw, model_spec
 
 
 def debug() -> VirtualWidthTrainer.Config:
-    """Six layers of 256 and ``r = 1.5``, for a first look: with a tokenizer and a file of your own.
+    """Configure six layers of 256 and ``r = 1.5``, for a first look: with a tokenizer and a file of your own.
 
     ``--hf_assets_path FOLDER`` has the ``tokenizer.json``, ``--dataloader.dataset_path FILE`` the text.
     """
@@ -38,7 +38,7 @@ def debug() -> VirtualWidthTrainer.Config:
 
 
 def llama_8b() -> VirtualWidthTrainer.Config:
-    """Llama 3 8B with ``(m, n) = (2, 3)``: ``r = 1.5``. The rate is Llama's, untuned here."""
+    """Configure Llama 3 8B with ``(m, n) = (2, 3)``: ``r = 1.5``. The rate is Llama's, untuned here."""
     return config(
         Backbone(
             vocab_size=128256,

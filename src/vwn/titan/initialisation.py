@@ -73,7 +73,7 @@ def _draw(parameter: Tensor, key: str, std: float) -> None:
 
 
 def _box(parameter: Tensor) -> tuple[slice, ...]:
-    """Slices of the whole tensor that this rank holds."""
+    """Return the slices of the whole tensor that this rank holds."""
     if not isinstance(parameter, DTensor):
         return tuple(slice(0, size) for size in parameter.shape)
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)

@@ -50,7 +50,7 @@ _EXPERTS = dict.fromkeys(("w1_EFD", "w2_EDF", "w3_EFD"), skip_param_init)
 
 
 class VirtualWidthDecoder(Decoder):
-    """Token ids to logits, with an over-width state in between (sections 3.2-3.4)."""
+    """Map token ids to logits, with an over-width state in between (sections 3.2-3.4)."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):

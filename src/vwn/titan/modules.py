@@ -73,7 +73,7 @@ class Norm(RMSNorm):
         """The engine's config."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """``[..., D]`` to ``[..., D]``."""
+        """Map ``[..., D]`` to ``[..., D]``."""
         return super().forward(input)
 
 
@@ -99,7 +99,7 @@ class Connections(vwn.nn.connection.Connections, ModuleList):
 
 
 class Reduce(vwn.nn.embedding.OverWidthReduce, Part):
-    """The final state back to the backbone's width."""
+    """Map the final state back to the backbone's width."""
 
 
 class ReducedNorm(Module):
@@ -118,7 +118,7 @@ class ReducedNorm(Module):
         self.norm = config.norm.build()
 
     def forward(self, state: Tensor) -> Tensor:
-        """``[B, S, D']`` to ``[B, S, D]``."""
+        """Map ``[B, S, D']`` to ``[B, S, D]``."""
         return self.norm(self.reduce(state))
 
 
@@ -136,12 +136,12 @@ class Expand(StatesItsInitialValues, Part):
         return {"weight": torch.randn(self.weight.shape) * self.weight.shape[1] ** -0.5}
 
     def forward(self, rows: Tensor) -> Tensor:
-        """``[..., D]`` to ``[..., D']``."""
+        """Map ``[..., D]`` to ``[..., D']``."""
         return F.linear(rows, self.weight).to(rows.dtype)
 
 
 class OverWidthEmbedding(Module):
-    """Token ids to the first over-width state: the engine's vocabulary-parallel table, expanded as its form says."""
+    """Map token ids to the first state: the engine's vocabulary-parallel table, expanded as its form says."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
@@ -159,7 +159,7 @@ class OverWidthEmbedding(Module):
         self.expand = None if config.expand is None else config.expand.build()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """``[B, S]`` to ``[B, S, D']``."""
+        """Map ``[B, S]`` to ``[B, S, D']``."""
         rows = local(self.table(tokens))
         if self.expand is not None:
             return self.expand(rows)
@@ -241,7 +241,7 @@ class Predictor(vwn.nn.multi_token.MultiTokenPredictor, Part):  # with a Config 
 
     @property
     def moe_enabled(self) -> Any:
-        """Whether the block has experts."""
+        """Return whether the block has experts."""
         return self.layer.moe_enabled
 
     @property

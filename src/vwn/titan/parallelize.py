@@ -49,7 +49,7 @@ def parallelize(
     ac_config: Any,
     dump_folder: str,
 ) -> Any:
-    """A model, or a pipeline stage of it, sharded over the meshes of ``parallel_dims``; torchtitan's own signature."""
+    """Shard a model, or a pipeline stage of it, over the meshes of ``parallel_dims``; torchtitan's own signature."""
     dims = parallel_dims
     if dims.tp_enabled or dims.ep_enabled:
         model.parallelize(dims)
@@ -110,7 +110,7 @@ def set_sharding(config: Any, sequence: bool, experts: bool) -> None:
     """
     replicated = _replicated(sequence)
     embedding, norm = config.tok_embeddings, config.norm
-    config.tok_embeddings, config.norm = embedding.table, norm.norm  # where the engine's plan of the root looks
+    config.tok_embeddings, config.norm = embedding.table, norm.norm  # the engine's plan looks for them here
     set_decoder_sharding_config(config, enable_sp=sequence)
     config.tok_embeddings, config.norm = embedding, norm
     if embedding.expand is not None:
@@ -138,6 +138,6 @@ def _set_block(block: Any, sequence: bool, experts: bool) -> None:
 
 
 def _replicated(sequence: bool) -> ShardingConfig:
-    """Whole weights on every rank; with a sharded sequence each sees its own tokens and gradients are summed."""
+    """Keep whole weights on every rank; with a sharded sequence each sees its own tokens and gradients are summed."""
     layout = dense_param_placement(tp=spmd.R if sequence else spmd.I)
     return ShardingConfig(state_shardings=dict.fromkeys(_WIDE, layout))

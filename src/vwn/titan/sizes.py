@@ -52,7 +52,7 @@ class VirtualWidth:
     n: int = 3
     """Slots, ``n >= m``; ``r = n / m``."""
     dynamic: bool = True
-    """Whether the routing depends on the token (eqs. 12-14)."""
+    """Let the routing depend on the token (eqs. 12-14)."""
     carry_constraint: Literal["none", "doubly_stochastic"] = "none"
     """``doubly_stochastic`` keeps the rows and columns of the carry at sums of one."""
     embedding: Literal["direct", "factorised", "replicated"] = "direct"
@@ -105,5 +105,5 @@ def hf_config(backbone: Backbone, width: VirtualWidth) -> Any:
 
 
 def initial_std(backbone: Backbone) -> float:
-    """Standard deviation of the backbone's matrices at the start."""
+    """Return the standard deviation of the backbone's matrices at the start."""
     return backbone.hidden_size**-0.5 if backbone.initializer_range is None else backbone.initializer_range

@@ -53,7 +53,7 @@ class VirtualWidthStateDictAdapter(StateDictAdapter):
         return to_transformers(state_dict)
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The inverse of :meth:`to_hf`."""
+        """Undo :meth:`to_hf`."""
         self._refuse_experts()
         return from_transformers(hf_state_dict)
 
@@ -80,7 +80,7 @@ def to_transformers(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_transformers(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`to_transformers`; it knows the names of earlier checkpoints as well."""
+    """Undo :func:`to_transformers`; this knows the names of earlier checkpoints as well."""
     out = {}
     for name, value in ((current_name(name), value) for name, value in state_dict.items()):
         if name.endswith(_FUSED):
@@ -94,12 +94,12 @@ def from_transformers(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def hf_name(name: str) -> str:
-    """``layers.0.attention.wo.weight`` to ``model.backbone.layers.0.self_attn.o_proj.weight``."""
+    """Turn ``layers.0.attention.wo.weight`` into ``model.backbone.layers.0.self_attn.o_proj.weight``."""
     return _renamed(name, _PREFIXES, _BLOCK)
 
 
 def engine_name(name: str) -> str:
-    """The inverse of :func:`hf_name`."""
+    """Undo :func:`hf_name`."""
     return _renamed(name, _inverse(_PREFIXES), _inverse(_BLOCK))
 
 

@@ -141,7 +141,7 @@ class MultiTokenLoss(BaseLoss):
     def __call__(
         self, pred: Any, labels: Tensor, global_valid_tokens: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits ``[B, S, V]`` of the next token and of each further one; ``labels`` ``[B, S]``, shifted by one."""
+        """Take logits ``[B, S, V]`` of the next and each further token; ``labels`` ``[B, S]`` are shifted by one."""
         counted = (labels != IGNORE_INDEX).sum().clamp(min=1)
         loss = self.fn(pred[0], labels, global_vocab_size=self.vocab_size)
         for ahead, logits in enumerate(pred[1:], 1):
@@ -153,14 +153,14 @@ class MultiTokenLoss(BaseLoss):
 
 
 def loss_config(backbone: Backbone, width: VirtualWidth) -> Any:
-    """The next token's cross-entropy; with MTP modules the further tokens' as well."""
+    """Return the next token's cross-entropy; with MTP modules the further tokens' as well."""
     if not width.num_mtp_modules:
         return CrossEntropyLoss.Config(global_vocab_size=backbone.vocab_size)
     return MultiTokenLoss.Config(weight=width.mtp_loss_weight, global_vocab_size=backbone.vocab_size)
 
 
 def adamw(learning_rate: float, weight_decay: float = 0.1, **options: Any) -> Optimizers.Config:
-    """AdamW on the groups of :func:`vwn.parameter_groups`, with the rates and the decay of `vwn train`.
+    """Configure AdamW on the groups of :func:`vwn.parameter_groups`, with the rates and the decay of `vwn train`.
 
     Args:
         learning_rate: peak rate of the backbone.

@@ -1,4 +1,4 @@
-"""From a run's options to the Trainer's arguments, the model's backends, and the learning rate."""
+"""Make the Trainer's arguments, the model's backends and the learning rate from a run's options."""
 
 from __future__ import annotations
 

@@ -52,5 +52,5 @@ def branches_of(budgets: Iterable[str], tokens_per_step: int, cooldown: float) -
 
 
 def decay_steps(steps: int, cooldown: float) -> int:
-    """Steps of the cool-down at the end of a run of so many steps: at least one, and not all."""
+    """Return the steps of the cool-down at the end of a run of so many steps: at least one, and not all."""
     return min(steps - 1, max(1, round(cooldown * steps)))

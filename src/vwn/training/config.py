@@ -95,7 +95,7 @@ class WidthOptions:
         return replace(self, **{name: getattr(WidthOptions(), name) for name in PLAIN_OPTIONS})
 
     @property
-    def of_plain(self) -> WidthOptions:
+    def for_plain_model(self) -> WidthOptions:
         """Return the options that a plain model has a use for."""
         return WidthOptions(**{name: getattr(self, name) for name in PLAIN_OPTIONS})
 
@@ -202,7 +202,7 @@ class SpeedOptions:
                 raise UserError(f"--keep-states-every does not go with --{name.replace('_', '-')}; use one of them")
 
     @property
-    def of_plain(self) -> SpeedOptions:
+    def for_plain_model(self) -> SpeedOptions:
         """Return the options that a plain model has a use for."""
         return replace(self, connection_backend="auto", keep_states_every=1)
 
@@ -301,7 +301,7 @@ class TrainConfig:
             raise UserError("--table-factor widens the table of a plain model; --m and --n do it for a virtual width")
         _at_least(self, 1, "hidden_size", "intermediate_size", "log_every", "eval_every", "save_every")
         _at_least(self, 0, "health_every", "sample_tokens")
-        if self.init_from is None and self.m is None and self.speed != self.speed.of_plain:
+        if self.init_from is None and self.m is None and self.speed != self.speed.for_plain_model:
             raise UserError("--connection-backend and --keep-states-every need a virtual width; give --m and --n too")
         is_free = self.width.connection == "ghc" and self.width.carry_constraint == "none"
         if self.speed.keep_states_every > 1 and not is_free:

@@ -22,10 +22,10 @@ from vwn.training.config import TrainConfig
 LOCK = ".lock"
 PARTIAL = re.compile(r"\..*\.partial")  # what a killed process had begun to write
 
-# Settings that a run may be continued with others of: the batches are the same, but for rows that cannot be read.
+# Settings that may change when a run is continued: its batches stay the same, but for rows that cannot be read.
 FREE = ("corpus.workers", "corpus.skip_bad_rows", "sample_tokens", "report_to")
 PATHS = ("init_from", "corpus.data", "corpus.valid", "corpus.stream", "corpus.tokenizer")
-"""Settings that may be the same file seen from another folder; that the text is the same is checked by itself."""
+"""Settings that hold paths, which differ if seen from another folder; the text itself is compared separately."""
 
 
 @contextmanager
@@ -172,6 +172,6 @@ def locate(checkpoint: str) -> Path | str:
 
 
 def run_record(source: Path | str) -> dict[str, Any]:
-    """``run.json`` of the training run that wrote a checkpoint; empty if there is none."""
+    """Read ``run.json`` of the training run that wrote a checkpoint; empty if there is none."""
     folders = (source, source.resolve().parent) if isinstance(source, Path) else ()
     return next((read_json(f / "run.json") for f in folders if (f / "run.json").exists()), {})

@@ -57,8 +57,8 @@ def rank0_first(act: Callable[[], T]) -> T:
     return on_all_ranks(lambda: act() if made is None else made)
 
 
-def resolve(config: TrainConfig) -> str:
-    """``none``, ``ddp`` or ``fsdp2``: what ``--parallel`` and the launcher ask for.
+def parallel_mode(config: TrainConfig) -> str:
+    """Return what ``--parallel`` and the launcher ask for: ``none``, ``ddp`` or ``fsdp2``.
 
     Raises:
         UserError: they contradict each other, or an option does not go with it.

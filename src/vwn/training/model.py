@@ -1,4 +1,4 @@
-"""From a configuration to an initialised model: backbones by name, path or hub id; paired initialisation."""
+"""Make an initialised model from a configuration: backbones by name, path or hub id; paired initialisation."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def recorded_start(folder: Path) -> PreTrainedModel:
 
 
 def initialise(model: PreTrainedModel, seed: int) -> None:
-    """Initialise every module from a random stream of its own, keyed by ``seed`` and the module's name.
+    """Initialise every module from a seed of its own, made from ``seed`` and the module's name.
 
     Arms of a comparison then start from the same backbone, whatever else they hold.
     """
@@ -174,12 +174,12 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
     for name, module in model.named_modules():
         parent = name.rpartition(".")[0]
         owners[name] = module if isinstance(module, PreTrainedModel) else owners[parent]
-        torch.manual_seed(_stream(seed, name))
+        torch.manual_seed(_seed_of_module(seed, name))
         owners[name]._init_weights(module)
     model.tie_weights()
 
 
-def _stream(seed: int, name: str) -> int:
+def _seed_of_module(seed: int, name: str) -> int:
     # "model.layers" in a stock model is "model.backbone.layers" in ours
     key = f"{seed}/{name.replace('.backbone.', '.')}"
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")

@@ -1,4 +1,4 @@
-"""How the output matrices of attention and FFN start: at zero, scaled with depth, or as the config says.
+"""Start the output matrices of attention and FFN: at zero, scaled with depth, or as the config says.
 
 An output matrix is the last one of a sublayer, whose result is added to the residual stream. Small baselines train best
 from zero: then every layer is the identity at first (measured in docs/train.md).
@@ -22,7 +22,7 @@ from vwn.training.config import OutputInit
 _NAMES = re.compile(
     r"(?:^|\.)(?:o_proj|out_proj|c_proj|dense|dense_4h_to_h|down_proj|fc2|fc_out|w2|wo|output_linear)(?:\.weight)?$"
 )
-"""What transformers calls the output matrices, stacked matrices of experts included."""
+"""Names of the output matrices in transformers, stacked matrices of experts included."""
 
 
 @torch.no_grad()

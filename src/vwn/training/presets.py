@@ -32,7 +32,7 @@ class Preset:
         return 2 * vocab_size * self.width + self.depth * (attention + experts + 2 * self.width) + self.width
 
     def fields(self, vocab_size: int, window: int) -> dict[str, Any]:
-        """Keyword arguments of the transformers config."""
+        """Return keyword arguments of the transformers config."""
         head_dim = 32 if self.width <= 256 else 64
         heads = self.width // head_dim
         shared = dict(

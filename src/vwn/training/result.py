@@ -1,4 +1,4 @@
-"""What a training run measured, how it is stored, and what its model card says of it."""
+"""Store what a training run measured, and describe the run for its model card."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Point = dict[str, float | None]
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run measured; also its `result.json`.
+    """The measurements of a finished run; also its `result.json`.
 
     ``connection`` is ``"residual"`` for a plain backbone. ``curve`` holds ``{tokens, loss, loss_2, seconds}`` of each
     validation, losses in nats per token, ``loss_2`` None without MTP; of a run with several budgets it is the trunk's,
@@ -51,11 +51,11 @@ class RunResult:
 
     @property
     def has_diverged(self) -> bool:
-        """Whether the run, or a branch of it, ended with a loss that is not finite."""
+        """Return whether the run, or a branch of it, ended with a loss that is not finite."""
         return any(point["loss"] is None for point in self.curve[-1:])
 
     def is_whole(self, config: TrainConfig, budgets: int | None = None) -> bool:
-        """Whether it is of all that a run was asked for, which may have become longer; one that diverged is.
+        """Return whether it covers all that a run was asked for, which may have become longer; one that diverged does.
 
         Args:
             config: the run.
@@ -92,7 +92,7 @@ def training_facts(config: TrainConfig, result: RunResult) -> TrainingFacts:
 
 
 def validation_curve(history: list[dict[str, Any]]) -> list[Point]:
-    """``{tokens, loss, loss_2, seconds}`` of each validation in a Trainer's log."""
+    """Return ``{tokens, loss, loss_2, seconds}`` of each validation in a Trainer's log."""
     names = {"tokens": "tokens", "loss": "eval_loss", "loss_2": "eval_loss_2", "seconds": "seconds"}
     return [{ours: entry.get(theirs) for ours, theirs in names.items()} for entry in history if "eval_loss" in entry]
 
@@ -101,7 +101,7 @@ _COUNTED: dict[tuple[str, int], int] = {}
 
 
 def flops_per_token(config: Any, window: int) -> float | None:
-    """Forward FLOPs per token, as :mod:`vwn.cost.model` counts them, once for equal configs; None if it cannot."""
+    """Count forward FLOPs per token by :mod:`vwn.cost.model`, once for equal configs; None if it cannot."""
     key = config.to_json_string(), window
     try:
         if key not in _COUNTED:

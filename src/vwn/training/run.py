@@ -43,8 +43,8 @@ from vwn.training.distributed import (
     join,
     on_all_ranks,
     parallel_arguments,
+    parallel_mode,
     rank0_first,
-    resolve,
 )
 from vwn.training.model import (
     build_model,
@@ -97,7 +97,7 @@ def train(
     check_device(config.speed, config.n)
     check_trackers(config.report_to)
     join(timedelta(minutes=config.reliability.distributed_timeout))
-    parallel = resolve(config)
+    parallel = parallel_mode(config)
     asked = config
     opened = on_all_ranks(lambda: _open(asked, corpus, budgets) if rank() == 0 else (asked, None, None))
     config, stored, result = broadcast(opened)
@@ -219,7 +219,7 @@ class Run:
             else:
                 model = AutoModelForCausalLM.from_pretrained(checkpoint)
         elif checkpoint is not None and in_parts != (self.parallel == "fsdp2"):
-            raise UserError(f"{checkpoint} is of a run {'with' if in_parts else 'without'} --parallel fsdp2; go on so")
+            raise UserError(f"{checkpoint} is of a run {'with' if in_parts else 'without'} --parallel fsdp2; keep that")
         trainer = self._trainer(config, model, checkpoint)
         self.bar.begin(part, trainer.stopwatch)
         trainer.stopwatch.seconds = state.log_history[-1]["seconds"] if state.log_history else 0.0

@@ -36,7 +36,7 @@ class Diverged(UserError):
     """A run that cannot go on because its loss or its weights are no longer finite."""
 
     result: Any = None
-    """What was measured until then, with a curve that ends in None."""
+    """The measurements until then; their curve ends in None."""
 
 
 def head_losses(outputs: Any, router_aux_loss_coef: float = 0.0) -> Tensor:
@@ -48,7 +48,7 @@ def head_losses(outputs: Any, router_aux_loss_coef: float = 0.0) -> Tensor:
 
 
 def named_losses(losses: Any) -> dict[str, float]:
-    """``loss`` for the next token, ``loss_2`` for the next but one, and so on."""
+    """Return ``loss`` for the next token, ``loss_2`` for the next but one, and so on."""
     return {"loss" if k == 0 else f"loss_{k + 1}": float(value) for k, value in enumerate(losses)}
 
 
@@ -157,7 +157,7 @@ class VirtualWidthTrainer(SavingTrainer):
         )
 
     def get_train_dataloader(self) -> Any:
-        """Batches of packed windows in an order that depends on the seed alone, or those of streamed data."""
+        """Return batches of packed windows in an order that depends on the seed alone, or those of streamed data."""
         return self.stream or super().get_train_dataloader()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -261,7 +261,7 @@ class LogWindow(TrainerCallback):
         self.trainer.step_losses, self.trainer.step_inputs = [], []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stream is not None:  # it has no epochs; what the Trainer calls so is the share of the run
+        if self.trainer.stream is not None:  # it has no epochs: log the share of the run instead
             state.epoch = state.global_step / state.max_steps
 
 

@@ -30,5 +30,5 @@ class VirtualWidthForCausalLM(TransformersForCausalLM):
         return super().load_weights((current_name(name), weight) for name, weight in weights)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """Over-width embeddings ``[..., D']``, which is what the base model takes in place of ids."""
+        """Return over-width embeddings ``[..., D']``, which the base model takes in place of ids."""
         return self.model.embed_tokens(input_ids)

@@ -1,4 +1,4 @@
-"""How good a checkpoint is: losses and bits per byte on a text, scores on lm-eval tasks over local files."""
+"""Evaluate a checkpoint: losses and bits per byte on a text, scores on lm-eval tasks over local files."""
 
 from pathlib import Path
 

@@ -59,7 +59,7 @@ def evaluate_checkpoint(config: EvalConfig) -> dict[str, Any]:
 
 
 def text_line(result: dict[str, Any]) -> str:
-    """One line about the losses on a text."""
+    """Return one line about the losses on a text."""
     t = result["text"]
     further = "".join(f", next-{k[5:]}-token {v:.4f}" for k, v in t.items() if k.startswith("loss_"))
     bits = f", {t['bits_per_byte']:.4f} bits per byte" if t["bits_per_byte"] is not None else ""

@@ -29,7 +29,7 @@ DEFAULT_WINDOW = 1024
 
 
 @dataclass(frozen=True)
-class Text:
+class EvaluationText:
     """A tokenised text; ``bytes`` is its length in UTF-8, to which the ends of documents add nothing."""
 
     name: str
@@ -39,7 +39,7 @@ class Text:
     max_tokens: int | None
 
 
-def load_text(source: Path | str, data: str | None, record: dict[str, Any], tokenizer: Any = None) -> Text:
+def load_text(source: Path | str, data: str | None, record: dict[str, Any], tokenizer: Any = None) -> EvaluationText:
     """Tokenise the text named ``data`` (see :func:`vwn.data.prepare`), or by default the validation text of the run.
 
     ``record`` is the run's ``run.json``, empty if there is none; ``tokenizer`` is by default the checkpoint's own.
@@ -63,7 +63,7 @@ def load_text(source: Path | str, data: str | None, record: dict[str, Any], toke
             raise UserError(f"the text {train} is not the one that {source} was trained on any more; give --data")
         name, limit = valid or f"{train} (held-out part)", run["corpus.max_valid_tokens"]
     tokens = np.memmap(corpus.valid.path, dtype=corpus.valid.dtype, mode="r")
-    return Text(name, tokens, round(corpus.valid_bytes_per_token * len(tokens)), corpus.tokenizer, limit)
+    return EvaluationText(name, tokens, round(corpus.valid_bytes_per_token * len(tokens)), corpus.tokenizer, limit)
 
 
 def byte_lengths(tokenizer: Any) -> np.ndarray:
@@ -91,7 +91,7 @@ def byte_lengths(tokenizer: Any) -> np.ndarray:
 
 def measure_text(
     model: Any,
-    text: Text,
+    text: EvaluationText,
     window: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
@@ -157,7 +157,7 @@ def measure_text(
     }
 
 
-def _check_window(model: Any, text: Text, window: int | None, heads: int) -> int:
+def _check_window(model: Any, text: EvaluationText, window: int | None, heads: int) -> int:
     """Return the window given, else the longest that text and model allow, up to ``DEFAULT_WINDOW``."""
     if window is None:
         window = min(DEFAULT_WINDOW, positions_of(model)[0] or DEFAULT_WINDOW, len(text.tokens))

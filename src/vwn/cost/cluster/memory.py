@@ -19,7 +19,7 @@ ADAMW_BYTES = 8
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     """Degrees of parallelism; tensor parallelism stays inside a node."""
 
     tp: int
@@ -30,7 +30,7 @@ class Layout:
     """Copies of the parameters (HSDP)."""
 
 
-def make_layout(shape: ModelShape, cluster: Cluster, options: PlanOptions) -> Layout:
+def make_layout(shape: ModelShape, cluster: Cluster, options: PlanOptions) -> ParallelLayout:
     """Return the layout with the degrees asked for.
 
     Raises:
@@ -47,7 +47,7 @@ def make_layout(shape: ModelShape, cluster: Cluster, options: PlanOptions) -> La
     fsdp = options.fsdp or ranks
     if ranks % fsdp:
         raise UserError(f"--tp {tp} × --fsdp {fsdp} = {tp * fsdp} does not divide the {cluster.gpus} GPUs")
-    return Layout(tp, fsdp, ranks // fsdp)
+    return ParallelLayout(tp, fsdp, ranks // fsdp)
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ class Memory:
         return self.state + self.buffers + self.activations + self.logits
 
 
-def memory(shape: ModelShape, layout: Layout, options: PlanOptions) -> Memory:
+def memory(shape: ModelShape, layout: ParallelLayout, options: PlanOptions) -> Memory:
     """Return the memory at the peak."""
     e, tp, tokens = options.bytes, layout.tp, options.micro_batch * shape.window
     width, heads, layers = shape.geometry.hidden_size, 1 + len(shape.mtp), [*shape.layers, *shape.mtp]
     state = shape.on_rank(tp) * (2 * e.store + ADAMW_BYTES) / layout.fsdp
-    of_reduce = (2 * shape.ratio if shape.widened else 0) + 2  # the state, normalised; the final norm's two sides
-    of_fuse = 5 * shape.ratio  # two states, each normalised, joined
-    activations = tokens * e.compute * width / tp * (of_reduce * heads + of_fuse * len(shape.mtp))
+    for_reduce = (2 * shape.ratio if shape.widened else 0) + 2  # the state, normalised; the final norm's two sides
+    for_fuse = 5 * shape.ratio  # two states, each normalised, joined
+    activations = tokens * e.compute * width / tp * (for_reduce * heads + for_fuse * len(shape.mtp))
     activations += tokens * sum(saved_per_token(shape, x, options, tp) for x in layers)
     whole = replace(options, checkpointing="none")
     again = tokens * max(saved_per_token(shape, x, whole, tp) - saved_per_token(shape, x, options, tp) for x in layers)
@@ -91,7 +91,7 @@ def memory(shape: ModelShape, layout: Layout, options: PlanOptions) -> Memory:
 
 
 def saved_per_token(shape: ModelShape, layer: LayerShape, options: PlanOptions, tp: int) -> float:
-    """Bytes that one layer saves for the backward per token, on one of ``tp`` ranks.
+    """Return the bytes that one layer saves for the backward per token, on one of ``tp`` ranks.
 
     Norms, softmax and attention are fused ones, which save their inputs, and ``D``-wide inputs of matrices are kept
     gathered, as DTensor does.
@@ -109,11 +109,11 @@ def saved_per_token(shape: ModelShape, layer: LayerShape, options: PlanOptions, 
     return elements * options.bytes.compute
 
 
-def _buffers(layout: Layout, options: PlanOptions, groups: Sequence[Weights], gathered_at_once: int = 1) -> float:
-    """Bytes of the largest group: gathered (of layers, the next one too), and its gradients, twice while reduced."""
+def _buffers(layout: ParallelLayout, options: PlanOptions, groups: Sequence[Weights], at_once: int = 1) -> float:
+    """Return bytes of the largest group: gathered (of layers, the next one too), its gradients twice while reduced."""
     e, data_parallel = options.bytes, layout.fsdp * layout.replicas
     gathered = 0 if layout.fsdp == 1 and e.store == e.compute else e.compute  # else used as they are stored
     if data_parallel == 1 and not gathered:
         return 0.0
     reduced = e.compute + (e.reduce if data_parallel > 1 else 0)
-    return max(w.on_rank(layout.tp) for w in groups) * (gathered_at_once * gathered + reduced)
+    return max(w.on_rank(layout.tp) for w in groups) * (at_once * gathered + reduced)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from vwn.cost.cluster.memory import Layout, Memory, make_layout, memory
+from vwn.cost.cluster.memory import Memory, ParallelLayout, make_layout, memory
 from vwn.cost.cluster.options import Cluster, PlanOptions
 from vwn.cost.cluster.shape import ModelShape, model_shape
 from vwn.cost.table import align, count
@@ -32,7 +32,7 @@ class Plan:
     shape: ModelShape
     cluster: Cluster
     options: PlanOptions
-    layout: Layout
+    layout: ParallelLayout
     memory: Memory
 
     @property
@@ -42,12 +42,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the run fits in the usable memory."""
+        """Return whether the run fits in the usable memory."""
         return self.memory.total <= self.usable
 
     @property
     def advice(self) -> str:
-        """Why the plan does not fit and what lowers the largest part; empty where it fits."""
+        """Return why the plan does not fit and what lowers the largest part; empty where it fits."""
         if self.fits:
             return ""
         m = self.memory

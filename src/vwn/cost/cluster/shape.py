@@ -58,7 +58,7 @@ class ModelShape:
     window: int
     """Tokens of a window."""
     widened: bool
-    """Whether it has connections; if not, a sublayer's output is not kept."""
+    """True if it has connections; if not, a sublayer's output is not kept."""
     geometry: Geometry
     """``(D, m, n)``; ``(D, 1, 1)`` of a plain model, whose state is ``D`` wide."""
     layers: tuple[LayerShape, ...]

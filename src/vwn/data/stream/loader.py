@@ -134,7 +134,7 @@ class StreamLoader:
         _allow_files(readers * len(stream.sources))
 
     def state_dict(self) -> dict[str, Any]:
-        """Position of every reader after the last batch taken, as JSON; every process must call it."""
+        """Return the position of every reader after the last batch taken, as JSON; every process must call it."""
         positions = {reader: place for part in all_gather_object(self.positions) for reader, place in part.items()}
         start = [START] * len(self.stream.sources)
         readers = [positions.get(reader, start) for reader in range(self.stream.readers)]
@@ -251,7 +251,7 @@ class _Skipping:
         if not self._left:
             raise UserError(f"{error}; more than {self._allowed} rows cannot be read (--skip-bad-rows)") from error
         self._left -= 1
-        _logger.error("%s; skipped", error)  # an error, as other processes than the first say nothing less
+        _logger.error("%s; skipped", error)  # every process logs errors; only the first logs anything milder
 
 
 def _unchanged(window: Any) -> Any:
@@ -259,7 +259,7 @@ def _unchanged(window: Any) -> Any:
 
 
 def _allow_files(readers: int) -> None:
-    """Each reader of each source keeps a file open: raise this process's limit where it is too low."""
+    """Raise this process's limit on open files where it is too low: each reader of each source keeps one open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < readers + 256:
         wanted = readers + 256 if hard == resource.RLIM_INFINITY else min(readers + 256, hard)

@@ -33,7 +33,7 @@ class TrainingFacts:
 
 
 def model_card(model: Any, facts: TrainingFacts | None = None) -> ModelCard:
-    """The card of a model, with the licence left to whoever publishes it.
+    """Return the card of a model, with the licence left to whoever publishes it.
 
     Folders are left out of what ``facts`` name: they say nothing about the model, and much about a machine.
     """
@@ -53,7 +53,7 @@ def model_card(model: Any, facts: TrainingFacts | None = None) -> ModelCard:
 
 
 def without_folders(text: str) -> str:
-    """The last part of every absolute path in comma-separated ``text``; hub ids and relative paths stay."""
+    """Cut absolute paths in comma-separated ``text`` to their last part; hub ids and relative paths stay."""
     paths = text.split(",")
     return ",".join(PurePath(p).name or p if os.path.isabs(p) or p.startswith(("~", "..")) else p for p in paths)
 

@@ -61,7 +61,7 @@ class SavingMixin:
             self.config = deepcopy(config)
             if self._carries_code:
                 self.config.auto_map = dict(AUTO_MAP)
-            # A plain class would find its config in ours and start all its weights afresh: it is to fail at this name.
+            # A plain class would read its config inside ours and start with new weights: this name makes it fail.
             self.config.backbone.transformers_weights = NOT_PLAIN
         try:
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]

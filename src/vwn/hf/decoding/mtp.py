@@ -73,7 +73,7 @@ class MtpDrafts(CandidateGenerator):
         n_last_matches: int = 0,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """The ids ``[1, L]`` with the drafts behind them, and the drafts' logits ``[1, drafts, V]``.
+        """Return the ids ``[1, L]`` with the drafts behind them, and the drafts' logits ``[1, drafts, V]``.
 
         Nothing is drafted before the first pass of the main model, beyond the length that was asked for, or after an
         end token.
@@ -96,7 +96,7 @@ class MtpDrafts(CandidateGenerator):
             self.counts.accepted[k] += 1
 
     def _states_to_take(self, new: Tensor, matches: int, length: int) -> Tensor:
-        """States ``[1, rows, D']`` of the positions up to ``L - 2`` that some module has not seen with right tokens."""
+        """Return states ``[1, rows, D']`` up to position ``L - 2`` that some module has not seen with right tokens."""
         if self._last_states is None:
             self._first, again, states = length - 1 - new.shape[1], 0, new
         else:
@@ -139,7 +139,7 @@ class MtpDrafts(CandidateGenerator):
         return ids, torch.stack(all_logits, dim=1)
 
     def _embed(self, ids: Tensor, count: int, context: dict[str, Any]) -> Tensor:
-        """Over-width embedding of the last ``count`` ids, ``[1, count, D']``."""
+        """Compute the over-width embedding of the last ``count`` ids, ``[1, count, D']``."""
         embedding, mask = self.model.model.embed_tokens, context.get("attention_mask")
         order = self.model.config.ngram_order
         if order == 1:

@@ -1,1 +1,1 @@
-"""What the curves of a comparison say: paired differences, speed-ups and fits, from numbers to numbers."""
+"""Analyse the curves of a comparison: paired differences, speed-ups and fits, from numbers to numbers."""

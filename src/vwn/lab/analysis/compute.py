@@ -18,7 +18,7 @@ UNEVEN = 1.5
 
 
 def cost_ratio(run: Run, baseline: Run, cost: str) -> float | None:
-    """Cost of one token of `run` over one of the baseline, in `"tokens"`, `"flops"` or `"seconds"`; None if unknown.
+    """Divide the cost of a token of `run` by the baseline's, in `"tokens"`, `"flops"` or `"seconds"`; None if unknown.
 
     Seconds are those of the median step (both runs take equally many tokens a step), in older results the mean.
     """

@@ -44,14 +44,14 @@ EMPTY = Curve(np.empty(0), np.empty(0))
 
 @dataclass(frozen=True)
 class Reached:
-    """Tokens after which a curve stays at or below a target; `at_most` if it already was there at its first point."""
+    """The tokens after which a curve stays at or below a target; `at_most` if it was there at its first point."""
 
     tokens: float
     at_most: bool
 
 
 def tokens_to_loss(curve: Curve, target: float | None) -> Reached | None:
-    """Where `curve` goes to or below `target` (nats per token) for good, interpolated in the logarithm of the tokens.
+    """Find where `curve` falls to `target` (nats per token) for good, interpolated in the logarithm of the tokens.
 
     None if it ends above the target, is empty or holds a loss that is not finite, or if there is no target. A curve
     that was not above the target at its first point after a step gives that point, as an upper bound.

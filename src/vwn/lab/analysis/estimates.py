@@ -67,8 +67,8 @@ class Ratio(Estimate):
 
 
 def verdict(difference: Estimate) -> str:
-    """`"lower"` or `"higher"` if the 95 % interval of Student's t leaves zero out; `"undecided"` if not, or with one
-    seed; else `"unknown"`, when there is no mean."""
+    """Return `"lower"` or `"higher"` if the 95 % interval of Student's t leaves zero out; `"undecided"` if not, or with
+    one seed; `"unknown"` without a mean."""
     if difference.mean is None:
         return "unknown"
     return {-1: "lower", 0: "undecided", 1: "higher"}[difference.sign()]

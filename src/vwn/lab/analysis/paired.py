@@ -13,7 +13,7 @@ COSTS = ("flops", "seconds")
 
 
 def with_pairs(run: Run, baseline: Run | None) -> Run:
-    """`run` with its comparison to the baseline's run of its seed in each loss (None if not measured), as `paired`."""
+    """Return `run` with `paired`: its comparison to the baseline's run of its seed in each loss or None."""
     return {**run, "paired": {key: _pair(run, baseline, key) if has_loss(run, key) else None for key in LOSS_KEYS}}
 
 

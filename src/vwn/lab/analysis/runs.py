@@ -30,7 +30,7 @@ def with_judged_points(runs: list[Run]) -> list[Run]:
 
 
 def read_curve(run: Run | None, key: str) -> Curve:
-    """The judged points in one loss (`"loss"` or `"loss_2"`); null and infinite losses become NaN; empty for no run.
+    """Return the judged points of a loss (`"loss"` or `"loss_2"`); null and infinite ones become NaN; empty for None.
 
     Raises ValueError if the token counts do not increase strictly.
     """
@@ -88,7 +88,7 @@ def pair_status(run: Run, other: Run | None, key: str) -> str:
 
 
 def is_generalized(run: Run, baseline: str | None) -> bool:
-    """Whether the arm is of Generalized Hyper-Connections with the comparison's own options, but for its width, its
-    embedding and its MTP modules; where the run does not say, all but the baseline are."""
+    """Return whether the arm has Generalized Hyper-Connections with the comparison's options, but for its width, its
+    embedding and its MTP modules; where the run does not say, all but the baseline have."""
     own = run.get("options", {}).keys() - {"connection", "embedding", "mtp", "learning_rate"}
     return run["name"] != baseline and run.get("connection", "ghc") == "ghc" and not own

@@ -72,7 +72,7 @@ def read_recorded(path: Path) -> dict[str, Any]:
 
 
 def recorded_runs(report: dict[str, Any]) -> dict[str, Any]:
-    """Differences of a report: {"tokens": the budget, "arms": {name: {"loss": [one per seed], "loss_2": [...]}}}."""
+    """Summarise a report: {"tokens": the budget, "arms": {name: {"loss": [one per seed], "loss_2": [...]}}}."""
     report, arms = {**report, "arms": with_judged_points(report["arms"])}, {}
     references = baseline_by_seed(report)
     for name, runs in runs_by_arm(report).items():
@@ -143,7 +143,7 @@ def _widest(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> tuple[st
 
 
 def budget_explanation(report: dict[str, Any], study: BudgetStudy) -> str:
-    """Why the speed-up changes with the budget, by the slope at the first and the last one; empty without a slope."""
+    """Say why the speed-up changes with the budget, by the first and the last slope; empty without a slope."""
     first, last = study.baseline[0], study.baseline[-1]
     if first.slope is None or last.slope is None:
         return ""

@@ -68,7 +68,7 @@ def bounded(mean: float | None, bounds: Sequence[float] | None, form: str, unit:
 
 
 def tokens_needed(loss: dict[str, Any]) -> str:
-    """Share of the baseline's tokens needed, `63 ± 2 %`; or "not reached", "in 2 of 3 seeds", or a dash (no target)."""
+    """Write the share of the baseline's tokens needed: `63 ± 2 %`, "not reached", "in 2 of 3 seeds", or a dash."""
     share, pairs = loss["tokens_fraction"], loss["tokens_pairs"]
     if pairs == 0:
         return NOTHING

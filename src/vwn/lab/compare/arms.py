@@ -1,4 +1,4 @@
-"""An arm: a name, a width, and whatever else sets it apart, written as one word on the command line.
+"""An arm: a name, a width and options, written as one word on the command line.
 
 ``[NAME:]WIDTH[,OPTION=VALUE...]``, where WIDTH is ``plain`` or ``MxN``; such as ``4x16``, ``4x16,embedding=factorised``
 or ``hc:1x4,connection=hc``.
@@ -18,7 +18,7 @@ from vwn.training.config import PLAIN_OPTIONS, OutputInit, WidthOptions
 
 BASELINE = "plain"
 MATCHES = ("match_params", "match_flops")
-# How an arm's training run differs from the comparison's settings, beyond its width and the options of the width.
+# Options of an arm's training run; besides these an arm sets its width and the options of the width.
 RUN_OPTIONS: dict[str, Any] = {
     "learning_rate": float,
     "rate_factors": str,
@@ -55,12 +55,12 @@ class Arm:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it has no virtual width."""
+        """Return whether it has no virtual width."""
         return self.m is None
 
     @property
-    def own(self) -> dict[str, Any]:
-        """Everything that sets it apart but its width."""
+    def options_set(self) -> dict[str, Any]:
+        """Return all options that it sets besides its width."""
         return self.width | self.run
 
     @property
@@ -73,7 +73,7 @@ class Arm:
 
     def options(self, common: WidthOptions) -> WidthOptions:
         """Return the comparison's options with this arm's own."""
-        common = common.of_plain if self.is_plain else common
+        common = common.for_plain_model if self.is_plain else common
         return dataclasses.replace(common, **self.width)
 
 
@@ -115,7 +115,7 @@ def check_arms(arms: Iterable[Arm]) -> tuple[Arm, ...]:
 def check_start_options(arms: Iterable[Arm]) -> None:
     """Refuse options of arms that a trained model decides."""
     for arm in arms:
-        if decided := sorted(arm.own.keys() - set(START_OPTIONS)):
+        if decided := sorted(arm.options_set.keys() - set(START_OPTIONS)):
             known = ", ".join(START_OPTIONS)
             raise UserError(f"the arm {arm.name!r} sets {decided[0]}, which --init-from decides; arms take {known}")
 

@@ -1,4 +1,4 @@
-"""What a comparison is: arms, seeds, how each arm's learning rate is found, and everything they have in common."""
+"""Options of a comparison: arms, seeds, the sweep of learning rates, and everything that the arms have in common."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vwn.training.config import (
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """How each arm's learning rate is found before the measured runs."""
+    """Options of the sweep that finds each arm's learning rate before the measured runs."""
 
     lr_sweep: Literal["auto", "on", "off"] = "auto"
     """Sweep the learning rate of each arm that none was given for; `auto`: in a --study."""
@@ -37,7 +37,7 @@ class SweepOptions:
     sweep_seed: int = 1000
     """Seed of the sweep's runs, none of the --seeds."""
     sweep_extensions: int = 3
-    """How often a sweep whose best rate lies at its edge is continued beyond it."""
+    """Times that a sweep whose best rate lies at its edge may be continued beyond it."""
 
     def check(self, seeds: tuple[int, ...]) -> None:
         """Refuse what no sweep can do."""
@@ -144,7 +144,7 @@ class CompareConfig:
 
     @property
     def sweeps(self) -> bool:
-        """Whether arms without a rate of their own are swept."""
+        """Return whether arms without a rate of their own are swept."""
         if self.sweep.lr_sweep == "auto":
             return self.study is not None and self.optim.learning_rate is None
         return self.sweep.lr_sweep == "on"
@@ -189,7 +189,7 @@ class CompareConfig:
             seed=seed,
             corpus=self.corpus,
             optim=optim if factors is None else dataclasses.replace(optim, rate_factors=tuple(factors.split("+"))),
-            speed=self.speed if not arm.is_plain else self.speed.of_plain,
+            speed=self.speed if not arm.is_plain else self.speed.for_plain_model,
             eval_every=self.eval_every,
             save_every=self.save_every,
             reliability=ReliabilityOptions(skip_bad_steps=0),  # an arm that diverges is not to be helped

@@ -19,7 +19,7 @@ def finished_runs(config: CompareConfig) -> list[dict[str, Any]]:
         for arm in config.parsed:
             result = finished(config.run(arm, seed).out)
             if result is not None:
-                found.append({**dataclasses.asdict(result), "name": arm.name, "options": arm.own})
+                found.append({**dataclasses.asdict(result), "name": arm.name, "options": arm.options_set})
     return found
 
 

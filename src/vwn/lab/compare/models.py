@@ -22,7 +22,7 @@ TOLERANCE = {"params": 0.01, "flops": 0.02}
 def arm_models(
     arms: Sequence[Arm], backbone: Any, common: WidthOptions, window: int
 ) -> tuple[dict[str, PreTrainedConfig], dict[str, Sizes]]:
-    """Each arm's model config, and its hidden and intermediate size where they are not the backbone's own, by name.
+    """Return each arm's model config, and its hidden and intermediate size if not the backbone's own, by name.
 
     Args:
         arms: one that matches another needs that one among them.

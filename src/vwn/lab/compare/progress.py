@@ -1,4 +1,4 @@
-"""How far a whole comparison is, and when it will be done."""
+"""Measure how far a comparison is, and estimate when it will be done."""
 
 from __future__ import annotations
 

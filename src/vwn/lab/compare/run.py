@@ -112,7 +112,7 @@ class Comparison:
         self.swept = {a.name for a in config.parsed if config.sweeps and a.name not in config.rates}
 
     def run(self, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Sweep, train and report; the report.
+        """Sweep, train and report; return the report.
 
         With budgets, all arms and seeds are trained to the first, then all to the next, and so on.
 
@@ -178,7 +178,7 @@ class Comparison:
         return sweep(self.config, arm, start, final_loss)
 
     def _train(self, name: str, run: TrainConfig, steps: int, label: str, budgets: int | None = None) -> RunResult:
-        """Train one run, all of it or so many of its budgets; its result, also if it diverged or had ended before.
+        """Train a run, or so many of its budgets; return its result, also if it diverged or had ended before.
 
         Args:
             name: of the arm.
@@ -210,7 +210,7 @@ class Comparison:
 
 
 def start_of(config: CompareConfig) -> str:
-    """The trained model that the arms start from: the plain one that is kept here, else what --init-from names."""
+    """Return the trained model that the arms start from: the plain one kept here, else what --init-from names."""
     kept = [config.out / "starts" / arm.name for arm in config.parsed if arm.is_plain and not arm.matches]
     return str(next((folder for folder in kept if folder.exists()), config.init_from))
 
@@ -291,8 +291,8 @@ def shared_settings(config: CompareConfig) -> dict[str, Any]:
     """Return everything that all arms have in common, by dotted name."""
     own: Any = {"width": config.common_width, "speed": config.speed, "optim": config.optim}
     arm = dataclasses.replace(config.run(Arm(BASELINE), 0), **own, init_from=config.init_from)
-    apart = ("m", "n", "hidden_size", "intermediate_size", "seed", "optim.learning_rate")
-    return {k: v for k, v in directory.settings(arm).items() if k not in apart and not k.startswith("reliability.")}
+    differing = ("m", "n", "hidden_size", "intermediate_size", "seed", "optim.learning_rate")
+    return {k: v for k, v in directory.settings(arm).items() if k not in differing and not k.startswith("reliability.")}
 
 
 def warn_of_untuned_rates(config: CompareConfig) -> None:
@@ -324,7 +324,7 @@ def describe(config: CompareConfig, corpus: Corpus) -> dict[str, Any]:
 
 
 def adopt(config: CompareConfig, given: Set[str]) -> CompareConfig:
-    """The comparison to resume: the stored one, but for the options that were ``given``; arms and seeds add up."""
+    """Return the comparison to resume: the stored one, but for options that were ``given``; arms and seeds add up."""
     path = config.out / "compare.json"
     if not config.resume or not path.exists():
         return config

@@ -1,4 +1,4 @@
-"""How the report's figures are drawn: one style, a line for each arm, one SVG for the page and for the file beside it.
+"""Draw the report's figures: one style, a line for each arm, one SVG for the page and for the file beside it.
 
 A point's values are in a `<title>`, which browsers show on hovering.
 """
@@ -48,7 +48,7 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class LineStyle:
-    """How an arm is drawn everywhere: colour of `colours.LIGHT`, dash, marker, and the first point that has it."""
+    """The style of an arm in every figure: colour of `colours.LIGHT`, dash, marker, and the first point that has it."""
 
     colour: str
     dash: Any = DASHES[0]

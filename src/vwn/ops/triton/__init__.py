@@ -26,7 +26,7 @@ is the same on every GPU."""
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, slots: int = 1) -> str | None:
-    """Why it cannot run there, or ``None``."""
+    """Return the reason why it cannot run there, or ``None``."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -50,7 +50,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, slots: int = 1) -> str
 
 
 def forward(inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
-    """Like :func:`vwn.ops.reference.forward`, for contiguous ``[T, D']`` and ``[T, D]``, in one launch."""
+    """Compute :func:`vwn.ops.reference.forward` for contiguous ``[T, D']`` and ``[T, D]``, in one launch."""
     from vwn.ops.triton import forward_kernel
 
     state, z, write, read, norm = inputs
@@ -66,16 +66,16 @@ def forward(inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
     return new, x
 
 
-def backward(grad_state: Tensor | None, grad_x: Tensor | None, inputs: Inputs, needs_weights: bool) -> list[Tensor]:
-    """Like :func:`vwn.ops.reference.backward`, for contiguous ``[T, D']`` and ``[T, D]``, in one launch and a sum."""
+def backward(grad_new: Tensor | None, grad_x: Tensor | None, inputs: Inputs, needs_weights: bool) -> list[Tensor]:
+    """Compute :func:`vwn.ops.reference.backward` for contiguous ``[T, D']`` and ``[T, D]``, in one launch and a sum."""
     from vwn.ops.triton import backward_kernel
 
     state, z, write, read, norm = inputs
     constants = _constants(inputs)
     tokens = state.shape[0]
-    of_state = torch.empty_like(state)
-    of_z = None if z is None else torch.empty_like(z)
-    x = of_z if norm is None or of_z is not None else state.new_empty(tokens, norm.weight.numel())
+    grad_state = torch.empty_like(state)
+    grad_z = None if z is None else torch.empty_like(z)
+    x = grad_z if norm is None or grad_z is not None else state.new_empty(tokens, norm.weight.numel())
     weights = [w for kind in (write, read, norm) if kind is not None for w in kind if isinstance(w, Tensor)]
     sizes = [w.numel() for w in weights] if needs_weights else []
     programs = min(_PROGRAMS, tokens)
@@ -83,27 +83,27 @@ def backward(grad_state: Tensor | None, grad_x: Tensor | None, inputs: Inputs, n
     with torch.cuda.device_of(state):
         if tokens:
             rows = iter(parts[0].split(sizes)) if parts is not None else repeat(None)
-            part_of = [_replaced(kind, rows) for kind in (write, read, norm)]
+            weight_parts = [_replaced(kind, rows) for kind in (write, read, norm)]
             backward_kernel.backward[(programs,)](
-                grad_state, grad_x, state, z, of_state, of_z, x, parts, tokens, write, read, norm, *part_of,
+                grad_new, grad_x, state, z, grad_state, grad_z, x, parts, tokens, write, read, norm, *weight_parts,
                 PART=sum(sizes), WEIGHTS=needs_weights, **constants,
             )  # fmt: skip
     if parts is None:
-        return [of_state, *([] if of_z is None else [of_z])]
-    of_weights = torch.ops.aten.split_with_sizes_copy(parts.sum(0), sizes)
-    shaped = (g.view(w.shape).to(w.dtype) for g, w in zip(of_weights, weights, strict=True))
-    return [of_state, *([] if of_z is None else [of_z]), *shaped]
+        return [grad_state, *([] if grad_z is None else [grad_z])]
+    grad_weights = torch.ops.aten.split_with_sizes_copy(parts.sum(0), sizes)
+    shaped = (g.view(w.shape).to(w.dtype) for g, w in zip(grad_weights, weights, strict=True))
+    return [grad_state, *([] if grad_z is None else [grad_z]), *shaped]
 
 
 def _replaced(weights: Any, tensors: Iterator[Tensor | None]) -> Any:
-    """The same named tuple with other tensors in place of its own."""
+    """Return the same named tuple with other tensors in place of its own."""
     if weights is None:
         return None
     return type(weights)(*(next(tensors) if isinstance(w, Tensor) else w for w in weights))
 
 
 def _constants(inputs: Inputs) -> dict[str, Any]:
-    """Compile-time arguments of both kernels."""
+    """Return the compile-time arguments of both kernels."""
     state, _, write, read, norm = inputs
     m, n, d = inputs.sizes
     slots, segments = (1 << (size - 1).bit_length() for size in (n, m))

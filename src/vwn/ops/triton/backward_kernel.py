@@ -61,7 +61,7 @@ def projection_backward(
     grad, h, gain, c, dynamic, part, my_part, first: tl.constexpr, columns: tl.constexpr, d: tl.constexpr,
     stride: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Backward of ``(h gain) W`` without the norm, for columns ``c``; adds the gradient of ``W`` to its part.
+    """Run the backward of ``(h gain) W`` without the norm, for columns ``c``; add the gradient of ``W`` to its part.
 
     Returns:
         gradient of ``h``, ``[BT, N, BD]``, and of ``gain``, ``[BD]``.
@@ -92,7 +92,7 @@ def grad_of_read(
 
 
 def _clear_parts(arguments: dict[str, Any], reset_only: bool = False) -> None:
-    """Autotuning runs the kernel many times, and each adds to the parts."""
+    """Zero the parts: autotuning runs the kernel many times, and each run adds to them."""
     if arguments["parts"] is not None:
         arguments["parts"].zero_()
 
@@ -132,7 +132,7 @@ def backward(
     ROWS: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Gradients of the forward's inputs; the routing and the new state are computed again."""
+    """Compute gradients of the forward's inputs; the routing and the new state are computed again."""
     BT: tl.constexpr = ROWS // N if ROWS > N else 1
     k = tl.arange(0, M)
     my_part = tl.program_id(0).to(tl.int64) * PART

@@ -17,11 +17,11 @@ BACKWARD_SIZES = ((32, 32, 4), (64, 32, 8))
 
 
 def every(sizes: tuple[tuple[int, int, int], ...]) -> list[triton.Config]:
-    """The configurations of these sizes."""
+    """Return the configurations of these sizes."""
     return [triton.Config({"ROWS": r, "BD": c}, num_warps=w, num_stages=1) for r, c, w in sizes]
 
 
-# The interpreter cannot measure, so it gets one.
+# The interpreter cannot time configurations, so it gets one of each.
 FORWARD = every(FORWARD_SIZES[: 1 if INTERPRETED else None])
 BACKWARD = every(BACKWARD_SIZES[: 1 if INTERPRETED else None])
 KEY = ["n", "m", "d", "WRITE", "READ", "NORM", "WRITE_DYNAMIC", "READ_DYNAMIC", "FEW"]
@@ -29,5 +29,5 @@ KEY = ["n", "m", "d", "WRITE", "READ", "NORM", "WRITE_DYNAMIC", "READ_DYNAMIC", 
 
 
 def first_if_deterministic(configs: list[triton.Config], *_: Any, **__: Any) -> list[triton.Config]:
-    """The order of a sum, and so its bits, depends on the tile: do not let a measurement choose it then."""
+    """Keep one tile where torch must be deterministic: the order of a sum, and so its bits, depend on the tile."""
     return configs[:1] if torch.are_deterministic_algorithms_enabled() else configs

@@ -35,7 +35,7 @@ def forward(
     ROWS: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """``H' ← Âᵀ H' + Bᵀ Z``, then ``X = Åᵀ H'`` (eq. 10), then the norm of ``X``."""
+    """Compute ``H' ← Âᵀ H' + Bᵀ Z``, then ``X = Åᵀ H'`` (eq. 10), then the norm of ``X``."""
     BT: tl.constexpr = ROWS // N if ROWS > N else 1
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     if WRITE:

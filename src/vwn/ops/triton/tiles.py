@@ -32,7 +32,7 @@ import triton.language as tl
 
 @triton.jit
 def tile(t, c, T, count: tl.constexpr, COUNT: tl.constexpr, d: tl.constexpr):
-    """Offsets and mask of columns ``c`` of a ``[T, count * d]`` tensor, as ``[BT, COUNT, BD]``."""
+    """Return offsets and mask of columns ``c`` of a ``[T, count * d]`` tensor, as ``[BT, COUNT, BD]``."""
     i = tl.arange(0, COUNT)[None, :, None]
     t, c = t.to(tl.int64)[:, None, None], c[None, None, :]
     return (t * count + i) * d + c, (t < T) & (i < count) & (c < d)
@@ -40,7 +40,7 @@ def tile(t, c, T, count: tl.constexpr, COUNT: tl.constexpr, d: tl.constexpr):
 
 @triton.jit
 def matrix(row, column, rows, columns, row_stride: tl.constexpr, column_stride: tl.constexpr):
-    """Offsets and mask of a small matrix."""
+    """Return offsets and mask of a small matrix."""
     offsets = row[:, None] * row_stride + column[None, :] * column_stride
     return offsets, (row < rows)[:, None] & (column < columns)[None, :]
 
@@ -71,7 +71,7 @@ def load_tile(pointer, t, c, T, count: tl.constexpr, COUNT: tl.constexpr, d: tl.
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """``a b`` on tensor cores: ``[BT, I, K], [BT, K, J] -> [BT, I, J]``."""
+    """Compute ``a b`` on tensor cores: ``[BT, I, K], [BT, K, J] -> [BT, I, J]``."""
     if a.shape[0] == 1:  # as plain matrices the compiler spreads them over the warps better
         a, b = tl.reshape(a, (a.shape[1], a.shape[2])), tl.reshape(b, (b.shape[1], b.shape[2]))
         result = tl.dot(a, b, input_precision=PRECISION)[None, :, :]
@@ -82,7 +82,7 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def mix_rows(a, x, PRECISION: tl.constexpr):
-    """``aᵀ x`` for each token: ``[BT, I, J], [BT, I, BD] -> [BT, J, BD]``."""
+    """Compute ``aᵀ x`` for each token: ``[BT, I, J], [BT, I, BD] -> [BT, J, BD]``."""
     if a.shape[1] >= 16:
         result = dot(tl.permute(a, (0, 2, 1)), x, PRECISION)
     else:
@@ -92,7 +92,7 @@ def mix_rows(a, x, PRECISION: tl.constexpr):
 
 @triton.jit
 def mix_columns(a, x, PRECISION: tl.constexpr):
-    """``a x`` for each token: ``[BT, I, J], [BT, J, BD] -> [BT, I, BD]``."""
+    """Compute ``a x`` for each token: ``[BT, I, J], [BT, J, BD] -> [BT, I, BD]``."""
     if a.shape[1] >= 16:
         result = dot(a, x, PRECISION)
     else:
@@ -102,7 +102,7 @@ def mix_columns(a, x, PRECISION: tl.constexpr):
 
 @triton.jit
 def products(x, y, PRECISION: tl.constexpr):
-    """``x yᵀ`` for each token: ``[BT, I, BD], [BT, J, BD] -> [BT, I, J]``."""
+    """Compute ``x yᵀ`` for each token: ``[BT, I, BD], [BT, J, BD] -> [BT, I, J]``."""
     if x.shape[1] >= 16:
         result = dot(x, tl.permute(y, (0, 2, 1)), PRECISION)
     else:
@@ -115,14 +115,14 @@ def products(x, y, PRECISION: tl.constexpr):
 
 @triton.jit
 def project(h, w):
-    """``h W`` for all slots of all tokens: ``[BT, N, BD], [BD, K] -> [BT, N, K]``."""
+    """Compute ``h W`` for all slots of all tokens: ``[BT, N, BD], [BD, K] -> [BT, N, K]``."""
     rows = tl.reshape(h, (h.shape[0] * h.shape[1], h.shape[2]))
     return tl.reshape(tl.dot(rows, w, input_precision="tf32x3"), (h.shape[0], h.shape[1], w.shape[1]))
 
 
 @triton.jit
 def project_back(grad, w):
-    """``grad Wᵀ`` for all slots of all tokens: ``[BT, N, K], [BD, K] -> [BT, N, BD]``."""
+    """Compute ``grad Wᵀ`` for all slots of all tokens: ``[BT, N, K], [BD, K] -> [BT, N, BD]``."""
     w = tl.permute(w, (1, 0))
     if w.shape[0] < 16:
         result = tl.sum(grad[:, :, :, None] * w[None, None, :, :], 2)
@@ -134,14 +134,14 @@ def project_back(grad, w):
 
 @triton.jit
 def rsqrt_of_mean(squares, eps, d: tl.constexpr):
-    """``1 / sqrt(squares / d + eps)``; zero for a row of zeros without ``eps``, which only fills a tile."""
+    """Compute ``1 / sqrt(squares / d + eps)``; zero for a row of zeros without ``eps``, which only fills a tile."""
     mean = squares / d + eps
     return tl.where(mean > 0, tl.rsqrt(mean), 0.0)
 
 
 @triton.jit
 def tanh(x):
-    """``tanh(x)``, to a float32's accuracy beside one."""
+    """Compute ``tanh(x)``, to a float32's accuracy beside one."""
     return 2 * tl.sigmoid(2 * x) - 1
 
 

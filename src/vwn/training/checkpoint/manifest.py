@@ -126,14 +126,14 @@ def publish(checkpoint: Path, directory: Path) -> Path:
     return place
 
 
-def rotate(directory: Path, keep: int, whole: Iterable[int], upto: int) -> None:
-    """Delete the checkpoints up to step ``upto`` but the last ``keep`` of those in ``whole``, which are good.
+def rotate(directory: Path, keep: int, whole: Iterable[int], last_step: int) -> None:
+    """Delete the checkpoints up to step ``last_step`` but the last ``keep`` of those in ``whole``, which are good.
 
-    Those after ``upto`` are damaged leftovers of a run that was continued before them; they stay until written anew.
+    Later ones are damaged leftovers of a run that was continued from before them; they stay until written anew.
     """
-    stays = sorted(set(whole) & {step for step in checkpoints(directory) if step <= upto})[-keep:]
+    stays = sorted(set(whole) & {step for step in checkpoints(directory) if step <= last_step})[-keep:]
     for step, path in checkpoints(directory).items():
-        if step <= upto and step not in stays:
+        if step <= last_step and step not in stays:
             discard(path)
 
 
@@ -163,6 +163,6 @@ def _hash(path: Path) -> str:
 
 
 def _seal(manifest: dict[str, Any]) -> str:
-    """Hash of what a manifest says, so that a bit of it cannot change unseen either."""
+    """Hash what a manifest says, so that a bit of it cannot change unseen either."""
     said = {name: value for name, value in manifest.items() if name != "self"}
     return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=32).hexdigest()

@@ -1,4 +1,4 @@
-"""How a Trainer saves: whole checkpoints only, the last few of them, and nothing lost where the disk is full.
+"""Save a Trainer's checkpoints: whole checkpoints only, the last few of them, and nothing lost where the disk is full.
 
 Checkpoints of a sharded run are PyTorch's distributed checkpoints: every process writes its part, and any number of
 processes reads them. The others hold ``model.safetensors`` and ``optimizer.pt``.
@@ -30,7 +30,7 @@ MODEL = "pytorch_model_fsdp_0"
 """Folder of the weights in a checkpoint of a sharded run, by accelerate's name."""
 DATA_STATE = "data_state.json"
 RUN_STATE = "run_state.json"
-"""What a run has to remember that transformers does not: ``{name: [state of each process]}``."""
+"""State of a run that transformers does not save: ``{name: [state of each process]}``."""
 
 
 class SavingTrainer(Trainer):
@@ -51,7 +51,7 @@ class SavingTrainer(Trainer):
         self._staging: Path | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Weights are gathered as they are, float32; autocast computes in bfloat16 what it does in one process.
+        """Gather weights in float32; autocast computes in bfloat16 what it does in one process.
 
         FSDP's own mixed precision would round the routing weights too, which are computed in float32 (section 4).
         """
@@ -101,11 +101,11 @@ class SavingTrainer(Trainer):
             publish(checkpoint, run_dir)
             checkpoint.parent.rmdir()
             self._whole.append(step)
-            rotate(run_dir, self.keep_last, self._whole, upto=step)
+            rotate(run_dir, self.keep_last, self._whole, last_step=step)
         self.accelerator.wait_for_everyone()
 
     def save_final(self) -> None:
-        """Weights, config and tokenizer into the run directory; ``config.json`` comes last and makes it whole."""
+        """Write weights, config and tokenizer to the run directory; ``config.json`` comes last and makes it whole."""
         run_dir = Path(self.args.output_dir)
         with self._aside("the trained model", optimiser=False) as staging:
             self.save_model(str(staging))
@@ -129,7 +129,7 @@ class SavingTrainer(Trainer):
         try:
             yield staging
         except BaseException as error:
-            if not _is_of_writing(error):
+            if not _is_write_error(error):
                 raise
             failure = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
             free = shutil.disk_usage(run_dir).free
@@ -177,7 +177,7 @@ def not_finite(model: nn.Module) -> str | None:
     return next((name for name in all_gather_object(bad) if name), None)
 
 
-def _is_of_writing(error: BaseException) -> bool:
+def _is_write_error(error: BaseException) -> bool:
     """Return whether an error is the disk's: torch hides the system's in its own, and sharded saving in another."""
     if isinstance(error, OSError | SafetensorError | CannotWrite):
         return True

@@ -42,7 +42,7 @@ class HealthLog(TrainerCallback):
         self.warned: set[str] = set()
         self.gradients: dict[str, Any] = {}
         self.unlogged: dict[str, float] = {}
-        """What is worst of the last measurement, for the next training log to take along."""
+        """The worst numbers of the last measurement, for the next training log."""
 
     def is_due(self, step: int) -> bool:
         """Return whether the optimiser step ``step``, counted from 1, is measured."""
@@ -77,8 +77,8 @@ class HealthLog(TrainerCallback):
 
 
 def gradient_norms(model: nn.Module) -> dict[str, Any]:
-    """2-norm of the gradients: of the backbone's layers (``layers``) and of their connections (``routing``), a number
-    for each layer; of the other parameter groups (:data:`vwn.nn.groups.GROUPS`), the rest of the backbone, the
+    """Return 2-norms of the gradients: of the backbone's layers (``layers``) and of their connections (``routing``), a
+    number for each layer; of the other parameter groups (:data:`vwn.nn.groups.GROUPS`), the rest of the backbone, the
     MTP modules (``mtp``), and all (``total``)."""
     squares: dict[str, Any] = {}
     for name, group in group_of_parameters(model).items():

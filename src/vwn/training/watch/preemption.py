@@ -1,4 +1,4 @@
-"""Being told to stop: the step is finished, a checkpoint written, and the exit code says that the run can go on."""
+"""Stop on a signal: finish the step, write a checkpoint, and exit with a code that says that the run can go on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vwn.common.processes import all_reduce_max
 
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 """Exit codes of the command line: EX_TEMPFAIL of sysexits.h, and a shell's for Ctrl-C."""
-AT_ONCE = 5.0  # seconds after which a second signal is one: launchers pass on what their processes had got already
+AT_ONCE = 5.0  # seconds in which a repeated SIGTERM counts once: launchers pass on what their processes got too
 
 
 class Stopped(UserError):
