@@ -27,8 +27,9 @@ CORE = {
     "packaging",
     "filelock",
     "tqdm",
+    "yaml",
 }
-ELSEWHERE = {"vllm", "yaml"}  # a plug-in that vLLM loads; transformers requires PyYAML
+ELSEWHERE = {"vllm"}  # a plug-in that vLLM loads
 
 
 def run_without_extras(code: str, *arguments: str, kept: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
