@@ -84,8 +84,8 @@ def overview(commands: Mapping[str, Command]) -> str:
 def command_help(name: str, command: Command) -> str:
     """Return what ``vwn NAME --help`` prints."""
     options = command.options
-    needed = " ".join(o.usage for o in options if o.default == "required")
-    usage = " ".join(["usage: vwn", name, *(["[FILE]"] if command.file else []), needed, "[OPTIONS]"])
+    needed = [o.usage for o in options if o.default == "required"]
+    usage = " ".join(["usage: vwn", name, *(["[FILE]"] if command.file else []), *needed, "[OPTIONS]"])
     lines = [usage, "", _wrap(command.config.__doc__ or "")]
     if command.file:
         lines.append(_wrap(f"FILE: {command.file}"))
@@ -174,7 +174,7 @@ def _metavar(kind: Any) -> str:
 
 
 def _shown(default: Any) -> str:
-    if default in (MISSING, None, False, ""):
+    if default is False or default in (MISSING, None, ""):  # not 0
         return ""
     if isinstance(default, tuple):
         return " ".join(map(str, default))

@@ -27,8 +27,9 @@ CORE = {
     "packaging",
     "filelock",
     "tqdm",
+    "yaml",
 }
-ELSEWHERE = {"vllm", "yaml"}  # a plug-in that vLLM loads; transformers requires PyYAML
+ELSEWHERE = {"vllm"}  # a plug-in that vLLM loads
 
 
 def run_without_extras(code: str, *arguments: str, kept: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -112,11 +113,12 @@ def test_a_command_whose_extra_is_missing_names_it(arguments: list[str], kept: t
     assert done.stderr == f"{sentence}\n"
 
 
-def test_torchtitan_is_named() -> None:
-    done = run_without_extras("import vwn.titan")
-    assert done.stderr.splitlines()[-1].endswith(
-        "MissingExtra: vwn.titan needs torchtitan; install vwn with [titan]: pip install '.[titan]'"
-    )
+@pytest.mark.parametrize(("start", "said"), [("", "vwn.common.extras.MissingExtra"), ("sys.argv[0] = '-m'; ", "vwn")])
+def test_torchtitan_is_named(start: str, said: str) -> None:
+    done = run_without_extras(f"{start}import vwn.titan")
+    sentence = f"{said}: vwn.titan needs torchtitan; install vwn with [titan]: pip install '.[titan]'"
+    assert done.stderr.splitlines()[-1] == sentence
+    assert ("Traceback" in done.stderr) == (start == "")
 
 
 def test_every_import_is_of_the_core_or_of_an_extra() -> None:

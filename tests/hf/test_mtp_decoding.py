@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import CONFIG_MAPPING, DynamicCache, GPT2Config
+from transformers import DynamicCache, GPT2Config
 
 import tiny
 from conftest import perturb
@@ -19,6 +19,7 @@ from tiny import build, token_ids, vwn_config
 from vwn import UserError
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
 from vwn.hf.decoding.mtp import MtpDrafts
+from zoo import tiny_config
 
 NEW = 20
 ROOT = Path(__file__).parents[2]
@@ -255,16 +256,8 @@ def test_refusals():
 
 def test_a_choice_of_keys_that_ties_is_refused():
     """Doge beyond its window: keys of equal tokens tie, and which are kept differs between one pass and several."""
-    backbone = CONFIG_MAPPING["doge"](
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        keep_window_size=9,
-    )
-    backbone.bos_token_id = backbone.eos_token_id = backbone.pad_token_id = None
-    model, ids = build(VirtualWidthConfig(backbone=backbone, m=2, n=3, num_mtp_modules=1)), token_ids(1, 4)
+    model = build(VirtualWidthConfig(backbone=tiny_config("doge", keep_window_size=9), m=2, n=3, num_mtp_modules=1))
+    ids = token_ids(1, 4)
     assert torch.equal(generate(model, ids, use_mtp=True, max_new_tokens=5), generate(model, ids, max_new_tokens=5))
     with pytest.raises(UserError, match=r"keep_window_size = 9 .* here max_length is 10: ask for fewer tokens"):
         generate(model, ids, use_mtp=True, max_new_tokens=6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 
 from vwn.common.errors import UserError
@@ -38,6 +39,8 @@ def require_packages(purpose: str, *packages: str) -> None:
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         extras = ",".join(sorted({EXTRAS[package] for package in missing}))
-        raise MissingExtra(
-            f"{purpose} needs {' and '.join(missing)}; install vwn with [{extras}]: pip install '.[{extras}]'"
-        )
+        text = f"{purpose} needs {' and '.join(missing)}; install vwn with [{extras}]: pip install '.[{extras}]'"
+        if sys.argv[:1] == ["-m"]:  # python -m imports a module's package where nothing could catch an error
+            print(f"vwn: {text}", file=sys.stderr)
+            sys.exit(2)
+        raise MissingExtra(text)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vwn.hf.on_demand import OnDemand, mix_in
 from vwn.hf.residual import ResidualStream
+from vwn.nn.connection import has_hooks
 from vwn.ops import NormWeights
 from vwn.ops.reference import rms_norm
 
@@ -50,6 +51,8 @@ class HandOver:
     An argument called ``residual`` stays the stream, as the module adds to it.
     """
 
+    only_reads = True
+
     def __init__(self, module: nn.Module) -> None:
         names = list(inspect.signature(module.forward).parameters)
         self._residual = names.index("residual") if "residual" in names else None
@@ -85,16 +88,9 @@ class ReadingNorm(OnDemand):
 
 def fusable_norm(norm: Any, dtype: torch.dtype) -> NormWeights | None:
     """Return a norm's weights if a read can do it: one of :class:`ReadingNorm`, in ``dtype``, without other hooks."""
-    if not isinstance(norm, ReadingNorm) or norm.weight.dtype != dtype or has_hooks(norm):  # type: ignore[attr-defined]
+    if not issubclass(type(norm), ReadingNorm) or norm.weight.dtype != dtype or has_hooks(norm):
         return None
-    return NormWeights(norm.weight, norm.variance_epsilon)  # type: ignore[attr-defined]
-
-
-def has_hooks(module: Any) -> bool:
-    """Return whether a module has hooks besides a :class:`HandOver`, or a replaced ``forward``, and so must be run."""
-    hooks = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
-    before = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, HandOver)]
-    return any(hooks) or bool(before) or "forward" in vars(module)
+    return NormWeights(norm.weight, norm.variance_epsilon)
 
 
 def _is_plain_rms_norm(norm: Any) -> bool:

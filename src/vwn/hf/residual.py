@@ -334,7 +334,7 @@ class ResidualStream:
             stream, other = args if isinstance(args[0], ResidualStream) else args[::-1]
             return stream._times(other)
         run = next(v._node.run for v in tree_leaves((args, kwargs)) if isinstance(v, ResidualStream))
-        if (name.endswith("_") and not name.endswith("__")) and isinstance(args[0], ResidualStream):
+        if (name.endswith("_") and not name.endswith("__")) and isinstance((*args, None)[0], ResidualStream):
             run.refuse(f"its residual stream is changed in place by {name!r}")
         if "out" in kwargs:
             run.refuse("its residual stream is changed in place by an operation with 'out='")

@@ -67,9 +67,10 @@ def check_output(z: Any) -> None:
 
 
 def has_hooks(*modules: nn.Module) -> bool:
-    """Return whether a call of one of the modules does more than its ``forward``; then none may be left out."""
+    """Return whether a call of a module does more than its ``forward``; pre-hooks with ``only_reads`` do not count."""
     return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
+        any((m._forward_hooks, m._backward_hooks, m._backward_pre_hooks, "forward" in vars(m)))
+        or any(not getattr(hook, "only_reads", False) for hook in m._forward_pre_hooks.values())
         for m in modules
     )
 

@@ -11,6 +11,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from vwn.common.errors import UserError
+from vwn.common.extras import EXTRAS, require_packages
 from vwn.common.processes import world_size
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.hf.loss import choose_loss
@@ -75,6 +76,8 @@ def check_trackers(names: tuple[str, ...]) -> None:
     for name in set(names) - {"none"}:
         if name not in INTEGRATION_TO_CALLBACK:
             raise UserError(f"--report-to knows no {name!r}; give {', '.join(INTEGRATION_TO_CALLBACK)}, or none")
+        if name in EXTRAS:
+            require_packages(f"--report-to {name}", name)
         if name not in get_available_reporting_integrations():
             raise UserError(f"--report-to {name} needs a package that is not installed: pip install {name}")
 

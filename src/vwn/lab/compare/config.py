@@ -124,11 +124,6 @@ class CompareConfig:
             raise UserError(f"--init-from {self.init_from} decides the model; drop {', '.join(options)}")
         check_start_options(self.parsed)
 
-    @property
-    def common_width(self) -> WidthOptions:
-        """The options of a width that all arms share; with --init-from the model decides them."""
-        return self.width if self.init_from is None else WidthOptions()
-
     @cached_property
     def parsed(self) -> tuple[Arm, ...]:
         """The study's arms, then the others; one that is named again exactly as it was counts once."""

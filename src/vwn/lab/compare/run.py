@@ -28,7 +28,7 @@ from vwn.lab.report.write import format_table, write_report
 from vwn.training import directory
 from vwn.training.arguments import check_device, learning_rate_of
 from vwn.training.branches import finished
-from vwn.training.config import TrainConfig
+from vwn.training.config import TrainConfig, WidthOptions
 from vwn.training.model import load_backbone, record_start
 from vwn.training.presets import PRESETS
 from vwn.training.result import RunResult, flops_per_token, stored_result
@@ -289,7 +289,8 @@ def plan(config: CompareConfig) -> dict[str, Any]:
 
 def shared_settings(config: CompareConfig) -> dict[str, Any]:
     """Return everything that all arms have in common, by dotted name."""
-    own: Any = {"width": config.common_width, "speed": config.speed, "optim": config.optim}
+    width = config.width if config.init_from is None else WidthOptions()  # else the model decides it
+    own: Any = {"width": width, "speed": config.speed, "optim": config.optim}
     arm = dataclasses.replace(config.run(Arm(BASELINE), 0), **own, init_from=config.init_from)
     differing = ("m", "n", "hidden_size", "intermediate_size", "seed", "optim.learning_rate")
     return {k: v for k, v in directory.settings(arm).items() if k not in differing and not k.startswith("reliability.")}

@@ -55,11 +55,6 @@ class LineStyle:
     marker: str | None = None
     first_marked: int = 0
 
-    @property
-    def css(self) -> str:
-        """The colour as a CSS variable, which the page resolves for light and dark."""
-        return f"var(--{self.colour})"
-
 
 def arm_styles(report: dict[str, Any]) -> dict[str, LineStyle]:
     """Return arm name -> line style; the baseline has the neutral colour; up to 21 others all look different."""

@@ -179,7 +179,7 @@ def settings(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _arm(report: dict[str, Any], name: str) -> Cell:
-    return Cell(name, colour=arm_styles(report)[name].css)
+    return Cell(name, colour=f"var(--{arm_styles(report)[name].colour})")
 
 
 def _difference(found: dict[str, Any]) -> Cell:
