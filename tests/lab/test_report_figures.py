@@ -52,7 +52,7 @@ def test_each_study_has_the_figures_that_its_data_has(name: str) -> None:
 
 def test_nothing_is_drawn_of_nothing() -> None:
     assert figures(report()) == {}
-    assert figures(report(arm("plain", 0, []))) == {}
+    assert figures(report(arm("plain", 0, []))) == figures(report(arm("plain", 0, curve([4])))) == {}
     assert list(figures(report(arm("plain", 0, curve([4, 3]))))) == ["loss-over-tokens"]
 
 

@@ -48,7 +48,7 @@ def loss_figure(
 ) -> Figure | None:
     """Show validation loss (`"loss"` or `"loss_2"`, nats per token) over training tokens; a dotted line at the target.
 
-    Of two arms, an arrow shows how many tokens the better one saves. None without a point.
+    Of two arms, an arrow shows how many tokens the better one saves. None without two points.
     """
     styles, baseline = arm_styles(report), str(report.get("baseline"))
     arms = {
@@ -57,7 +57,7 @@ def loss_figure(
         if only is None or arm in only
     }
     curves = [curve for of_arm in arms.values() for curve in of_arm]
-    if not any(np.isfinite(curve.losses).any() for curve in curves):
+    if not any(np.isfinite(curve.losses).sum() > 1 for curve in curves):
         return None
     target = mean_curve(arms.get(baseline, [])).final_loss
     several = any(len(of_arm) > 1 for of_arm in arms.values())

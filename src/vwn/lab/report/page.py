@@ -83,7 +83,8 @@ def render_page(report: dict[str, Any], drawn: Drawn) -> str:
     template = environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     studies = budget_studies(report)
     budgets = [name for name in ("speedup-over-budget", "speedup-over-budget-2") if name in drawn]
-    leads = budgets or [name for name in ("fewer-tokens", "loss-over-tokens") if name in drawn][:1]
+    curves = [name for name in ("fewer-tokens", "loss-over-tokens") if name in drawn][:1]
+    leads = budgets or curves or [name for name in ("gain", "gain-2") if name in drawn]
     commands = [report.get("command", NOTHING), *(part["command"] for part in report.get("continued") or [])]
     return template.render(
         title=f"Virtual width against {report.get('baseline')}",
