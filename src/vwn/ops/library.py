@@ -145,18 +145,24 @@ def _define(name: str, writes: bool, reads: bool) -> Callable[..., Any]:
     def _of_backward(*inputs: Any, **_: Any) -> int:  # without what it computes again
         return 2 * _flops(_parsed(inputs[results:], writes, reads)[0])
 
-    return _differentiated(op, forward, back, first)
+    return _differentiated(op, forward, back, backward, first)
 
 
-_PLAIN = {Tensor, nn.Parameter, type(None), float, str}
+_PLAIN = {Tensor, nn.Parameter, type(None), float, bool, str}
 _DISPATCH_MODES = (torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack)
 _OBSERVERS = (*_DISPATCH_MODES, torch.autograd._profiler_enabled, torch.jit.is_tracing)
 
 
+def _is_seen(inputs: Sequence[Any]) -> bool:
+    """Return whether something looks on; if not, the code runs without its op, which takes 25 to 100 microseconds."""
+    seen = torch.compiler.is_compiling() or any(active() for active in _OBSERVERS) or inputs[0].is_meta
+    return seen or not {type(value) for value in inputs} <= _PLAIN
+
+
 def _differentiated(
-    op: CustomOpDef, function: Callable[..., Any], backward: CustomOpDef, first: int
+    op: CustomOpDef, forward_: Callable[..., Any], back: CustomOpDef, backward_: Callable[..., Any], first: int
 ) -> Callable[..., Any]:
-    """Save the inputs of ``op`` and hand them, as they came, to ``backward`` behind the gradients of the results."""
+    """Save the inputs of ``op`` and hand them, as they came, to ``back`` behind the gradients of the results."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs))
@@ -165,7 +171,8 @@ def _differentiated(
     def run_backward(ctx: Any, *grads: Tensor) -> Any:
         tensors, needs_weights = ctx.saved_tensors, any(ctx.needs_input_grad[first:])
         inputs = [other if t is None else t for t, other in zip(tensors, ctx.others, strict=True)]
-        found = iter(backward(*grads, *inputs, needs_weights))
+        given = (*grads, *inputs, needs_weights)
+        found = iter((back if torch.is_grad_enabled() or _is_seen(given) else backward_)(*given))
         wanted = [t is not None and (i < first or needs_weights) for i, t in enumerate(tensors)]
         return tuple(next(found) if wants else None for wants in wanted)
 
@@ -175,16 +182,14 @@ def _differentiated(
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             setup_context(ctx, inputs, None)
-            return function(*inputs)
+            return forward_(*inputs)
 
         backward = staticmethod(run_backward)
 
     def call(*inputs: Any) -> Any:
-        """``op``, or its ``function`` where nothing looks on: an op takes 25 microseconds more, 100 with gradients."""
-        seen = torch.compiler.is_compiling() or any(active() for active in _OBSERVERS) or inputs[0].is_meta
-        if seen or not {type(value) for value in inputs} <= _PLAIN:
+        if _is_seen(inputs):
             return op(*inputs)
-        return Differentiated.apply(*inputs) if torch.is_grad_enabled() else function(*inputs)
+        return Differentiated.apply(*inputs) if torch.is_grad_enabled() else forward_(*inputs)
 
     return call
 

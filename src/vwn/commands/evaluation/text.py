@@ -141,7 +141,8 @@ def measure_text(
     means = [float(total) / count for total, count in zip(sums, counts, strict=True)]
     if not all(map(isfinite, means)):
         raise UserError(f"the model's loss on {text.name} is not finite: it has diverged; give an earlier checkpoint")
-    share = text.bytes / max(1, _total(lengths, text.tokens))
+    parts = (text.tokens[i : i + 2**22] for i in range(0, len(text.tokens), 2**22))  # to save memory
+    share = text.bytes / max(1, sum(int(lengths[part].sum()) for part in parts))
     return {
         "data": text.name,
         "loss": means[0],
@@ -187,7 +188,3 @@ def _losses(model: Any, ids: Tensor, heads: int) -> Iterator[Tensor]:
     for k, logits in enumerate((out.logits, *(out.mtp_logits if heads > 1 else ()))):
         pairs = zip(logits, ids, strict=True)  # row by row, to save memory
         yield torch.stack([F.cross_entropy(row[: -1 - k].float(), t[1 + k :], reduction="none") for row, t in pairs])
-
-
-def _total(lengths: np.ndarray, tokens: np.ndarray, block: int = 1 << 22) -> int:
-    return sum(int(lengths[tokens[i : i + block]].sum()) for i in range(0, len(tokens), block))

@@ -183,7 +183,11 @@ def cautions(report: dict[str, Any]) -> list[str]:
     uneven = dict.fromkeys(run["name"] for run in report["arms"] if is_uneven(run))
     if uneven:
         found.append(f"{wording.listed(uneven)}: the speed was uneven, so times and speeds are rough.")
-    slow = dict.fromkeys(run["name"] for run in report["arms"] if _lacks_kernels(run))
+    slow = dict.fromkeys(  # whose connections run in plain PyTorch
+        run["name"]
+        for run in report["arms"]
+        if run.get("connection") in ("hc", "mhc") or run.get("options", {}).get("carry_constraint", "none") != "none"
+    )
     if slow:
         found.append(
             f"{wording.listed(slow)}: these run in plain PyTorch and virtual width on kernels, so speeds compare "
@@ -234,8 +238,3 @@ def _has_difference(loss: Summary | None) -> bool:
 
 def _budget(report: dict[str, Any]) -> int | None:
     return max((judged_points(run)[-1]["tokens"] for run in report["arms"] if judged_points(run)), default=None)
-
-
-def _lacks_kernels(run: dict[str, Any]) -> bool:
-    """Return whether the connection runs in plain PyTorch."""
-    return run.get("connection") in ("hc", "mhc") or run.get("options", {}).get("carry_constraint", "none") != "none"
