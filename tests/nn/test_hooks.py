@@ -86,8 +86,7 @@ def test_what_a_hook_returns_is_used_with_its_gradient(sublayer, operation):
 
 def test_hooks_on_a_layers_norm_see_tensors():
     model, seen = build(vwn_config()), []
-    layer = model.model.layers[0]
-    for module in (layer.connections[0].read, layer.input_layernorm):
+    for module in (model.model.layers[0].connections[0].read, model.model.layers[0].input_layernorm):
         module.register_forward_hook(lambda module, args, out: seen.extend([args[0], out]))
     model(IDS)
     assert type(seen[2]) is torch.Tensor
