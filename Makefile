@@ -11,8 +11,8 @@ export HF_HOME := $(CURDIR)/.cache/huggingface
 .PHONY: help quickstart test test-faults test-versions test-install check fast bench docs lint format clean
 
 # One seed of the five in results/quickstart.
-QUICKSTART := --data stdlib --tokenizer bpe:2048 --backbone micro --arms plain 4x16 --seeds 0 --steps 1500 --batch-size 8 \
-	--window 256 --eval-every 250 --max-valid-tokens 131072 --reduce sum --rate-factors table=20
+QUICKSTART := --data stdlib --tokenizer bpe:2048 --backbone micro --arms plain 1x4 --seeds 0 --steps 1500 --batch-size 8 \
+	--window 256 --eval-every 250 --max-valid-tokens 131072
 
 help:
 	@echo "make quickstart  train a small model plain and with virtual width x4, and compare them (about ten minutes)"

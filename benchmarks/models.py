@@ -17,7 +17,7 @@ LARGE = {  # what a GPU is measured with
     "dense": Preset(depth=12, width=1024, learning_rate=1e-4, wide_learning_rate=1e-4),
     "moe": Preset(depth=12, width=1024, learning_rate=1e-4, wide_learning_rate=1e-4, experts=8),
 }
-SMALL = {"dense": PRESETS["tiny"], "moe": PRESETS["tiny-moe"]}
+SMALL = {"dense": PRESETS["tiny"], "moe": PRESETS["tiny-moe"], "narrow": PRESETS["micro"]}
 QUICK = {
     "dense": Preset(depth=2, width=32, learning_rate=1e-4, wide_learning_rate=1e-4),
     "moe": Preset(depth=2, width=32, learning_rate=1e-4, wide_learning_rate=1e-4, experts=4),
@@ -25,8 +25,11 @@ QUICK = {
 
 
 def preset(family: str, device: str, quick: bool) -> Preset:
-    """The backbone of a family, ``"dense"`` or ``"moe"``, that suits a device."""
-    return (QUICK if quick else LARGE if device == "cuda" else SMALL)[family]
+    """Return the backbone of a family that suits a device; ``"narrow"`` is that of the studies, on a CPU only."""
+    sizes = QUICK if quick else LARGE if device == "cuda" else SMALL
+    if family not in sizes:
+        raise SystemExit(f"--families knows {', '.join(sizes)} here; got {family!r}")
+    return sizes[family]
 
 
 def tokens(device: str, quick: bool) -> tuple[int, int]:

@@ -54,7 +54,7 @@ COLUMNS = {
 def main() -> None:
     """Measure, show, write."""
     p = parser("training_step", __doc__)
-    p.add_argument("--families", default="dense,moe", type=lambda text: text.split(","), help="dense,moe")
+    p.add_argument("--families", default="dense,moe", type=lambda text: text.split(","), help="dense,moe,narrow")
     p.add_argument(
         "--threads", type=lambda text: [int(t) for t in text.split(",")], help="on a CPU; by default 1 and all"
     )
