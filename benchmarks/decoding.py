@@ -19,13 +19,7 @@ SHAPES = [(2, 3), (4, 16)]
 WHO = ("ours, with the norm", "ours, separate", "reference", "plain, eager")
 IN_GRAPHS = ("ours, with the norm", "plain, eager")
 NOTES = {"time": "wall time of a call with its launches, no gradients; 'graph' is the same replayed as a CUDA graph"}
-COLUMNS = {
-    "connection": "10s",
-    "who": "26s",
-    "tokens": "7d",
-    "median_us": "12.2f",
-    "min_us": "12.2f",
-}
+COLUMNS = {"connection": "10s", "who": "26s", "tokens": "7d", "median_us": "12.2f", "min_us": "12.2f"}
 
 
 def main() -> None:

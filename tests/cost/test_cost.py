@@ -175,10 +175,7 @@ def test_the_config_is_left_as_it_was() -> None:
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [
-        (T5Config(), "no causal language model for T5Config"),
-        (tiny_config("dbrx"), "forward pass needs values"),
-    ],
+    [(T5Config(), "no causal language model for T5Config"), (tiny_config("dbrx"), "forward pass needs values")],
     ids=["not causal", "loop over the experts hit"],
 )
 def test_what_cannot_be_costed_is_refused(config: PreTrainedConfig, message: str) -> None:

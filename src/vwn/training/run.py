@@ -38,14 +38,7 @@ from vwn.training.branches import train_branches
 from vwn.training.checkpoint.manifest import checkpoints, last_checkpoint
 from vwn.training.checkpoint.saving import MODEL, load_weights
 from vwn.training.config import TrainConfig
-from vwn.training.distributed import (
-    CheckParallel,
-    join,
-    on_all_ranks,
-    parallel_arguments,
-    parallel_mode,
-    rank0_first,
-)
+from vwn.training.distributed import CheckParallel, join, on_all_ranks, parallel_arguments, parallel_mode, rank0_first
 from vwn.training.model import (
     build_model,
     load_backbone,
@@ -189,12 +182,7 @@ class Run:
         return build_model(model_config(backbone, c.m, c.n, c.width), c.seed, embedding_std, output_init)
 
     def train(
-        self,
-        config: TrainConfig,
-        model: Any = None,
-        start: Path | None = None,
-        part: str = "",
-        is_trunk: bool = False,
+        self, config: TrainConfig, model: Any = None, start: Path | None = None, part: str = "", is_trunk: bool = False
     ) -> RunResult:
         """Train to ``config.optim.steps``, from the last checkpoint in ``config.out`` where there is one.
 

@@ -346,10 +346,7 @@ class MuonWithAdamW(Optimizer):
     """Muon and AdamW with one state and one list of groups, Muon's first, as :func:`vwn.parameter_groups` makes."""
 
     def __init__(self, muon: list[dict[str, Any]], adamw: list[dict[str, Any]], betas: tuple[float, float]) -> None:
-        self.parts: tuple[Optimizer, ...] = (
-            Muon(muon, adjust_lr_fn="match_rms_adamw"),
-            AdamW(adamw, betas=betas),
-        )
+        self.parts: tuple[Optimizer, ...] = (Muon(muon, adjust_lr_fn="match_rms_adamw"), AdamW(adamw, betas=betas))
         self.matrices = len(muon)
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 

@@ -11,7 +11,7 @@ is about exp(gap / slope), where the slope is the fall of the baseline's decayed
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
@@ -45,11 +45,15 @@ class Law:
 
 @dataclass(frozen=True)
 class Measured:
-    """One number of an arm over seeds; `over_seeds` has no mean if some seed has no number."""
+    """One number of an arm over seeds; `over_seeds` has no mean if some seed has no number.
+
+    `at_least` is what every seed of a speed-up exceeds without extrapolation, if each shows such a bound.
+    """
 
     by_seed: dict[int, float]
     over_seeds: Estimate
     extrapolated: bool
+    at_least: float | None = None
 
     @property
     def bounds(self) -> tuple[float, float] | None:
@@ -233,6 +237,7 @@ def _equal_cost(pairs: list[tuple[Run, Run, Decayed]], tokens: int, cost: str, k
     gaps: dict[int, float] = {}
     speedups: dict[int, float] = {}
     reasons: list[str] = []
+    least: list[float] = []  # speed-ups that the baseline's own budgets show
     gap_beyond = speedup_beyond = False
     for run, baseline, decayed in pairs:
         ratio, loss = cost_ratio(run, baseline, cost), _loss(run, tokens, key)
@@ -249,12 +254,15 @@ def _equal_cost(pairs: list[tuple[Run, Run, Decayed]], tokens: int, cost: str, k
             gaps[run["seed"]] = float(loss - reference)
         if needed is not None:
             speedups[run["seed"]] = needed / (ratio * tokens)
+        measured = decayed.curve.tokens[-1] if loss < decayed.curve.losses[-1] else 0.0 if further else needed or 0.0
+        least.append(float(measured / (ratio * tokens)))
         if reference is None or needed is None:
             reasons.append(f"beyond {'' if decayed.law is None else f'{REACH:.0f} times '}the baseline’s budgets")
     gap, speedup = (
         Measured(by_seed, estimate.over([*by_seed.values()], honest=len(by_seed) == len(pairs)), extrapolated)
         for estimate, by_seed, extrapolated in ((Estimate, gaps, gap_beyond), (Ratio, speedups, speedup_beyond))
     )
+    speedup = replace(speedup, at_least=min(least) or None if len(least) == len(pairs) else None)
     return EqualCost(gap, speedup, reasons[0] if reasons else None)
 
 

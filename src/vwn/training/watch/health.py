@@ -156,11 +156,7 @@ def _measure_sublayers(model: VirtualWidthForCausalLM, ids: Tensor) -> dict[str,
     names = sublayer_names(model)
     rms_of_final = _rms(record(model, ids, visit))
     keys = ("spectral_radius", "saturated", "effective_slots", "weakest_slot")
-    return {
-        "name": names,
-        "rms": [*rms, rms_of_final],
-        **{key: [row.get(key) for row in rows] for key in keys},
-    }
+    return {"name": names, "rms": [*rms, rms_of_final], **{key: [row.get(key) for row in rows] for key in keys}}
 
 
 def effective_slots(slots: Tensor) -> float:
