@@ -28,6 +28,7 @@ from vwn.lab.report.write import format_table, write_report
 from vwn.training import directory
 from vwn.training.arguments import check_device, learning_rate_of
 from vwn.training.branches import finished
+from vwn.training.budgets import format_tokens, parse_tokens
 from vwn.training.config import TrainConfig, WidthOptions
 from vwn.training.model import load_backbone, record_start
 from vwn.training.presets import PRESETS
@@ -339,7 +340,8 @@ def adopt(config: CompareConfig, given: Set[str]) -> CompareConfig:
             kept |= planned.get(f.name, {})
             known = {o.name: kept[o.name] for o in dataclasses.fields(value) if o.name in kept}
             known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}  # JSON has no tuples
-            budgets = tuple(dict.fromkeys([*known.get("budgets", ()), *getattr(value, "budgets", ())]))
+            written = [*known.get("budgets", ()), *getattr(value, "budgets", ())]
+            budgets = tuple(dict.fromkeys(format_tokens(parse_tokens(text)) for text in written))  # 800k is 0.8M
             known = {k: v for k, v in known.items() if k not in given} | ({"budgets": budgets} if budgets else {})
             parts[f.name] = dataclasses.replace(value, **known)  # type: ignore
         elif f.name in ("arms", "seeds", "learning_rates"):
