@@ -12,7 +12,7 @@ export HF_HOME := $(CURDIR)/.cache/huggingface
 
 # One seed of the five in results/quickstart.
 QUICKSTART := --data stdlib --tokenizer bpe:2048 --backbone micro --arms plain 1x4 --seeds 0 --steps 1500 --batch-size 8 \
-	--window 256 --eval-every 250 --max-valid-tokens 131072
+	--learning-rates plain=1.2e-2 1x4=1.2e-2 --window 256 --eval-every 250 --max-valid-tokens 131072
 
 help:
 	@echo "make quickstart  train a small model plain and with virtual width x4, and compare them (about ten minutes)"

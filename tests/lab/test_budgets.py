@@ -77,8 +77,14 @@ def test_beyond_the_last_budget_without_a_law_there_is_no_number() -> None:
     early, late = (point.equal["tokens"] for point in study.arms["4x16"])
     assert early.speedup.over_seeds.mean == pytest.approx((few[1] / few[0]) ** (0.05 / (law(few[0]) - law(few[1]))))
     assert not early.speedup.extrapolated
-    assert (late.speedup.over_seeds.mean, late.reason) == (None, "beyond the baseline’s budgets")
+    assert (late.speedup.over_seeds.mean, late.speedup.at_least) == (None, 1)
+    assert late.reason == "beyond the baseline’s budgets"
     assert study.baseline[0].slope is None
+    plain = budget_runs("plain", budgets=few)
+    for run in plain:  # a baseline that was there once, and rose again, shows no bound
+        run["decayed"][0]["loss"] = 0.1
+    late = studied(*plain, *budget_runs("4x16", gap=-0.05, budgets=few)).arms["4x16"][-1]
+    assert late.speedup.at_least is None
 
 
 def test_a_loss_below_the_laws_floor_is_never_reached() -> None:

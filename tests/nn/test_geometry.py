@@ -9,11 +9,7 @@ from vwn import Geometry
 
 @pytest.mark.parametrize(
     ("hidden_size", "m", "n", "segment", "over_width", "ratio", "whole"),
-    [
-        (24, 1, 4, 24, 96, 4.0, True),
-        (24, 2, 3, 12, 36, 1.5, False),
-        (24, 8, 64, 3, 192, 8.0, True),
-    ],
+    [(24, 1, 4, 24, 96, 4.0, True), (24, 2, 3, 12, 36, 1.5, False), (24, 8, 64, 3, 192, 8.0, True)],
 )
 def test_derived_sizes(hidden_size, m, n, segment, over_width, ratio, whole):
     geometry = Geometry(hidden_size, m, n)
@@ -21,10 +17,7 @@ def test_derived_sizes(hidden_size, m, n, segment, over_width, ratio, whole):
     assert geometry.is_whole is whole
 
 
-@pytest.mark.parametrize(
-    ("hidden_size", "m", "n", "nearest"),
-    [(24, 7, 8, "6"), (24, 100, 200, "24"), (7, 2, 3, "1")],
-)
+@pytest.mark.parametrize(("hidden_size", "m", "n", "nearest"), [(24, 7, 8, "6"), (24, 100, 200, "24"), (7, 2, 3, "1")])
 def test_m_that_does_not_divide_names_the_values_and_the_nearest(hidden_size, m, n, nearest):
     with pytest.raises(ValueError, match="does not divide") as error:
         Geometry(hidden_size, m, n)

@@ -47,7 +47,7 @@ class Law:
 class Measured:
     """One number of an arm over seeds; `over_seeds` has no mean if some seed has no number.
 
-    `at_least` is what every seed of a speed-up exceeds without extrapolation, if each shows such a bound.
+    `at_least` is what every seed of a speed-up reaches without extrapolation, if each shows such a bound.
     """
 
     by_seed: dict[int, float]
@@ -254,7 +254,7 @@ def _equal_cost(pairs: list[tuple[Run, Run, Decayed]], tokens: int, cost: str, k
             gaps[run["seed"]] = float(loss - reference)
         if needed is not None:
             speedups[run["seed"]] = needed / (ratio * tokens)
-        measured = decayed.curve.tokens[-1] if loss < decayed.curve.losses[-1] else 0.0 if further else needed or 0.0
+        measured = decayed.curve.tokens[-1] if loss < decayed.curve.losses.min() else 0.0 if further else needed or 0.0
         least.append(float(measured / (ratio * tokens)))
         if reference is None or needed is None:
             reasons.append(f"beyond {'' if decayed.law is None else f'{REACH:.0f} times '}the baseline’s budgets")

@@ -120,13 +120,14 @@ def budget_figure(report: dict[str, Any], studies: dict[str, BudgetStudy], key: 
         title=f"Speed-up over budget, {LOSS_NAMES[key]}",
         caption=f"Speed-up: tokens that {baseline} needs for an arm’s decayed loss, over the arm’s tokens. "
         "Bars: 95\u00a0% interval over three seeds or more (Student’s t), the range of two, none for one. "
+        "Some go on beyond the edge. "
         "Hollow: extrapolated with the fit E + B·T^−β. "
         f"Beyond the break: the paper’s {PAPER_SPEEDUP[key]}× at {PAPER_TOKENS} tokens.",
         x="training tokens (logarithmic)",
         y="speed-up in tokens",
         ticks=[*ticks, (papers, PAPER_TOKENS)],
     )
-    drawn = [1.0, PAPER_SPEEDUP[key]]
+    drawn, bounds = [1.0, PAPER_SPEEDUP[key]], [1.0]
     for place, (arm, points) in enumerate(known.items()):
         aside = 0.1 * (place - (len(known) - 1) / 2)  # so that the bars of two arms do not cover each other
         x = np.array([log2(point.tokens) + aside for point in points])
@@ -142,11 +143,12 @@ def budget_figure(report: dict[str, Any], studies: dict[str, BudgetStudy], key: 
         inside: Any = {"color": figure.axes.get_facecolor(), "markeredgewidth": 0, "markersize": 2.7, "zorder": 3}
         figure.axes.plot(x[hollow], y[hollow], marker=styles[arm].marker, linestyle="none", **inside)
         drawn += y.tolist()
+        bounds += [bound for point in points for bound in point.speedup.bounds or ()]
     star: Any = {"marker": "*", "markersize": 9, "linestyle": "none"}
     figure.line("the paper", PAPER, [papers], [PAPER_SPEEDUP[key]], [f"the paper, ×8 at {PAPER_TOKENS} tokens"], **star)
     figure.level(baseline, 1.0)
     figure.cut_axis(papers - BREAK / 2)
-    figure.axes.set_ylim(padded_range(drawn))
+    figure.axes.set_ylim(padded_range(drawn, bounds))
     return figure
 
 

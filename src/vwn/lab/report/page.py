@@ -34,7 +34,7 @@ BUDGETS = (
     "per token. Slope: fall of {baseline}’s decayed loss per e-fold of tokens. Speed-up: the cost {baseline} needs for "
     "the arm’s decayed loss, over the arm’s cost. In brackets: the 95 % interval over three seeds or more, the range "
     "of two. Extrapolated numbers come from the fit E + B·T^−β, and are rough far beyond {baseline}’s last budget. "
-    "After > stands what every seed exceeds without extrapolation."
+    "After ≥ stands what every seed reaches without extrapolation."
 )
 SWEPT = (
     "Runs of {steps:,} steps with seed {seed}, which no measured run has. The criterion is the loss that was trained "

@@ -198,7 +198,7 @@ def _equal(found: dict[str, Any], arm: str, baseline: str | None) -> Cell:
 
 
 def _measured(found: Measured, reason: str | None, form: str, unit: str = "") -> Cell:
+    bound = () if found.at_least is None else (f"≥ {found.at_least:{form}}{unit}",)
     if found.over_seeds.mean is None:
-        bound = NOTHING if found.at_least is None else f"> {found.at_least:{form}}{unit}"
-        return Cell(bound, (reason,) if reason else ())
-    return Cell(found.text(form, unit), ("extrapolated",) if found.extrapolated else ())
+        return Cell(*bound) if bound else Cell(NOTHING, (reason,) if reason else ())
+    return Cell(found.text(form, unit), ("extrapolated", *bound) if found.extrapolated else ())
