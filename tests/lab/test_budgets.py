@@ -15,6 +15,7 @@ from vwn.lab.analysis.budgets import REACH, BudgetStudy, budget_studies, fit_law
 from vwn.lab.analysis.curves import Curve
 from vwn.lab.analysis.estimates import Ratio
 from vwn.lab.analysis.story import budget_explanation, budget_sentence, cautions
+from vwn.lab.report.tables import Cell, budget_table
 
 
 def studied(*arms: dict[str, Any]) -> BudgetStudy:
@@ -88,7 +89,10 @@ def test_beyond_the_last_budget_without_a_law_there_is_no_number() -> None:
 
 
 def test_a_loss_below_the_laws_floor_is_never_reached() -> None:
-    point = studied(*budget_runs("plain"), *budget_runs("4x16", gap=-2.0)).arms["4x16"][-1]
+    asked = report(*budget_runs("plain"), *budget_runs("4x16", gap=-2.0))
+    studies = budget_studies(asked)
+    point, row = studies["loss"].arms["4x16"][-1], budget_table(asked, studies, "loss").rows[-2]
+    assert row[5] == Cell(f"≥ {BUDGETS[-1] / BUDGETS[-2]:.2f}×")
     assert point.equal["tokens"].gap.over_seeds.mean == pytest.approx(-2.0)
     assert point.speedup.over_seeds.mean is None
     assert point.equal["tokens"].reason == "beyond 3 times the baseline’s budgets"

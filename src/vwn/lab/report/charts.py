@@ -120,7 +120,7 @@ def budget_figure(report: dict[str, Any], studies: dict[str, BudgetStudy], key: 
         title=f"Speed-up over budget, {LOSS_NAMES[key]}",
         caption=f"Speed-up: tokens that {baseline} needs for an arm’s decayed loss, over the arm’s tokens. "
         "Bars: 95\u00a0% interval over three seeds or more (Student’s t), the range of two, none for one. "
-        "Some go on beyond the edge. "
+        "A long bar goes on beyond the edge. "
         "Hollow: extrapolated with the fit E + B·T^−β. "
         f"Beyond the break: the paper’s {PAPER_SPEEDUP[key]}× at {PAPER_TOKENS} tokens.",
         x="training tokens (logarithmic)",
