@@ -79,7 +79,7 @@ def test_groups_of_a_model_of_ones_own():
         (Own(n=2), {"table": 10.0}),
         (Own(form="replicated", tied=True), {"reduce": 0.1}),
         (Own(form="replicated"), {"table": 10.0, "reduce": 0.1}),
-        (Own(form="factorised"), {"reduce": 0.1}),
+        (Own(form="factorised", ngram_order=2, ngram_buckets=99), {"table": 10.0, "reduce": 0.1}),
         (nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5)), {"table": 10.0}),
         (nn.Linear(4, 5), {}),
         (AutoModelForCausalLM.from_config(backbone_config("llama")), {}),  # rows of 0.02

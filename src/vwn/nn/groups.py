@@ -122,8 +122,7 @@ def default_factors(model: nn.Module) -> dict[str, float]:
     """Return the shares of the rate that hold where none are given; groups at the whole rate are left out.
 
     ``table``: ten times the rate for rows that start at unit variance, as those of ``torch.nn.Embedding`` do, and are
-    neither tied to the unembedding nor followed by a learned expansion. Matrices start at about a tenth of that, so the
-    relative step is the same. ``reduce``: a tenth, where it is a linear. ``routing``: see :func:`routing_factor`.
+    not tied to the unembedding. Matrices start at about a tenth of that, so the relative step is the same. ``reduce``: a tenth, where it is a linear. ``routing``: see :func:`routing_factor`.
     """
     factors = {}
     if _has_unit_table(model):
@@ -139,11 +138,10 @@ def default_factors(model: nn.Module) -> dict[str, float]:
 
 @torch.no_grad()
 def _has_unit_table(model: nn.Module) -> bool:
-    tables = _tables(model)
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]  # n-gram rows start at zero and follow
     head = _head(model)
     tied = {id(p) for p in head.parameters()} if head is not None else set()
-    expanded = any(isinstance(m, OverWidthEmbedding) and m._parameters for m in model.modules())
-    if not tables or expanded or any(id(p) in tied for p in tables):
+    if not tables or any(id(p) in tied for p in tables):
         return False
     table = max(tables, key=lambda p: p.numel())
     return not table.is_meta and float(table.float().square().mean().sqrt()) >= 0.5

@@ -64,9 +64,7 @@ class Optimizers(OptimizersContainer):
 
 def rate_factors(backbone: Backbone, width: VirtualWidth) -> dict[str, float]:
     """Return the default shares of the rate, those of :func:`vwn.nn.groups.default_factors` for the whole model."""
-    factors = {}
-    if width.embedding != "factorised":  # rows of unit variance, which no linear follows
-        factors["table"] = TABLE_FACTOR
+    factors = {"table": TABLE_FACTOR}  # its rows start at unit variance
     if hf_config(backbone, width).reduce == "linear":
         factors["reduce"] = REDUCE_FACTOR
     if width.carry_constraint == "none":
