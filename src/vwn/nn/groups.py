@@ -122,7 +122,8 @@ def default_factors(model: nn.Module) -> dict[str, float]:
     """Return the shares of the rate that hold where none are given; groups at the whole rate are left out.
 
     ``table``: ten times the rate for rows that start at unit variance, as those of ``torch.nn.Embedding`` do, and are
-    not tied to the unembedding. Matrices start at about a tenth of that, so the relative step is the same. ``reduce``: a tenth, where it is a linear. ``routing``: see :func:`routing_factor`.
+    not tied to the unembedding. Matrices start at about a tenth of that, so the relative step is the same. ``reduce``:
+    a tenth, where it is a linear. ``routing``: see :func:`routing_factor`.
     """
     factors = {}
     if _has_unit_table(model):
