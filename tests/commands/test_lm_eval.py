@@ -123,13 +123,9 @@ def asked(task: str, rows) -> list[tuple[str, list[str], int]]:
     return [(row["query"] + end, [" " + choice for choice in row["choices"]], row["gold"]) for row in rows]
 
 
-ROWS = {
-    "lambada_openai": LAMBADA,
-    "piqa": PIQA,
-    "arc_easy": FOUR,
-    "openbookqa": FOUR[1:],
-    "hellaswag": FOUR[::-1],
-} | {f"blimp::{s}": minimal_pairs(s) for s in (SUBSETS[0], SUBSETS[-1])}
+ROWS = {"lambada_openai": LAMBADA, "piqa": PIQA, "arc_easy": FOUR, "openbookqa": FOUR[1:], "hellaswag": FOUR[::-1]} | {
+    f"blimp::{s}": minimal_pairs(s) for s in (SUBSETS[0], SUBSETS[-1])
+}
 
 
 @pytest.mark.parametrize("task", ROWS)

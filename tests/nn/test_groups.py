@@ -31,10 +31,15 @@ class Own(nn.Module):
         self.embedding = OverWidthEmbedding(g, 11, **embedding)
         self.connections = nn.ModuleList(vwn.GeneralizedHyperConnection(16, 2, n) for _ in range(2))
         self.linear = nn.Linear(16, 16)
+        self.positions = nn.Embedding(99, 16)
+        nn.init.normal_(self.positions.weight, std=0.02)  # more rows than the token table, and another scale
         self.norm = nn.Sequential(OverWidthReduce(g), nn.LayerNorm(16))
         self.head = nn.Linear(16, 11, bias=False)
         if tied:
             self.head.weight = self.embedding.table.weight
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding.table
 
 
 def rates(groups):
@@ -63,7 +68,7 @@ def test_every_trainable_parameter_is_in_one_group_with_its_rate_and_decay(model
 
 def test_groups_of_a_model_of_ones_own():
     groups = group_of_parameters(Own())
-    assert {name for name, kind in groups.items() if kind == "table"} == {"embedding.table.weight"}
+    assert {name for name, kind in groups.items() if kind == "table"} == {"embedding.table.weight", "positions.weight"}
     assert {name for name, kind in groups.items() if kind == "head"} == {"head.weight"}
     assert {name for name, kind in groups.items() if kind == "reduce"} == {
         "norm.0.weight", "norm.0.group_norm", "norm.0.group_norm_bias",
@@ -79,6 +84,7 @@ def test_groups_of_a_model_of_ones_own():
         (Own(n=2), {"table": 10.0}),
         (Own(form="replicated", tied=True), {"reduce": 0.1}),
         (Own(form="replicated"), {"table": 10.0, "reduce": 0.1}),
+        (Own(table_factor=2), {"table": 10.0, "reduce": 0.1}),
         (Own(form="factorised", ngram_order=2, ngram_buckets=99), {"table": 10.0, "reduce": 0.1}),
         (nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5)), {"table": 10.0}),
         (nn.Linear(4, 5), {}),

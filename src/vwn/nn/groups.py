@@ -82,7 +82,7 @@ def parameter_groups(
 def group_of_parameters(model: nn.Module) -> dict[str, str]:
     """Return parameter name -> its group.
 
-    ``table``: rows looked up by token or n-gram; ``expansion``: from the table's width to the over-width;
+    ``table``: rows looked up by token, n-gram or position; ``expansion``: from the table's width to the over-width;
     ``routing``: the connections; ``reduce``: from the over-width to ``D``, its norm included; ``head``: the
     unembedding; ``backbone``: everything else, MTP modules too. A tied unembedding is its table.
     """
@@ -144,7 +144,8 @@ def _has_unit_table(model: nn.Module) -> bool:
     tied = {id(p) for p in head.parameters()} if head is not None else set()
     if not tables or any(id(p) in tied for p in tables):
         return False
-    table = max(tables, key=lambda p: p.numel())
+    own = getattr(model, "get_input_embeddings", lambda: None)()
+    table = own.weight if isinstance(own, nn.Embedding) else max(tables, key=lambda p: p.numel())
     return not table.is_meta and float(table.float().square().mean().sqrt()) >= 0.5
 
 
