@@ -86,7 +86,7 @@ def test_groups_of_a_model_of_ones_own():
         (Own(form="replicated"), {"table": 10.0, "reduce": 0.1}),
         (Own(table_factor=2), {"table": 10.0, "reduce": 0.1}),
         (Own(form="factorised", ngram_order=2, ngram_buckets=99), {"table": 10.0, "reduce": 0.1}),
-        (nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5)), {"table": 10.0}),
+        (nn.Sequential(OverWidthEmbedding(Geometry(16, 2, 4), 5, ngram_order=2, ngram_buckets=99)), {"table": 10.0}),
         (nn.Linear(4, 5), {}),
         (AutoModelForCausalLM.from_config(backbone_config("llama")), {}),  # rows of 0.02
     ],
