@@ -78,13 +78,13 @@ def test_the_speedup_over_budgets_is_drawn_beside_the_papers() -> None:
     arms = [*budget_runs("plain"), *budget_runs("4x16", 1.5, noise=0.01)]
     shown, studies = figures(report(*arms)), budget_studies(report(*arms))
     for identifier, key, paper in (("speedup-over-budget", "loss", 2.5), ("speedup-over-budget-2", "loss_2", 3.5)):
-        figure, points = shown[identifier], studies[key].arms["4x16"]
+        figure, found = shown[identifier], studies[key].tokens_factors["4x16"]
         x, y = points_of(figure, "4x16")
-        assert x == [math.log2(point.tokens) for point in points]
-        assert y == [point.speedup.over_seeds.mean for point in points]
-        assert bars_of(figure) == [point.speedup.bounds for point in points]
+        assert x == [math.log2(tokens) for tokens in found]
+        assert y == [factor.over_seeds.mean for factor in found.values()]
+        assert bars_of(figure) == [factor.bounds for factor in found.values()]
         hollow = next(line for line in figure.axes.lines if line.get_color() == figure.axes.get_facecolor())
-        guesses = [point.speedup.over_seeds.mean for point in points if point.speedup.extrapolated]
+        guesses = [factor.over_seeds.mean for factor in found.values() if factor.extrapolated]
         assert list(hollow.get_ydata()) == guesses
         assert guesses
         mark_x, mark_y = points_of(figure, "the paper")

@@ -1,4 +1,4 @@
-"""A study that is killed at random moments ends like one that was left alone."""
+"""A study of two budgets that is killed at random moments ends like one that was left alone."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ def study(out, text):
         sys.executable, "-m", "vwn", "compare", "--out", str(out), "--data", str(text), "--window", "32",
         "--max-valid-tokens", "256", "--backbone", "nano", "--arms", "plain", "wide:4x10,learning_rate=0.01",
         "--lr-sweep", "on", "--sweep-rates", "0.002", "0.005", "0.01", "--sweep-extensions", "0", "--sweep-steps", "4",
-        "--seeds", "0", "--steps", "12", "--batch-size", "4", "--eval-every", "4", "--save-every", "2",
+        "--seeds", "0", "--schedule", "wsd", "--budgets", "768", "1536", "--batch-size", "4",
+        "--eval-every", "4", "--save-every", "2",
     ]  # fmt: skip
 
 
 def losses(out):
     report = json.loads((out / "report.json").read_text())
-    arms = [(a["name"], a["seed"], a["learning_rate"], without_seconds(a["curve"])) for a in report["arms"]]
+    arms = [(a["name"], a["learning_rate"], *map(without_seconds, (a["curve"], a["decayed"]))) for a in report["arms"]]
     return arms, report["sweep"]
 
 
@@ -51,7 +52,7 @@ def test_a_study_killed_twice_has_the_same_losses_bit_for_bit(tmp_path, text):
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills.append(round(after, 2))
-    results = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed").glob("*/*/result.json")}
+    results = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed").glob("*/*/**/result.json")}
     subprocess.run([*killed, "--resume"], env=env, check=True, capture_output=True)
 
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole"), f"killed after {kills} of {duration:.1f} s"

@@ -62,11 +62,7 @@ class ConnectionCost:
 
 
 def connection_cost(
-    geometry: Geometry,
-    bytes_per_element: int = 2,
-    dynamic: bool = True,
-    kind: str = "ghc",
-    sinkhorn_rounds: int = 0,
+    geometry: Geometry, bytes_per_element: int = 2, dynamic: bool = True, kind: str = "ghc", sinkhorn_rounds: int = 0
 ) -> ConnectionCost:
     """Compute the cost of one connection by the formulas of section 3.5.
 

@@ -76,13 +76,7 @@ def widen(
 
 
 def widen_checkpoint(
-    model: str,
-    out: Path,
-    m: int,
-    n: int,
-    embedding: str = "replicated",
-    reduce_norm: str = "none",
-    dtype: str = "auto",
+    model: str, out: Path, m: int, n: int, embedding: str = "replicated", reduce_norm: str = "none", dtype: str = "auto"
 ) -> VirtualWidthForCausalLM:
     """Load a causal LM and its tokenizer from safetensors, :func:`widen` it, and save both to ``out``.
 

@@ -1,7 +1,7 @@
 """Start the output matrices of attention and FFN: at zero, scaled with depth, or as the config says.
 
 An output matrix is the last one of a sublayer, whose result is added to the residual stream. Small baselines train best
-from zero: then every layer is the identity at first (measured in docs/train.md).
+from zero: then every layer is the identity at first (results/parameterisation/README.md).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Backbones by name, and their learning rates.
 
-Only the rates of ``tiny`` come from a sweep (results/quickstart/README.md). The
-others are starting points, not tuned values.
+Only the rates of ``micro`` and ``tiny`` come from sweeps (results/quickstart/README.md). The others are starting
+points, not tuned values.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Preset:
 
 
 PRESETS = {
-    "micro": Preset(depth=8, width=32, learning_rate=1.2e-2, wide_learning_rate=1.2e-2),
+    "micro": Preset(depth=8, width=32, learning_rate=1.2e-2, wide_learning_rate=1.2e-2, swept=True),
     "nano": Preset(depth=4, width=64, learning_rate=1e-2, wide_learning_rate=1e-2),
     "tiny": Preset(depth=4, width=128, learning_rate=1.2e-2, wide_learning_rate=1.2e-2, swept=True),
     "tiny-moe": Preset(depth=4, width=128, learning_rate=6e-3, wide_learning_rate=6e-3, experts=4),

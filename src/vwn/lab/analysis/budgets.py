@@ -6,7 +6,8 @@ Between its budgets the baseline's decayed loss is interpolated over log tokens.
 are marked.
 
 The speed-up of an arm at budget T is T'/T: T' are the tokens the baseline needs for the arm's decayed loss at T. It
-is about exp(gap / slope), where the slope is the fall of the baseline's decayed loss per e-fold of tokens.
+is about exp(gap / slope), where the slope is the fall of the baseline's decayed loss per e-fold of tokens. The paper
+counts the other way round: T over the tokens that the arm needs for the baseline's loss at T, here `tokens_factors`.
 """
 
 from __future__ import annotations
@@ -113,13 +114,15 @@ class BudgetStudy:
     law: Law | None
     arms: dict[str, list[BudgetPoint]]
     """Points of each arm but the baseline; only budgets that the arm and the baseline share a seed at."""
+    tokens_factors: dict[str, dict[int, Measured]]
+    """Arm and budget -> the budget over the tokens that the arm needs for the baseline's decayed loss there."""
     widths: list[dict[str, Any]]
     """The fit of `fit_family` to the decayed losses of each budget that has three widths or more, with its `tokens`."""
 
 
 @dataclass(frozen=True)
 class Decayed:
-    """The baseline's decayed losses of one seed."""
+    """The decayed losses of one run, of the baseline or of an arm whose law is fitted."""
 
     curve: Curve
     law: Law | None
@@ -190,11 +193,12 @@ def _study(report: dict[str, Any], baseline: list[Run], key: str) -> BudgetStudy
     law = fit_law([curve for run in baseline if (curve := _curve(run, key)).is_finite])
     references = {run["seed"]: (run, Decayed(_curve(run, key), law)) for run in baseline}
     budgets = sorted({tokens for run in baseline for tokens in _budgets(run, key)})
-    found = {}
+    found, factors = {}, {}
     for name, runs in arms.items():
         if name != report.get("baseline"):
             points = [_point(runs, references, tokens, key) for tokens in budgets]
             found[name] = [point for point in points if point is not None]
+            factors[name] = _tokens_factors(runs, references, budgets, key)
     family = width_family(report)
     fits = []
     for tokens in sorted({tokens for runs in family.values() for run in runs for tokens in _budgets(run, key)}):
@@ -211,7 +215,7 @@ def _study(report: dict[str, Any], baseline: list[Run], key: str) -> BudgetStudy
         )
         for tokens in budgets
     ]
-    return BudgetStudy(rows, law, {name: points for name, points in found.items() if points}, fits)
+    return BudgetStudy(rows, law, {name: points for name, points in found.items() if points}, factors, fits)
 
 
 def at_budget(run: Run, tokens: int) -> Run | None:
@@ -264,6 +268,29 @@ def _equal_cost(pairs: list[tuple[Run, Run, Decayed]], tokens: int, cost: str, k
     )
     speedup = replace(speedup, at_least=min(least) or None if len(least) == len(pairs) else None)
     return EqualCost(gap, speedup, reasons[0] if reasons else None)
+
+
+def _tokens_factors(
+    runs: list[Run], references: dict[int, tuple[Run, Decayed]], budgets: list[int], key: str
+) -> dict[int, Measured]:
+    """Return `BudgetStudy.tokens_factors` of one arm.
+
+    A seed of the arm that was trained for fewer tokens counts only if all of its seeds come to the baseline's loss.
+    """
+    runs = [run for run in runs if run["seed"] in references and _budgets(run, key)]
+    curves = {run["seed"]: _curve(run, key) for run in runs}
+    law = fit_law([curve for curve in curves.values() if curve.is_finite])
+    found = {}
+    for budget in budgets:
+        losses = {seed: loss for seed in curves if (loss := _loss(references[seed][0], budget, key)) is not None}
+        if not all(tokens_to_loss(curves[seed], loss) for seed, loss in losses.items()):
+            losses = {seed: loss for seed, loss in losses.items() if curves[seed].tokens[-1] >= budget}
+        needed = {seed: Decayed(curves[seed], law).tokens_for(loss) for seed, loss in losses.items()}
+        factors = {seed: budget / tokens for seed, (tokens, _) in needed.items() if tokens}
+        if factors:
+            over_seeds = Ratio.over([*factors.values()], honest=len(factors) == len(losses))
+            found[budget] = Measured(factors, over_seeds, any(outside for _, outside in needed.values()))
+    return found
 
 
 def _budgets(run: Run, key: str) -> list[int]:

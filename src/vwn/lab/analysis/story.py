@@ -8,7 +8,7 @@ from typing import Any
 
 from vwn.common.errors import UserError
 from vwn.lab.analysis import wording
-from vwn.lab.analysis.budgets import BudgetPoint, BudgetStudy, Measured
+from vwn.lab.analysis.budgets import BudgetStudy, Measured
 from vwn.lab.analysis.compute import is_uneven
 from vwn.lab.analysis.estimates import Estimate
 from vwn.lab.analysis.paired import differences
@@ -106,40 +106,27 @@ def recorded_sentence(report: dict[str, Any]) -> str:
 
 
 def budget_sentence(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> str:
-    """Say how many times the tokens the baseline needs at the last budget and at the first; empty without a number.
+    """Say how many times fewer tokens the best arm needs for the baseline's losses, at the last budget and the first.
 
-    It is about the widest arm that has a speed-up in every loss, else in the first.
+    The last is that of the most seeds. Empty without a budget that has a number for each loss, and if it needs more.
     """
-    if not any(study.arms for study in studies.values()):
-        return ""
-    for some in (studies, dict(list(studies.items())[:1])):
-        name, known = _widest(report, some)
-        budgets = sorted(set.intersection(*map(set, known.values()))) if known else []
-        if budgets:
-            break
-    else:
+    lead = lead_arm(report)
+    known = {} if lead is None else {key: study.tokens_factors.get(lead["name"], {}) for key, study in studies.items()}
+    known = {key: {t: found for t, found in of.items() if found.over_seeds.mean} for key, of in known.items()}
+    budgets = sorted(set.intersection(*map(set, known.values()))) if known else []
+    last = max(budgets, key=lambda tokens: (known["loss"][tokens].over_seeds.n, tokens), default=0)
+    if lead is None or not last or (known["loss"][last].over_seeds.mean or 0) < 1:
         return ""
 
     def at(tokens: int) -> tuple[str, list[str]]:
-        points = [found[tokens].speedup for found in known.values()]
-        return f"at {budget(tokens)} tokens ({wording.seeds_text(points[0].over_seeds.n)})", [*map(_factor, points)]
+        found = [of_loss[tokens] for of_loss in known.values()]
+        return f"{budget(tokens)} tokens ({wording.seeds_text(found[0].over_seeds.n)})", [*map(_factor, found)]
 
-    (end, factors), (start, before) = at(budgets[-1]), at(budgets[0])
-    clauses = [f"{factor} for the same {LOSS_NAMES[key]}" for key, factor in zip(known, factors, strict=True)]
-    earlier = f"; {start} {wording.listed(before)}" if len(budgets) > 1 else ""
-    return f"{report.get('baseline')} needs more tokens than {name}, {end} {wording.listed(clauses)}{earlier}."
-
-
-def _widest(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> tuple[str, dict[str, dict[int, BudgetPoint]]]:
-    """Return the widest arm with a speed-up in each loss, and its points that have one, by loss and tokens."""
-    for arm in sorted(report["summary"], key=lambda arm: -arm["r"]):
-        known = {
-            key: {p.tokens: p for p in study.arms.get(arm["name"], []) if p.speedup.over_seeds.mean is not None}
-            for key, study in studies.items()
-        }
-        if all(known.values()):
-            return arm["name"], known
-    return "", {}
+    (end, factors), (start, before) = at(last), at(budgets[0])
+    clauses = [f"{factor} in {LOSS_NAMES[key]}" for key, factor in zip(known, factors, strict=True)]
+    earlier = f"; those at {start} with {wording.listed(before)}" if last > budgets[0] else ""
+    reaches = f"{lead['name']} reaches {report.get('baseline')}’s losses at {end} with fewer tokens"
+    return f"{reaches}, {wording.listed(clauses)}{earlier}."
 
 
 def budget_explanation(report: dict[str, Any], study: BudgetStudy) -> str:
@@ -148,7 +135,7 @@ def budget_explanation(report: dict[str, Any], study: BudgetStudy) -> str:
     if first.slope is None or last.slope is None:
         return ""
     return (
-        f"The speed-up is about exp(gap ÷ slope): a gap saves more tokens where {report.get('baseline')}’s decayed "
+        f"That factor is about exp(gap ÷ slope): a gap saves more tokens where {report.get('baseline')}’s decayed "
         f"loss falls by {last.slope:.3f} nats per e-fold of tokens ({budget(last.tokens)}) than where it falls "
         f"by {first.slope:.3f} ({budget(first.tokens)})."
     )

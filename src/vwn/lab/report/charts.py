@@ -104,11 +104,11 @@ def _saved(report: dict[str, Any], key: str) -> tuple[float, float, str] | None:
 
 
 def budget_figure(report: dict[str, Any], studies: dict[str, BudgetStudy], key: str) -> Figure | None:
-    """Show the speed-up in tokens over the budget, a line for each arm, and the paper's beyond a break of the axis."""
+    """Show how many times fewer tokens each arm needs for the baseline's loss, and the paper's number."""
     study, styles, baseline = studies.get(key), arm_styles(report), str(report.get("baseline"))
-    arms = {} if study is None else study.arms
-    known = {arm: [p for p in points if p.speedup.over_seeds.mean is not None] for arm, points in arms.items()}
-    known = {arm: points for arm, points in known.items() if points}
+    arms = {} if study is None else study.tokens_factors
+    known = {arm: {t: found for t, found in of_arm.items() if found.over_seeds.mean} for arm, of_arm in arms.items()}
+    known = {arm: of_arm for arm, of_arm in known.items() if of_arm}
     if study is None or not known:
         return None
     budgets = [row.tokens for row in study.baseline]
@@ -118,32 +118,30 @@ def budget_figure(report: dict[str, Any], studies: dict[str, BudgetStudy], key: 
         name="speedup-over-budget",
         key=key,
         title=f"Speed-up over budget, {LOSS_NAMES[key]}",
-        caption=f"Speed-up: tokens that {baseline} needs for an arm’s decayed loss, over the arm’s tokens. "
+        caption=f"{baseline}’s tokens over those after which an arm has the same decayed loss, as the paper counts. "
         "Bars: 95\u00a0% interval over three seeds or more (Student’s t), the range of two, none for one. "
         "A long bar goes on beyond the edge. "
-        "Hollow: extrapolated with the fit E + B·T^−β. "
+        "Hollow: extrapolated with the arm’s fit E + B·T^−β. "
         f"Beyond the break: the paper’s {PAPER_SPEEDUP[key]}× at {PAPER_TOKENS} tokens.",
-        x="training tokens (logarithmic)",
-        y="speed-up in tokens",
+        x=f"training tokens of {baseline} (logarithmic)",
+        y=f"times fewer tokens to {baseline}’s loss",
         ticks=[*ticks, (papers, PAPER_TOKENS)],
     )
     drawn, bounds = [1.0, PAPER_SPEEDUP[key]], [1.0]
-    for place, (arm, points) in enumerate(known.items()):
+    for place, (arm, of_arm) in enumerate(known.items()):
         aside = 0.1 * (place - (len(known) - 1) / 2)  # so that the bars of two arms do not cover each other
-        x = np.array([log2(point.tokens) + aside for point in points])
-        y = np.array([point.speedup.over_seeds.mean for point in points])
-        hollow = np.array([point.speedup.extrapolated for point in points])
-        hover = [
-            f"{arm} at {budget(point.tokens)} tokens: {point.speedup.text('.2f', '×')}"
-            f"{', extrapolated' if point.speedup.extrapolated else ''}"
-            for point in points
-        ]
-        figure.bars(styles[arm], x, [point.speedup.bounds for point in points])
+        points = [*of_arm.values()]
+        x = np.array([log2(tokens) + aside for tokens in of_arm])
+        y = np.array([point.over_seeds.mean for point in points])
+        hollow = np.array([point.extrapolated for point in points])
+        notes = [f"{point.text('.2f', '×')}{', extrapolated' if point.extrapolated else ''}" for point in points]
+        hover = [f"{arm} at {budget(tokens)} tokens: {note}" for tokens, note in zip(of_arm, notes, strict=True)]
+        figure.bars(styles[arm], x, [point.bounds for point in points])
         figure.line(arm, styles[arm], x, y, hover, markersize=4.5, markevery=None)
         inside: Any = {"color": figure.axes.get_facecolor(), "markeredgewidth": 0, "markersize": 2.7, "zorder": 3}
         figure.axes.plot(x[hollow], y[hollow], marker=styles[arm].marker, linestyle="none", **inside)
         drawn += y.tolist()
-        bounds += [bound for point in points for bound in point.speedup.bounds or ()]
+        bounds += [bound for point in points for bound in point.bounds or ()]
     star: Any = {"marker": "*", "markersize": 9, "linestyle": "none"}
     figure.line("the paper", PAPER, [papers], [PAPER_SPEEDUP[key]], [f"the paper, ×8 at {PAPER_TOKENS} tokens"], **star)
     figure.level(baseline, 1.0)

@@ -31,10 +31,11 @@ RESULTS = (
 DECAYED = " The losses are the decayed ones at the budgets that every run has."
 BUDGETS = (
     "Each budget is a cool-down branched off one run at a constant rate. Gap: decayed loss minus {baseline}’s in nats "
-    "per token. Slope: fall of {baseline}’s decayed loss per e-fold of tokens. Speed-up: the cost {baseline} needs for "
-    "the arm’s decayed loss, over the arm’s cost. In brackets: the 95 % interval over three seeds or more, the range "
-    "of two. Extrapolated numbers come from the fit E + B·T^−β, and are rough far beyond {baseline}’s last budget. "
-    "After ≥ stands what every seed reaches without extrapolation."
+    "per token. Slope: fall of {baseline}’s decayed loss per e-fold of tokens. Fewer tokens: {baseline}’s "
+    "tokens over those after which the arm has the same decayed loss, as the paper counts. Speed-up: the cost "
+    "{baseline} needs for the arm’s decayed loss, over the arm’s cost. In brackets: the 95 % interval over three seeds "
+    "or more, the range of two. Extrapolated numbers come from the fit E + B·T^−β, and are rough far beyond the "
+    "budgets. After ≥ stands what every seed reaches without extrapolation."
 )
 SWEPT = (
     "Runs of {steps:,} steps with seed {seed}, which no measured run has. The criterion is the loss that was trained "

@@ -54,13 +54,17 @@ def budget_table(report: dict[str, Any], studies: dict[str, BudgetStudy], key: s
             speedups = (_measured(point.equal[cost].speedup, point.equal[cost].reason, ".2f", "×") for cost in COSTS)
             slope = Cell(wording.fixed(slopes[point.tokens], ".3f"))
             seeds = Cell(str(point.equal["tokens"].gap.over_seeds.n))
-            rows.append((_arm(report, name), Cell(wording.budget(point.tokens)), seeds, gap, slope, *speedups, *gaps))
+            factor = study.tokens_factors[name].get(point.tokens)
+            fewer = Cell(NOTHING) if factor is None else _measured(factor, None, ".2f", "×")
+            head = (_arm(report, name), Cell(wording.budget(point.tokens)), seeds, gap, slope, fewer)
+            rows.append((*head, *speedups, *gaps))
     heads = (
         "Arm",
         "Budget",
         "Seeds",
         "Gap at equal tokens",
         f"Slope of {report.get('baseline')}",
+        f"Fewer tokens to {report.get('baseline')}’s loss",
         "Speed-up in tokens",
     )
     more = ("in FLOPs", "in seconds", "Gap at equal FLOPs", "at equal seconds")
