@@ -43,7 +43,7 @@ class Training:
     Args:
         size: of the backbone.
         connection: ``(m, n)``, or ``None`` for plain residuals.
-        device: on a GPU under bfloat16 autocast, as in ``vwn train``; in float32 on a CPU.
+        device: on a GPU under bfloat16 autocast, as in ``vwn train``; in float32 on a CPU without ``bf16``.
         batch: windows and their length.
         backend: of the connections.
         mtp: multi-token prediction modules.
@@ -65,8 +65,9 @@ class Training:
         checkpointing: bool = False,
         compiled: bool = False,
         vocab: int | None = None,
+        bf16: bool = False,
     ) -> None:
-        vocab = vocab or VOCAB[device]
+        vocab, self._bf16 = vocab or VOCAB[device], bf16 or device == "cuda"
         fields = size.fields(vocab, batch[1])
         backbone = CONFIG_MAPPING[fields.pop("model_type")](**fields)
         width: dict[str, Any] = {"connection": "residual"}
@@ -95,7 +96,7 @@ class Training:
 
     def loss(self) -> Tensor:
         """Of both heads, with its graph."""
-        with torch.autocast(self._ids.device.type, torch.bfloat16, enabled=self._ids.is_cuda):
+        with torch.autocast(self._ids.device.type, torch.bfloat16, enabled=self._bf16):
             return self._run(input_ids=self._ids, labels=self._ids, use_cache=False).loss
 
     def step(self) -> None:

@@ -58,7 +58,7 @@ def main() -> None:
     p.add_argument(
         "--threads", type=lambda text: [int(t) for t in text.split(",")], help="on a CPU; by default 1 and all"
     )
-    p.add_argument("--modes", type=lambda text: text.split(","), help="eager,compiled; by default both on a GPU")
+    p.add_argument("--modes", type=lambda text: text.split(","), help="eager,compiled,bf16; on a GPU the first two")
     options = p.parse_args()
     report = Report(options, NOTES, COLUMNS)
     on_gpu = options.device == "cuda"
@@ -79,7 +79,7 @@ def main() -> None:
 def _family(report: Report, options: argparse.Namespace, labels: dict[str, Any], further: bool) -> None:
     size = models.preset(labels["family"], options.device, options.quick)
     common = {"device": options.device, "batch": models.tokens(options.device, options.quick)}
-    common["compiled"] = labels["mode"] == "compiled"
+    common |= {"compiled": labels["mode"] == "compiled", "bf16": labels["mode"] == "bf16"}
     shapes = options.shapes or (SHAPES[:2] if options.quick else SHAPES)
     arms = [(shape, "auto") for shape in shapes]
     if further:

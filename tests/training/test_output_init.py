@@ -45,8 +45,7 @@ def test_they_alone_change_and_pairing_stays(m, n, mtp):
         changed = output_matrices(model)
         for key, value in model.state_dict().items():
             assert torch.equal(value, as_config[key] * factor if key in changed else as_config[key]), key
-        std = 0.125 / 2 if m == 1 else 0.125  # of the sum of four streams as of one
-        assert all(as_config[key].std() == pytest.approx(std, rel=0.05) for key in changed)
+        assert all(as_config[key].std() == pytest.approx(0.125 / (2 if m == 1 else 1), rel=0.05) for key in changed)
 
 
 def test_experts_start_at_zero_and_learn(tmp_path):

@@ -114,12 +114,12 @@ def prose(sentence: str) -> str:
 
 def _facts(report: dict[str, Any]) -> str:
     config = report.get("config", {})
-    points = [point["tokens"] for run in report["arms"] for point in (run.get("decayed") or run["curve"])]
+    ends = [point[-1]["tokens"] for run in report["arms"] if (point := run.get("decayed") or run["curve"])]
     facts = [f"study {report['study']}"] if report.get("study") else []
     facts += [config[field] for field in ("backbone", "data") if isinstance(config.get(field), str)]
     facts.append(wording.seeds_text(len({run["seed"] for run in report["arms"]})))
-    if points:
-        facts.append(f"{wording.scaled(max(points))} tokens per run")
+    if ends:
+        facts.append(f"{'up to ' if min(ends) < max(ends) else ''}{wording.budget(max(ends))} tokens per run")
     if report.get("created"):
         facts.append(str(report["created"])[:10])
     return " · ".join(facts)
