@@ -235,9 +235,9 @@ def test_the_sentences_name_the_first_budget_and_the_last_of_most_seeds() -> Non
     source = add_analysis(report(*budget_runs("plain"), *budget_runs("4x8", 1.1), *wide))
     studies = budget_studies(source)
     assert budget_sentence(source, studies) == (
-        "4x16 reaches plain’s losses at 2M tokens (3 seeds) with fewer tokens, 1.47× (1.47 to 1.47) in next-token loss "
-        "and 2.25× (2.25 to 2.25, extrapolated) in next-2-token loss; those at 1M tokens (3 seeds) with 1.50× (1.50 to "
-        "1.50, extrapolated) and 2.25× (2.25 to 2.25, extrapolated)."
+        "4x16 reaches plain’s losses at 2M tokens (3 seeds) with 1.47× (1.47 to 1.47) fewer tokens in next-token loss "
+        "and 2.25× (2.25 to 2.25, extrapolated) fewer in next-2-token loss; those at 1M tokens (3 seeds) with 1.50× "
+        "(1.50 to 1.50, extrapolated) and 2.25× (2.25 to 2.25, extrapolated)."
     )
     slow = add_analysis(report(*budget_runs("plain"), *budget_runs("4x16", 0.7)))
     assert budget_sentence(slow, budget_studies(slow)) == ""

@@ -123,10 +123,10 @@ def budget_sentence(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> 
         return f"{budget(tokens)} tokens ({wording.seeds_text(found[0].over_seeds.n)})", [*map(_factor, found)]
 
     (end, factors), (start, before) = at(last), at(budgets[0])
-    clauses = [f"{factor} in {LOSS_NAMES[key]}" for key, factor in zip(known, factors, strict=True)]
+    clauses = [f"{factor} fewer in {LOSS_NAMES[key]}" for key, factor in zip(known, factors, strict=True)]
     earlier = f"; those at {start} with {wording.listed(before)}" if last > budgets[0] else ""
-    reaches = f"{lead['name']} reaches {report.get('baseline')}’s losses at {end} with fewer tokens"
-    return f"{reaches}, {wording.listed(clauses)}{earlier}."
+    text = f"{lead['name']} reaches {report.get('baseline')}’s losses at {end} with {wording.listed(clauses)}{earlier}."
+    return text.replace(" fewer in ", " fewer tokens in ", 1)
 
 
 def budget_explanation(report: dict[str, Any], study: BudgetStudy) -> str:

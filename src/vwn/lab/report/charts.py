@@ -1,4 +1,4 @@
-"""The figures of a report: loss over tokens, speed-up over budgets, gain of each arm, loss over the virtual width."""
+"""The figures of a report: loss over tokens, tokens saved over budgets, gain of each arm, loss over the virtual width."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INK, PAPER = LineStyle("ink"), LineStyle("muted", (0, (5, 2)))
 FOCUS_FROM = 0.25
 # The least share of a figure's height that is kept free below the arrow, for its text.
 ARROW_ROOM = 0.2
-# The paper's speed-ups, at its last budget.
+# How many times fewer tokens the paper's widest model needs, at its last budget.
 PAPER_SPEEDUP = {"loss": 2.5, "loss_2": 3.5}
 PAPER_TOKENS = "3T"
 # Nats per doubling of r: the paper's fit, next-token loss of MoE-A0.8B at m = 8 after 500 B tokens.
@@ -117,7 +117,7 @@ def budget_figure(report: dict[str, Any], studies: dict[str, BudgetStudy], key: 
     figure = Figure(
         name="speedup-over-budget",
         key=key,
-        title=f"Speed-up over budget, {LOSS_NAMES[key]}",
+        title=f"Tokens saved over budget, {LOSS_NAMES[key]}",
         caption=f"{baseline}’s tokens over those after which an arm has the same decayed loss, as the paper counts. "
         "Bars: 95\u00a0% interval over three seeds or more (Student’s t), the range of two, none for one. "
         "A long bar goes on beyond the edge. "
