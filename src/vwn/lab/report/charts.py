@@ -1,4 +1,4 @@
-"""The figures of a report: loss over tokens, tokens saved over budgets, gain of each arm, loss over the virtual width."""
+"""The figures of a report: loss over tokens, tokens saved over budgets, gain of each arm, loss over the width."""
 
 from __future__ import annotations
 
