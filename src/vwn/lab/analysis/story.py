@@ -108,14 +108,14 @@ def recorded_sentence(report: dict[str, Any]) -> str:
 def budget_sentence(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> str:
     """Say how many times fewer tokens the best arm needs for the baseline's losses, at the last budget and the first.
 
-    The last is that of the most seeds. Empty without a budget that has a number for each loss, and if it needs more.
+    The last is that of the most seeds. Empty without one that has a number for each loss, and if it need not be fewer.
     """
     lead = lead_arm(report)
     known = {} if lead is None else {key: study.tokens_factors.get(lead["name"], {}) for key, study in studies.items()}
     known = {key: {t: found for t, found in of.items() if found.over_seeds.mean} for key, of in known.items()}
     budgets = sorted(set.intersection(*map(set, known.values()))) if known else []
     last = max(budgets, key=lambda tokens: (known["loss"][tokens].over_seeds.n, tokens), default=0)
-    if lead is None or not last or (known["loss"][last].over_seeds.mean or 0) < 1:
+    if lead is None or not last or min(known["loss"][last].bounds or known["loss"][last].by_seed.values()) <= 1:
         return ""
 
     def at(tokens: int) -> tuple[str, list[str]]:
