@@ -181,12 +181,21 @@ def evaluations() -> str:
         return f"{found['scores'][name]['value']:.3f} ± {found['scores'][name]['stderr']:.3f}"
 
     lines = []
-    for model, tasks in read("long/eval.json")["arms"].items():
-        lost = tasks["lambada_openai"]["scores"]["perplexity"]
-        lambada = f"{log(lost['value']):.2f} ± {lost['stderr'] / lost['value']:.2f}"
-        lines.append([f"`{model}`", score(tasks["blimp"], "acc"), score(tasks["hellaswag"], "acc_norm"), lambada])
+    for tokens, models in read("long/eval.json")["arms"].items():
+        for model, tasks in models.items():
+            lost = tasks["lambada_openai"]["scores"]["perplexity"]
+            lambada = f"{log(lost['value']):.2f} ± {lost['stderr'] / lost['value']:.2f}"
+            scores = [score(tasks["blimp"], "acc"), score(tasks["hellaswag"], "acc_norm"), lambada]
+            lines.append([tokens.replace("M", " M"), model, *scores])
     return rows(
-        ["", "BLiMP, 250 rows of each subset", "HellaSwag, 2,500 rows", "LAMBADA, 2,500 rows: log perplexity"], lines
+        [
+            "tokens",
+            "",
+            "BLiMP, 250 rows of each subset",
+            "HellaSwag, 2,500 rows",
+            "LAMBADA, 2,500 rows: log perplexity",
+        ],
+        lines,
     )
 
 
@@ -194,12 +203,12 @@ def evaluations() -> str:
 def decoding() -> str:
     """Write how well multi-token decoding works."""
     lines = []
-    for row in read("long/decoding.json")["rows"]:
-        model = row["who"].split("-seed")[0].split("/")[-1]
+    for row in [row for run in read("long/decoding.json") for row in run["rows"]]:
+        model, tokens = row["who"].split("-seed")[0], row["who"].split("/")[-1].replace("M", " M")
         speed = f"{row['speed_up']:.2f} ({row['lowest_speed_up']:.2f} to {row['highest_speed_up']:.2f})"
         times = [f"{row['greedy_ms_per_token']:.1f}", f"{row['ms_per_token']:.1f}"]
-        lines.append([f"`{model}`", f"{row['acceptance']:.2f}", f"{row['tokens_per_pass']:.2f}", *times, speed])
-    heads = ["", "drafts accepted", "tokens per pass", "greedy, ms per token", "with drafts"]
+        lines.append([tokens, model, f"{row['acceptance']:.2f}", f"{row['tokens_per_pass']:.2f}", *times, speed])
+    heads = ["tokens", "", "drafts accepted", "tokens per pass", "greedy, ms per token", "with drafts"]
     return rows([*heads, "speed-up (smallest to largest)"], lines)
 
 
