@@ -80,13 +80,14 @@ def gaps() -> str:
         "4x32": "×8, `4x32`",
     }
 
-    def cell(arm: str, key: str, seeds: int) -> str:
-        found = [p.equal["tokens"].gap.over_seeds for p in studies[key].arms[arm]]
-        return ", ".join(f"{-gap.mean:.3f}" for gap in found if gap.n == seeds)
+    def cell(arm: str, key: str, budgets: tuple[str, ...]) -> str:
+        found = {budget(point.tokens): point.equal["tokens"].gap.over_seeds for point in studies[key].arms[arm]}
+        return ", ".join(f"{-found[name].mean:.3f}" for name in budgets if name in found)
 
+    groups = ("1M", "2M", "4M", "8M"), ("16M", "32M")
     return rows(
-        ["", "next token: 1, 2, 4, 8 M", "16, 32 M, one seed", "next-2 token: 1, 2, 4, 8 M", "16, 32 M, one seed"],
-        [[name, *(cell(arm, key, n) for key in studies for n in (3, 1))] for arm, name in names.items()],
+        ["", "next token: 1, 2, 4, 8 M", "16, 32 M", "next-2 token: 1, 2, 4, 8 M", "16, 32 M"],
+        [[name, *(cell(arm, key, group) for key in studies for group in groups)] for arm, name in names.items()],
     )
 
 
@@ -96,7 +97,10 @@ def factors(arms: Iterable[str], key: str, budgets: Iterable[str]) -> str:
     lines = []
     for arm in arms:
         known = {budget(t): found for t, found in study.tokens_factors[arm].items() if found.over_seeds.mean}
-        texts = [known[b].text(".2f").replace("one seed", "seed 0") if b in known else "" for b in budgets]
+        texts = []
+        for found in (known.get(b) for b in budgets):
+            text = "" if found is None else found.text(".2f").replace("one seed", f"seed {min(found.by_seed)}")
+            texts.append(text + (" (extrapolated)" if found and found.extrapolated else ""))
         lines.append([f"`{arm}`", *texts])
     return rows(["", *(b.replace("M", " M") for b in budgets)], lines)
 
@@ -303,10 +307,12 @@ def main() -> None:
         made = f"{before}{start}{make()}\n{end}{behind}" if found else ""
         if made != text:
             wrong.append(name)
-        if "--check" not in sys.argv[1:] and found:
+        if not found:
+            sys.exit(f"{page}: <!-- table {name} --> and <!-- end {name} --> are missing")
+        if "--check" not in sys.argv[1:]:
             page.write_text(made, encoding="utf-8")
     if "--check" in sys.argv[1:] and wrong:
-        sys.exit(f"not what the JSON files say, or without marks: {', '.join(wrong)}")
+        sys.exit(f"not what the JSON files say: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

@@ -285,7 +285,8 @@ def _tokens_factors(
         losses = {seed: loss for seed in curves if (loss := _loss(references[seed][0], budget, key)) is not None}
         if not all(tokens_to_loss(curves[seed], loss) for seed, loss in losses.items()):
             losses = {seed: loss for seed, loss in losses.items() if curves[seed].tokens[-1] >= budget}
-        needed = {seed: Decayed(curves[seed], law).tokens_for(loss) for seed, loss in losses.items()}
+        finite = {seed: Decayed(curves[seed], law) for seed in losses if curves[seed].is_finite}
+        needed = {seed: decayed.tokens_for(losses[seed]) for seed, decayed in finite.items()}
         factors = {seed: budget / tokens for seed, (tokens, _) in needed.items() if tokens}
         if factors:
             over_seeds = Ratio.over([*factors.values()], honest=len(factors) == len(losses))

@@ -106,38 +106,35 @@ def recorded_sentence(report: dict[str, Any]) -> str:
 
 
 def budget_sentence(report: dict[str, Any], studies: dict[str, BudgetStudy]) -> str:
-    """Say how many times fewer tokens the best arm needs for the baseline's losses, at the last budget and the first.
+    """Say how many times fewer tokens the best arm needs for the baseline's losses, at the last budget of most seeds.
 
-    The last is that of the most seeds. Empty without one that has a number for each loss, and if it need not be fewer.
+    Only losses in which it is significant, or of one seed; empty without it in next-token loss.
     """
-    lead = lead_arm(report)
-    known = {} if lead is None else {key: study.tokens_factors.get(lead["name"], {}) for key, study in studies.items()}
-    known = {key: {t: found for t, found in of.items() if found.over_seeds.mean} for key, of in known.items()}
-    budgets = sorted(set.intersection(*map(set, known.values()))) if known else []
-    last = max(budgets, key=lambda tokens: (known["loss"][tokens].over_seeds.n, tokens), default=0)
-    if lead is None or not last or min(known["loss"][last].bounds or known["loss"][last].by_seed.values()) <= 1:
+    lead, clauses = lead_arm(report), list[str]()
+    if lead is None or "loss" not in studies:
         return ""
-
-    def at(tokens: int) -> tuple[str, list[str]]:
-        found = [of_loss[tokens] for of_loss in known.values()]
-        return f"{budget(tokens)} tokens ({wording.seeds_text(found[0].over_seeds.n)})", [*map(_factor, found)]
-
-    (end, factors), (start, before) = at(last), at(budgets[0])
-    clauses = [f"{factor} fewer in {LOSS_NAMES[key]}" for key, factor in zip(known, factors, strict=True)]
-    earlier = f"; those at {start} with {wording.listed(before)}" if last > budgets[0] else ""
-    text = f"{lead['name']} reaches {report.get('baseline')}’s losses at {end} with {wording.listed(clauses)}{earlier}."
-    return text.replace(" fewer in ", " fewer tokens in ", 1)
+    factors = {key: study.tokens_factors.get(lead["name"], {}) for key, study in studies.items()}
+    known = factors["loss"]
+    last = max(known, key=lambda tokens: (known[tokens].over_seeds.n, tokens), default=0)
+    for key, of_loss in factors.items():
+        found = of_loss.get(last)
+        if found and found.over_seeds.mean is not None and min(found.bounds or found.by_seed.values()) > 1:
+            clauses.append(f"{_factor(found)} fewer{'' if clauses else ' tokens'} in {LOSS_NAMES[key]}")
+        elif key == "loss":
+            return ""
+    at = f"{budget(last)} tokens ({wording.seeds_text(known[last].over_seeds.n)})"
+    return f"{lead['name']} reaches {report.get('baseline')}’s losses at {at} with {wording.listed(clauses)}."
 
 
 def budget_explanation(report: dict[str, Any], study: BudgetStudy) -> str:
-    """Say why the speed-up changes with the budget, by the first and the last slope; empty without a slope."""
+    """Say why the tokens saved grow with the budget, by the first and the last slope; empty without a slope."""
     first, last = study.baseline[0], study.baseline[-1]
     if first.slope is None or last.slope is None:
         return ""
     return (
-        f"That factor is about exp(gap ÷ slope): a gap saves more tokens where {report.get('baseline')}’s decayed "
-        f"loss falls by {last.slope:.3f} nats per e-fold of tokens ({budget(last.tokens)}) than where it falls "
-        f"by {first.slope:.3f} ({budget(first.tokens)})."
+        f"The flatter the curves, the more tokens a gap saves: {report.get('baseline')}’s decayed loss falls by "
+        f"{first.slope:.3f} nats per e-fold of tokens at {budget(first.tokens)} and by {last.slope:.3f} at "
+        f"{budget(last.tokens)}."
     )
 
 

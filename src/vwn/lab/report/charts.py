@@ -119,6 +119,7 @@ def budget_figure(report: dict[str, Any], studies: dict[str, BudgetStudy], key: 
         key=key,
         title=f"Tokens saved over budget, {LOSS_NAMES[key]}",
         caption=f"{baseline}’s tokens over those after which an arm has the same decayed loss, as the paper counts. "
+        "Seeds with smaller budgets count where all come to that loss. "
         "Bars: 95\u00a0% interval over three seeds or more (Student’s t), the range of two, none for one. "
         "A long bar goes on beyond the edge. "
         "Hollow: extrapolated with the arm’s fit E + B·T^−β. "

@@ -32,8 +32,9 @@ DECAYED = " The losses are the decayed ones at the budgets that every run has."
 BUDGETS = (
     "Each budget is a cool-down branched off one run at a constant rate. Gap: decayed loss minus {baseline}’s in nats "
     "per token. Slope: fall of {baseline}’s decayed loss per e-fold of tokens. Fewer tokens: {baseline}’s "
-    "tokens over those after which the arm has the same decayed loss, as the paper counts. Speed-up: the cost "
-    "{baseline} needs for the arm’s decayed loss, over the arm’s cost. In brackets: the 95 % interval over three seeds "
+    "tokens over those after which the arm has the same decayed loss, as the paper counts; seeds with smaller budgets "
+    "count where all come to that loss. Speed-up: the cost {baseline} needs for the arm’s decayed loss, over the arm’s "
+    "cost. In brackets: the 95 % interval over three seeds "
     "or more, the range of two. Extrapolated numbers come from the fit E + B·T^−β, and are rough far beyond the "
     "budgets. After ≥ stands what every seed reaches without extrapolation."
 )
@@ -138,7 +139,7 @@ def _figures(drawn: Drawn, names: list[str]) -> tuple[dict[str, str], ...]:
     found = []
     for name in names:
         figure = drawn[name]
-        svg = inline(figure.svg, name, f"{figure.title}. All points are in curves.csv.")
+        svg = inline(figure.svg, name, f"{figure.title}. All points are in report.json and curves.csv.")
         found.append({"title": figure.title, "caption": figure.caption, "svg": svg})
     return tuple(found)
 

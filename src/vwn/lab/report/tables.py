@@ -56,6 +56,8 @@ def budget_table(report: dict[str, Any], studies: dict[str, BudgetStudy], key: s
             seeds = Cell(str(point.equal["tokens"].gap.over_seeds.n))
             factor = study.tokens_factors[name].get(point.tokens)
             fewer = Cell(NOTHING) if factor is None else _measured(factor, None, ".2f", "×")
+            if factor is not None and str(factor.over_seeds.n) != seeds.text:
+                fewer = Cell(fewer.text, (*fewer.notes, wording.seeds_text(factor.over_seeds.n)))
             head = (_arm(report, name), Cell(wording.budget(point.tokens)), seeds, gap, slope, fewer)
             rows.append((*head, *speedups, *gaps))
     heads = (
