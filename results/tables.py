@@ -258,6 +258,28 @@ def by_rate(
     )
 
 
+@table("embedding/rates")
+def embedding_rates() -> str:
+    """Write what a table's rate is worth to each form of table."""
+    known = {
+        name.rpartition("-seed"): run for entry in read("embedding/rates.json") for name, run in entry["runs"].items()
+    }
+    points = {(arm, seed): {"loss": run["next"], "loss_2": run["next_2"]} for (arm, _, seed), run in known.items()}
+    for run in read("embedding/report.json")["arms"]:
+        if run["name"] == "ngram":
+            points["ngram-10", str(run["seed"])] = run["decayed"][-1]
+    lines = []
+    for name, seed, arms in (
+        ("`factorised` (seed 1001)", "1001", ("f-1", "", "f-10")),
+        ("the same, its linear at 0.3 times the rate", "1001", ("", "", "f-10-0.3")),
+        ("the same, its linear at 0.1 times the rate", "1001", ("", "", "f-10-0.1")),
+        ("`plain-ngram` (seed 1)", "1", ("pn-1", "pn-3", "pn-10")),
+        ("`ngram` (seed 1)", "1", ("ngram", "wn-3", "ngram-10")),
+    ):
+        lines.append([name, *(both(points[arm, seed]) if arm else "" for arm in arms)])
+    return rows(["", "1 × the rate", "3 ×", "10 ×"], lines)
+
+
 @table("mtp/at-1m")
 def at_1m() -> str:
     """Write MTP on and off with four segments."""
@@ -293,6 +315,42 @@ def parameterisation() -> str:
         lines.append([name, model, base or "", " ".join(map(str, seeds)), *cells])
     heads = ["candidate", "model", "against", "seeds", "next / next-2", "difference, next", "difference, next-2"]
     return rows(heads, lines)
+
+
+@table("stability/runs")
+def stability() -> str:
+    """Write the range of each measure over the seeds of an arm."""
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for run in read("stability/stability.json")["runs"]:
+        arms.setdefault(run["arm"], []).append(run)
+
+    def number(value: float) -> str:
+        if value < 1000:
+            return f"{value:.3g}"
+        power = int(f"{value:e}".partition("e")[2])
+        return f"{value / 10**power:.2f} · 10{str(power).translate(str.maketrans('0123456789', '⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
+
+    def spread(runs: list[dict[str, Any]], field: str, missing: str = "–") -> str:
+        known = [run[field] for run in runs if run[field] is not None]
+        ends = list(dict.fromkeys(map(number, (min(known), max(known))))) if known else []
+        parts = [" … ".join(ends)] if ends else []
+        return "; ".join(parts + ([missing] if len(known) < len(runs) and (not known or missing != "–") else []))
+
+    lines = []
+    for arm, runs in arms.items():
+        diverged = f"{sum(run['diverged'] for run in runs)} of {len(runs)}"
+        fields = ("final_loss", "largest_rise", "gradient_max")
+        first = [
+            arm.replace("slow", "tenth"),
+            diverged,
+            f"{runs[0]['learning_rate']:g}",
+            *(spread(runs, field) for field in fields),
+        ]
+        inside = (spread(runs, field) for field in ("spectral_radius", "saturated", "effective_slots"))
+        lines.append([*first, spread(runs, "growth", "overflow"), *inside])
+    heads = ["arm", "diverged", "rate", "final loss", "largest rise of the loss", "largest gradient norm"]
+    heads += ["RMS of the final state over that of the first", "largest spectral radius", "largest saturated share"]
+    return rows([*heads, "fewest effective slots"], lines)
 
 
 def main() -> None:
