@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 NOTES = {
     "unit": "one step: forward, two heads' loss, backward, clipping, fused AdamW",
-    "time ratio": "median over that of the plain model in the same rounds (compiled with compiled, all else eager)",
+    "time ratio": "median over that of the plain model in the same rounds and mode",
     "checkpointing": "of the plain model too, in that row",
     "saved": "allocated after the forward, above what there was before: what is kept for the backward",
     "peak": "most allocated during the step; with parameters and optimiser state in the total",
