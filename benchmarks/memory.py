@@ -4,7 +4,7 @@ A chain of connections whose sublayers keep nothing (they negate) keeps only wha
 in ``benchmarks.training_step``.
 
 And the most that a training step holds above its parameters, with the logits of every head in memory and with
-Liger-Kernel's loss, which never holds them all.
+the chunked loss and Liger-Kernel's, which never hold them all.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
         for who in ("reference", native, "listing"):
             for keep in KEEP[:1] if who == "listing" else KEEP[::2] if options.quick else KEEP:
                 report.add(_chain(shape, who, keep, options))
-    for who in ("torch", "liger"):
+    for who in ("torch", "chunked", "liger"):
         report.add(_loss(who, options))
     report.done()
 
@@ -129,8 +129,7 @@ def _loss(who: str, options: argparse.Namespace) -> dict[str, Any]:
         choose_loss(who, torch.device(options.device))
     except UserError as error:
         return labels | {NOT_MEASURED: str(error)}
-    training = Training(size, connection, options.device, batch, options.backend, mtp, vocab=vocab)
-    training.model.loss_backend = who
+    training = Training(size, connection, options.device, batch, options.backend, who, mtp, vocab=vocab)
 
     def backward() -> Tensor:
         training.optimizer.zero_grad(set_to_none=True)

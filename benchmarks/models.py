@@ -10,6 +10,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vwn.hf import VirtualWidthConfig, VirtualWidthForCausalLM
 from vwn.nn.generalized import GeneralizedHyperConnection
+from vwn.training.arguments import apply_speed
+from vwn.training.config import SpeedOptions
 from vwn.training.presets import PRESETS, Preset
 
 VOCAB = {"cpu": 2048, "cuda": 32768}
@@ -46,6 +48,7 @@ class Training:
         device: on a GPU under bfloat16 autocast, as in ``vwn train``; in float32 on a CPU without ``bf16``.
         batch: windows and their length.
         backend: of the connections.
+        loss_backend: as in :class:`vwn.VirtualWidthForCausalLM`; by default that of ``vwn train``.
         mtp: multi-token prediction modules.
         keep_states_every: as in :class:`vwn.VirtualWidthModel`.
         checkpointing: gradient checkpointing of every layer.
@@ -60,6 +63,7 @@ class Training:
         device: str,
         batch: tuple[int, int],
         backend: str = "auto",
+        loss_backend: Any = "auto",
         mtp: int = 1,
         keep_states_every: int = 1,
         checkpointing: bool = False,
@@ -77,11 +81,9 @@ class Training:
         self.model = VirtualWidthForCausalLM(VirtualWidthConfig(backbone=backbone, num_mtp_modules=mtp, **width))
         self._perturb()
         self.model.train().to(device)
-        if connection is not None:
-            self.model.set_connection_backend(backend)
-            self.model.model.keep_states_every = keep_states_every
-        if checkpointing:
-            self.model.gradient_checkpointing_enable()
+        wide = {"connection_backend": backend, "keep_states_every": keep_states_every} if connection is not None else {}
+        speed = SpeedOptions(**wide, loss_backend=loss_backend, gradient_checkpointing=checkpointing, compile=compiled)
+        apply_speed(self.model, speed, "bf16" if self._bf16 else "fp32")
         self._run = torch.compile(self.model, dynamic=False) if compiled else self.model
         self._ids = torch.randint(vocab, batch, generator=torch.Generator().manual_seed(0)).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)

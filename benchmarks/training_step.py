@@ -24,12 +24,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "auto": {},
     "reference": {"backend": "reference"},
     "keep_states_every=4": {"keep_states_every": 4},
+    "all logits": {"loss_backend": "torch"},
     "checkpointing": {"checkpointing": True},
 }
+PLAIN_TOO = ("all logits", "checkpointing")
 NOTES = {
     "unit": "one step: forward, two heads' loss, backward, clipping, fused AdamW",
     "time ratio": "median over that of the plain model in the same rounds and mode",
-    "checkpointing": "of the plain model too, in that row",
+    "all logits, checkpointing": "of the plain model too, in that row",
     "saved": "allocated after the forward, above what there was before: what is kept for the backward",
     "peak": "most allocated during the step; with parameters and optimiser state in the total",
     "GPU precision": "bfloat16 autocast, as in vwn train",
@@ -87,7 +89,7 @@ def _family(report: Report, options: argparse.Namespace, labels: dict[str, Any],
         arms += [(shape, variant) for variant in VARIANTS if variant != "auto"]
     plain, saved = _built(size, None, {}, common)
     for shape, variant in arms:
-        if variant == "checkpointing":
+        if variant in PLAIN_TOO:
             del plain
             _release(options.device)
             plain, saved = _built(size, None, VARIANTS[variant], common)

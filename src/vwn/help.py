@@ -40,9 +40,7 @@ class Option:
     @property
     def usage(self) -> str:
         """Return the option as it is typed."""
-        if self.positional:
-            return self.metavar
-        return f"--{self.name} {self.metavar}".strip()
+        return self.metavar if self.positional else f"--{self.name} {self.metavar}".strip()
 
 
 @dataclass(frozen=True)

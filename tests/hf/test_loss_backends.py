@@ -1,4 +1,4 @@
-"""The training loss with and without logits in memory: Liger-Kernel's, under Triton's interpreter, against torch's."""
+"""The training loss with and without logits in memory: in chunks and Liger-Kernel's, which Triton interprets here."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ def _choose_afresh():
     loss_module._choose_loss.cache_clear()
 
 
-def with_and_without_logits(model, **inputs):
+WITHOUT_LOGITS = pytest.mark.parametrize("backend", ["chunked", "liger"])
+
+
+def with_and_without_logits(model, without, **inputs):
     """Output and gradients with logits and without."""
     results = []
-    for backend in ("torch", "liger"):
+    for backend in ("torch", without):
         model.loss_backend = backend
         model.zero_grad()
         out = model(**inputs)
@@ -44,12 +47,14 @@ def with_and_without_logits(model, **inputs):
         ("llama", {"m": 1, "n": 1, "connection": "residual", "table_factor": 2, "num_mtp_modules": 1}),
     ],
 )
-def test_loss_and_gradients_are_those_with_logits(kind, fields):
+@WITHOUT_LOGITS
+def test_loss_and_gradients_are_those_with_logits(backend, kind, fields, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK", 1)  # chunks of 64 tokens
     model = perturb(build(vwn_config(kind, **fields))).train()
-    ids = token_ids()
+    ids = token_ids(5, 30)
     labels = ids.clone()
     labels[0, :3] = -100
-    (with_logits, wanted), (without, actual) = with_and_without_logits(model, input_ids=ids, labels=labels)
+    (with_logits, wanted), (without, actual) = with_and_without_logits(model, backend, input_ids=ids, labels=labels)
     assert with_logits.logits is not None
     assert without.logits is None
     assert len(without.losses) == 1 + fields.get("num_mtp_modules", 0)
@@ -60,9 +65,22 @@ def test_loss_and_gradients_are_those_with_logits(kind, fields):
         assert_close(actual[name], grad, rtol=1e-4, atol=1e-5 * float(1 + grad.abs().max()), msg=name)
 
 
-def test_the_kernel_really_ran(monkeypatch):
+def test_the_chunked_loss_is_computed_in_float32_under_autocast_and_may_be_differentiated_twice():
+    model = perturb(build(vwn_config("llama", 2, 4))).train()
+    ids, losses = token_ids(), []
+    for model.loss_backend in ("torch", "chunked"):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(model(ids, labels=ids).loss)
+    assert_close(losses[1], losses[0], rtol=1e-2, atol=0)
+    once, again = (torch.autograd.grad(losses[1], model.lm_head.weight, retain_graph=True)[0] for _ in range(2))
+    assert once.dtype == losses[1].dtype == torch.float32
+    assert torch.equal(once, again)
+
+
+@WITHOUT_LOGITS
+def test_the_kernel_really_ran(backend, monkeypatch):
     model = build(vwn_config("llama", 2, 4, num_mtp_modules=1)).train()
-    model.loss_backend = "liger"
+    model.loss_backend = backend
     calls, heads = [], []
     fused = loss_module.fused_cross_entropy
     monkeypatch.setattr("vwn.hf.causal_lm.fused_cross_entropy", lambda *a: (calls.append(1), fused(*a))[1])
@@ -77,8 +95,7 @@ def test_evaluation_and_asked_for_mtp_logits_have_logits():
     model = build(vwn_config("llama", 2, 4, num_mtp_modules=1))
     model.loss_backend = "liger"
     assert model.eval()(token_ids(), labels=token_ids()).logits is not None
-    out = model.train()(token_ids(), labels=token_ids(), output_mtp_logits=True)
-    assert len(out.mtp_logits) == 1
+    assert len(model.train()(token_ids(), labels=token_ids(), output_mtp_logits=True).mtp_logits) == 1
 
 
 def test_auto_takes_torch_on_a_cpu_and_says_so_once(caplog):
@@ -92,8 +109,11 @@ def test_auto_takes_torch_on_a_cpu_and_says_so_once(caplog):
 
 
 def test_what_cannot_run_is_refused(monkeypatch):
-    with pytest.raises(UserError, match="auto, torch, liger; got 'cuda'"):
+    with pytest.raises(UserError, match="auto, torch, chunked, liger; got 'cuda'"):
         choose_loss("cuda", torch.device("cpu"))
+    monkeypatch.setattr(loss_module, "CAN_CHUNK", False)
+    with pytest.raises(UserError, match=r"needs PyTorch 2\.13 or newer, not 2\."):
+        choose_loss("chunked", torch.device("cpu"))
     monkeypatch.setattr(loss_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"not installed \(pip install '.\[liger\]'\)"):
         choose_loss("liger", torch.device("cpu"))
@@ -103,9 +123,10 @@ def test_what_cannot_run_is_refused(monkeypatch):
         choose_loss("liger", torch.device("cpu"))
 
 
-def test_a_loss_function_or_head_of_the_users_own_is_kept():
+@WITHOUT_LOGITS
+def test_a_loss_function_or_head_of_the_users_own_is_kept(backend):
     model = build(vwn_config("llama", 2, 4)).train()
-    model.loss_backend = "liger"
+    model.loss_backend = backend
     hook = model.lm_head.register_forward_hook(lambda *_: None)
     with pytest.raises(UserError, match="own unembedding"):
         model(token_ids(), labels=token_ids())

@@ -149,8 +149,7 @@ def test_a_head_on_a_language_models_weights(task, tmp_path):
         assert_close(torch.stack([out.start_logits, out.end_logits], -1), model.qa_outputs(states))
         loss = model(ids, start_positions=torch.tensor([1, 2]), end_positions=torch.tensor([3, 4])).loss
     loss.backward()
-    lacking = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert not lacking
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     model.save_pretrained(tmp_path / "own")
     again = HEADS[task].from_pretrained(tmp_path / "own")
     assert all(torch.equal(a, b) for a, b in zip(again(ids)[:1], model(ids)[:1], strict=True))

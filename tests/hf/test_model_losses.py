@@ -196,8 +196,7 @@ def test_router_logits_by_config_and_switched_off_by_argument():
     off = model(ids, labels=ids, output_router_logits=False)
     assert off.aux_loss is None
     assert off.router_logits is None
-    generated = model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
-    assert generated.shape == (2, 12)
+    assert model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (2, 12)
 
 
 def test_the_auxiliary_loss_of_a_chunk_behind_a_cached_prefix():

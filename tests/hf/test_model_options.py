@@ -37,8 +37,7 @@ def test_hidden_states_are_as_wide_as_the_backbone_and_end_in_the_last(kind, how
     assert torch.equal(out.hidden_states[-1], model.model(ids).last_hidden_state)
     assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
     assert model(ids, output_hidden_states=False).hidden_states is None
-    base = model.model(ids, **arguments)
-    assert len(base.hidden_states) == 3
+    assert len(model.model(ids, **arguments).hidden_states) == 3
 
 
 def test_attentions_with_eager_attention():

@@ -119,8 +119,7 @@ def test_what_is_not_decayed():
     spared = {"bias_alpha", "bias_beta", "slot_norm", "slot_norm_bias"}
     assert no_weight_decay(HyperConnection(12, 1, 4)) == spared
     assert no_weight_decay(HyperConnection(12, 1, 4, dynamic=False)) == {"bias_alpha", "bias_beta"}
-    mhc = ManifoldHyperConnection(12, 4)
-    assert no_weight_decay(mhc) == {"pre_bias", "post_bias", "res_bias"}
+    assert no_weight_decay(ManifoldHyperConnection(12, 4)) == {"pre_bias", "post_bias", "res_bias"}
     assert len([name for name in no_weight_decay(model_of("mhc")) if "connections" in name]) == 6 * 3
 
 

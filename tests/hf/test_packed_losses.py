@@ -99,8 +99,7 @@ def test_left_padding_and_strided_positions_are_no_documents():
     strided = {"position_ids": torch.arange(0, 16, 2)[None].expand(2, 8), "attention_mask": mask}
     plain = {"position_ids": torch.arange(8)[None], "attention_mask": mask}
     assert_close(model(ids, labels=ids, **plain).losses, model(ids, labels=ids).losses)
-    embedded = [model.model(ids, **given).initial_state for given in (strided, plain)]
-    assert torch.equal(*embedded)
+    assert torch.equal(*[model.model(ids, **given).initial_state for given in (strided, plain)])
 
 
 def test_lambda_is_lambda_where_labels_are_masked():

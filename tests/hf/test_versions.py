@@ -48,8 +48,7 @@ def test_a_cache_goes_by_all_names_that_transformers_had_for_it(name):
     wanted = model(ids).logits
     for part in (model, model.model):
         cache = DynamicCache(config=model.config.backbone)
-        first = part(ids[:, :5], **{name: cache}, use_cache=True)
-        assert first.past_key_values is cache
+        assert part(ids[:, :5], **{name: cache}, use_cache=True).past_key_values is cache
         assert cache.get_seq_length() == 5
         second = part(ids[:, 5:], **{name: cache}, use_cache=True)
     torch.testing.assert_close(model.lm_head(second.last_hidden_state), wanted[:, 5:])

@@ -91,8 +91,7 @@ def test_every_study_is_arms_that_can_be_built_and_given_by_hand(name, tmp_path)
     study = CompareConfig(out=tmp_path, study=name, init_from="trained" if name == "widen" else None)
     study.check()
     assert study.parsed[0].name == "plain"
-    by_hand = CompareConfig(out=tmp_path, arms=STUDIES[name].arms)
-    assert by_hand.parsed == study.parsed
+    assert CompareConfig(out=tmp_path, arms=STUDIES[name].arms).parsed == study.parsed
     models, _ = arm_models(study.parsed, load_backbone("micro", 512, 64), study.width, 64)
     assert list(models) == [arm.name for arm in study.parsed]
     assert len({model.to_json_string(use_diff=False) for model in models.values()}) == len(models)

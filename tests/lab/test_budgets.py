@@ -202,8 +202,7 @@ def test_runs_with_decayed_losses_are_judged_by_them_at_the_budgets_all_share() 
 
 
 def test_a_rising_or_flat_baseline_has_no_law() -> None:
-    tokens = np.array(BUDGETS, dtype=float)
-    assert fit_law([Curve(tokens, np.linspace(3, 4, 5))]) is None
+    assert fit_law([Curve(np.array(BUDGETS, dtype=float), np.linspace(3, 4, 5))]) is None
     assert fit_law([]) is None
 
 

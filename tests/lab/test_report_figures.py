@@ -189,5 +189,4 @@ def test_any_name_can_be_drawn() -> None:
     figure = figures(realistic(names))["loss-over-tokens"]
     ElementTree.fromstring(inline(figure.svg, figure.identifier, figure.title))
     assert "&lt;b&gt;$\\frac$ &amp; x&lt;/b&gt;</text>" in figure.svg
-    many = realistic(("plain", *(f"4x{n}" for n in range(5, 25))), seeds=1)
-    assert figures(many)["loss-over-tokens"].svg
+    assert figures(realistic(("plain", *(f"4x{n}" for n in range(5, 25))), seeds=1))["loss-over-tokens"].svg

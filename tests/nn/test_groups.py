@@ -148,8 +148,7 @@ def test_a_run_with_muon_learns_and_goes_on_as_if_it_had_not_stopped(tmp_path, t
     for path in (tmp_path / "a" / "result.json", *(tmp_path / "a").glob("*.safetensors")):
         path.rename(path.with_suffix(".before"))
     (tmp_path / "a" / "checkpoint-8" / "manifest.json").unlink()
-    again = train(dataclasses.replace(run, resume=True))
-    assert without_seconds(again.curve) == without_seconds(whole.curve)
+    assert without_seconds(train(dataclasses.replace(run, resume=True)).curve) == without_seconds(whole.curve)
     before, after = (load_file(tmp_path / "a" / f"model.{end}") for end in ("before", "safetensors"))
     assert all(torch.equal(before[name], value) for name, value in after.items())
 

@@ -179,8 +179,7 @@ def test_the_reference_is_the_papers(m, n, d, dynamic):
     for token in range(2):
         slots, z = loops.rows(t["state"][token], n), loops.rows(t["z"][token], m)
         read = loops.flatten(loops.read(slots, loops.routing(slots, weights, m, READ_EPS)[0], m))
-        normed = loops.rms_norm(list(read), list(t["norm"]), NORM_EPS)
-        assert close(x[token], torch.stack(normed), 1e-13)
+        assert close(x[token], torch.stack(loops.rms_norm(list(read), list(t["norm"]), NORM_EPS)), 1e-13)
         A, B = loops.routing(slots, weights, m, WRITE_EPS)
         assert close(new[token], loops.flatten(loops.write(slots, z, A, B)), 1e-13)
 

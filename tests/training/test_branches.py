@@ -73,8 +73,7 @@ def test_a_branch_is_the_straight_run_to_the_bit(tmp_path, text, whole, steps):
 
 def test_what_a_run_with_budgets_leaves_behind(whole):
     run, result = whole
-    stored = json.loads((run.out / "result.json").read_text())
-    assert stored["decayed"] == result.decayed
+    assert json.loads((run.out / "result.json").read_text())["decayed"] == result.decayed
     assert [p["tokens"] for p in result.decayed] == [6 * STEP, 12 * STEP]
     assert result.curve[-1]["tokens"] == 8 * STEP  # the trunk's, which the last branch leaves there
     assert max(checkpoints(run.out)) == 8
@@ -155,8 +154,7 @@ def test_a_constant_run_made_longer_is_the_long_run(tmp_path, text):
     train(constant(tmp_path / "a", 2))
     longer = dataclasses.replace(constant(tmp_path / "a", 5), resume=True)
     result = train(longer)
-    long = train(constant(tmp_path / "b", 5))
-    assert without_seconds(result.curve)[-1] == without_seconds(long.curve)[-1]
+    assert without_seconds(result.curve)[-1] == without_seconds(train(constant(tmp_path / "b", 5)).curve)[-1]
     assert_same_weights(tmp_path / "a", tmp_path / "b")
     again = cli.parse("train", ["--out", str(longer.out), "--resume"])
     assert again.optim.steps == 5

@@ -69,8 +69,7 @@ def test_a_bad_step_leaves_weights_and_moments_alone_and_is_recorded(tmp_path, t
     entry = json.loads((tmp_path / "run" / "skipped" / "step-5.json").read_text())
     assert entry["step"] == 5
     assert entry["loss" if what == "loss" else "gradient_norm"] is None  # strict JSON has no such numbers
-    ids = load_file(tmp_path / "run" / "skipped" / "step-5-rank0.safetensors")["input_ids_0"]
-    assert ids.shape == (4, 32)
+    assert load_file(tmp_path / "run" / "skipped" / "step-5-rank0.safetensors")["input_ids_0"].shape == (4, 32)
     for _, loss, objective, second in history(tmp_path / "run"):  # of the same steps, the skipped one left out
         assert objective == pytest.approx(loss + 0.3 * second, rel=1e-5)
 

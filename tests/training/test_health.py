@@ -137,13 +137,11 @@ def test_a_state_that_is_not_finite_is_written_as_unknown(tmp_path):
 
 def test_effective_slots_of_states_with_a_known_number():
     torch.manual_seed(0)
-    one = torch.randn(5, 1, 16) * torch.randn(5, 6, 1)
-    assert effective_slots(one) == pytest.approx(1, rel=1e-5)
+    assert effective_slots(torch.randn(5, 1, 16) * torch.randn(5, 6, 1)) == pytest.approx(1, rel=1e-5)
     two = torch.zeros(5, 6, 16)
     two[:, :3, 0], two[:, 3:, 1] = 1.0, 1.0
     assert effective_slots(two) == pytest.approx(2)
-    orthogonal = nn.init.orthogonal_(torch.empty(6, 16))[None] * 3
-    assert effective_slots(orthogonal) == pytest.approx(6, rel=1e-5)
+    assert effective_slots(nn.init.orthogonal_(torch.empty(6, 16))[None] * 3) == pytest.approx(6, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -151,8 +149,7 @@ def test_what_goes_wrong_is_said_once(finished, tmp_path, text, caplog):
     run, _ = finished
     healthy = read_health(run.out)[-1]
     assert concerns(healthy) == {}
-    huge = healthy | {"state": healthy["state"] | {"rms": [1.0, 1e7]}}
-    assert "routing=0.1" in concerns(huge)["state"]
+    assert "routing=0.1" in concerns(healthy | {"state": healthy["state"] | {"rms": [1.0, 1e7]}})["state"]
     assert concerns(healthy | {"state": {"rms": [1.0, math.nan]}}).keys() == {"state"}
     saturated = healthy | {"state": healthy["state"] | {"saturated": [None, 0.7]}}
     assert "70% of a sublayer" in concerns(saturated)["saturated"]

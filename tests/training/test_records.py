@@ -61,8 +61,7 @@ def test_samples_at_each_validation_leave_the_run_as_it_is(tmp_path, text):
 
 def test_a_model_that_cannot_generate_is_trained_without_samples(tmp_path, text, monkeypatch, caplog):
     monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", lambda *_, **__: 1 / 0)
-    result = train(sampled(tmp_path / "run", text, m=None, n=None, width=WidthOptions()))
-    assert result.sample is None
+    assert train(sampled(tmp_path / "run", text, m=None, n=None, width=WidthOptions())).sample is None
     assert caplog.records[-1].getMessage() == "no samples are written: ZeroDivisionError: division by zero"
 
 

@@ -35,8 +35,7 @@ def test_a_run_learns_and_leaves_everything_behind(finished):
     assert json.loads((run.out / "result.json").read_text())["curve"] == result.curve
     assert list((run.out / "logs").glob("events.*"))
     assert not list(run.out.glob("*.bin"))
-    model = AutoModelForCausalLM.from_pretrained(run.out)
-    assert sum(p.numel() for p in model.parameters()) == result.params
+    assert sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(run.out).parameters()) == result.params
 
 
 def test_losses_are_logged_separately_for_training_and_validation(finished):
@@ -177,5 +176,4 @@ def test_golden_losses(tmp_path, name):
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
-    golden = json.loads(GOLDEN.read_text())[name]
-    assert losses == pytest.approx(golden, abs=1e-5)
+    assert losses == pytest.approx(json.loads(GOLDEN.read_text())[name], abs=1e-5)

@@ -41,9 +41,10 @@ def test_speed_options_reach_the_model_and_leave_the_losses(tmp_path, text, monk
     speed = SpeedOptions(connection_backend="reference", keep_states_every=3, loss_backend="torch")
     result = train(config(tmp_path / "a", text, speed=speed, optim={"steps": 4, "gradient_accumulation": 2}))
     usual = train(config(tmp_path / "b", text, optim={"steps": 4}))
-    model, _ = seen
+    model, other = seen
     backends = {m.backend for m in model.modules() if isinstance(m, GeneralizedHyperConnection)}
     assert (backends, model.model.keep_states_every, model.loss_backend) == ({"reference"}, 3, "torch")
+    assert other.loss_backend == "chunked"
     for a, b in zip(result.curve, usual.curve, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-3)
 

@@ -151,9 +151,7 @@ class _WithoutValues(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__bool__:
             return True
-        if func is Tensor.__contains__:
-            return False
-        return func(*args, **(kwargs or {}))
+        return False if func is Tensor.__contains__ else func(*args, **(kwargs or {}))
 
 
 def _count_forward(model: Any, length: int) -> dict[str, int]:

@@ -32,7 +32,8 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     loss_backend: str = "auto"
-    """Backend of the training loss: ``"liger"`` keeps no logits (and returns none), ``"torch"``, or ``"auto"``."""
+    """Backend of the training loss: ``"chunked"`` and ``"liger"`` keep no logits (and return none), ``"torch"`` does;
+    ``"auto"`` is ``"liger"`` on a GPU where it is installed."""
 
     output_mtp_logits: bool = False
     """Default of ``forward``'s argument: outputs have the MTP modules' logits, for :meth:`mtp_loss`."""
@@ -75,7 +76,7 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
     ) -> VirtualWidthCausalLMOutput:
         """Compute logits ``[B, S, V]`` and, with ``labels`` ``[B, S]`` (ids, not shifted, -100 ignored), the loss.
 
-        In training with Liger-Kernel (:attr:`loss_backend`) there are no logits.
+        In training without logits (:attr:`loss_backend`) the output has none.
 
         Args:
             shift_labels: with ``labels``, the next token's targets as they are, ``[B, S]``; they replace what would
@@ -115,7 +116,7 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
             predicts_further=labels is not None or output_mtp_logits,
             **kwargs,
         )
-        fused = labels is not None and self.training and self._fuses_loss()
+        fused = self._fused_loss() if labels is not None and self.training else None
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = None if fused else self._unembed(out.last_hidden_state[:, keep])
 
@@ -140,7 +141,7 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
             if len(heads) > 1:
                 documents = number_documents(labels.shape, attention_mask, position_ids, **kwargs)
             targets = targets_of_heads(len(heads), labels, shift_labels, documents)
-            losses, loss = self._losses(heads, None if fused else [logits, *mtp_logits], targets, num_items_in_batch)
+            losses, loss = self._losses(heads, fused or [logits, *mtp_logits], targets, num_items_in_batch)
             if logits is not None and penalises_logits(b):
                 loss = loss + logit_loss(logits, b)
         if kwargs.get("output_router_logits") and router_weight is not None:
@@ -171,20 +172,26 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
         backbone = self.config.backbone
         return scaled_logits(self.lm_head(self.unembed_expand(scaled_hidden(hidden, backbone))), backbone)
 
-    def _fuses_loss(self) -> bool:
-        """Return whether the loss is computed without logits: only with the model's own unembedding and loss."""
-        backend = choose_loss(self.loss_backend, self.lm_head.weight.device)
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether unembedding and loss are the model's own and plain: only then can there be a loss without logits."""
         as_they_come = type(self.lm_head) is nn.Linear and not has_hooks(self.lm_head)
         as_they_come &= not hasattr(self, "_loss_function") and self.lm_head.bias is None
-        as_they_come &= not scales_logits(self.config.backbone) and not penalises_logits(self.config.backbone)
-        if self.loss_backend == "liger" and not as_they_come:
-            raise UserError("loss backend 'liger' needs the model's own unembedding and loss function; use 'torch'")
-        return backend == "liger" and as_they_come
+        return as_they_come and not scales_logits(self.config.backbone) and not penalises_logits(self.config.backbone)
+
+    def _fused_loss(self) -> str | None:
+        """Return the backend that computes the loss without logits, if one does."""
+        name = choose_loss(self.loss_backend, self.lm_head.weight.device)
+        if name == "torch" or self.has_own_loss:
+            return None if name == "torch" else name
+        if self.loss_backend != "auto":
+            raise UserError(f"loss backend {name!r} needs the model's own unembedding and loss function; use 'torch'")
+        return None
 
     def _losses(
         self,
         heads: list[Tensor],
-        logits: list[Any] | None,
+        logits: list[Any] | str,  # or the backend of a loss without them
         targets: list[Tensor],
         num_items_in_batch: Tensor | int | None,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -194,8 +201,8 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
         counts = [(t != -100).sum() for t in targets]
         self._warn_of_shares(counts, targets[0], num_items_in_batch)
         for k, hidden in enumerate(heads):
-            if logits is None:
-                total = fused_cross_entropy(self.unembed_expand(hidden), self.lm_head, targets[k])
+            if isinstance(logits, str):
+                total = fused_cross_entropy(logits, self.unembed_expand(hidden), self.lm_head, targets[k])
             else:
                 total = self._summed_loss(logits[k], targets[k])
             losses.append((total / counts[k]).detach())

@@ -1,7 +1,8 @@
 """The cross-entropy of a head, with or without its logits in memory.
 
 A head's logits are ``V / D`` times as wide as its input, and every MTP module adds a head: on a GPU they dwarf what the
-connections save. Liger-Kernel computes the loss in pieces and never holds them all.
+connections save, and on a CPU they leave the caches. Liger-Kernel and PyTorch's ``linear_cross_entropy`` compute the
+loss in pieces and never hold them all.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from torch import Tensor, nn
 from vwn.common.errors import UserError
 from vwn.hf.documents import within_documents
 
-LOSS_BACKENDS = ("auto", "torch", "liger")
+LOSS_BACKENDS = ("auto", "torch", "chunked", "liger")
+CAN_CHUNK = hasattr(F, "linear_cross_entropy")  # from PyTorch 2.13 on
+CHUNK = 2**20
+"""Logits in memory at once in the chunked loss, of at least 64 tokens: 4 MiB in float32 stay in a CPU's caches."""
 
 _log = logging.getLogger("vwn.hf")
 
 
 @torch.compiler.assume_constant_result
 def choose_loss(name: str, device: torch.device) -> str:
-    """Choose what computes the training loss when ``name`` was asked for: ``"liger"`` or ``"torch"``.
+    """Choose what computes the training loss when ``name`` was asked for: ``"liger"``, ``"chunked"`` or ``"torch"``.
 
     ``"auto"`` is Liger-Kernel where it is installed and the model is on a GPU, and says once what it took.
     """
@@ -37,7 +41,9 @@ def choose_loss(name: str, device: torch.device) -> str:
 def _choose_loss(name: str, device_type: str) -> str:
     if name not in LOSS_BACKENDS:
         raise UserError(f"loss backend must be one of {', '.join(LOSS_BACKENDS)}; got {name!r}")
-    if name == "torch":
+    if name == "chunked" and not CAN_CHUNK:
+        raise UserError(f"loss backend 'chunked' needs PyTorch 2.13 or newer, not {torch.__version__}; use 'torch'")
+    if name in ("torch", "chunked"):
         return name
     reason = None
     if device_type != "cuda" and not (name == "liger" and os.environ.get("TRITON_INTERPRET") == "1"):
@@ -53,13 +59,20 @@ def _choose_loss(name: str, device_type: str) -> str:
     return "torch"
 
 
-def fused_cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
-    """Sum the cross-entropies of ``head(hidden)`` ``[B, S, D]`` with targets ``[B, S]``, -100 where there is none."""
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+def fused_cross_entropy(backend: str, hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+    """Sum the cross-entropies of ``head(hidden)`` ``[B, S, D]`` with targets ``[B, S]``, -100 where there is none.
 
-    return liger_fused_linear_cross_entropy(
-        hidden.flatten(0, 1), head.weight, targets.flatten(), reduction="sum", accum_dtype=torch.float32
-    )
+    ``"chunked"`` computes in float32 (float64 for such hidden states), also under autocast.
+    """
+    rows, weight, targets = hidden.flatten(0, 1), head.weight, targets.flatten()
+    if backend == "liger":
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        return liger_fused_linear_cross_entropy(rows, weight, targets, reduction="sum", accum_dtype=torch.float32)
+    dtype, size = torch.promote_types(rows.dtype, torch.float32), max(64, CHUNK // len(weight))
+    options = nn.LinearCrossEntropyOptions(True, batch_chunk_size=size, chunking_method=None)
+    with torch.autocast(rows.device.type, enabled=False):
+        return F.linear_cross_entropy(rows.to(dtype), weight.to(dtype), targets, reduction="sum", options=options)
 
 
 def targets_of_heads(

@@ -177,10 +177,7 @@ class Connection(StatesItsInitialValues):
         return Routing(torch.cat([read, carry], dim=-1), beta)
 
     def forward(
-        self,
-        state: Tensor,
-        z: Tensor | Callable[[Tensor], Tensor] | None = None,
-        norm: NormWeights | None = None,
+        self, state: Tensor, z: Tensor | Callable[[Tensor], Tensor] | None = None, norm: NormWeights | None = None
     ) -> Tensor:
         """Read, run the sublayer, write: ``[..., D'] -> [..., D']`` (eq. 10).
 
@@ -195,9 +192,7 @@ class Connection(StatesItsInitialValues):
         """
         if z is None:
             return self._read(state, norm)
-        if callable(z):
-            return self.write(state, z(self.read(state)))
-        return self._write(state, z)
+        return self.write(state, z(self.read(state))) if callable(z) else self._write(state, z)
 
     def _read(self, state: Tensor, norm: NormWeights | None = None) -> Tensor:
         state = state.to(state_dtype(state))

@@ -218,11 +218,10 @@ class OverWidthReduce(StatesItsInitialValues):
             return state
         groups = state.unflatten(-1, (-1, self.geometry.hidden_size))
         groups = groups.to(torch.promote_types(state.dtype, torch.float32))
-        if self.norm == "group_norm":
-            groups = groups - groups.mean(-1, keepdim=True)
-        groups = groups * inverse_rms(groups, self.eps)
-        normed = groups.flatten(-2).to(state.dtype) * self.group_norm
-        return normed + self.group_norm_bias if self.norm == "group_norm" else normed
+        if self.norm == "rms_norm":
+            return (groups * inverse_rms(groups, self.eps)).flatten(-2).to(state.dtype) * self.group_norm
+        normed = F.layer_norm(groups, groups.shape[-1:], eps=self.eps).flatten(-2).to(state.dtype)
+        return torch.addcmul(self.group_norm_bias, normed, self.group_norm)
 
     def extra_repr(self) -> str:
         return f"form={self.form!r}, norm={self.norm!r}, init={self.init!r}"

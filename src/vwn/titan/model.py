@@ -162,8 +162,7 @@ def model_config(backbone: Backbone, width: VirtualWidth) -> VirtualWidthDecoder
                 geometry=g,
                 layer=_block(b, w, g),
                 fuse=Part.Config(
-                    part=BlockLinear,
-                    arguments={"in_features": 2 * g.segment_size, "out_features": g.segment_size},
+                    part=BlockLinear, arguments={"in_features": 2 * g.segment_size, "out_features": g.segment_size}
                 ),
                 reduce=_reduce(g, w),
                 norm=_norm(b),

@@ -14,7 +14,7 @@ from vwn.common.errors import UserError
 from vwn.common.extras import EXTRAS, require_packages
 from vwn.common.processes import world_size
 from vwn.hf import VirtualWidthForCausalLM
-from vwn.hf.loss import choose_loss
+from vwn.hf.loss import CAN_CHUNK, choose_loss
 from vwn.nn.connection import Connection
 from vwn.nn.groups import GROUPS, check_factors
 from vwn.ops import choose
@@ -89,22 +89,21 @@ def check_device(speed: SpeedOptions, slots: int | None) -> None:
     choose_loss(speed.loss_backend, device)
 
 
-def apply_speed(model: Any, speed: SpeedOptions, whole: bool = True) -> None:
+def apply_speed(model: Any, speed: SpeedOptions, precision: str = "auto", whole: bool = True) -> None:
     """Set up a model for the options of a run.
 
-    ``whole`` says whether all its weights will be in one process, as a fused loss needs the unembedding's.
+    ``whole`` says whether all its weights will be in one process, as a loss without logits needs the unembedding's.
     """
     if isinstance(model, VirtualWidthForCausalLM):
         model.loss_backend = speed.loss_backend if whole else "torch"
+        in_float32 = precision != "bf16" and not torch.cuda.is_available()
+        if model.loss_backend == "auto" and in_float32 and CAN_CHUNK and model.has_own_loss and not speed.compile:
+            model.loss_backend = "chunked"
         model.keep_states_every = speed.keep_states_every
         for connection in (m for m in model.modules() if isinstance(m, Connection)):
             connection.set_backend(speed.connection_backend)
-    if not speed.gradient_checkpointing:
-        return
-    if hasattr(model, "activation_checkpointing_enable"):  # transformers renamed the switch
-        model.activation_checkpointing_enable()
-    else:
-        model.gradient_checkpointing_enable()
+    if speed.gradient_checkpointing:  # transformers renamed the switch
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
 def learning_rate_of(config: TrainConfig) -> float:

@@ -187,8 +187,9 @@ class SpeedOptions:
     """Implementation of the connections: C++ on a CPU, Triton on a GPU; `auto` takes the fastest and logs it."""
     keep_states_every: int = 1
     """Keep one over-width state in this many sublayers for the backward pass and rebuild the others."""
-    loss_backend: Literal["auto", "torch", "liger"] = "auto"
-    """`liger` computes the loss without keeping logits; `auto` takes it on a GPU where it is installed."""
+    loss_backend: Literal["auto", "torch", "chunked", "liger"] = "auto"
+    """`chunked` and `liger` compute the loss without keeping logits; `auto` takes the one on a CPU in fp32, the other
+    on a GPU where it is installed."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass instead of keeping their activations."""
     compile: bool = False
@@ -310,8 +311,9 @@ class TrainConfig:
         if not is_free and (backend == "triton" or (backend == "compiled" and connection == "hc")):
             kind = connection if connection != "ghc" else "ghc with a constrained carry"
             raise UserError(f"--connection-backend {backend} does not run connection {kind}; use auto or reference")
-        if self.m is None and self.width.mtp == 0 and self.speed.loss_backend == "liger":
-            raise UserError("--loss-backend liger needs a virtual width or --mtp; a plain model keeps its own loss")
+        loss = self.speed.loss_backend
+        if self.m is None and self.width.mtp == 0 and loss not in ("auto", "torch"):
+            raise UserError(f"--loss-backend {loss} needs a virtual width or --mtp; a plain model keeps its own loss")
         require(
             self.corpus.window >= self.width.mtp + 2,
             "window",

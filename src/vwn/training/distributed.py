@@ -86,7 +86,7 @@ def parallel_mode(config: TrainConfig) -> str:
         "--keep-states-every": s.keep_states_every > 1,
         "--compile": s.compile,
         "--optimizer muon": o.optimizer == "muon",
-        "--loss-backend liger": s.loss_backend == "liger",
+        f"--loss-backend {s.loss_backend}": s.loss_backend not in ("auto", "torch"),
     }
     for option, is_given in needs_whole_weights.items():
         if is_given and parallel == "fsdp2":

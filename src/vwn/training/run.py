@@ -160,7 +160,7 @@ class Run:
     def build(self) -> Any:
         """Return the model as it starts, set up for the options of speed."""
         model = self._start()
-        apply_speed(model, self.config.speed, whole=self.parallel != "fsdp2")
+        apply_speed(model, self.config.speed, self.config.optim.precision, self.parallel != "fsdp2")
         return model
 
     def _start(self) -> Any:

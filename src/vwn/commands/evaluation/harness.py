@@ -85,11 +85,7 @@ def run_tasks(
         )
         groups, tasks_alone = _top_level(tasks.loaded)
         results = simple_evaluate(
-            lm,
-            tasks=[*groups, *tasks_alone],
-            task_manager=tasks.manager,
-            limit=limit,
-            bootstrap_iters=BOOTSTRAP,
+            lm, tasks=[*groups, *tasks_alone], task_manager=tasks.manager, limit=limit, bootstrap_iters=BOOTSTRAP
         )
     return {**results, "truncated": lm.truncated}
 

@@ -45,10 +45,7 @@ def depth_figure(result: dict[str, Any]) -> Figure:
     cell = max(0.13, min(0.36, 4.2 / len(readers)))
     side = cell * len(readers)
     figure = Figure(figsize=(2 * side + 3.8, side + 1.6), layout="constrained")
-    panels = (
-        ("gain", "Path: RMS gain from output to input"),
-        ("carried", "Carried: RMS relative to the whole input"),
-    )
+    panels = (("gain", "Path: RMS gain from output to input"), ("carried", "Carried: RMS relative to the whole input"))
     for axes, (key, title) in zip(figure.subplots(1, 2), panels, strict=True):
         grid = np.full((len(readers), len(sources)), np.nan)
         for row, values in enumerate(result["depth"][key]):

@@ -44,9 +44,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, slots: int = 1) -> str
             return f"it needs compute capability {_LEAST_CAPABILITY}.0 or higher, the GPU has {major}.{minor}"
     if dtype not in _DTYPES:
         return f"it knows float32, bfloat16 and float16; {str(dtype).removeprefix('torch.')} is not supported"
-    if slots > MOST_SLOTS:
-        return f"it has room for {MOST_SLOTS} slots, not for {slots}"
-    return None
+    return f"it has room for {MOST_SLOTS} slots, not for {slots}" if slots > MOST_SLOTS else None
 
 
 def forward(inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
