@@ -67,7 +67,7 @@ def test_connections(tmp_path):
 def test_training_step(tmp_path):
     rows = run(tmp_path, "training_step", "--shapes", "2x3")["rows"]
     assert {row["family"] for row in rows} == {"dense", "moe"}
-    variants = {"auto", "reference", "keep_states_every=4", "checkpointing"}
+    variants = {"auto", "reference", "keep_states_every=4", "all logits", "checkpointing"}
     assert {row["variant"] for row in rows if row["family"] == "dense"} == variants
     assert all(row["saved_mb"] < row["total_peak_mb"] for row in rows)
     saved = {row["variant"]: row["saved_mb"] for row in rows if row["family"] == "dense"}
@@ -85,6 +85,7 @@ def test_memory(tmp_path):
     assert chain["listing", 1]["saved_bytes"] > 2 * bound
     loss = {row["who"]: row for row in rows if row["where"] == "loss"}
     assert loss["torch"]["peak_bytes"] > loss["torch"]["heads"] * loss["torch"]["logits_bytes"] == 2 * 512 * 4
+    assert loss["chunked"]["loss"] == pytest.approx(loss["torch"]["loss"], abs=1e-4)
     if os.environ.get("TRITON_INTERPRET") == "1":
         assert loss["liger"]["loss"] == pytest.approx(loss["torch"]["loss"], abs=1e-4)
         assert loss["torch"]["peak_bytes"] - loss["liger"]["peak_bytes"] > loss["torch"]["logits_bytes"]
