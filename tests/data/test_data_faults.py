@@ -179,8 +179,7 @@ def test_the_batches_of_a_run_follow_the_option(tmp_path: Path):
         )
         fingerprints.add(corpus.fingerprint)
         for workers in (0, 1):
-            batch = next(iter(StreamLoader(corpus.train, workers=workers)))
-            assert batch["input_ids"].tolist() == [expected]
+            assert next(iter(StreamLoader(corpus.train, workers=workers)))["input_ids"].tolist() == [expected]
     assert len(fingerprints) == 2
 
 

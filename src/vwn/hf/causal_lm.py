@@ -182,11 +182,9 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
     def _fused_loss(self) -> str | None:
         """Return the backend that computes the loss without logits, if one does."""
         name = choose_loss(self.loss_backend, self.lm_head.weight.device)
-        if name == "torch" or self.has_own_loss:
-            return None if name == "torch" else name
-        if self.loss_backend != "auto":
+        if name != "torch" and not self.has_own_loss and self.loss_backend != "auto":
             raise UserError(f"loss backend {name!r} needs the model's own unembedding and loss function; use 'torch'")
-        return None
+        return name if name != "torch" and self.has_own_loss else None
 
     def _losses(
         self,

@@ -66,7 +66,7 @@ class VirtualWidthConfig(PreTrainedConfig):
             their sum: ``embedding="replicated"``, ``reduce="sum"``.
         dynamic: token-dependent routing (eqs. 12-14) or static matrices only.
         frozen: keep the routing at its initial values.
-        carry_constraint: ``"none"``, the paper's, or for ``"ghc"`` ``"doubly_stochastic"``.
+        carry_constraint: ``"none"``, the paper's, or for ``"ghc"`` ``"identity"`` or ``"doubly_stochastic"``.
         embedding: ``"direct"``, ``"factorised"`` or ``"replicated"`` (section 3.2).
         ngram_order: ``K``; above 1, hashed n-grams of the orders ``2..K`` are added to the embedding.
         ngram_buckets: rows of each order's n-gram table.

@@ -22,8 +22,7 @@ from vwn.hf.documents import within_documents
 
 LOSS_BACKENDS = ("auto", "torch", "chunked", "liger")
 CAN_CHUNK = hasattr(F, "linear_cross_entropy")  # from PyTorch 2.13 on
-CHUNK = 2**20
-"""Logits in memory at once in the chunked loss, of at least 64 tokens: 4 MiB in float32 stay in a CPU's caches."""
+CHUNK = 2**20  # logits at once in the chunked loss, of at least 64 tokens: 4 MiB in float32 stay in a CPU's caches
 
 _log = logging.getLogger("vwn.hf")
 

@@ -293,7 +293,7 @@ class VirtualWidthModel(VirtualWidthPreTrainedModel):
         held = all(isinstance(layer, VirtualWidthLayer) and keeps_its_weights(layer) for layer in layers)
         refused = {
             f"cannot rebuild the states of connection {c.connection!r}, carry constraint {c.carry_constraint!r}": (
-                (c.connection, c.carry_constraint) != ("ghc", "none")
+                c.connection != "ghc" or c.carry_constraint == "doubly_stochastic"
             ),
             "and gradient checkpointing both rebuild the states": any(
                 getattr(layer, "gradient_checkpointing", False) for layer in layers

@@ -15,7 +15,7 @@ from vwn.ops.reference import coefficients
 from vwn.ops.sinkhorn import ROUNDS, sinkhorn
 from vwn.ops.weights import NormWeights, RoutingWeights, columns_of
 
-CARRY_CONSTRAINTS = ("none", "doubly_stochastic")
+CARRY_CONSTRAINTS = ("none", "identity", "doubly_stochastic")
 
 CARRY_SHARPNESS = 12.0
 """Factor on the logits of a doubly-stochastic carry: the largest whose gradients, of the order of
@@ -31,8 +31,8 @@ class GeneralizedHyperConnection(Connection):
         m: fraction rate, divides ``D``.
         n: slots, ``n >= m``.
         dynamic: whether the routing depends on the token's state (eqs. 12-14) or is a parameter alone.
-        carry_constraint: ``"none"``, the paper's free carry, or ``"doubly_stochastic"``, which is ours: the same
-            weights make the logits of a carry whose rows and columns sum to one.
+        carry_constraint: ``"none"``, the paper's free carry; ours are ``"identity"``, without its weights, and
+            ``"doubly_stochastic"``, whose logits they are: rows and columns sum to one.
         frozen: keep everything at its initial value, as buffers of the same names; with ``m = n = 1`` and
             ``dynamic=False`` this is exactly the residual connection.
         eps: added to the mean square in the slot norm.
@@ -67,7 +67,7 @@ class GeneralizedHyperConnection(Connection):
             shapes |= {"dynamic_alpha": (d, m + n), "dynamic_beta": (d, m)}
             shapes |= {"scale_alpha": (n, m + n), "scale_beta": (m, n), "slot_norm": (d,)}
         self.dynamic, self.carry_constraint, self.eps = dynamic, carry_constraint, eps
-        self.sinkhorn_rounds = 0 if carry_constraint == "none" else ROUNDS
+        self.sinkhorn_rounds = ROUNDS if carry_constraint == "doubly_stochastic" else 0
         super().__init__(geometry, shapes, frozen, backend)
 
     def initial_values(self) -> dict[str, Tensor]:
@@ -92,7 +92,12 @@ class GeneralizedHyperConnection(Connection):
     @property
     def weights(self) -> RoutingWeights:
         """The parameters in the form that the ops take."""
-        return RoutingWeights(**{name: getattr(self, name) for name in self.shapes}, eps=self.eps)
+        values, m, n = {name: getattr(self, name) for name in self.shapes}, self.geometry.m, self.geometry.n
+        if self.carry_constraint == "identity":
+            for name in values.keys() & {"bias_alpha", "scale_alpha"}:
+                carry = torch.eye(n).to(values[name]) * (name == "bias_alpha")
+                values[name] = torch.cat([values[name][:, :m], carry], dim=1)
+        return RoutingWeights(**values, eps=self.eps)
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -101,8 +106,8 @@ class GeneralizedHyperConnection(Connection):
 
     @property
     def has_fused_write(self) -> bool:
-        """True if the carry is free: only then can the ops do the write."""
-        return self.carry_constraint == "none"
+        """True if the ops can do the write: all but a doubly-stochastic carry."""
+        return self.carry_constraint != "doubly_stochastic"
 
     def read_matrix(self, slots: Tensor) -> Tensor:
         """Compute ``Å = S_α ∘ tanh(H̄ W_α / τ) + A``, its first ``m`` columns (eq. 13): ``[..., n, m]``."""

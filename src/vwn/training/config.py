@@ -60,8 +60,8 @@ class WidthOptions:
     connection: Literal["ghc", "hc", "mhc"] = "ghc"
     """Connection between sublayers: Generalized Hyper-Connections (virtual width), Hyper-Connections (m = 1;
     Frac-Connections where n = m), or manifold-constrained Hyper-Connections (m = 1)."""
-    carry_constraint: Literal["none", "doubly_stochastic"] = "none"
-    """Constraint on the carry matrix of `ghc`."""
+    carry_constraint: Literal["none", "identity", "doubly_stochastic"] = "none"
+    """Constraint on the carry matrix of `ghc`; `identity` keeps it where it starts."""
     static: bool = False
     """Static routing matrices instead of token-dependent ones (dynamic=False in Python)."""
     embedding: Literal["direct", "factorised", "replicated"] | None = None
@@ -304,7 +304,7 @@ class TrainConfig:
         _at_least(self, 0, "health_every", "sample_tokens")
         if self.init_from is None and self.m is None and self.speed != self.speed.for_plain_model:
             raise UserError("--connection-backend and --keep-states-every need a virtual width; give --m and --n too")
-        is_free = self.width.connection == "ghc" and self.width.carry_constraint == "none"
+        is_free = self.width.connection == "ghc" and self.width.carry_constraint != "doubly_stochastic"
         if self.speed.keep_states_every > 1 and not is_free:
             raise UserError("--keep-states-every is for connection ghc with a free carry; leave it at 1")
         backend, connection = self.speed.connection_backend, self.width.connection

@@ -170,7 +170,7 @@ def cautions(report: dict[str, Any]) -> list[str]:
     slow = dict.fromkeys(  # whose connections run in plain PyTorch
         run["name"]
         for run in report["arms"]
-        if run.get("connection") in ("hc", "mhc") or run.get("options", {}).get("carry_constraint", "none") != "none"
+        if run.get("connection") in ("hc", "mhc") or "doubly_stochastic" in run.get("options", {}).values()
     )
     if slow:
         found.append(
