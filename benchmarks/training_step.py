@@ -27,7 +27,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all logits": {"loss_backend": "torch"},
     "checkpointing": {"checkpointing": True},
 }
-PLAIN_TOO = ("all logits", "checkpointing")
 NOTES = {
     "unit": "one step: forward, two heads' loss, backward, clipping, fused AdamW",
     "time ratio": "median over that of the plain model in the same rounds and mode",
@@ -89,7 +88,7 @@ def _family(report: Report, options: argparse.Namespace, labels: dict[str, Any],
         arms += [(shape, variant) for variant in VARIANTS if variant != "auto"]
     plain, saved = _built(size, None, {}, common)
     for shape, variant in arms:
-        if variant in PLAIN_TOO:
+        if variant in ("all logits", "checkpointing"):
             del plain
             _release(options.device)
             plain, saved = _built(size, None, VARIANTS[variant], common)

@@ -138,8 +138,7 @@ def test_text_without_lines_is_cut_anywhere(source: Path, cache: Path):
 def test_separators_make_no_empty_documents(source: Path, cache: Path):
     body = DOCUMENTS[0] * 5
     path = write_txt(source, ["", "", body, "", body, ""])
-    result = prepare(str(path), window=64, cache_dir=cache)
-    assert tokens_of(result) == encoded([body, body])
+    assert tokens_of(prepare(str(path), window=64, cache_dir=cache)) == encoded([body, body])
 
 
 def test_long_documents_keep_every_character(source: Path, cache: Path):

@@ -102,8 +102,7 @@ def test_an_id_reaches_its_own_position_and_the_next_ones_only():
     ids = token_ids(1, 9)
     other = ids.clone()
     other[0, 4] += 1
-    differs = (embedding(ids) != embedding(other)).any(-1)[0].tolist()
-    assert differs == [t in (4, 5, 6) for t in range(9)]
+    assert (embedding(ids) != embedding(other)).any(-1)[0].tolist() == [t in (4, 5, 6) for t in range(9)]
 
 
 def test_context_is_what_precedes():

@@ -122,9 +122,6 @@ def same_bits(one: Tensors, other: Tensors) -> bool:
     return all(x.dtype == other[name].dtype and torch.equal(x, other[name]) for name, x in one.items())
 
 
-# Values
-
-
 @SIDES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @EVERY_SHAPE
@@ -182,9 +179,6 @@ def test_the_reference_is_the_papers(m, n, d, dynamic):
         assert close(x[token], torch.stack(loops.rms_norm(list(read), list(t["norm"]), NORM_EPS)), 1e-13)
         A, B = loops.routing(slots, weights, m, WRITE_EPS)
         assert close(new[token], loops.flatten(loops.write(slots, z, A, B)), 1e-13)
-
-
-# Bits
 
 
 @NORM

@@ -89,8 +89,7 @@ class Processes:
 def trained(run: Any, log: Path, world: int = 2, **options: Any) -> None:
     """Train ``run`` to its end in ``world`` processes."""
     with Processes(train_run, run, world=world, log=log, **options) as processes:
-        codes = processes.wait()
-        assert codes == [0] * world, processes.said()
+        assert processes.wait() == [0] * world, processes.said()
 
 
 def train_run(run: Any) -> None:

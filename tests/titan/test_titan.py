@@ -113,8 +113,7 @@ def test_parameter_groups_are_those_of_vwn_train(width, layers):
         n for n in names.values() if "expand" in n
     ]
     model.tok_embeddings = None  # as on a later stage of a pipeline
-    without = {name: rate for name, rate in expected.items() if "embed_tokens" not in name}
-    assert ours() == without
+    assert ours() == {name: rate for name, rate in expected.items() if "embed_tokens" not in name}
 
 
 def test_documents_of_a_window_are_kept_apart_in_what_mtp_predicts():

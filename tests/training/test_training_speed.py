@@ -5,6 +5,7 @@ import torch
 
 from conftest import perturb
 from runs import config
+from tiny import build, vwn_config
 from vwn import GeneralizedHyperConnection
 from vwn.common.errors import UserError
 from vwn.common.files import read_json
@@ -34,6 +35,17 @@ def test_logged_training_losses_do_not_depend_on_accumulation(tmp_path, text, ba
     assert logged("split", 4) == pytest.approx(logged("whole", 1), abs=2e-3)
 
 
+def test_the_chunked_loss_is_taken_on_a_cpu_where_it_pays():
+    def chosen(compile=False, precision="auto", whole=True, vocab_size=192, modules=1):
+        model = build(vwn_config("llama", 2, 4, {"vocab_size": vocab_size}, num_mtp_modules=modules))
+        apply_speed(model, SpeedOptions(compile=compile), precision, whole)
+        return model.loss_backend
+
+    assert (chosen(), chosen(whole=False)) == ("chunked", "torch")
+    for options in ({"compile": True}, {"precision": "bf16"}, {"vocab_size": 191}, {"modules": 0}):
+        assert chosen(**options) == "auto", options
+
+
 def test_speed_options_reach_the_model_and_leave_the_losses(tmp_path, text, monkeypatch):
     seen = []
     apply = run_module.apply_speed
@@ -41,10 +53,9 @@ def test_speed_options_reach_the_model_and_leave_the_losses(tmp_path, text, monk
     speed = SpeedOptions(connection_backend="reference", keep_states_every=3, loss_backend="torch")
     result = train(config(tmp_path / "a", text, speed=speed, optim={"steps": 4, "gradient_accumulation": 2}))
     usual = train(config(tmp_path / "b", text, optim={"steps": 4}))
-    model, other = seen
+    model, _ = seen
     backends = {m.backend for m in model.modules() if isinstance(m, GeneralizedHyperConnection)}
     assert (backends, model.model.keep_states_every, model.loss_backend) == ({"reference"}, 3, "torch")
-    assert other.loss_backend == "chunked"
     for a, b in zip(result.curve, usual.curve, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-3)
 

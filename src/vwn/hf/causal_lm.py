@@ -32,8 +32,8 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     loss_backend: str = "auto"
-    """Backend of the training loss: ``"chunked"`` and ``"liger"`` keep no logits (and return none), ``"torch"`` does;
-    ``"auto"`` is ``"liger"`` on a GPU where it is installed."""
+    """Backend of the training loss: ``"torch"`` keeps all logits, ``"chunked"`` and ``"liger"`` none (and return none);
+    ``"auto"`` is ``"liger"`` on a GPU where it is installed, else ``"torch"``."""
 
     output_mtp_logits: bool = False
     """Default of ``forward``'s argument: outputs have the MTP modules' logits, for :meth:`mtp_loss`."""
@@ -116,7 +116,7 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
             predicts_further=labels is not None or output_mtp_logits,
             **kwargs,
         )
-        fused = self._fused_loss() if labels is not None and self.training else None
+        fused = self.fused_loss() if labels is not None and self.training else None
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = None if fused else self._unembed(out.last_hidden_state[:, keep])
 
@@ -173,18 +173,19 @@ class VirtualWidthForCausalLM(VirtualWidthPreTrainedModel, MtpGenerationMixin):
         return scaled_logits(self.lm_head(self.unembed_expand(scaled_hidden(hidden, backbone))), backbone)
 
     @property
-    def has_own_loss(self) -> bool:
-        """Whether unembedding and loss are the model's own and plain: only then can there be a loss without logits."""
+    def can_fuse_loss(self) -> bool:
+        """True if the loss can do without logits: a plain linear without bias, hooks or scaling, and the usual loss."""
         as_they_come = type(self.lm_head) is nn.Linear and not has_hooks(self.lm_head)
         as_they_come &= not hasattr(self, "_loss_function") and self.lm_head.bias is None
         return as_they_come and not scales_logits(self.config.backbone) and not penalises_logits(self.config.backbone)
 
-    def _fused_loss(self) -> str | None:
-        """Return the backend that computes the loss without logits, if one does."""
+    def fused_loss(self) -> str | None:
+        """Return the backend that computes the loss without logits, if one does; refuse one that cannot."""
         name = choose_loss(self.loss_backend, self.lm_head.weight.device)
-        if name != "torch" and not self.has_own_loss and self.loss_backend != "auto":
-            raise UserError(f"loss backend {name!r} needs the model's own unembedding and loss function; use 'torch'")
-        return name if name != "torch" and self.has_own_loss else None
+        needs = "an unembedding without bias, hooks or scaled logits, and the usual loss function"
+        if name != "torch" and not self.can_fuse_loss and self.loss_backend != "auto":
+            raise UserError(f"loss backend {name!r} needs {needs}; use 'torch'")
+        return name if name != "torch" and self.can_fuse_loss else None
 
     def _losses(
         self,

@@ -1,8 +1,8 @@
 """The cross-entropy of a head, with or without its logits in memory.
 
 A head's logits are ``V / D`` times as wide as its input, and every MTP module adds a head: on a GPU they dwarf what the
-connections save, and on a CPU they leave the caches. Liger-Kernel and PyTorch's ``linear_cross_entropy`` compute the
-loss in pieces and never hold them all.
+connections save, and on a CPU they do not fit the caches. Liger-Kernel and PyTorch's ``linear_cross_entropy`` compute
+the loss in pieces and keep none for the backward.
 """
 
 from __future__ import annotations
@@ -22,17 +22,15 @@ from vwn.hf.documents import within_documents
 
 LOSS_BACKENDS = ("auto", "torch", "chunked", "liger")
 CAN_CHUNK = hasattr(F, "linear_cross_entropy")  # from PyTorch 2.13 on
-CHUNK = 2**20  # logits at once in the chunked loss, of at least 64 tokens: 4 MiB in float32 stay in a CPU's caches
+CHUNK = 2**20  # logits at once in the chunked loss, but of at least 64 tokens: 4 MiB in float32 fit a CPU's caches
 
 _log = logging.getLogger("vwn.hf")
 
 
 @torch.compiler.assume_constant_result
 def choose_loss(name: str, device: torch.device) -> str:
-    """Choose what computes the training loss when ``name`` was asked for: ``"liger"``, ``"chunked"`` or ``"torch"``.
-
-    ``"auto"`` is Liger-Kernel where it is installed and the model is on a GPU, and says once what it took.
-    """
+    """Choose what computes the training loss when ``name`` was asked for, and say so once: ``"auto"`` is ``"liger"``
+    where Liger-Kernel is installed and the model is on a GPU, else ``"torch"``."""
     return _choose_loss(name, device.type)
 
 
@@ -42,6 +40,8 @@ def _choose_loss(name: str, device_type: str) -> str:
         raise UserError(f"loss backend must be one of {', '.join(LOSS_BACKENDS)}; got {name!r}")
     if name == "chunked" and not CAN_CHUNK:
         raise UserError(f"loss backend 'chunked' needs PyTorch 2.13 or newer, not {torch.__version__}; use 'torch'")
+    if name == "chunked":
+        _log.info("training loss on %s: PyTorch's linear_cross_entropy, a piece of the tokens at a time", device_type)
     if name in ("torch", "chunked"):
         return name
     reason = None
@@ -59,10 +59,8 @@ def _choose_loss(name: str, device_type: str) -> str:
 
 
 def fused_cross_entropy(backend: str, hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
-    """Sum the cross-entropies of ``head(hidden)`` ``[B, S, D]`` with targets ``[B, S]``, -100 where there is none.
-
-    ``"chunked"`` computes in float32 (float64 for such hidden states), also under autocast.
-    """
+    """Sum the cross-entropies of ``head(hidden)`` ``[B, S, D]`` with targets ``[B, S]``, -100 where there is none;
+    ``"chunked"`` computes in float32 (float64 for such hidden states), also under autocast."""
     rows, weight, targets = hidden.flatten(0, 1), head.weight, targets.flatten()
     if backend == "liger":
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy

@@ -86,24 +86,26 @@ def check_device(speed: SpeedOptions, slots: int | None) -> None:
     """Refuse backends that cannot run where the training will, with so many slots."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choose(speed.connection_backend, device, torch.float32, slots or 1)
-    choose_loss(speed.loss_backend, device)
+    if speed.loss_backend != "auto":
+        choose_loss(speed.loss_backend, device)
 
 
 def apply_speed(model: Any, speed: SpeedOptions, precision: str = "auto", whole: bool = True) -> None:
-    """Set up a model for the options of a run.
-
-    ``whole`` says whether all its weights will be in one process, as a loss without logits needs the unembedding's.
-    """
+    """Set up a model for the options of a run; ``whole``: all its weights will be in one process, as a loss without
+    logits needs the unembedding's."""
     if isinstance(model, VirtualWidthForCausalLM):
         model.loss_backend = speed.loss_backend if whole else "torch"
-        in_float32 = precision != "bf16" and not torch.cuda.is_available()
-        if model.loss_backend == "auto" and in_float32 and CAN_CHUNK and model.has_own_loss and not speed.compile:
+        c, in_float32 = model.config, precision != "bf16" and not torch.cuda.is_available()
+        pays = c.num_mtp_modules and c.vocab_size >= 8 * c.hidden_size and in_float32 and not speed.compile
+        if model.loss_backend == "auto" and pays and CAN_CHUNK and model.can_fuse_loss:
             model.loss_backend = "chunked"
+        if model.loss_backend == "chunked":
+            model.fused_loss()
         model.keep_states_every = speed.keep_states_every
         for connection in (m for m in model.modules() if isinstance(m, Connection)):
             connection.set_backend(speed.connection_backend)
     if speed.gradient_checkpointing:  # transformers renamed the switch
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
 
 
 def learning_rate_of(config: TrainConfig) -> float:

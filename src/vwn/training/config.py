@@ -188,8 +188,7 @@ class SpeedOptions:
     keep_states_every: int = 1
     """Keep one over-width state in this many sublayers for the backward pass and rebuild the others."""
     loss_backend: Literal["auto", "torch", "chunked", "liger"] = "auto"
-    """`chunked` and `liger` compute the loss without keeping logits; `auto` takes the one on a CPU in fp32, the other
-    on a GPU where it is installed."""
+    """`chunked` and `liger` keep no logits; `auto`: the one on a CPU where it pays, the other on a GPU that has it."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass instead of keeping their activations."""
     compile: bool = False
@@ -312,7 +311,7 @@ class TrainConfig:
             kind = connection if connection != "ghc" else "ghc with a constrained carry"
             raise UserError(f"--connection-backend {backend} does not run connection {kind}; use auto or reference")
         loss = self.speed.loss_backend
-        if self.m is None and self.width.mtp == 0 and loss not in ("auto", "torch"):
+        if self.m is None and not self.init_from and self.width == WidthOptions() and loss not in ("auto", "torch"):
             raise UserError(f"--loss-backend {loss} needs a virtual width or --mtp; a plain model keeps its own loss")
         require(
             self.corpus.window >= self.width.mtp + 2,
