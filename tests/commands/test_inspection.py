@@ -23,6 +23,7 @@ WIDTHS = [(1, 1), (2, 3), (3, 3), (4, 10), (1, 3)]
 KINDS = {
     "ghc": {},
     "static": {"dynamic": False},
+    "identity": {"carry_constraint": "identity"},
     "doubly stochastic": {"carry_constraint": "doubly_stochastic"},
     "hc": {"connection": "hc"},
     "mhc": {"connection": "mhc", "m": 1, "n": 3},
@@ -226,7 +227,7 @@ def test_static_part_of_every_kind(kind: str) -> None:
         assert_close(whole.alpha, one.alpha.expand_as(whole.alpha))
     else:
         assert float((whole.alpha[0] - whole.alpha[1]).detach().abs().max()) > 1e-3
-    expected = {"ghc": 3, "static": 0, "doubly stochastic": 2, "hc": 3, "mhc": 0}[kind]
+    expected = {"ghc": 3, "static": 0, "identity": 2, "doubly stochastic": 2, "hc": 3, "mhc": 0}[kind]
     assert len(tanh_scales(connection)) == expected
 
 

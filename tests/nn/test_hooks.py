@@ -14,7 +14,6 @@ from vwn.nn.connection import Read, Write
 
 KINDS = [
     {},
-    {"carry_constraint": "identity", "n": 4},
     {"carry_constraint": "doubly_stochastic", "n": 4},
     {"m": 1, "n": 3, "connection": "hc", "embedding": "replicated", "reduce": "sum"},
     {"m": 1, "n": 3, "connection": "mhc", "embedding": "replicated", "reduce": "sum"},

@@ -174,7 +174,7 @@ def tanh_scales(connection: Connection) -> dict[str, Tensor]:
     alpha, beta = (getattr(connection, name).detach() for name in ("scale_alpha", "scale_beta"))
     alpha = alpha.expand(n, m + n)  # Hyper-Connections have one number for each matrix
     scales = {"read": alpha[:, :m], "carry": alpha[:, m:], "write": beta.expand(m, n)}
-    if connection.sinkhorn_rounds:
+    if getattr(connection, "carry_constraint", "none") != "none":
         del scales["carry"]
     return scales
 
