@@ -245,9 +245,6 @@ def test_a_nan_stays_in_its_token(backend, where, bad):
         assert same_bits(run("write_read", t, backend), clean)
 
 
-# Shapes and layouts
-
-
 @pytest.mark.parametrize("lead", [(), (3, 1, 5), (2, 0)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_leading_shape(backend, kind, lead):

@@ -36,14 +36,18 @@ def test_logged_training_losses_do_not_depend_on_accumulation(tmp_path, text, ba
 
 
 def test_the_chunked_loss_is_taken_on_a_cpu_where_it_pays():
-    def chosen(compile=False, precision="auto", whole=True, vocab_size=192, modules=1):
+    def chosen(compile=False, precision="auto", whole=True, vocab_size=192, modules=1, loss="auto", own=False):
         model = build(vwn_config("llama", 2, 4, {"vocab_size": vocab_size}, num_mtp_modules=modules))
-        apply_speed(model, SpeedOptions(compile=compile), precision, whole)
+        if own:
+            model.loss_function = torch.nn.functional.cross_entropy
+        apply_speed(model, SpeedOptions(compile=compile, loss_backend=loss), precision, whole)
         return model.loss_backend
 
     assert (chosen(), chosen(whole=False)) == ("chunked", "torch")
-    for options in ({"compile": True}, {"precision": "bf16"}, {"vocab_size": 191}, {"modules": 0}):
+    for options in ({"compile": True}, {"precision": "bf16"}, {"vocab_size": 191}, {"modules": 0}, {"own": True}):
         assert chosen(**options) == "auto", options
+    with pytest.raises(UserError, match="'chunked' needs an unembedding"):
+        chosen(loss="chunked", own=True)
 
 
 def test_speed_options_reach_the_model_and_leave_the_losses(tmp_path, text, monkeypatch):

@@ -95,8 +95,8 @@ class GeneralizedHyperConnection(Connection):
         values, m, n = {name: getattr(self, name) for name in self.shapes}, self.geometry.m, self.geometry.n
         if self.carry_constraint == "identity":
             for name in values.keys() & {"bias_alpha", "scale_alpha"}:
-                carry = torch.eye(n).to(values[name]) * (name == "bias_alpha")
-                values[name] = torch.cat([values[name][:, :m], carry], dim=1)
+                w, carry = values[name], torch.eye(n) * (name == "bias_alpha")
+                values[name] = torch.cat([w[:, :m], carry.to(w)], dim=1)
         return RoutingWeights(**values, eps=self.eps)
 
     @property

@@ -86,13 +86,11 @@ def check_device(speed: SpeedOptions, slots: int | None) -> None:
     """Refuse backends that cannot run where the training will, with so many slots."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choose(speed.connection_backend, device, torch.float32, slots or 1)
-    if speed.loss_backend != "auto":
-        choose_loss(speed.loss_backend, device)
+    choose_loss(speed.loss_backend.replace("auto", "torch"), device)  # "auto" can run, and says later what it took
 
 
 def apply_speed(model: Any, speed: SpeedOptions, precision: str = "auto", whole: bool = True) -> None:
-    """Set up a model for the options of a run; ``whole``: all its weights will be in one process, as a loss without
-    logits needs the unembedding's."""
+    """Set up a model for the options of a run; ``whole``: one process will have all of its weights."""
     if isinstance(model, VirtualWidthForCausalLM):
         model.loss_backend = speed.loss_backend if whole else "torch"
         c, in_float32 = model.config, precision != "bf16" and not torch.cuda.is_available()
@@ -104,6 +102,8 @@ def apply_speed(model: Any, speed: SpeedOptions, precision: str = "auto", whole:
         model.keep_states_every = speed.keep_states_every
         for connection in (m for m in model.modules() if isinstance(m, Connection)):
             connection.set_backend(speed.connection_backend)
+    elif speed.loss_backend not in ("auto", "torch"):
+        raise UserError(f"--loss-backend {speed.loss_backend} needs a virtual width or --mtp; use auto or torch")
     if speed.gradient_checkpointing:  # transformers renamed the switch
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
 
