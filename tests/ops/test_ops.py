@@ -33,8 +33,8 @@ NORM = pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 Tensors = dict[str, Tensor]
 
 
-def make(m, n, d, *lead, dtype=torch.float32, dynamic=(True, True), norm=True) -> Tensors:
-    """Inputs of a write followed by a read; no gain is one and no scale zero."""
+def make(m, n, d, *lead, dtype=torch.float32, dynamic=(True, True), norm=True, carry=True) -> Tensors:
+    """Inputs of a write followed by a read; no gain is one and no scale zero. Without ``carry`` it is the identity."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -43,11 +43,12 @@ def make(m, n, d, *lead, dtype=torch.float32, dynamic=(True, True), norm=True) -
     t = {"state": draw(*lead, n * d).to(dtype), "z": draw(*lead, m * d).to(dtype)}
     if norm:
         t["norm"] = (1 + 0.3 * draw(m * d)).to(dtype)
+    columns = m + n if carry else m
     for side, varies in zip(("write", "read"), dynamic, strict=True):
-        w = {"bias_alpha": draw(n, m + n), "bias_beta": draw(m, n)}
+        w = {"bias_alpha": draw(n, columns), "bias_beta": draw(m, n)}
         if varies:
-            w |= {"dynamic_alpha": draw(d, m + n), "dynamic_beta": draw(d, m), "slot_norm": 1 + 0.3 * draw(d)}
-            w |= {"scale_alpha": draw(n, m + n), "scale_beta": draw(m, n)}
+            w |= {"dynamic_alpha": draw(d, columns), "dynamic_beta": draw(d, m), "slot_norm": 1 + 0.3 * draw(d)}
+            w |= {"scale_alpha": draw(n, columns), "scale_beta": draw(m, n)}
         wide = torch.promote_types(dtype, torch.float32)
         t |= {f"{side}.{name}": x.to(wide) for name, x in w.items() if side == "write" or not name.endswith("beta")}
     return t
@@ -126,14 +127,13 @@ def same_bits(one: Tensors, other: Tensors) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @EVERY_SHAPE
 def test_outputs_and_gradients_equal_float64(backend, m, n, d, dtype, dynamic):
-    for norm, kind in product([False, True], KINDS):
-        t = make(m, n, d, TOKENS, dtype=dtype, dynamic=dynamic, norm=norm)
+    for (norm, carry), kind in product([(False, True), (True, True), (True, False)], KINDS):
+        t = make(m, n, d, TOKENS, dtype=dtype, dynamic=dynamic, norm=norm, carry=carry)
         result, (right, sizes) = run(kind, t, backend), run_in_float64(kind, t)
-        assert result.keys() == right.keys()
-        for name, x in result.items():
-            assert x.dtype == dtype
+        assert all(x.dtype == dtype and (name in right or not x.any()) for name, x in result.items())
+        for name, x in ((name, result[name]) for name in right):
             tolerance = 1e-5 if dtype == torch.float32 else 1e-13
-            assert close(x, right[name], tolerance, sizes[name]), (kind, norm, name)
+            assert close(x, right[name], tolerance, sizes[name]), (kind, norm, carry, name)
 
 
 @ALIKE
@@ -141,13 +141,13 @@ def test_outputs_and_gradients_equal_float64(backend, m, n, d, dtype, dynamic):
 @EVERY_SHAPE
 def test_half_precision_rounds_float64_once(backend, m, n, d, dtype, dynamic):
     """Outputs and gradients of state and input are the nearest numbers; the weights' are as good as in float32."""
-    t = make(m, n, d, TOKENS, dtype=dtype, dynamic=(dynamic, dynamic), norm=False)
-    for kind in ("read", "write"):
+    for kind, carry in product(("read", "write"), (True, False)):
+        t = make(m, n, d, TOKENS, dtype=dtype, dynamic=(dynamic, dynamic), norm=False, carry=carry)
         result, (right, sizes) = run(kind, t, backend), run_in_float64(kind, t)
-        for name, x in result.items():
+        for name, x in ((name, result[name]) for name in right):
             assert x.dtype == (torch.float32 if "." in name else dtype)
             near = close(x, right[name], 1e-5, sizes[name]) if "." in name else ulps(x, right[name]) < 0.51
-            assert near, (kind, name)
+            assert near, (kind, carry, name)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -186,8 +186,9 @@ def test_the_reference_is_the_papers(m, n, d, dynamic):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("m", "n", "d"), [(1, 1, 5), (2, 3, 16), (4, 16, 17)])
 def test_write_read_is_write_then_read_to_the_bit(backend, m, n, d, dtype, dynamic, norm):
-    t = make(m, n, d, TOKENS, dtype=dtype, dynamic=dynamic, norm=norm)
-    assert same_bits(run("write_read", t, backend), run("write then read", t, backend))
+    for carry in (False, True):
+        t = make(m, n, d, TOKENS, dtype=dtype, dynamic=dynamic, norm=norm, carry=carry)
+        assert same_bits(run("write_read", t, backend), run("write then read", t, backend))
     leaves = {name: x.detach().requires_grad_() for name, x in t.items()}
     for used in ("new", "x"):  # the other output has no gradient
         outs = [call(kind, leaves, backend)[used] for kind in ("write_read", "write then read")]
@@ -212,7 +213,8 @@ def test_the_same_bits_whatever_the_threads(backend, kind):
 
 def test_nothing_is_left_unwritten(backend):
     """The same bits where fresh memory holds NaN, as it does under deterministic algorithms."""
-    every = [(kind, make(*shape, TOKENS, dynamic=pair)) for shape, pair, kind in product(FEW_SHAPES, PAIRS, KINDS)]
+    cases = product(FEW_SHAPES, PAIRS, KINDS, (True, False))
+    every = [(kind, make(*shape, TOKENS, dynamic=pair, carry=carry)) for shape, pair, kind, carry in cases]
     clean = [run(kind, t, backend) for kind, t in every]
     torch.use_deterministic_algorithms(True)
     try:

@@ -288,7 +288,7 @@ def op(name, connection, *arguments):
         (lambda c, o: ops.read(STATE, c.weights._replace(slot_norm=None)), "dynamic routing needs"),
         (lambda c, o: ops.read(STATE, c.weights._replace(dynamic_alpha=torch.ones(()))), "dynamic_alpha must be"),
         (lambda c, o: ops.write(STATE, Z, c.weights._replace(scale_beta=None)), "of B"),
-        (lambda c, o: ops.read(torch.randn(3, 9), RoutingWeights(torch.ones(3, 3), None)), "bias_alpha must be n x"),
+        (lambda c, o: ops.read(torch.randn(3, 9), RoutingWeights(torch.ones(3, 0), None)), "bias_alpha must be n x"),
         (lambda c, o: op("read", c, STATE.double(), *c.weights.to_read, None, 0.0), "not (16, 20) float32"),
         (lambda c, o: op("write", c, STATE, Z.half(), *c.weights), "not (3, 64) float16"),
         (lambda c, o: op("read", c, STATE, *c.weights, None, 0.0), "a read (to_read) has none"),

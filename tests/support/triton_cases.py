@@ -17,11 +17,21 @@ class Case:
     """Random inputs and weights of a write and a read; no gain is one, no scale zero."""
 
     def __init__(
-        self, m, n, d, dtype=torch.float32, tokens=None, write=True, read=True, norm=True, dynamic=(True, True)
+        self,
+        m,
+        n,
+        d,
+        dtype=torch.float32,
+        tokens=None,
+        write=True,
+        read=True,
+        norm=True,
+        dynamic=(True, True),
+        carry=True,
     ):
         self.generator = torch.Generator().manual_seed(0)
         self.tokens = (1 if n >= 64 else 3 if n >= 8 else 9) if tokens is None else tokens
-        self.dtype = dtype
+        self.dtype, self.carry = dtype, carry
         self.write = self.weights(m, n, d, dynamic[0]) if write else None
         self.read = self.weights(m, n, d, dynamic[1]).to_read if read else None
         self.norm = NormWeights((1 + 0.3 * self.draw(m * d)).to(dtype), 1e-5) if norm and read else None
@@ -35,10 +45,11 @@ class Case:
         return self.draw(self.tokens, width).to(self.dtype)
 
     def weights(self, m, n, d, dynamic):
-        static = self.draw(n, m + n), self.draw(m, n)
+        columns = m + n if self.carry else m
+        static = self.draw(n, columns), self.draw(m, n)
         if not dynamic:
             return RoutingWeights(*static)
-        rest = self.draw(d, m + n), self.draw(d, m), self.draw(n, m + n), self.draw(m, n), 1 + 0.3 * self.draw(d)
+        rest = self.draw(d, columns), self.draw(d, m), self.draw(n, columns), self.draw(m, n), 1 + 0.3 * self.draw(d)
         return RoutingWeights(*static, *rest, 1e-3)
 
     @property

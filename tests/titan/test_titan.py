@@ -31,7 +31,7 @@ WIDTHS = [
     dict(m=2, n=3, num_mtp_modules=2),
     dict(m=2, n=4, embedding="factorised", carry_constraint="doubly_stochastic"),
     dict(m=3, n=3, dynamic=False, num_mtp_modules=1),
-    dict(m=1, n=2, embedding="replicated", reduce="sum"),
+    dict(m=1, n=2, embedding="replicated", reduce="sum", carry_constraint="identity"),
 ]
 
 

@@ -124,7 +124,13 @@ def count(config: PreTrainedConfig, sequence_length: int) -> tuple[Any, dict[str
 def cost_of_model(model: Any, counted: dict[str, int]) -> ModelCost:
     """Summarise what :func:`count` found."""
     costs = [
-        connection_cost(c.geometry, dynamic=c.dynamic, kind=c.kind, sinkhorn_rounds=c.sinkhorn_rounds)
+        connection_cost(
+            c.geometry,
+            dynamic=c.dynamic,
+            kind=c.kind,
+            sinkhorn_rounds=c.sinkhorn_rounds,
+            free_carry=getattr(c, "carry_constraint", "none") != "identity",
+        )
         for c in model.modules()
         if isinstance(c, Connection)
     ]

@@ -172,7 +172,7 @@ def tanh_scales(connection: Connection) -> dict[str, Tensor]:
         return {}
     m, n = connection.geometry.m, connection.geometry.n
     alpha, beta = (getattr(connection, name).detach() for name in ("scale_alpha", "scale_beta"))
-    alpha = alpha.expand(n, m + n)  # Hyper-Connections have one number for each matrix
+    alpha = alpha if alpha.ndim == 2 else alpha.expand(n, m + n)  # Hyper-Connections have one number for each matrix
     scales = {"read": alpha[:, :m], "carry": alpha[:, m:], "write": beta.expand(m, n)}
     if getattr(connection, "carry_constraint", "none") != "none":
         del scales["carry"]

@@ -61,11 +61,12 @@ class GeneralizedHyperConnection(Connection):
         geometry = Geometry(hidden_size, m, n)
         if carry_constraint not in CARRY_CONSTRAINTS:
             raise ValueError(f"carry_constraint must be one of {CARRY_CONSTRAINTS}, got {carry_constraint!r}")
-        shapes: dict[str, tuple[int, ...]] = {"bias_alpha": (n, m + n), "bias_beta": (m, n)}
+        columns = m if carry_constraint == "identity" else m + n
+        shapes: dict[str, tuple[int, ...]] = {"bias_alpha": (n, columns), "bias_beta": (m, n)}
         if dynamic:
             d = geometry.segment_size
-            shapes |= {"dynamic_alpha": (d, m + n), "dynamic_beta": (d, m)}
-            shapes |= {"scale_alpha": (n, m + n), "scale_beta": (m, n), "slot_norm": (d,)}
+            shapes |= {"dynamic_alpha": (d, columns), "dynamic_beta": (d, m)}
+            shapes |= {"scale_alpha": (n, columns), "scale_beta": (m, n), "slot_norm": (d,)}
         self.dynamic, self.carry_constraint, self.eps = dynamic, carry_constraint, eps
         self.sinkhorn_rounds = ROUNDS if carry_constraint == "doubly_stochastic" else 0
         super().__init__(geometry, shapes, frozen, backend)
@@ -76,14 +77,14 @@ class GeneralizedHyperConnection(Connection):
         m, n = self.geometry.m, self.geometry.n
         slot = torch.arange(n)
         values = {
-            "bias_alpha": torch.cat([torch.eye(n)[:, :m], torch.eye(n)], dim=1),  # A = [Å | Â] (eq. 16)
+            "bias_alpha": torch.cat([torch.eye(n)[:, :m], torch.eye(n)], dim=1)[:, : self.shapes["bias_alpha"][1]],
             "bias_beta": (torch.arange(m)[:, None] == slot[None, :] % m).float(),  # B (eq. 15)
         }
         if self.dynamic:
             values |= {
                 "dynamic_alpha": torch.zeros(self.shapes["dynamic_alpha"]),
                 "dynamic_beta": torch.zeros(self.shapes["dynamic_beta"]),
-                "scale_alpha": torch.ones(n, m + n),
+                "scale_alpha": torch.ones(self.shapes["scale_alpha"]),
                 "scale_beta": torch.ones(m, n),
                 "slot_norm": torch.ones(self.geometry.segment_size),
             }
@@ -92,12 +93,7 @@ class GeneralizedHyperConnection(Connection):
     @property
     def weights(self) -> RoutingWeights:
         """The parameters in the form that the ops take."""
-        values, m, n = {name: getattr(self, name) for name in self.shapes}, self.geometry.m, self.geometry.n
-        if self.carry_constraint == "identity":
-            for name in values.keys() & {"bias_alpha", "scale_alpha"}:
-                w, carry = values[name], torch.eye(n) * (name == "bias_alpha")
-                values[name] = torch.cat([w[:, :m], carry.to(w)], dim=1)
-        return RoutingWeights(**values, eps=self.eps)
+        return RoutingWeights(**{name: getattr(self, name) for name in self.shapes}, eps=self.eps)
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -117,7 +113,11 @@ class GeneralizedHyperConnection(Connection):
         """Compute ``Â``, the other ``n`` columns (eq. 13), and ``B = S_β ∘ tanh(H̄ W_β / τ)ᵀ + B`` (eq. 14):
         ``[..., n, n]`` and ``[..., m, n]``."""
         g = self.geometry
-        carry, beta = coefficients(slots, columns_of(self.weights, slots.dtype)).split([g.n, g.m], dim=-1)
+        weights = self.weights
+        split = [weights.carry_columns, g.m]
+        carry, beta = coefficients(slots, columns_of(weights, slots.dtype)).split(split, dim=-1)
+        if self.carry_constraint == "identity":
+            carry = torch.eye(g.n, dtype=beta.dtype, device=beta.device).expand(*beta.shape[:-1], g.n)
         if self.carry_constraint == "doubly_stochastic":
             carry = sinkhorn(CARRY_SHARPNESS * carry, self.sinkhorn_rounds, exact=True)
         return carry, beta.mT

@@ -34,6 +34,7 @@ class _Side(ctypes.Structure):
     _fields_ = [
         ("present", ctypes.c_int64),
         ("dynamic", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
         ("eps", ctypes.c_double),
         ("weights", _Parameters),
         ("gradients", _Parameters),
@@ -152,6 +153,7 @@ def _run(inputs: Inputs, backward: bool, needs_weights: bool, **tensors: Tensor 
         if weights is None:
             continue
         side.present, side.dynamic, side.eps = 1, weights.dynamic, weights.eps
+        side.columns = weights.bias_alpha.shape[1]
         side.weights = _addresses(weights[:-1])
         if needs_weights:
             zeros = [None if t is None else torch.zeros_like(t) for t in weights[:-1]]

@@ -81,16 +81,16 @@ def _flops(given: Any) -> int:
     """FLOPs of the matrix products (section 3.5), from :class:`Inputs` with shapes in place of tensors.
 
     Of the read: ``m`` columns of routing, when dynamic, and the read itself, ``2 m D'`` per token each. Of the write:
-    ``m + n`` columns of routing, when dynamic, the carry ``2 n D'`` and the write ``2 n D``.
+    ``m + n`` columns of routing, when dynamic, the carry ``2 n D'`` and the write ``2 n D``; an identity takes no carry.
     """
     total, size = 0, math.prod(given.state)
     if given.write is not None:
         n, columns = given.write.bias_alpha
-        m = columns - n
-        total += (2 * (m + n) * size if given.write.dynamic else 0) + 2 * n * size + 2 * n * math.prod(given.z)
+        carry = n if columns > n else 0
+        total += 2 * (columns * given.write.dynamic + carry) * size + 2 * n * math.prod(given.z)
     if given.read is not None:
         n, columns = given.read.bias_alpha
-        total += 2 * (columns - n) * size * (2 if given.read.dynamic else 1)
+        total += 2 * (columns - n if columns > n else columns) * size * (2 if given.read.dynamic else 1)
     return total
 
 

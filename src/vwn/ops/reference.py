@@ -42,12 +42,14 @@ def read_slots(slots: Tensor, read: Tensor) -> Tensor:
     return (read.mT @ slots).flatten(-2)  # X = Åᵀ H' (eq. 10)
 
 
-def write_slots(slots: Tensor, segments: Tensor, carry: Tensor, beta: Tensor) -> Tensor:
+def write_slots(slots: Tensor, segments: Tensor, carry: Tensor | None, beta: Tensor) -> Tensor:
     """Compute ``H' <- Bᵀ Z + Âᵀ H'`` (second line of eq. 10), ``[..., D']``.
 
-    Shapes: ``H'`` ``[..., n, d]``, ``Z`` ``[..., m, d]``, ``Â`` ``[..., n, n]``, ``B`` ``[..., m, n]``.
+    Shapes: ``H'`` ``[..., n, d]``, ``Z`` ``[..., m, d]``, ``Â`` ``[..., n, n]``, ``None`` for the identity, ``B``
+    ``[..., m, n]``.
     """
-    return (beta.mT @ segments + carry.mT @ slots).flatten(-2)  # H' <- Bᵀ Z + Âᵀ H' (eq. 10)
+    carried = slots if carry is None else carry.mT @ slots
+    return (beta.mT @ segments + carried).flatten(-2)  # H' <- Bᵀ Z + Âᵀ H' (eq. 10)
 
 
 def forward(inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
@@ -64,8 +66,8 @@ def forward(inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
         if write is not None and z is not None:
             slots = state.unflatten(-1, (write.n, -1)).to(dtype)
             segments = z.unflatten(-1, (write.m, -1)).to(dtype)
-            carry, beta = coefficients(slots, columns_of(write, dtype)).split([write.n, write.m], dim=-1)
-            new = write_slots(slots, segments, carry, beta.mT).to(state.dtype)
+            carry, beta = coefficients(slots, columns_of(write, dtype)).split([write.carry_columns, write.m], dim=-1)
+            new = write_slots(slots, segments, carry if write.carry_columns else None, beta.mT).to(state.dtype)
         if read is not None:
             slots = (state if new is None else new).unflatten(-1, (read.n, -1)).to(dtype)
             x = read_slots(slots, coefficients(slots, columns_of(read, dtype))).to(state.dtype)
@@ -113,10 +115,12 @@ def backward(grad_new: Tensor | None, grad_x: Tensor | None, inputs: Inputs, nee
         segments = z.unflatten(-1, (write.m, -1)).to(dtype)
         g = grad_new.unflatten(-1, (write.n, -1)).to(dtype)
         columns = columns_of(write, dtype)
-        carry, beta = coefficients(slots, columns).split([write.n, write.m], dim=-1)
-        grad_columns = torch.cat([slots @ g.mT, g @ segments.mT], dim=-1)
+        carry, beta = coefficients(slots, columns).split([write.carry_columns, write.m], dim=-1)
+        grad_columns, carried = g @ segments.mT, g
+        if write.carry_columns:
+            grad_columns, carried = torch.cat([slots @ g.mT, grad_columns], dim=-1), carry @ g
         through, gradients = coefficients_backward(grad_columns, slots, columns)
-        grad_slots = (carry @ g + through).flatten(-2).to(state.dtype)
+        grad_slots = (carried + through).flatten(-2).to(state.dtype)
         result = [grad_slots, (beta.mT @ g).flatten(-2).to(z.dtype)]
         grad_write = gradients_of(gradients, write)
     return [*result, *grad_write, *grad_read, *grad_norm] if needs_weights else result

@@ -19,7 +19,8 @@ class RoutingWeights(NamedTuple):
     """All parameters of one connection (eqs. 12-16); the dynamic ones are all there or all ``None``."""
 
     bias_alpha: Tensor
-    """``A = [Å | Â]``, ``n x (m + n)``: a read uses the first ``m`` columns, a write the last ``n``, here and below."""
+    """``A = [Å | Â]``, ``n x (m + n)``: a read uses the first ``m`` columns, a write the last ``n``, here and below. Or
+    ``Å`` alone, ``n x m``: then the carry is the identity, and the others of ``A`` have ``m`` columns too."""
     bias_beta: Tensor | None
     """``B``, ``m x n``; ``None``, as the others of ``B``, where the weights are for a read alone."""
     dynamic_alpha: Tensor | None = None
@@ -43,7 +44,24 @@ class RoutingWeights(NamedTuple):
     @property
     def m(self) -> int:
         """Fraction rate."""
-        return self.bias_alpha.shape[1] - self.bias_alpha.shape[0]
+        return self.bias_alpha.shape[1] - self.carry_columns
+
+    @property
+    def carry_columns(self) -> int:
+        """Columns of ``Â``: ``n``, or 0 where the carry is the identity."""
+        n, columns = self.bias_alpha.shape
+        return n if columns > n else 0
+
+    @property
+    def with_carry(self) -> RoutingWeights:
+        """The same routing with the columns of an identity carry written out."""
+        if self.carry_columns:
+            return self
+        wide = {
+            f: F.pad(t, (0, self.n)) for f in ("dynamic_alpha", "scale_alpha") if (t := getattr(self, f)) is not None
+        }
+        bias = torch.cat([self.bias_alpha, torch.eye(self.n).to(self.bias_alpha)], dim=1)
+        return self._replace(bias_alpha=bias, **wide)
 
     @property
     def dynamic(self) -> bool:
@@ -101,7 +119,7 @@ class Columns(NamedTuple):
 
 
 def columns_of(w: RoutingWeights, dtype: torch.dtype) -> Columns:
-    """Return the ``n`` columns of ``Â`` and the ``m`` of ``Bᵀ``; of weights for a read the ``m`` of ``Å``."""
+    """Return the columns of ``Â``, if any, and the ``m`` of ``Bᵀ``; of weights for a read the ``m`` of ``Å``."""
 
     def beside(alpha: Tensor, beta: Tensor | None) -> Tensor:
         return (alpha[:, : w.m] if beta is None else torch.cat([alpha[:, w.m :], beta], dim=1)).to(dtype)
@@ -119,12 +137,15 @@ def columns_of(w: RoutingWeights, dtype: torch.dtype) -> Columns:
 def gradients_of(g: Columns, w: RoutingWeights) -> list[Tensor]:
     """Lay out gradients of :func:`columns_of` like the tensors of ``w``; zero where its columns do not look."""
     if w.bias_beta is None:
-        return [*(F.pad(t, (0, w.n)) for t in g[:3] if isinstance(t, Tensor)), *([] if g.gain is None else [g.gain])]
+        return [
+            *(F.pad(t, (0, w.carry_columns)) for t in g[:3] if isinstance(t, Tensor)),
+            *([] if g.gain is None else [g.gain]),
+        ]
     found = []
     for t, turns in ((g.static, True), (g.dynamic, False), (g.scale, True)):
         if t is not None:
-            beta = t[:, w.n :].mT if turns else t[:, w.n :]
-            found += [F.pad(t[:, : w.n], (w.m, 0)), beta.contiguous()]
+            carry, beta = t.split([w.carry_columns, w.m], dim=1)
+            found += [F.pad(carry, (w.m, 0)), (beta.mT if turns else beta).contiguous()]
     return [*found, *([] if g.gain is None else [g.gain])]
 
 
@@ -151,7 +172,7 @@ def check(inputs: Inputs, grad_new: Tensor | None = None, grad_x: Tensor | None 
         if not (w.dynamic_alpha is None) == (w.scale_alpha is None) == (w.slot_norm is None):
             raise UserError("dynamic routing needs dynamic_alpha, scale_alpha and slot_norm; static has none of them")
         if w.bias_alpha.ndim != 2 or w.m < 1 or w.n < 1:
-            raise UserError(f"bias_alpha must be n x (m + n), got {_of(w.bias_alpha)}")
+            raise UserError(f"bias_alpha must be n x (m + n), or n x m, got {_of(w.bias_alpha)}")
     first = sides[0]
     n, m = first.n, first.m
     width = state.shape[-1] if state.ndim else 0
@@ -166,9 +187,10 @@ def check(inputs: Inputs, grad_new: Tensor | None = None, grad_x: Tensor | None 
         ("the gradient of X", grad_x, (*rows, m * d), dtype),
         ("the norm's weight", norm and norm.weight, (m * d,), dtype),
     ]
-    routing, alpha, beta = torch.promote_types(dtype, torch.float32), (n, m + n), (m, n)
-    shapes = (alpha, beta, (d, m + n), (d, m), alpha, beta, (d,))
+    routing, beta = torch.promote_types(dtype, torch.float32), (m, n)
     for w in sides:
+        alpha = (n, m + n if w.carry_columns else m)
+        shapes = (alpha, beta, (d, alpha[1]), (d, m), alpha, beta, (d,))
         beside += zip(w._fields, w[:-1], shapes, [routing] * len(shapes), strict=False)
     for name, t, shape, kind in beside:
         if t is None:

@@ -2,7 +2,8 @@
 //
 // One pass over the tokens, a block of a few at a time, which stays in the first two cache levels: the routing of the
 // block's slots is computed together, the mixes are each token's own. Names: n slots, m segments, d = D / m, dp = d
-// padded to whole vectors (in scratch only), k routing columns (write: n carry + m beta; read: m). C is the type
+// padded to whole vectors (in scratch only), k routing columns (write: n carry, or none where the carry is the identity,
+// and m beta; read: m). C is the type
 // computed in (float or double), S the type stored.
 
 #include <cmath>
@@ -49,7 +50,7 @@ struct Parameters {
   void *bias_alpha, *bias_beta, *dynamic_alpha, *dynamic_beta, *scale_alpha, *scale_beta, *slot_norm;
 };
 struct SideArgs {
-  int64_t present, dynamic;
+  int64_t present, dynamic, columns;  // columns: of A, m + n, or m where the carry is the identity
   double eps;
   Parameters weights, gradients;  // gradients: zero where this half does not look, or null
 };

@@ -23,25 +23,28 @@ template <class C> struct Term {
   const C* b;
   int64_t ldb, K;
 };
-// c[i][w] = factor[i] * start[i][w] + terms; no factor is one, no start is zero
+// c[i][w] = factor[i] * start[i][w] + straight[i][w] + terms; no factor is one, no start or straight is zero
 template <class C> struct Product {
   C* c;
   int64_t ld;
   const C *start, *factor;
   Term<C> terms[2];
   int count;
+  const C* straight = nullptr;
 };
 
 // A tile of RI rows from row i0 and RV vectors from column w0. Functions of their own: GCC gives them better registers.
 template <class C, int RI, int RV> __attribute__((noinline)) void tile_nn(const Product<C>& p, int64_t i0, int64_t w0) {
   using vec = typename Simd<C>::vec;
   constexpr int L = Simd<C>::L;
-  vec acc[RI][RV];
-  for (int i = 0; i < RI; i++)
-    for (int v = 0; v < RV; v++) {
-      const int64_t e = (i0 + i) * p.ld + w0 + v * L;
-      acc[i][v] = !p.start ? vec{} : p.factor ? p.factor[i0 + i] * at(p.start + e) : at(p.start + e);
-    }
+  vec acc[RI][RV] = {};
+  const auto each = [&](auto what) {
+    for (int i = 0; i < RI; i++)
+      for (int v = 0; v < RV; v++) what(acc[i][v], (i0 + i) * p.ld + w0 + v * L, i);
+  };
+  if (p.factor) each([&](vec& sum, int64_t e, int i) { sum = p.factor[i0 + i] * at(p.start + e); });
+  else if (p.start) each([&](vec& sum, int64_t e, int) { sum = at(p.start + e); });
+  if (p.straight) each([&](vec& sum, int64_t e, int) { sum += at(p.straight + e); });
   for (int term = 0; term < p.count; term++) {
     const Term<C>& t = p.terms[term];
     const C *a = t.a + i0 * t.ai, *b = t.b + w0;
@@ -54,8 +57,7 @@ template <class C, int RI, int RV> __attribute__((noinline)) void tile_nn(const 
       }
     }
   }
-  for (int i = 0; i < RI; i++)
-    for (int v = 0; v < RV; v++) put(p.c + (i0 + i) * p.ld + w0 + v * L, acc[i][v]);
+  each([&](vec& sum, int64_t e, int) { put(p.c + e, sum); });
 }
 
 template <class C, int RI, int RV> inline void rows_nn(int64_t I, const Product<C>& p, int64_t i, int64_t w) {
@@ -70,11 +72,13 @@ template <class C> inline void nn(int64_t I, int64_t W, const Product<C>& p) {
   int64_t w = 0;
   for (; w + 4 * L <= W; w += 4 * L) rows_nn<C, 4, 4>(I, p, 0, w);
   for (; w + 2 * L <= W; w += 2 * L) rows_nn<C, TILE_ROWS, 2>(I, p, 0, w);
-  for (; w < W; w += L) rows_nn<C, TILE_ROWS, 1>(I, p, 0, w);
+  for (; w < W; w += L) rows_nn<C, 8, 1>(I, p, 0, w);
 }
 // c (+)= one term
 template <class C> inline void nn(int64_t I, int64_t W, C* c, int64_t ld, const Term<C>& term, bool add) {
-  nn<C>(I, W, Product<C>{c, ld, add ? c : nullptr, nullptr, {term, {}}, 1});
+  Product<C> p;  // not {...}: to clear the second term takes longer than a small product
+  p.c = c, p.ld = ld, p.start = add ? c : nullptr, p.factor = nullptr, p.terms[0] = term, p.count = 1;
+  nn<C>(I, W, p);
 }
 
 // Shuffles of a pair of vectors, seen as 2L numbers: every second number; the first or last halves interleaved
@@ -217,7 +221,7 @@ template <class C> struct Side {
   const SideArgs& a;
   int64_t n, m, d, dp;
   bool writes;        // columns: of the carry and, transposed, of B; else those that read
-  int64_t k;
+  int64_t carry, k;   // carry: n, or zero where it is the identity
   int64_t block, rp;  // tokens in a block, and their slots in whole vectors
   int64_t size;       // of a matrix k x rp: a row for each column, where the slots of a block lie side by side
   bool dynamic, turns;  // turns: the slots are transposed for their products; else the columns are too few for that
@@ -225,8 +229,8 @@ template <class C> struct Side {
   Buffer<C> by_column, stat, scale;  // weights with gain and 1/sqrt(d), k x dp; k x rp, the same for each token
   Side(const SideArgs& a, const Args& sizes, bool writes, int64_t block)
       : a(a), n(sizes.n), m(sizes.m), d(sizes.d), dp(padded<C>(d)), writes(writes),
-        k(!a.present ? 0 : writes ? n + m : m), block(block), rp(padded<C>(block * n)), size(k * rp),
-        dynamic(a.dynamic), turns(dynamic && 2 * k >= Simd<C>::L), eps(a.eps), by_column(dynamic ? k * dp : 0),
+        carry(a.columns - m), k(!a.present ? 0 : writes ? carry + m : m), block(block), rp(padded<C>(block * n)),
+        size(k * rp), dynamic(a.dynamic), turns(dynamic && 2 * k >= Simd<C>::L), eps(a.eps), by_column(dynamic ? k * dp : 0),
         stat(size), scale(size) {
     const Parameters& w = a.weights;
     const C root = std::sqrt(C(d));
@@ -241,12 +245,12 @@ template <class C> struct Side {
   }
   // Column j in row i of a slot's matrix, and in row c of the weights
   C& of_slot(void* alpha, void* beta, int64_t i, int64_t j) const {
-    if (writes && j >= n) return static_cast<C*>(beta)[(j - n) * n + i];
-    return static_cast<C*>(alpha)[i * (m + n) + (writes ? m : 0) + j];
+    if (writes && j >= carry) return static_cast<C*>(beta)[(j - carry) * n + i];
+    return static_cast<C*>(alpha)[i * a.columns + (writes ? m : 0) + j];
   }
   C& of_weight(const Parameters& p, int64_t c, int64_t j) const {
-    if (writes && j >= n) return static_cast<C*>(p.dynamic_beta)[c * m + j - n];
-    return static_cast<C*>(p.dynamic_alpha)[c * (m + n) + (writes ? m : 0) + j];
+    if (writes && j >= carry) return static_cast<C*>(p.dynamic_beta)[c * m + j - carry];
+    return static_cast<C*>(p.dynamic_alpha)[c * a.columns + (writes ? m : 0) + j];
   }
   C* gain(const Parameters& p) const { return static_cast<C*>(p.slot_norm); }
 };
@@ -284,10 +288,11 @@ template <class C> struct Routing {
       nt<C>(s.k, rows, s.dp, p, s.rp, s.by_column, s.dp, h, s.dp);
       row_dots<C>(rows, s.dp, rs, h, s.dp, h, s.dp);
     }
-    for (int64_t i = 0; i < s.rp; i++) rs[i] = i < rows ? 1 / std::sqrt(rs[i] / s.d + s.eps) : 0;
-    // Local pointers: put() may change any member, for all that a compiler knows.
-    C *const coefficient = c, *const tanh = t;
-    const C *const projected = p, *const rstd = rs, *const stat = s.stat, *const scale = s.scale;
+    // Local pointers and numbers: a store may change any member, for all that a compiler knows.
+    C *const coefficient = c, *const tanh = t, *const rstd = rs;
+    const C *const projected = p, *const stat = s.stat, *const scale = s.scale, share = 1 / C(s.d), eps = s.eps;
+    for (int64_t i = 0; i < s.rp; i++) rstd[i] = 1 / std::sqrt(rstd[i] * share + eps);
+    for (int64_t i = rows; i < s.rp; i++) rstd[i] = 0;
     for (int64_t v = 0; v < s.rp; v += L) {
       const vec r = at(rstd + v);
       for (int64_t e = v; e < s.size; e += s.rp) {
@@ -306,10 +311,10 @@ template <class C> struct Sums {
 };
 
 // From the gradient of the coefficients, dc, and of what they mixed, to that of the rows h; dc is overwritten.
-// mixed is that of the first token.
+// mixed is that of the first token; straight, where it is given, comes through an identity.
 template <class C>
 inline void routing_backward(const Side<C>& s, Routing<C>& r, const C* h, C* dc, const Term<C>& mixed, C* out,
-                             Sums<C>* sums, C* slope, int64_t tokens) {
+                             Sums<C>* sums, C* slope, int64_t tokens, const C* straight = nullptr) {
   using vec = typename Simd<C>::vec;
   constexpr int L = Simd<C>::L;
   const int64_t rows = tokens * s.n;
@@ -323,7 +328,10 @@ inline void routing_backward(const Side<C>& s, Routing<C>& r, const C* h, C* dc,
     return Term<C>{mixed.a + t * s.n, mixed.ai, mixed.ak, mixed.b + t * mixed.K * s.dp, mixed.ldb, mixed.K};
   };
   if (!s.dynamic) {
-    for (int64_t t = 0; t < tokens; t++) nn<C>(s.n, s.dp, out + t * s.n * s.dp, s.dp, of_token(t), false);
+    for (int64_t t = 0; t < tokens; t++) {
+      const int64_t first = t * s.n * s.dp;
+      nn<C>(s.n, s.dp, {out + first, s.dp, straight ? straight + first : nullptr, nullptr, {of_token(t), {}}, 1});
+    }
     return;
   }
   C* const of_scale = sums ? sums->scale.data() : nullptr;
@@ -344,7 +352,8 @@ inline void routing_backward(const Side<C>& s, Routing<C>& r, const C* h, C* dc,
   for (int64_t t = 0; t < tokens; t++) {
     const int64_t row = t * s.n;
     const Term<C> projected{dc + row, 1, s.rp, s.by_column, s.dp, s.k};
-    nn<C>(s.n, s.dp, {out + row * s.dp, s.dp, h + row * s.dp, slope + row, {of_token(t), projected}, 2});
+    const C* const through = straight ? straight + row * s.dp : nullptr;
+    nn<C>(s.n, s.dp, {out + row * s.dp, s.dp, h + row * s.dp, slope + row, {of_token(t), projected}, 2, through});
   }
   if (sums) nn<C>(s.k, s.dp, sums->weight.data(), s.dp, {dc, s.rp, 1, h, s.dp, rows}, true);
 }
@@ -461,8 +470,9 @@ template <class C, class S> struct Block {
       for (int64_t t = 0; t < tokens; t++) {
         next.fetch();
         const Term<C> carry{write_coefficients(t), w.rp, 1, h + t * wide, dp, n};
-        const Term<C> injected{write_coefficients(t) + n * w.rp, 1, w.rp, z + t * narrow, dp, m};
-        nn<C>(n, dp, {to + t * wide, dp, nullptr, nullptr, {carry, injected}, 2});
+        const Term<C> injected{write_coefficients(t) + w.carry * w.rp, 1, w.rp, z + t * narrow, dp, m};
+        if (w.carry) nn<C>(n, dp, {to + t * wide, dp, nullptr, nullptr, {carry, injected}, 2});
+        else nn<C>(n, dp, {to + t * wide, dp, h + t * wide, nullptr, {injected, {}}, 1});
       }
       round_to<C, S>(to, tokens * wide);
       fresh = to;
@@ -548,15 +558,16 @@ template <class C, class S> struct Block {
       for (int64_t t = 0; t < tokens; t++) {
         const C* gt = g + t * wide;
         C* dc = dcw + t * n;
-        dots(n, w, dc, gt, h + t * wide, w.turns ? rw.turned + t * n : nullptr);
+        const int64_t beta = w.carry * w.rp;
+        if (w.carry) dots(n, w, dc, gt, h + t * wide, w.turns ? rw.turned + t * n : nullptr);
         next.fetch();
-        dots(m, w, dc + n * w.rp, z + t * narrow, gt, nullptr);
-        nn<C>(m, dp, to + t * narrow, dp, {write_coefficients(t) + n * w.rp, w.rp, 1, gt, dp, n}, false);
+        dots(m, w, dc + beta, z + t * narrow, gt, nullptr);
+        nn<C>(m, dp, to + t * narrow, dp, {write_coefficients(t) + beta, w.rp, 1, gt, dp, n}, false);
         next.fetch();
       }
       store<C, S>(to, tokens * m, d, dp, grad_z);
       C* gh = room<C, S>(grad_state, d, dp, gh_);
-      routing_backward<C>(w, rw, h, dcw, {rw.c, 1, w.rp, g, dp, n}, gh, sw, slope, tokens);
+      routing_backward<C>(w, rw, h, dcw, {rw.c, 1, w.rp, g, dp, w.carry}, gh, sw, slope, tokens, w.carry ? nullptr : g);
       g = gh;
     }
     store<C, S>(g, tokens * n, d, dp, grad_state);

@@ -53,8 +53,8 @@ class VirtualWidth:
     """Slots, ``n >= m``; ``r = n / m``."""
     dynamic: bool = True
     """Let the routing depend on the token (eqs. 12-14)."""
-    carry_constraint: Literal["none", "doubly_stochastic"] = "none"
-    """``doubly_stochastic`` keeps the rows and columns of the carry at sums of one."""
+    carry_constraint: Literal["none", "identity", "doubly_stochastic"] = "none"
+    """``identity`` learns no carry; ``doubly_stochastic`` keeps the sums of its rows and columns at one."""
     embedding: Literal["direct", "factorised", "replicated"] = "direct"
     """A table ``V x D'``, one ``V x D`` and a linear, or one ``V x D`` repeated over the slots."""
     reduce: Literal["linear", "sum", "identity"] | None = None

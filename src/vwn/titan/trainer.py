@@ -67,7 +67,7 @@ def rate_factors(backbone: Backbone, width: VirtualWidth) -> dict[str, float]:
     factors = {"table": TABLE_FACTOR}  # its rows start at unit variance
     if hf_config(backbone, width).reduce == "linear":
         factors["reduce"] = REDUCE_FACTOR
-    if width.carry_constraint == "none":
+    if width.carry_constraint != "doubly_stochastic":
         factors["routing"] = routing_factor(2 * backbone.num_hidden_layers)
     return factors
 

@@ -51,7 +51,7 @@ def forward(inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
     """Compute :func:`vwn.ops.reference.forward` for contiguous ``[T, D']`` and ``[T, D]``, in one launch."""
     from vwn.ops.triton import forward_kernel
 
-    state, z, write, read, norm = inputs
+    state, z, write, read, norm = inputs = _with_carry(inputs)
     constants = _constants(inputs)
     tokens = state.shape[0]
     new = None if write is None else torch.empty_like(state)
@@ -68,7 +68,8 @@ def backward(grad_new: Tensor | None, grad_x: Tensor | None, inputs: Inputs, nee
     """Compute :func:`vwn.ops.reference.backward` for contiguous ``[T, D']`` and ``[T, D]``, in one launch and a sum."""
     from vwn.ops.triton import backward_kernel
 
-    state, z, write, read, norm = inputs
+    own = [t for kind in inputs[2:] for t in kind or () if isinstance(t, Tensor)]
+    state, z, write, read, norm = inputs = _with_carry(inputs)
     constants = _constants(inputs)
     tokens = state.shape[0]
     grad_state = torch.empty_like(state)
@@ -89,8 +90,17 @@ def backward(grad_new: Tensor | None, grad_x: Tensor | None, inputs: Inputs, nee
     if parts is None:
         return [grad_state, *([] if grad_z is None else [grad_z])]
     grad_weights = torch.ops.aten.split_with_sizes_copy(parts.sum(0), sizes)
-    shaped = (g.view(w.shape).to(w.dtype) for g, w in zip(grad_weights, weights, strict=True))
+    shaped = (
+        g.view(w.shape)[..., : t.shape[-1]].to(t.dtype).contiguous()
+        for g, w, t in zip(grad_weights, weights, own, strict=True)
+    )
     return [grad_state, *([] if grad_z is None else [grad_z]), *shaped]
+
+
+def _with_carry(inputs: Inputs) -> Inputs:
+    """Write out the columns of an identity carry, which the kernels mix like any other."""
+    _, _, write, read, _ = inputs
+    return inputs._replace(write=write and write.with_carry, read=read and read.with_carry)
 
 
 def _replaced(weights: Any, tensors: Iterator[Tensor | None]) -> Any:
