@@ -208,8 +208,7 @@ def run_cost(config: CostConfig) -> None:
     asked = (config.vocab_size, config.window) if config.backbone in PRESETS else (0, 1)
     backbone = load_backbone(config.backbone, *asked)
     window = min(config.window, getattr(backbone, "max_position_embeddings", config.window))
-    arms = check_arms(map(parse_arm, config.arms))
-    models, _ = arm_models(arms, backbone, WidthOptions(mtp=config.mtp), window)
+    models, _ = arm_models(check_arms(map(parse_arm, config.arms)), backbone, WidthOptions(mtp=config.mtp), window)
     if cluster is None:
         rows, table = cost_table(models, window)
     else:

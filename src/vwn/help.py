@@ -161,8 +161,7 @@ def _field_texts(config: type) -> dict[str, str]:
 def _metavar(kind: Any) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        kinds = [k for k in inner if k is not type(None)]
-        words = [w for k in kinds for w in ([""] if k is bool else [_metavar(k)])]
+        words = ["" if k is bool else _metavar(k) for k in inner if k is not type(None)]
         return "[{}]".format(*[w for w in words if w]) if "" in words else "|".join(words)
     if origin is Literal:
         return "{" + ",".join(map(str, inner)) + "}" if len(inner) > 1 else str(inner[0])

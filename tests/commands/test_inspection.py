@@ -44,8 +44,7 @@ def seen(model, ids) -> tuple[list[tuple[Tensor, Tensor, Routing]], Tensor]:
         slots, segments = state.unflatten(-1, (g.n, -1)), z.unflatten(-1, (g.m, -1))
         steps.append((slots, segments, connection.routing_matrices(state)))
 
-    final = record(model, ids, visit)
-    return steps, final.unflatten(-1, (g.n, -1))
+    return steps, record(model, ids, visit).unflatten(-1, (g.n, -1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -153,8 +152,7 @@ def test_residual_connection_gives_ones() -> None:
 
 
 def test_untrained_model_reads_its_first_slots() -> None:
-    model = VirtualWidthForCausalLM(vwn_config(m=2, n=3)).eval()
-    result = measure(model, token_ids())
+    result = measure(VirtualWidthForCausalLM(vwn_config(m=2, n=3)).eval(), token_ids())
     assert result["depth"]["gain"] == [[1.0] * (reader + 1) for reader in range(5)]
     assert result["sublayers"][0]["slots"]["read"] == [1.0, 1.0, 0.0]
 

@@ -129,8 +129,7 @@ def test_every_import_is_of_the_core_or_of_an_extra() -> None:
                 found.update(alias.name.partition(".")[0] for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 found.add(str(node.module).partition(".")[0])
-    third_party = found - set(sys.stdlib_module_names) - {"vwn", "spmd_types", "triton"}
-    assert third_party <= CORE | ELSEWHERE | set(EXTRAS)
+    assert (found - set(sys.stdlib_module_names) - {"vwn", "spmd_types", "triton"}) <= CORE | ELSEWHERE | set(EXTRAS)
 
 
 def test_extras_are_those_of_the_project() -> None:

@@ -248,8 +248,7 @@ def test_a_restart_goes_on_with_any_number_of_processes_and_workers(sources, bef
 
 
 def test_a_restart_does_not_read_what_was_used_up(tmp_path, monkeypatch):
-    source = open_source(str(write_jsonl(tmp_path, documents(300))), 16)
-    stream = stream_of(source, batch=1, window=200)
+    stream = stream_of(open_source(str(write_jsonl(tmp_path, documents(300))), 16), batch=1, window=200)
     *_, (_, state) = global_batches(stream, 160)
     read: list[tuple[FileRange, int]] = []
     monkeypatch.setattr(

@@ -62,8 +62,7 @@ def test_the_map_of_the_code_names_what_there_is():
     tree = text[text.index("src/vwn/\n") : text.index("tests/  ")]
     packages = {path.name for path in (ROOT / "src" / "vwn").iterdir() if (path / "__init__.py").exists()}
     assert {name for name in packages if f"{name}/" not in tree} == set()
-    files = re.findall(r"[a-z_]+\.py", tree)
-    assert set(files) <= {path.name for path in (ROOT / "src" / "vwn").rglob("*.py")}
+    assert set(re.findall(r"[a-z_]+\.py", tree)) <= {path.name for path in (ROOT / "src" / "vwn").rglob("*.py")}
     for name in re.findall(r"`((?:[a-z_]+/)+[a-z_]*(?:\.py)?)`", text):
         made = name.startswith("build/")
         assert made or (ROOT / name).exists() or (ROOT / "src" / "vwn" / name).exists(), name

@@ -116,8 +116,7 @@ def test_configurations_that_do_not_fit(fields, message):
 
 
 def test_what_is_not_decayed():
-    spared = {"bias_alpha", "bias_beta", "slot_norm", "slot_norm_bias"}
-    assert no_weight_decay(HyperConnection(12, 1, 4)) == spared
+    assert no_weight_decay(HyperConnection(12, 1, 4)) == {"bias_alpha", "bias_beta", "slot_norm", "slot_norm_bias"}
     assert no_weight_decay(HyperConnection(12, 1, 4, dynamic=False)) == {"bias_alpha", "bias_beta"}
     assert no_weight_decay(ManifoldHyperConnection(12, 4)) == {"pre_bias", "post_bias", "res_bias"}
     assert len([name for name in no_weight_decay(model_of("mhc")) if "connections" in name]) == 6 * 3

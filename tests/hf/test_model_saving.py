@@ -103,8 +103,7 @@ def test_base_and_causal_model_load_each_others_checkpoints(tmp_path):
 
 @pytest.mark.parametrize(("kind", "init"), [("llama", "first_slots"), ("mixtral", "normal")])
 def test_missing_tensors_of_ours_get_their_initial_values(tmp_path, kind, init):
-    config = vwn_config(kind, 2, 4, embedding="factorised", num_mtp_modules=1, reduce_init=init)
-    model = build(config)
+    model = build(vwn_config(kind, 2, 4, embedding="factorised", num_mtp_modules=1, reduce_init=init))
     model.save_pretrained(tmp_path)
     dropped = without(tmp_path, "connections", "reduce", "expand_weight", "fuse", "_norm")
     # Memory that from_pretrained may hand out unwritten: make it rubbish, not zeros.

@@ -35,8 +35,7 @@ def test_a_diverged_seed_leaves_no_number_anywhere() -> None:
 def test_at_equal_flops_the_costlier_run_is_read_earlier(factor: float) -> None:
     runs = arms_of("plain", power_law(), flops_per_token=1e6)
     runs += arms_of("4x16", power_law(gap=-0.05, noise=0.01), flops_per_token=factor * 1e6)
-    result = add_analysis(report(*runs))
-    row = result["summary"][1]["loss"]["equal_flops"]
+    row = add_analysis(report(*runs))["summary"][1]["loss"]["equal_flops"]
     shares = min(1, 1 / factor), min(1, factor)
     expected = -0.05 + 200 * (1e6 * shares[0]) ** -0.3 - 200 * (1e6 * shares[1]) ** -0.3
     assert row["difference"]["mean"] == pytest.approx(expected, abs=1e-9)

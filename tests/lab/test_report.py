@@ -214,8 +214,7 @@ def test_headline_has_both_losses_of_the_best_arm() -> None:
     )
     assert headline(add_analysis(report(*arms))).replace("\u00a0", " ") == f"4x16 {gained}"
     arms += [arm("2x3", seed, curve([5, 4, 3, 1.9])) for seed in (0, 1)]
-    found = headline(add_analysis(report(*arms))).replace("\u00a0", " ")
-    assert found == f"4x16, the best of 2 arms, {gained}"
+    assert headline(add_analysis(report(*arms))).replace("\u00a0", " ") == f"4x16, the best of 2 arms, {gained}"
 
 
 def test_headline_without_anything_to_compare() -> None:

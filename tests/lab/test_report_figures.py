@@ -169,8 +169,7 @@ def test_files_have_a_columns_width_stand_alone_and_are_small(tmp_path: Path) ->
 
 
 def test_a_figure_of_the_page_has_its_own_ids_and_the_pages_colours() -> None:
-    figure = figures(study("widths"))["loss-over-tokens"]
-    shown = inline(figure.svg, "first", 'a "label" <')
+    shown = inline(figures(study("widths"))["loss-over-tokens"].svg, "first", 'a "label" <')
     assert shown.startswith('<svg id="first" role="img" aria-label="a &quot;label&quot; &lt;"')
     root = ElementTree.fromstring(shown)
     ids = {node.get("id") for node in root.iter() if node.get("id")}

@@ -64,8 +64,7 @@ def run_theirs(theirs: HyperConnections, state: Tensor, sublayer: Callable[[Tens
     batch, tokens, _ = state.shape
     streams = state.unflatten(-1, (theirs.num_residual_streams, -1)).movedim(2, 1).flatten(0, 1)
     x, add_residual = theirs(streams)
-    out = add_residual(sublayer(x))
-    return out.reshape(batch, theirs.num_residual_streams, tokens, -1).movedim(1, 2).flatten(2)
+    return add_residual(sublayer(x)).reshape(batch, theirs.num_residual_streams, tokens, -1).movedim(1, 2).flatten(2)
 
 
 @pytest.mark.parametrize("dynamic", [True, False])

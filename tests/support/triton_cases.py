@@ -16,22 +16,14 @@ HALF = [torch.bfloat16, torch.float16]
 class Case:
     """Random inputs and weights of a write and a read; no gain is one, no scale zero."""
 
+    carry = True  # or the identity
+
     def __init__(
-        self,
-        m,
-        n,
-        d,
-        dtype=torch.float32,
-        tokens=None,
-        write=True,
-        read=True,
-        norm=True,
-        dynamic=(True, True),
-        carry=True,
+        self, m, n, d, dtype=torch.float32, tokens=None, write=True, read=True, norm=True, dynamic=(True, True)
     ):
         self.generator = torch.Generator().manual_seed(0)
         self.tokens = (1 if n >= 64 else 3 if n >= 8 else 9) if tokens is None else tokens
-        self.dtype, self.carry = dtype, carry
+        self.dtype = dtype
         self.write = self.weights(m, n, d, dynamic[0]) if write else None
         self.read = self.weights(m, n, d, dynamic[1]).to_read if read else None
         self.norm = NormWeights((1 + 0.3 * self.draw(m * d)).to(dtype), 1e-5) if norm and read else None

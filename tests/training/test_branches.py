@@ -46,8 +46,7 @@ def assert_same_weights(a, b):
 
 
 def without_times(result):
-    kept = ("curve", "decayed")
-    return {name: without_seconds(getattr(result, name)) for name in kept}
+    return {name: without_seconds(getattr(result, name)) for name in ("curve", "decayed")}
 
 
 def folder(run, steps):

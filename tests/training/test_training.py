@@ -53,8 +53,7 @@ def test_validation_losses_are_means_over_the_windows(finished, text):
     run, result = finished
     corpus = load_corpus(run)
     model = AutoModelForCausalLM.from_pretrained(run.out).eval()
-    picked = [corpus.valid[i * len(corpus.valid) // 16]["input_ids"] for i in range(16)]
-    ids = torch.stack(picked)
+    ids = torch.stack([corpus.valid[i * len(corpus.valid) // 16]["input_ids"] for i in range(16)])
     with torch.no_grad():
         out = model(ids, labels=ids, output_mtp_logits=True)
     nll = -out.logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).mean().item()

@@ -30,8 +30,7 @@ class ConnectionCost:
     ``7 r D``, mHC's norm without a gain ``3 r D``."""
     dynamic_parameter_flops: int
     """``2 (2m + n) r D``: the slots times ``[W_α | W_β]`` (eqs. 13-14). Zero when static. In mHC the whole state makes
-    every coefficient: ``2 (2n + n²) r D``. Here and below a carry that stays the identity takes away the ``n`` columns of
-    ``Â``."""
+    every coefficient: ``2 (2n + n²) r D``. Without a learned carry ``n`` falls away here and in the next part."""
     width_connection_flops: int
     """``2 (m + n) r D``: read and carry, ``[Å | Â]ᵀ H'``."""
     depth_connection_flops: int
@@ -68,7 +67,7 @@ def connection_cost(
     dynamic: bool = True,
     kind: str = "ghc",
     sinkhorn_rounds: int = 0,
-    free_carry: bool = True,
+    learned_carry: bool = True,
 ) -> ConnectionCost:
     """Compute the cost of one connection by the formulas of section 3.5.
 
@@ -78,7 +77,7 @@ def connection_cost(
         dynamic: whether the routing depends on the token.
         kind: ``"ghc"``, ``"hc"`` or ``"mhc"``.
         sinkhorn_rounds: rounds for a doubly-stochastic carry.
-        free_carry: whether the carry is learned; else it is the identity.
+        learned_carry: whether the carry is learned; else it is the identity.
 
     Raises:
         UserError: an unknown ``kind``.
@@ -86,7 +85,7 @@ def connection_cost(
     if kind not in _NORM_FLOPS:
         raise UserError(f"the cost of a connection of kind {kind!r} is not known; known are {', '.join(_NORM_FLOPS)}")
     m, n, narrow, wide = geometry.m, geometry.n, geometry.hidden_size, geometry.over_width
-    carry = n if free_carry else 0
+    carry = n if learned_carry else 0
     e = bytes_per_element
     return ConnectionCost(
         geometry=geometry,

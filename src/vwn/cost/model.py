@@ -125,11 +125,7 @@ def cost_of_model(model: Any, counted: dict[str, int]) -> ModelCost:
     """Summarise what :func:`count` found."""
     costs = [
         connection_cost(
-            c.geometry,
-            dynamic=c.dynamic,
-            kind=c.kind,
-            sinkhorn_rounds=c.sinkhorn_rounds,
-            free_carry=getattr(c, "carry_constraint", "none") != "identity",
+            c.geometry, dynamic=c.dynamic, kind=c.kind, sinkhorn_rounds=c.sinkhorn_rounds, learned_carry=c.learned_carry
         )
         for c in model.modules()
         if isinstance(c, Connection)

@@ -139,8 +139,7 @@ class _Job:
         else:
             ids = f"{self.tokenizer.eos_token_id} {self.tokenizer.backend_tokenizer.to_str()}"
         data = None if self.data is None else self.data.key()
-        split = VALID_SHARE if self.valid is None else self.valid.key()
-        parts = [_FORMAT, data, split, ids, self.control_tokens]
+        parts = [_FORMAT, data, VALID_SHARE if self.valid is None else self.valid.key(), ids, self.control_tokens]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
     def corpus(self, cache_dir: Path | None, train_name: str, valid_name: str) -> Corpus:
@@ -188,8 +187,7 @@ class _Job:
             side: write_tokens(text.chunks(f"tokenising {side}"), encoder, folder / f"{side}.bin", dtype, digest)
             for side, text in sides.items()
         }
-        meta = {"dtype": dtype, "fingerprint": digest.hexdigest(), "sides": sizes}
-        (folder / _META).write_text(json.dumps(meta))
+        (folder / _META).write_text(json.dumps({"dtype": dtype, "fingerprint": digest.hexdigest(), "sides": sizes}))
         sync(folder / _META)
 
 
@@ -197,8 +195,7 @@ def _load_meta(folder: Path) -> dict[str, Any] | None:
     """Read `{dtype, fingerprint, sides: {side: {tokens, bytes}}}`; None unless all files are there, and whole."""
     try:
         meta: dict[str, Any] = json.loads((folder / _META).read_text())
-        width = np.dtype(meta["dtype"]).itemsize
-        sizes = {side: of["tokens"] * width for side, of in meta["sides"].items()}
+        sizes = {side: of["tokens"] * np.dtype(meta["dtype"]).itemsize for side, of in meta["sides"].items()}
         whole = all((folder / f"{side}.bin").stat().st_size == size for side, size in sizes.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -182,8 +182,7 @@ def _read_json_lines(part: FileRange, offset: int, on_bad_row: OnBadRow | None) 
                 return
             if part.owns(begin) and line.strip():
                 place = f"the line at byte {begin}" if part.stop or offset else f"line {number}"
-                find = partial(_line_text, line, begin, part.path, place, column)
-                yield from row_chunks(begin, find, on_bad_row)
+                yield from row_chunks(begin, partial(_line_text, line, begin, part.path, place, column), on_bad_row)
             begin += len(line)
 
 

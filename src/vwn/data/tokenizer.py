@@ -104,8 +104,7 @@ class TextEncoder:
                 f"the tokenizer encodes {text[start:stop]!r} as a control token; replace it in the text, or allow it "
                 "(--control-tokens)"
             )
-        cuts = [0, *(start + 1 for start, _ in spans), len(text)]
-        parts = [text[start:stop] for start, stop in pairwise(cuts)]
+        parts = [text[start:stop] for start, stop in pairwise([0, *(start + 1 for start, _ in spans), len(text)])]
         return [i for ids in self(parts) for i in ids]
 
 

@@ -36,8 +36,7 @@ def router_loss(router_logits: tuple[Tensor, ...], config: Any, attention_mask: 
             f"a backbone of type {config.model_type} hands out no router logits; set its output_router_logits to false"
         )
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-        tokens = router_logits[0].shape[-2] // attention_mask.shape[0]
-        attention_mask = attention_mask[:, -tokens:]
+        attention_mask = attention_mask[:, -(router_logits[0].shape[-2] // attention_mask.shape[0]) :]
     else:
         attention_mask = None
     experts = next(count for count in (getattr(config, name, None) for name in _EXPERTS) if count)

@@ -86,8 +86,7 @@ def widen_checkpoint(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already and not empty; give another folder for the widened model")
-    found = load_whole(model, dtype)
-    wide = widen(found, m=m, n=n, embedding=embedding, reduce_norm=reduce_norm)
+    wide = widen(load_whole(model, dtype), m=m, n=n, embedding=embedding, reduce_norm=reduce_norm)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError):
@@ -143,8 +142,7 @@ def _config(model: Any, embedding: str, **fields: Any) -> VirtualWidthConfig:
 
 def _base(model: PreTrainedModel) -> Any:
     """Return the base model inside a causal LM, if it is the one of its config."""
-    kind = base_model_class(model.config)
-    return next((child for child in model.children() if type(child) is kind), None)
+    return next((child for child in model.children() if type(child) is base_model_class(model.config)), None)
 
 
 def _assemble(config: VirtualWidthConfig, shell: Any) -> VirtualWidthForCausalLM:

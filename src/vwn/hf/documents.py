@@ -38,8 +38,7 @@ def number_documents(
     if (index := packing.get("seq_idx")) is not None:
         starts.append(index.diff(dim=-1) != 0)
     if (bounds := packing.get("cu_seq_lens_q")) is not None:
-        places = torch.arange(shape[0] * shape[1], device=bounds.device)
-        starts.append(torch.isin(places, bounds).view(shape)[:, 1:])
+        starts.append(torch.isin(torch.arange(shape[0] * shape[1], device=bounds.device), bounds).view(shape)[:, 1:])
     if not starts:
         return None
     first = starts[0].new_zeros(shape[0], 1)
@@ -51,5 +50,4 @@ def within_documents(targets: Tensor, ahead: int, documents: Tensor | None) -> T
     """Ignore (-100) the targets ``[B, S]`` that are ``ahead`` tokens from their position, in another document."""
     if documents is None:
         return targets
-    there = torch.nn.functional.pad(documents[:, ahead:], (0, ahead), value=-1)
-    return targets.masked_fill(there != documents, -100)
+    return targets.masked_fill(torch.nn.functional.pad(documents[:, ahead:], (0, ahead), value=-1) != documents, -100)

@@ -68,8 +68,7 @@ class ConnectedPass(LayerPass):
     def __init__(self, layer: Any, lookahead: Lookahead, state: Tensor) -> None:
         self._connections, self._lookahead = list(layer.connections), lookahead
         self._geometry = self._connections[0].geometry
-        shape = torch.Size((*state.shape[:-1], self._geometry.hidden_size))
-        super().__init__(layer, shape, len(self._connections))
+        super().__init__(layer, torch.Size((*state.shape[:-1], self._geometry.hidden_size)), len(self._connections))
 
     def read(self, i: int, state: Tensor) -> Tensor:
         return self._lookahead.read(state, Reader(self._connections[i]))

@@ -89,8 +89,7 @@ def targets_of_heads(
     """
     targets = [F.pad(labels, (0, 1), value=-100)[:, 1:] if shift_labels is None else shift_labels]
     for k in range(1, heads):
-        further = F.pad(targets[0], (0, k), value=-100)[:, k:]
-        targets.append(within_documents(further, k + 1, documents))
+        targets.append(within_documents(F.pad(targets[0], (0, k), value=-100)[:, k:], k + 1, documents))
     return [t.contiguous() for t in targets]
 
 

@@ -56,8 +56,7 @@ class DepthMap:
 
     def finish(self, state: Tensor) -> None:
         """Count what reaches the final state of a batch, ``[T, n, d]``, which is looked at as it is."""
-        total = self._count(self._paths, state)
-        error = torch.linalg.vector_norm(total - state) / torch.linalg.vector_norm(state)
+        error = torch.linalg.vector_norm(self._count(self._paths, state) - state) / torch.linalg.vector_norm(state)
         self.unrolled_error = float(torch.maximum(error, error.new_tensor(self.unrolled_error)))  # keeps NaN
         self._tokens += state.shape[0]
         self._sources = []

@@ -227,9 +227,7 @@ class ResidualStream:
     def shape(self) -> torch.Size:
         """``[..., D]``, or as it was viewed."""
         run = self._current().run
-        if self._view is None:
-            return run.shape
-        return torch.empty(run.shape, device="meta").view(*self._view[1]).shape
+        return run.shape if self._view is None else torch.empty(run.shape, device="meta").view(*self._view[1]).shape
 
     def size(self, dim: int | None = None) -> Any:
         """Shape, or its entry ``dim``."""
@@ -342,8 +340,7 @@ class ResidualStream:
 
 
 def _reading(name: str) -> Any:
-    method = f"__{name}__"
-    return lambda self, *args: getattr(self.read(), method)(*_read_all(args))
+    return lambda self, *args: getattr(self.read(), f"__{name}__")(*_read_all(args))
 
 
 for _name in _READS:

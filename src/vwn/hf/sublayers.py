@@ -49,8 +49,7 @@ class ProbePass(LayerPass):
         return state + z.to(state.dtype)
 
     def begin_sum(self) -> None:
-        name = next(iter(self._calls), f"sublayer_{len(self._names)}")
-        self._names.append(name.partition(".")[0])
+        self._names.append(next(iter(self._calls), f"sublayer_{len(self._names)}").partition(".")[0])
         self._calls.clear()
 
     def found(self) -> FoundLayout:

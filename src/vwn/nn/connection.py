@@ -118,6 +118,8 @@ class Connection(StatesItsInitialValues):
     """True if the routing depends on the token."""
     sinkhorn_rounds: int = 0
     """Rounds of Sinkhorn's scaling that the carry takes."""
+    learned_carry: bool = True
+    """False if the carry is the identity."""
 
     def __init__(
         self, geometry: Geometry, shapes: dict[str, tuple[int, ...]], frozen: bool = False, backend: str = "auto"
@@ -172,8 +174,7 @@ class Connection(StatesItsInitialValues):
         with _without_autocast(state):
             slots = self._slots(state)
             read, (carry, beta) = self.read_matrix(slots), self.write_matrices(slots)
-        lead = state.shape[:-1]
-        read, carry, beta = (t.expand(*lead, *t.shape[-2:]) for t in (read, carry, beta))
+        read, carry, beta = (t.expand(*state.shape[:-1], *t.shape[-2:]) for t in (read, carry, beta))
         return Routing(torch.cat([read, carry], dim=-1), beta)
 
     def forward(

@@ -149,8 +149,7 @@ class UnembeddingExpand(StatesItsInitialValues):
 
 def repeat_over_slots(hidden: Tensor, geometry: Geometry) -> Tensor:
     """Map ``[..., D]`` to ``[..., D']``: slot ``j`` becomes segment ``j mod m``."""
-    repeats = -(-geometry.n // geometry.m)
-    return torch.cat([hidden] * repeats, dim=-1)[..., : geometry.over_width]
+    return torch.cat([hidden] * (-(-geometry.n // geometry.m)), dim=-1)[..., : geometry.over_width]
 
 
 class OverWidthReduce(StatesItsInitialValues):

@@ -61,7 +61,8 @@ class GeneralizedHyperConnection(Connection):
         geometry = Geometry(hidden_size, m, n)
         if carry_constraint not in CARRY_CONSTRAINTS:
             raise ValueError(f"carry_constraint must be one of {CARRY_CONSTRAINTS}, got {carry_constraint!r}")
-        columns = m if carry_constraint == "identity" else m + n
+        self.learned_carry = carry_constraint != "identity"
+        columns = m + n if self.learned_carry else m
         shapes: dict[str, tuple[int, ...]] = {"bias_alpha": (n, columns), "bias_beta": (m, n)}
         if dynamic:
             d = geometry.segment_size
@@ -116,7 +117,7 @@ class GeneralizedHyperConnection(Connection):
         weights = self.weights
         split = [weights.carry_columns, g.m]
         carry, beta = coefficients(slots, columns_of(weights, slots.dtype)).split(split, dim=-1)
-        if self.carry_constraint == "identity":
+        if not self.learned_carry:
             carry = torch.eye(g.n, dtype=beta.dtype, device=beta.device).expand(*beta.shape[:-1], g.n)
         if self.carry_constraint == "doubly_stochastic":
             carry = sinkhorn(CARRY_SHARPNESS * carry, self.sinkhorn_rounds, exact=True)

@@ -175,8 +175,7 @@ class ManifoldHyperConnection(Connection):
     def write_matrices(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Compute ``Â``, ``[..., n, n]``, and ``B``, ``[..., 1, n]``."""
         res, post = self._logits(slots, "res", "post")
-        carry = sinkhorn(res, self.sinkhorn_rounds, self.routing_eps)
-        return carry, 2 * torch.sigmoid(post).unsqueeze(-2)
+        return sinkhorn(res, self.sinkhorn_rounds, self.routing_eps), 2 * torch.sigmoid(post).unsqueeze(-2)
 
     def _logits(self, slots: Tensor, *names: str) -> list[Tensor]:
         """Compute ``a x̄ φ + b`` for each name, in the shape of ``b``."""

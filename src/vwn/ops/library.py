@@ -81,13 +81,12 @@ def _flops(given: Any) -> int:
     """FLOPs of the matrix products (section 3.5), from :class:`Inputs` with shapes in place of tensors.
 
     Of the read: ``m`` columns of routing, when dynamic, and the read itself, ``2 m D'`` per token each. Of the write:
-    ``m + n`` columns of routing, when dynamic, the carry ``2 n D'`` and the write ``2 n D``; an identity takes no carry.
+    ``m + n`` columns of routing, when dynamic, the carry ``2 n D'`` and the write ``2 n D``; without a carry ``m``.
     """
     total, size = 0, math.prod(given.state)
     if given.write is not None:
         n, columns = given.write.bias_alpha
-        carry = n if columns > n else 0
-        total += 2 * (columns * given.write.dynamic + carry) * size + 2 * n * math.prod(given.z)
+        total += 2 * (columns * given.write.dynamic + (n if columns > n else 0)) * size + 2 * n * math.prod(given.z)
     if given.read is not None:
         n, columns = given.read.bias_alpha
         total += 2 * (columns - n if columns > n else columns) * size * (2 if given.read.dynamic else 1)
@@ -119,8 +118,7 @@ def _define(name: str, writes: bool, reads: bool) -> Callable[..., Any]:
         inputs, backend = _parsed(arguments[results:-1], writes, reads)
         before = (grads[0] if writes else None, grads[-1] if reads else None)
         found = _run("backward", inputs, backend, before, [needs_weights])
-        shapes = [t.shape for t in arguments[results : results + first]]
-        return [*map(_shaped, found[:first], shapes), *found[first:]]
+        return [*map(_shaped, found[:first], [t.shape for t in arguments[results : results + first]]), *found[first:]]
 
     def fake_backward(*inputs: Any) -> list[Tensor]:
         tensors = [t for t in inputs[results:-1] if isinstance(t, Tensor)]

@@ -120,8 +120,7 @@ def backward(grad_new: Tensor | None, grad_x: Tensor | None, inputs: Inputs, nee
         if write.carry_columns:
             grad_columns, carried = torch.cat([slots @ g.mT, grad_columns], dim=-1), carry @ g
         through, gradients = coefficients_backward(grad_columns, slots, columns)
-        grad_slots = (carried + through).flatten(-2).to(state.dtype)
-        result = [grad_slots, (beta.mT @ g).flatten(-2).to(z.dtype)]
+        result = [(carried + through).flatten(-2).to(state.dtype), (beta.mT @ g).flatten(-2).to(z.dtype)]
         grad_write = gradients_of(gradients, write)
     return [*result, *grad_write, *grad_read, *grad_norm] if needs_weights else result
 

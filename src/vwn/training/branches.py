@@ -121,8 +121,7 @@ def _cool_down(run: Run, branch: Branch) -> RunResult:
     if rank() == 0:
         straight.out.mkdir(parents=True, exist_ok=True)
         directory.start(straight, run.corpus.fingerprint, run.rate_factors)
-    start = c.out / f"checkpoint-{branch.leaves}"
-    return run.train(straight, start=start, part=f", {branch.name} cool-down")
+    return run.train(straight, start=c.out / f"checkpoint-{branch.leaves}", part=f", {branch.name} cool-down")
 
 
 def _copy_model(source: Path, target: Path) -> None:

@@ -72,8 +72,7 @@ def check_same(directory: Path, stored: dict[str, Any], asked: dict[str, Any], k
 
     A run may become longer where that changes nothing of what was trained, see :func:`extends`.
     """
-    defaults = _json(settings(TrainConfig(out=directory)))
-    stored = defaults | stored
+    stored = _json(settings(TrainConfig(out=directory))) | stored
     for name, value in _json(asked).items():
         if name in FREE or name.startswith("reliability.") or extends(name, stored, value):
             continue
@@ -122,8 +121,7 @@ def settings(config: TrainConfig) -> dict[str, Any]:
 
 def continued(config: TrainConfig, record: dict[str, Any]) -> TrainConfig:
     """Return a run with the warm-up and the budgets of its ``run.json``; it may have further budgets."""
-    before = record["config"]
-    budgets = tuple(dict.fromkeys((*before.get("optim.budgets", ()), *settings(config)["optim.budgets"])))
+    budgets = tuple(dict.fromkeys((*record["config"].get("optim.budgets", ()), *settings(config)["optim.budgets"])))
     optim = dataclasses.replace(config.optim, warmup_steps=record.get("warmup", config.warmup), budgets=budgets)
     return dataclasses.replace(config, optim=optim)
 

@@ -181,5 +181,4 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
 
 def _seed_of_module(seed: int, name: str) -> int:
     # "model.layers" in a stock model is "model.backbone.layers" in ours
-    key = f"{seed}/{name.replace('.backbone.', '.')}"
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name.replace('.backbone.', '.')}".encode()).digest()[:7], "big")

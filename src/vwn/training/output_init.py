@@ -89,8 +89,7 @@ def _sublayers(layer: nn.Module) -> list[list[nn.Module]]:
             found.append([child])
         else:
             own.append(child)
-    wrapped = nn.ModuleDict({name: m for name, m in layer.named_children() if m in own})
-    return [*found, [wrapped]] if own else found
+    return [*found, [nn.ModuleDict({name: m for name, m in layer.named_children() if m in own})]] if own else found
 
 
 def _outputs(sublayer: nn.Module, width: int) -> list[nn.Parameter]:

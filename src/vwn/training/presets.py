@@ -33,8 +33,7 @@ class Preset:
 
     def fields(self, vocab_size: int, window: int) -> dict[str, Any]:
         """Return keyword arguments of the transformers config."""
-        head_dim = 32 if self.width <= 256 else 64
-        heads = self.width // head_dim
+        heads = self.width // (32 if self.width <= 256 else 64)
         shared = dict(
             vocab_size=vocab_size,
             hidden_size=self.width,

@@ -107,8 +107,7 @@ def train(
     if stored is not None:
         directory.check_same_text(config.out, stored, corpus.fingerprint)
     name = config.name if config.init_from is None else Path(config.init_from).name
-    bar = ProgressBar(label or name, config.tokens_per_step)
-    run = Run(config, corpus, learning_rate, bar, parallel)
+    run = Run(config, corpus, learning_rate, ProgressBar(label or name, config.tokens_per_step), parallel)
     model = run.build()  # what cannot be built leaves no directory behind
     run.rate_factors = rate_factors(config, model, stored)
     if label is None and rank() == 0:

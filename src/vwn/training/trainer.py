@@ -218,9 +218,7 @@ class VirtualWidthTrainer(SavingTrainer):
 
 def cooled_down(step: int, warmup: int, leaves: int, ends: int, final: float) -> float:
     """Return the share of the peak rate after ``step`` steps: constant up to the cool-down, linear to ``final``."""
-    if step < warmup:
-        return step / warmup
-    return 1.0 - (1.0 - final) * max(0, step - leaves) / (ends - leaves)
+    return step / warmup if step < warmup else 1.0 - (1.0 - final) * max(0, step - leaves) / (ends - leaves)
 
 
 class LogWindow(TrainerCallback):

@@ -72,8 +72,7 @@ def byte_lengths(tokenizer: Any) -> np.ndarray:
     Exact for byte-level tokenisers, whose pieces have one character per byte. For others the piece's own text is
     counted, which can differ from the text that was tokenised (a leading space, another case).
     """
-    decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
-    is_byte_level = '"ByteLevel"' in decoder
+    is_byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
     pieces = tokenizer.get_vocab()
     lengths = np.zeros(max(pieces.values()) + 1, dtype=np.int64)
     for piece, index in pieces.items():

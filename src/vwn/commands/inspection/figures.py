@@ -134,8 +134,7 @@ def _heat_map(figure: Figure, axes: Axes, grid: np.ndarray, rows: list[str], aro
     norm = Normalize(1 - spread, 1 + spread) if around_one else Normalize(0, high)
     if not around_one and 0 < low * MOST_LINEAR < high:
         norm = LogNorm(low, high)
-    colours = "PuOr_r" if around_one else "YlGnBu"
-    drawn = axes.pcolormesh(grid, cmap=colours, norm=norm, rasterized=grid.size > 5000)
+    drawn = axes.pcolormesh(grid, cmap="PuOr_r" if around_one else "YlGnBu", norm=norm, rasterized=grid.size > 5000)
     axes.invert_yaxis()
     axes.spines[:].set_visible(False)
     _label(axes, "y", rows, 0.5)
@@ -147,8 +146,7 @@ def _label(
     axes: Axes, which: str, names: list[str], offset: float, most: int = MOST_LABELS, rotation: int = 90
 ) -> None:
     """Name the places of an axis, leaving out regularly what would not fit."""
-    every = -(-len(names) // most)
-    places = range(0, len(names), every)
+    places = range(0, len(names), -(-len(names) // most))
     if which == "x":
         axes.set_xticks([i + offset for i in places], [names[i] for i in places], rotation=rotation)
     else:

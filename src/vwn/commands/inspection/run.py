@@ -44,8 +44,7 @@ def inspect_checkpoint(config: InspectConfig) -> dict[str, Any]:
         raise UserError(f"the text has token {last}, the model knows {known}; give its own tokenizer with --tokenizer")
     result = {"checkpoint": str(source), "data": text, **measure(model, ids)}
     config.out.mkdir(parents=True, exist_ok=True)
-    figures = write_figures(result, config.out)
-    (config.out / "inspect.html").write_text(render_page(result, figures), encoding="utf-8")
+    (config.out / "inspect.html").write_text(render_page(result, write_figures(result, config.out)), encoding="utf-8")
     write_json(config.out / "inspect.json", result)
     return result
 

@@ -79,8 +79,7 @@ class ModelShape:
 
     def on_rank(self, tp: int) -> float:
         """Return the number of parameters on one tensor-parallel rank."""
-        groups = [self.table, *(x.weights for x in (*self.layers, *self.mtp)), self.tail]
-        return sum(w.on_rank(tp) for w in groups)
+        return sum(w.on_rank(tp) for w in [self.table, *(x.weights for x in (*self.layers, *self.mtp)), self.tail])
 
 
 def model_shape(config: PreTrainedConfig, window: int) -> ModelShape:

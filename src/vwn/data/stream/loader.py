@@ -136,8 +136,7 @@ class StreamLoader:
     def state_dict(self) -> dict[str, Any]:
         """Return the position of every reader after the last batch taken, as JSON; every process must call it."""
         positions = {reader: place for part in all_gather_object(self.positions) for reader, place in part.items()}
-        start = [START] * len(self.stream.sources)
-        readers = [positions.get(reader, start) for reader in range(self.stream.readers)]
+        readers = [positions.get(reader, [START] * len(self.stream.sources)) for reader in range(self.stream.readers)]
         return {
             "format": _FORMAT,
             "step": self.step,

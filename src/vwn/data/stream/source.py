@@ -166,8 +166,7 @@ def sources_of_step(weights: Sequence[float], batch: int, step: int, seed: int) 
     """
     if len(weights) == 1:
         return np.zeros(batch, dtype=np.int64)
-    offset = (step + 1) * _GOLDEN % 1.0
-    points = (np.arange(batch) + offset) / batch
+    points = (np.arange(batch) + (step + 1) * _GOLDEN % 1.0) / batch
     found = np.searchsorted(np.cumsum(weights[:-1]), points, side="right")
     # RandomState's numbers are frozen; those of numpy's newer generators may change with its version.
     return np.random.RandomState([seed, step & 0xFFFFFFFF, step >> 32]).permutation(found)

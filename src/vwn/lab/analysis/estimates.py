@@ -69,17 +69,14 @@ class Ratio(Estimate):
 def verdict(difference: Estimate) -> str:
     """Return `"lower"` or `"higher"` if the 95 % interval of Student's t leaves zero out; `"undecided"` if not, or with
     one seed; `"unknown"` without a mean."""
-    if difference.mean is None:
-        return "unknown"
-    return {-1: "lower", 0: "undecided", 1: "higher"}[difference.sign()]
+    return "unknown" if difference.mean is None else {-1: "lower", 0: "undecided", 1: "higher"}[difference.sign()]
 
 
 def t_95(seeds: int) -> float:
     """Return how many standard errors from zero a mean over `seeds` runs must lie to be significant at 95 %."""
     freedom = seeds - 1
-    if freedom <= len(T_95):
-        return T_95[freedom - 1]
-    return 1.95996 + 2.3723 / freedom + 2.8225 / freedom**2  # Cornish-Fisher, to 1e-4
+    cornish_fisher = 1.95996 + 2.3723 / freedom + 2.8225 / freedom**2  # to 1e-4
+    return T_95[freedom - 1] if freedom <= len(T_95) else cornish_fisher
 
 
 def as_json(value: Any) -> Any:

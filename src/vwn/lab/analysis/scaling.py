@@ -38,8 +38,7 @@ def width_family(report: dict[str, Any]) -> Arms:
     for name, runs in runs_by_arm(report).items():
         run = runs[0]
         if is_generalized(run, report.get("baseline")):
-            kind = (run.get("embedding"), run.get("mtp"), run["m"])
-            families.setdefault(kind, {})[name] = runs
+            families.setdefault((run.get("embedding"), run.get("mtp"), run["m"]), {})[name] = runs
     return max(families.values(), key=lambda arms: len({runs[0]["r"] for runs in arms.values()}), default={})
 
 

@@ -77,8 +77,7 @@ def recorded_runs(report: dict[str, Any]) -> dict[str, Any]:
     references = baseline_by_seed(report)
     for name, runs in runs_by_arm(report).items():
         if name != report.get("baseline"):
-            others = list(references.values())
-            arms[name] = {key: differences(runs, others, key)[0] for key in LOSS_KEYS}
+            arms[name] = {key: differences(runs, list(references.values()), key)[0] for key in LOSS_KEYS}
     return {"tokens": _budget(report), "arms": arms}
 
 

@@ -125,8 +125,7 @@ class Comparison:
             if arm.name in self.swept:
                 run = sweep_run(config, self._measured(arm, config.seeds[0]), arm.name, 1.0)
                 self.progress.plan(arm.name, run.optim.steps * len(first_rates(config, 1.0)))
-            planned = self._measured(arm, config.seeds[0]).planned_steps
-            self.progress.plan(arm.name, planned * len(config.seeds))
+            self.progress.plan(arm.name, self._measured(arm, config.seeds[0]).planned_steps * len(config.seeds))
         sweeps = [self._rate(arm) for arm in config.parsed]
         rates = {entry["arm"]: entry["best"] for entry in sweeps}
         about = {**facts(config, self.record), "config": describe(config, self.corpus), "sweep": sweeps}
@@ -223,8 +222,7 @@ def with_rate(run: TrainConfig, rate: float) -> TrainConfig:
 
 def has_ended(run: TrainConfig, budgets: int) -> bool:
     """Return whether a run has been trained to the end that it has now, or so many of its budgets have."""
-    is_last = budgets >= len(run.branches)
-    result = stored_result(run.out) if is_last else finished(run.out)
+    result = stored_result(run.out) if budgets >= len(run.branches) else finished(run.out)
     return result is not None and result.is_whole(run, budgets)
 
 
@@ -232,8 +230,7 @@ def steps_of_round(run: TrainConfig, budgets: int) -> int:
     """Count the optimiser steps from where the branch of the budget before leaves the trunk to the end of this one."""
     if not run.branches:
         return run.optim.steps
-    before = run.branches[budgets - 2].leaves if budgets > 1 else 0
-    return run.branches[budgets - 1].steps - before
+    return run.branches[budgets - 1].steps - (run.branches[budgets - 2].leaves if budgets > 1 else 0)
 
 
 def check_same_study(config: CompareConfig, stored: dict[str, Any]) -> None:
