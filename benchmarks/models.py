@@ -54,6 +54,7 @@ class Training:
         checkpointing: gradient checkpointing of every layer.
         compiled: whether the model goes through ``torch.compile``.
         vocab: size of the vocabulary, if not the one that suits the device.
+        carry_constraint: as in :class:`vwn.VirtualWidthConfig`.
     """
 
     def __init__(
@@ -70,13 +71,14 @@ class Training:
         compiled: bool = False,
         vocab: int | None = None,
         bf16: bool = False,
+        carry_constraint: str = "none",
     ) -> None:
         vocab, self._bf16 = vocab or VOCAB[device], bf16 or device == "cuda"
         fields = size.fields(vocab, batch[1])
         backbone = CONFIG_MAPPING[fields.pop("model_type")](**fields)
         width: dict[str, Any] = {"connection": "residual"}
         if connection is not None:
-            width = {"m": connection[0], "n": connection[1]}
+            width = {"m": connection[0], "n": connection[1], "carry_constraint": carry_constraint}
         torch.manual_seed(0)
         self.model = VirtualWidthForCausalLM(VirtualWidthConfig(backbone=backbone, num_mtp_modules=mtp, **width))
         self._perturb()

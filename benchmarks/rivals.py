@@ -80,7 +80,12 @@ def ours(i: Inputs, backend: str) -> Iterator[Rival]:
     """Ours, fused and not, and the reference."""
     w, leaves = i.weights, i.leaves(i.weights)
 
-    def fused(backend: str, norm: NormWeights | None = None) -> Callable[[], tuple[Tensor, Tensor]]:
+    alphas = {name: getattr(w, name).detach() for name in ("bias_alpha", "dynamic_alpha", "scale_alpha")}
+    reads = w._replace(**{name: t[:, : i.m].clone().requires_grad_() for name, t in alphas.items()})
+
+    def fused(
+        backend: str, norm: NormWeights | None = None, w: RoutingWeights = w
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
         return lambda: ops.write_read(i.state, i.z, w, w, norm, backend)
 
     def separate() -> tuple[Tensor, Tensor]:
@@ -91,6 +96,7 @@ def ours(i: Inputs, backend: str) -> Iterator[Rival]:
     yield Rival("ours", fused(backend), leaves, f"write, then read of the next: backend {chosen!r}")
     yield Rival("ours, separate", separate, leaves, "the same, in two operations")
     yield Rival("ours, with the norm", fused(backend, i.norm), [*leaves, i.norm.weight], "and the next one's RMSNorm")
+    yield Rival("ours, identity carry", fused(backend, None, reads), i.leaves(reads), "without the mix of the slots")
     yield Rival("reference", fused("reference"), leaves, "the same, backend 'reference'")
 
 

@@ -22,6 +22,7 @@ from benchmarks.report import NOT_MEASURED, Report, parser
 SHAPES = [(2, 3), (4, 16), (8, 64)]
 VARIANTS: dict[str, dict[str, Any]] = {
     "auto": {},
+    "identity carry": {"carry_constraint": "identity"},
     "reference": {"backend": "reference"},
     "keep_states_every=4": {"keep_states_every": 4},
     "all logits": {"loss_backend": "torch"},

@@ -74,7 +74,7 @@ struct Args {
 #if defined(__AVX512F__)
 #define TILE_ROWS 8
 #else
-#define TILE_ROWS 4
+#define TILE_ROWS 6
 #endif
 namespace longest {
 #include "write_read_kernels.h"

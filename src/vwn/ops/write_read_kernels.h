@@ -63,14 +63,16 @@ template <class C, int RI, int RV> __attribute__((noinline)) void tile_nn(const 
 template <class C, int RI, int RV> inline void rows_nn(int64_t I, const Product<C>& p, int64_t i, int64_t w) {
   for (; i + RI <= I; i += RI) tile_nn<C, RI, RV>(p, i, w);
   if constexpr (RI > 1)
-    if (i < I) rows_nn<C, RI == 4 ? 3 : (RI + 1) / 2, RV>(I, p, i, w);
+    if (i < I) rows_nn<C, RI - 1, RV>(I, p, i, w);
 }
 
 // I rows and W columns of a product; W whole vectors
 template <class C> inline void nn(int64_t I, int64_t W, const Product<C>& p) {
   constexpr int L = Simd<C>::L;
   int64_t w = 0;
-  for (; w + 4 * L <= W; w += 4 * L) rows_nn<C, 4, 4>(I, p, 0, w);
+  constexpr bool many = TILE_ROWS > 6;
+  if (many || I <= 4)
+    for (; w + 4 * L <= W; w += 4 * L) rows_nn<C, many ? 4 : 2, 4>(I, p, 0, w);
   for (; w + 2 * L <= W; w += 2 * L) rows_nn<C, TILE_ROWS, 2>(I, p, 0, w);
   for (; w < W; w += L) rows_nn<C, 8, 1>(I, p, 0, w);
 }
