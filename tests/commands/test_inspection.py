@@ -143,8 +143,7 @@ def test_a_bfloat16_model_is_measured_in_float32() -> None:
 
 
 def test_residual_connection_gives_ones() -> None:
-    model = model_of(m=1, n=1, layers=3, dynamic=False, frozen=True)
-    result = measure(model, token_ids())
+    result = measure(model_of(m=1, n=1, layers=3, dynamic=False, frozen=True), token_ids())
     assert result["depth"]["gain"] == [[1.0] * (reader + 1) for reader in range(7)]
     for sublayer in result["sublayers"]:
         assert sublayer["spectral_radius"] == {"mean": 1.0, "low": 1.0, "high": 1.0}

@@ -39,7 +39,7 @@ def test_flops_of_widened_models_are_those_the_counter_sees(kind: str, mtp: int)
     [
         {"m": 4, "n": 8, "embedding": "factorised"},
         {"m": 4, "n": 8, "embedding": "replicated", "reduce": "sum", "tie_word_embeddings": True},
-        {"m": 4, "n": 8, "dynamic": False},
+        {"m": 4, "n": 8, "dynamic": False, "carry_constraint": "identity"},
         {"m": 2, "n": 3, "num_mtp_modules": 2},
         {"connection": "residual"},
         {"connection": "residual", "num_mtp_modules": 1, "tie_word_embeddings": True},
@@ -96,13 +96,14 @@ def test_the_published_size_of_mixtral_8x7b() -> None:
 @pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize(("m", "n"), WIDTHS)
 def test_connection_flops_are_those_the_counter_sees(m: int, n: int, dynamic: bool) -> None:
-    ghc = GeneralizedHyperConnection(64, m, n, dynamic=dynamic)
-    state = torch.randn(BATCH, LENGTH, ghc.geometry.over_width)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        ghc(state, lambda x: x)
-    cost = connection_cost(ghc.geometry, dynamic=dynamic)
-    assert cost.matmul_flops == counter.get_total_flops() / (BATCH * LENGTH)
-    assert cost.flops - cost.matmul_flops == (4 * ghc.geometry.over_width if dynamic else 0)
+    for constraint in ("none", "identity"):
+        ghc = GeneralizedHyperConnection(64, m, n, dynamic, constraint)
+        state = torch.randn(BATCH, LENGTH, ghc.geometry.over_width)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            ghc(state, lambda x: x)
+        cost = connection_cost(ghc.geometry, dynamic=dynamic, learned_carry=ghc.learned_carry)
+        assert cost.matmul_flops == counter.get_total_flops() / (BATCH * LENGTH)
+        assert cost.flops - cost.matmul_flops == (4 * ghc.geometry.over_width if dynamic else 0)
 
 
 def test_the_papers_own_figures_at_2_3() -> None:

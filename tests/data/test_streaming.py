@@ -366,8 +366,7 @@ def test_empty_sources_and_missing_options_are_refused(tmp_path):
 
 def test_the_end_of_a_source_is_said(tmp_path, caplog):
     caplog.set_level("INFO", "vwn")
-    stream = stream_of(open_source(str(write_txt(tmp_path, documents(5))), 16))
-    list(global_batches(stream, 100))
+    list(global_batches(stream_of(open_source(str(write_txt(tmp_path, documents(5))), 16)), 100))
     assert "pass 2 of it begins" in caplog.text
 
 

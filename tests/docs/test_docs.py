@@ -64,8 +64,7 @@ def test_the_map_of_the_code_names_what_there_is():
     assert {name for name in packages if f"{name}/" not in tree} == set()
     assert set(re.findall(r"[a-z_]+\.py", tree)) <= {path.name for path in (ROOT / "src" / "vwn").rglob("*.py")}
     for name in re.findall(r"`((?:[a-z_]+/)+[a-z_]*(?:\.py)?)`", text):
-        made = name.startswith("build/")
-        assert made or (ROOT / name).exists() or (ROOT / "src" / "vwn" / name).exists(), name
+        assert name.startswith("build/") or (ROOT / name).exists() or (ROOT / "src" / "vwn" / name).exists(), name
     source = "\n".join(path.read_text() for path in (ROOT / "src" / "vwn").rglob("*.py"))
     step = text[text.index("## One training step") : text.index("## Where to add")]
     for row in [line.split("|")[2] for line in step.splitlines() if line.startswith("| ")][2:]:

@@ -53,8 +53,7 @@ def test_prompt_tuning_asks_for_no_sizes_but_the_row_of_a_direct_table(kind, emb
         options["token_dim"] = model.get_input_embeddings().embedding_dim
     tuned = peft.get_peft_model(model, getattr(peft, f"{kind}Config")(**options))
     ids = token_ids()
-    loss = tuned(input_ids=ids, labels=ids).loss
-    loss.backward()
+    tuned(input_ids=ids, labels=ids).loss.backward()
     assert tuned.prompt_encoder["default"].embedding.weight.grad.abs().max() > 0
 
 

@@ -80,8 +80,7 @@ def test_a_module_put_in_later_reads_too() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gpt2", "cohere"])
 def test_compiles_in_one_graph(model_type: str) -> None:
-    plain = tiny_causal_lm(model_type)
-    wide = perturb(widen(plain, m=2, n=3), scale=0.05).eval()
+    wide = perturb(widen(tiny_causal_lm(model_type), m=2, n=3), scale=0.05).eval()
     ids = torch.randint(1, 90, (2, 9))
     with torch.no_grad():
         expected = wide(ids, use_cache=False).logits

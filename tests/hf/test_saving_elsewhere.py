@@ -139,8 +139,7 @@ def test_a_plain_class_does_not_load_a_widened_checkpoint(tmp_path):
 
 
 def test_the_card_says_what_the_model_is(tmp_path):
-    config = vwn_config("mixtral", 2, 3, embedding="factorised", tie_word_embeddings=True, num_mtp_modules=1)
-    model = build(config)
+    model = build(vwn_config("mixtral", 2, 3, embedding="factorised", tie_word_embeddings=True, num_mtp_modules=1))
     model.save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "transformers"

@@ -44,8 +44,7 @@ def test_from_config_keeps_the_routing_in_float32(connection, dtype):
             assert value.dtype == torch.float32
             if isinstance(connection, ManifoldHyperConnection) and name.startswith("scale"):
                 assert not torch.equal(value, value.to(dtype).float()), "0.01 went through the lower precision"
-    others = [p for name, p in model.named_parameters() if ".connections." not in name]
-    assert {p.dtype for p in others} == {dtype}
+    assert {p.dtype for name, p in model.named_parameters() if ".connections." not in name} == {dtype}
     assert model.model.backbone.config.dtype == dtype
     assert torch.isfinite(model(token_ids()).logits).all()
 

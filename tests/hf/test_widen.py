@@ -42,8 +42,7 @@ def test_the_reduce_may_have_a_norm(model_type):
 
 def test_the_new_weights_learn():
     """Routing weights of the further slots have gradients at once, and some steps change what the slots do."""
-    model = zoo.tiny_causal_lm("gpt2")
-    wide = widen(model, m=2, n=4).train()
+    wide = widen(zoo.tiny_causal_lm("gpt2"), m=2, n=4).train()
     optimizer = torch.optim.AdamW(wide.parameters(), lr=1e-2)
     losses = []
     for step in range(6):

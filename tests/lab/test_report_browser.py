@@ -66,8 +66,7 @@ def test_page_fits_and_loads_nothing(tmp_path: Path) -> None:
     source["arms"] += budget_runs("4x" + "9" * 60 + "<img src=x>", seeds=(0, 1))
     source["arms"][-1]["sample"] = "long" * 100
     write_report(source, tmp_path / "report")
-    html = (tmp_path / "report/report.html").read_text(encoding="utf-8")
-    found = probe(html, (400, 1280), tmp_path)
+    found = probe((tmp_path / "report/report.html").read_text(encoding="utf-8"), (400, 1280), tmp_path)
     long = probe((ROOT / "results/long/report.html").read_text(encoding="utf-8"), (400, 1280), tmp_path)
     assert found.keys() == long.keys() == {400, 1280}
     for width, seen in (*found.items(), *long.items()):

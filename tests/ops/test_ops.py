@@ -33,8 +33,8 @@ NORM = pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 Tensors = dict[str, Tensor]
 
 
-def make(m, n, d, *lead, dtype=torch.float32, dynamic=(True, True), norm=True, carry=True) -> Tensors:
-    """Inputs of a write followed by a read; no gain is one and no scale zero. Without ``carry`` it is the identity."""
+def make(m, n, d, *lead, dtype=torch.float32, dynamic=(True, True), norm=True, carry=(True, True)) -> Tensors:
+    """Inputs of a write followed by a read; no gain is one, no scale zero; without a ``carry`` it is the identity."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -43,8 +43,8 @@ def make(m, n, d, *lead, dtype=torch.float32, dynamic=(True, True), norm=True, c
     t = {"state": draw(*lead, n * d).to(dtype), "z": draw(*lead, m * d).to(dtype)}
     if norm:
         t["norm"] = (1 + 0.3 * draw(m * d)).to(dtype)
-    columns = m + n if carry else m
-    for side, varies in zip(("write", "read"), dynamic, strict=True):
+    for side, varies, carries in zip(("write", "read"), dynamic, carry, strict=True):
+        columns = m + n if carries else m
         w = {"bias_alpha": draw(n, columns), "bias_beta": draw(m, n)}
         if varies:
             w |= {"dynamic_alpha": draw(d, columns), "dynamic_beta": draw(d, m), "slot_norm": 1 + 0.3 * draw(d)}
@@ -128,7 +128,7 @@ def same_bits(one: Tensors, other: Tensors) -> bool:
 @EVERY_SHAPE
 def test_outputs_and_gradients_equal_float64(backend, m, n, d, dtype, dynamic):
     for (norm, carry), kind in product([(False, True), (True, True), (True, False)], KINDS):
-        t = make(m, n, d, TOKENS, dtype=dtype, dynamic=dynamic, norm=norm, carry=carry)
+        t = make(m, n, d, TOKENS, dtype=dtype, dynamic=dynamic, norm=norm, carry=(carry, carry))
         result, (right, sizes) = run(kind, t, backend), run_in_float64(kind, t)
         assert all(x.dtype == dtype and (name in right or not x.any()) for name, x in result.items())
         for name, x in ((name, result[name]) for name in right):
@@ -142,8 +142,9 @@ def test_outputs_and_gradients_equal_float64(backend, m, n, d, dtype, dynamic):
 def test_half_precision_rounds_float64_once(backend, m, n, d, dtype, dynamic):
     """Outputs and gradients of state and input are the nearest numbers; the weights' are as good as in float32."""
     for kind, carry in product(("read", "write"), (True, False)):
-        t = make(m, n, d, TOKENS, dtype=dtype, dynamic=(dynamic, dynamic), norm=False, carry=carry)
+        t = make(m, n, d, TOKENS, dtype=dtype, dynamic=(dynamic, dynamic), norm=False, carry=(carry, carry))
         result, (right, sizes) = run(kind, t, backend), run_in_float64(kind, t)
+        assert all(name in right or not x.any() for name, x in result.items())
         for name, x in ((name, result[name]) for name in right):
             assert x.dtype == (torch.float32 if "." in name else dtype)
             near = close(x, right[name], 1e-5, sizes[name]) if "." in name else ulps(x, right[name]) < 0.51
@@ -186,7 +187,7 @@ def test_the_reference_is_the_papers(m, n, d, dynamic):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("m", "n", "d"), [(1, 1, 5), (2, 3, 16), (4, 16, 17)])
 def test_write_read_is_write_then_read_to_the_bit(backend, m, n, d, dtype, dynamic, norm):
-    for carry in (False, True):
+    for carry in PAIRS:
         t = make(m, n, d, TOKENS, dtype=dtype, dynamic=dynamic, norm=norm, carry=carry)
         assert same_bits(run("write_read", t, backend), run("write then read", t, backend))
     leaves = {name: x.detach().requires_grad_() for name, x in t.items()}
@@ -213,7 +214,7 @@ def test_the_same_bits_whatever_the_threads(backend, kind):
 
 def test_nothing_is_left_unwritten(backend):
     """The same bits where fresh memory holds NaN, as it does under deterministic algorithms."""
-    cases = product(FEW_SHAPES, PAIRS, KINDS, (True, False))
+    cases = product(FEW_SHAPES, PAIRS, KINDS, PAIRS[::3])
     every = [(kind, make(*shape, TOKENS, dynamic=pair, carry=carry)) for shape, pair, kind, carry in cases]
     clean = [run(kind, t, backend) for kind, t in every]
     torch.use_deterministic_algorithms(True)
@@ -386,11 +387,12 @@ def flops(kind: str, t: Tensors, backend: str, f=call) -> int:
 
 @ALIKE
 @pytest.mark.parametrize(("m", "n", "d"), [(1, 4, 3), (2, 3, 5)])
-def test_flops_are_those_of_the_references_matrix_products(backend, m, n, d, dynamic):
-    t = make(m, n, d, TOKENS, dynamic=(dynamic, dynamic))
+@pytest.mark.parametrize("carry", [True, False], ids=["carry", "identity"])
+def test_flops_are_those_of_the_references_matrix_products(backend, m, n, d, dynamic, carry):
+    t = make(m, n, d, TOKENS, dynamic=(dynamic, dynamic), carry=(carry, carry))
     forward = {kind: flops(kind, t, backend) for kind in KINDS}
     for kind, count in forward.items():
         assert count == flops(kind, t, "plain")
         assert flops(kind, t, backend, run) == flops(kind, t, "plain", run) == 3 * count
-    cost = connection_cost(Geometry(m * d, m, n), dynamic=dynamic)
+    cost = connection_cost(Geometry(m * d, m, n), dynamic=dynamic, learned_carry=carry)
     assert forward["read"] + forward["write"] == forward["write_read"] == TOKENS * cost.matmul_flops

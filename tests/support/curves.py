@@ -145,8 +145,7 @@ def study(name: str, seeds: int = 3, noise: float = 0.004, swept: bool = True) -
             run = arm(arm_name, seed, points, **{"embedding": "direct", "mtp": 1, **changes})
             arms.append({**run, "flops_per_token": 6e6 * (1 + run["n"] / 100)})
     sweep = [sweep_of(arm_name, place) for place, arm_name in enumerate(STUDY_ARMS[name])] if swept else []
-    question = f"What does the study {name} ask?"
-    return report(*arms, study=name, question=question, sweep=sweep)
+    return report(*arms, study=name, question=f"What does the study {name} ask?", sweep=sweep)
 
 
 def sweep_of(name: str, place: int, bracketed: bool = True) -> dict[str, Any]:

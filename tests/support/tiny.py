@@ -81,8 +81,7 @@ def copy_stock_weights(source: nn.Module, target: VirtualWidthForCausalLM) -> Vi
 
 def token_ids(batch: int = 2, length: int = 9, seed: int = 0) -> Tensor:
     """Random ids without the special ones, ``[batch, length]``."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCAB, (batch, length), generator=generator)
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def generate(model, ids: Tensor | None, **options) -> Any:

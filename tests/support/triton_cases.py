@@ -80,8 +80,7 @@ def assert_close(actual: Tensor, exact: Tensor, ulps: float = 1.0, relative: flo
         return
     allowed = relative * exact.abs().max()
     if actual.dtype in HALF:
-        digits = torch.finfo(actual.dtype).eps
-        allowed = allowed + ulps * digits * 2.0 ** exact.abs().log2().floor()
+        allowed = allowed + ulps * torch.finfo(actual.dtype).eps * 2.0 ** exact.abs().log2().floor()
     assert bool(((actual.double() - exact).abs() <= allowed).all()), (actual.double() - exact).abs().max()
 
 

@@ -99,8 +99,7 @@ def test_fsdp2_equals_one_process_and_a_killed_run_resumes(folder, one):
 
 def test_tensor_parallelism_shards_and_equals_one_process(folder, one):
     run = Run(folder, "tp")
-    losses = run("--config", "tiny_mtp", "--parallelism.tensor_parallel_degree", "2", processes=2)
-    assert_same(losses, one.steps())
+    assert_same(run("--config", "tiny_mtp", "--parallelism.tensor_parallel_degree", "2", processes=2), one.steps())
     layout = run.layout(1)
     assert "DTensor" not in {kind for kind, *_ in layout["states"]}
     assert {tuple(shape) for _, *shape in layout["states"]} == {(4, 8, 36)}  # half the sequence

@@ -107,8 +107,7 @@ def test_saturated_routing_is_seen():
 )
 def test_other_connections_have_health_too(fields):
     wide = {} if "connection" not in fields else {"embedding": "replicated", "reduce": "sum"}
-    model = build(vwn_config("llama", 1 if wide else 2, 4, **fields, **wide))
-    seen = measure_state(model, token_ids()[:1])
+    seen = measure_state(build(vwn_config("llama", 1 if wide else 2, 4, **fields, **wide)), token_ids()[:1])
     assert all(v is not None and math.isfinite(v) for v in seen["spectral_radius"] + seen["effective_slots"])
     if fields.get("dynamic") is False:
         assert seen["saturated"] == [None] * len(seen["name"])

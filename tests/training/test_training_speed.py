@@ -102,7 +102,7 @@ DOUBLY, HYPER = WidthOptions(carry_constraint="doubly_stochastic"), WidthOptions
         (dict(m=None, n=None, width=WidthOptions(), speed=SpeedOptions(loss_backend="liger")), "or --mtp"),
         (dict(m=1, n=2, width=HYPER, speed=SpeedOptions(connection_backend="compiled")), "does not run"),
         (dict(width=DOUBLY, speed=SpeedOptions(connection_backend="triton")), "does not run"),
-        (dict(width=DOUBLY, speed=SpeedOptions(keep_states_every=2)), "a free carry"),
+        (dict(width=DOUBLY, speed=SpeedOptions(keep_states_every=2)), "a doubly-stochastic"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path, text, options, message):

@@ -30,7 +30,7 @@ class ConnectionCost:
     ``7 r D``, mHC's norm without a gain ``3 r D``."""
     dynamic_parameter_flops: int
     """``2 (2m + n) r D``: the slots times ``[W_α | W_β]`` (eqs. 13-14). Zero when static. In mHC the whole state makes
-    every coefficient: ``2 (2n + n²) r D``. Without a learned carry ``n`` falls away here and in the next part."""
+    every coefficient: ``2 (2n + n²) r D``. A carry that is the identity takes ``n`` away, here and in the next part."""
     width_connection_flops: int
     """``2 (m + n) r D``: read and carry, ``[Å | Â]ᵀ H'``."""
     depth_connection_flops: int

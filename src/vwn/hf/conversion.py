@@ -142,7 +142,8 @@ def _config(model: Any, embedding: str, **fields: Any) -> VirtualWidthConfig:
 
 def _base(model: PreTrainedModel) -> Any:
     """Return the base model inside a causal LM, if it is the one of its config."""
-    return next((child for child in model.children() if type(child) is base_model_class(model.config)), None)
+    kind = base_model_class(model.config)
+    return next((child for child in model.children() if type(child) is kind), None)
 
 
 def _assemble(config: VirtualWidthConfig, shell: Any) -> VirtualWidthForCausalLM:

@@ -81,7 +81,7 @@ def _flops(given: Any) -> int:
     """FLOPs of the matrix products (section 3.5), from :class:`Inputs` with shapes in place of tensors.
 
     Of the read: ``m`` columns of routing, when dynamic, and the read itself, ``2 m D'`` per token each. Of the write:
-    ``m + n`` columns of routing, when dynamic, the carry ``2 n D'`` and the write ``2 n D``; without a carry ``m``.
+    ``m + n`` columns of routing, when dynamic, the carry ``2 n D'`` and the write ``2 n D``; an identity: no carry.
     """
     total, size = 0, math.prod(given.state)
     if given.write is not None:

@@ -19,8 +19,8 @@ class RoutingWeights(NamedTuple):
     """All parameters of one connection (eqs. 12-16); the dynamic ones are all there or all ``None``."""
 
     bias_alpha: Tensor
-    """``A = [Å | Â]``, ``n x (m + n)``: a read uses the first ``m`` columns, a write the last ``n``, here and below. Or
-    ``Å`` alone, ``n x m``: then the carry is the identity, and the others of ``A`` have ``m`` columns too."""
+    """``A = [Å | Â]``, ``n x (m + n)``: a read uses the first ``m`` columns, a write the last ``n``, here and below. No
+    more columns than rows are ``Å`` alone, ``n x m``: the carry is the identity, and below are ``m`` columns too."""
     bias_beta: Tensor | None
     """``B``, ``m x n``; ``None``, as the others of ``B``, where the weights are for a read alone."""
     dynamic_alpha: Tensor | None = None
@@ -172,7 +172,7 @@ def check(inputs: Inputs, grad_new: Tensor | None = None, grad_x: Tensor | None 
         if not (w.dynamic_alpha is None) == (w.scale_alpha is None) == (w.slot_norm is None):
             raise UserError("dynamic routing needs dynamic_alpha, scale_alpha and slot_norm; static has none of them")
         if w.bias_alpha.ndim != 2 or w.m < 1 or w.n < 1:
-            raise UserError(f"bias_alpha must be n x (m + n), or n x m, got {_of(w.bias_alpha)}")
+            raise UserError(f"bias_alpha must be n x (m + n), or n x m with m <= n, got {_of(w.bias_alpha)}")
     first = sides[0]
     n, m = first.n, first.m
     width = state.shape[-1] if state.ndim else 0

@@ -2,9 +2,8 @@
 //
 // One pass over the tokens, a block of a few at a time, which stays in the first two cache levels: the routing of the
 // block's slots is computed together, the mixes are each token's own. Names: n slots, m segments, d = D / m, dp = d
-// padded to whole vectors (in scratch only), k routing columns (write: n carry, or none where the carry is the identity,
-// and m beta; read: m). C is the type
-// computed in (float or double), S the type stored.
+// padded to whole vectors (in scratch only), k routing columns (read: m; write: n of the carry, none where it is the
+// identity, and m of beta). C is the type computed in (float or double), S the type stored.
 
 #include <cmath>
 #include <cstdint>
@@ -72,7 +71,7 @@ struct Args {
 #define VECTOR_BYTES 16
 #endif
 #if defined(__AVX512F__)
-#define TILE_ROWS 8
+#define TILE_ROWS 8  // there are 32 registers
 #else
 #define TILE_ROWS 6
 #endif

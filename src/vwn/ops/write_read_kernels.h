@@ -1,5 +1,5 @@
 // The kernels of write_read.cpp, which includes this once for each length of vector, in a namespace of its own.
-// VECTOR_BYTES is the length, TILE_ROWS the rows of a product's tile: as many as there are registers for.
+// VECTOR_BYTES is the length, TILE_ROWS the rows of a tile two vectors wide: as many as there are registers for.
 
 template <class C> struct Simd {
   typedef C vec __attribute__((vector_size(VECTOR_BYTES)));
@@ -23,7 +23,7 @@ template <class C> struct Term {
   const C* b;
   int64_t ldb, K;
 };
-// c[i][w] = factor[i] * start[i][w] + straight[i][w] + terms; no factor is one, no start or straight is zero
+// c[i][w] = factor[i] * start[i][w] + straight[i][w] + terms; a null factor is one, a null start or straight zero
 template <class C> struct Product {
   C* c;
   int64_t ld;
@@ -70,7 +70,7 @@ template <class C, int RI, int RV> inline void rows_nn(int64_t I, const Product<
 template <class C> inline void nn(int64_t I, int64_t W, const Product<C>& p) {
   constexpr int L = Simd<C>::L;
   int64_t w = 0;
-  constexpr bool many = TILE_ROWS > 6;
+  constexpr bool many = TILE_ROWS > 6;  // registers
   if (many || I <= 4)
     for (; w + 4 * L <= W; w += 4 * L) rows_nn<C, many ? 4 : 2, 4>(I, p, 0, w);
   for (; w + 2 * L <= W; w += 2 * L) rows_nn<C, TILE_ROWS, 2>(I, p, 0, w);

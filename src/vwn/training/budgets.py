@@ -38,8 +38,7 @@ def parse_tokens(text: str) -> int:
 def format_tokens(tokens: int) -> str:
     """Return the shortest way to write a number of tokens that :func:`parse_tokens` reads back, such as ``1.5M``."""
     written = [f"{tokens / unit:.15g}{letter}" for letter, unit in TOKENS.items() if tokens >= unit]
-    exact = [text for text in written if "e" not in text and parse_tokens(text) == tokens]
-    return min(exact, key=len)
+    return min([text for text in written if "e" not in text and parse_tokens(text) == tokens], key=len)
 
 
 def branches_of(budgets: Iterable[str], tokens_per_step: int, cooldown: float) -> tuple[Branch, ...]:

@@ -324,8 +324,7 @@ class ProgressBar(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps += 1
-        took = statistics.median([*self.stopwatch.steps][-50:])
-        self.shown["tokens/s"] = f"{self.tokens_per_step / took:,.0f}"
+        self.shown["tokens/s"] = f"{self.tokens_per_step / statistics.median([*self.stopwatch.steps][-50:]):,.0f}"
         self.bar.set_description(self.label(self.steps) + self.part, refresh=False)
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update(state.global_step - self.bar.n)

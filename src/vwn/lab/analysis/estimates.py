@@ -75,8 +75,9 @@ def verdict(difference: Estimate) -> str:
 def t_95(seeds: int) -> float:
     """Return how many standard errors from zero a mean over `seeds` runs must lie to be significant at 95 %."""
     freedom = seeds - 1
-    cornish_fisher = 1.95996 + 2.3723 / freedom + 2.8225 / freedom**2  # to 1e-4
-    return T_95[freedom - 1] if freedom <= len(T_95) else cornish_fisher
+    if freedom <= len(T_95):
+        return T_95[freedom - 1]
+    return 1.95996 + 2.3723 / freedom + 2.8225 / freedom**2  # Cornish-Fisher, to 1e-4
 
 
 def as_json(value: Any) -> Any:

@@ -190,7 +190,7 @@ def concerns(entry: dict[str, Any]) -> dict[str, str]:
     radius = seen.get("spectral_radius_max")
     if not all(rms < LARGEST_STATE for rms in entry["state"]["rms"]):  # NaN too
         found["state"] = f"the state has grown beyond an RMS of {LARGEST_STATE:g}; lower the learning rate"
-        if radius is not None:
+        if radius is not None and not radius <= 1:
             found["state"] += (
                 f", or that of the routing alone (--rate-factors routing=0.1), or bound the carry, whose spectral "
                 f"radius is up to {radius:.2f} (--carry-constraint doubly_stochastic)"
