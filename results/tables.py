@@ -17,6 +17,7 @@ from typing import Any
 
 from vwn.lab.analysis.analyse import add_analysis
 from vwn.lab.analysis.budgets import budget_studies
+from vwn.lab.analysis.estimates import t_95
 from vwn.lab.analysis.wording import budget
 
 RESULTS = Path(__file__).parent
@@ -149,6 +150,24 @@ def without_width() -> str:
     return rows(["tokens", "seeds", *arms.values()], lines)
 
 
+@table("long/identity")
+def identity() -> str:
+    """Write what a carry that stays the identity changes at each budget."""
+    runs = {(run["arm"], run["seed"], run["budget"]): run for run in read("long/identity.json")["runs"]}
+    lines = []
+    for arm in dict.fromkeys(arm for arm, _, _ in runs):
+        for b in dict.fromkeys(b for name, _, b in runs if name == arm):
+            seeds = sorted(s for name, s, of in runs if (name, of) == (arm, b))
+            cells = []
+            for key in ("loss", "loss_2"):
+                less = [runs[arm, s, b][key] - decayed(arm, [s])[b][key] for s in seeds]
+                error = f" ± {stdev(less) / len(less) ** 0.5:.3f}" if len(less) > 1 else ""
+                cells.append(f"{mean(less):+.3f}{error}".translate(MINUS))
+            reached = both(average([runs[arm, s, b] for s in seeds]))
+            lines.append([f"`{arm}`", b.replace("M", " M"), ", ".join(map(str, seeds)), reached, *cells])
+    return rows(["model", "tokens", "seeds", "next / next-2", "difference, next", "difference, next-2"], lines)
+
+
 @table("long/rates")
 def long_rates() -> str:
     """Write plain's losses at each rate."""
@@ -227,6 +246,36 @@ def widen_sweep() -> str:
     arms = list(dict.fromkeys(arm for found in lines.values() for arm in found))
     order = sorted(lines, key=lambda name: ("routing" in name, -float(name.split(",")[0])))
     return rows(["rate", *(f"`{arm}`" for arm in arms)], [[n, *(lines[n].get(arm, "") for arm in arms)] for n in order])
+
+
+@table("widen/one-segment")
+def one_segment() -> str:
+    """Write what a model widened with one segment gains over plain, beside FFNs with as many new parameters."""
+    runs = {(run["arm"], run["seed"], run["budget"]): run for run in read("widen/one-segment.json")["runs"]}
+    budgets = list(dict.fromkeys(b for _, _, b in runs))
+    lines = []
+    for arm in [name for name in dict.fromkeys(name for name, _, _ in runs) if name != "plain"]:
+        seeds = sorted({s for name, s, _ in runs if name == arm})
+        own, plain = ((runs[name, seeds[0], budgets[0]]) for name in (arm, "plain"))
+        cells = [f"`{arm}`", *(f"{own[key] / plain[key]:.2f} ×" for key in ("params", "flops_per_token"))]
+        for b in budgets:
+            less = [runs[arm, s, b]["loss"] - runs["plain", s, b]["loss"] for s in seeds]
+            half = t_95(len(less)) * stdev(less) / len(less) ** 0.5
+            bounds = f" ({mean(less) - half:+.4f} to {mean(less) + half:+.4f})"
+            cells.append(f"{mean(less):+.4f}{bounds}".translate(MINUS))
+        lines.append(cells)
+    return rows(["", "parameters", "FLOPs", "0.8 M tokens more", "1.6 M tokens more"], lines)
+
+
+@table("widen/one-segment-rates")
+def one_segment_rates() -> str:
+    """Write the losses at each rate of models widened with one segment and to twice the width."""
+    found: dict[float, dict[str, float]] = {}
+    for run in read("widen/one-segment.json")["sweep"]:
+        found.setdefault(run["learning_rate"], {})[run["arm"]] = run["loss"]
+    arms = list(next(iter(found.values())))
+    lines = [[f"{rate:g}", *(f"{losses[arm]:.4f}" for arm in arms)] for rate, losses in sorted(found.items(), reverse=True)]
+    return rows(["rate", *(f"`{arm}`" for arm in arms)], lines)
 
 
 @table("quickstart/rates")

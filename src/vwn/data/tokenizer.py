@@ -28,7 +28,7 @@ def load_tokenizer(spec: str, texts: Iterable[str] | None = None) -> PreTrainedT
     """Load the tokeniser that `spec` names, with an end-of-text token; it decodes what it encodes to the same text.
 
     `bytes`: ids 0..255 are the bytes of UTF-8, 256 is `<|endoftext|>`. `bpe:N`: a byte-level BPE of at most `N` ids,
-    trained on `texts` (fewer where the text has no more pairs that occur twice); the same text gives the same ids.
+    trained on `texts` (fewer where the text has no more pairs that occur twice); on one machine always the same.
     Anything else is a folder or hub id for `AutoTokenizer`. Raises `UserError` for a spec that cannot be met.
     """
     if spec == BYTES:

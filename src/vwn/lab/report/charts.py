@@ -81,7 +81,7 @@ def loss_figure(
         if len(arms) == 2 and limits and (saved := _saved(report, key)):
             start, end, text = saved
             figure.arrow(start, end, target, text)
-            limits = min(limits[0], target - (ARROW_ROOM / (1 - ARROW_ROOM) * (limits[1] - target))), limits[1]
+            limits = min(limits[0], target - ARROW_ROOM / (1 - ARROW_ROOM) * (limits[1] - target)), limits[1]
     figure.axes.set(xlim=(0, None), ylim=limits)
     figure.axes.xaxis.set_major_formatter(lambda value, _: budget(value))
     figure.axes.locator_params(axis="x", nbins=5)
