@@ -274,7 +274,9 @@ def one_segment_rates() -> str:
     for run in read("widen/one-segment.json")["sweep"]:
         found.setdefault(run["learning_rate"], {})[run["arm"]] = run["loss"]
     arms = list(next(iter(found.values())))
-    lines = [[f"{rate:g}", *(f"{losses[arm]:.4f}" for arm in arms)] for rate, losses in sorted(found.items(), reverse=True)]
+    lines = [
+        [f"{rate:g}", *(f"{losses[arm]:.4f}" for arm in arms)] for rate, losses in sorted(found.items(), reverse=True)
+    ]
     return rows(["rate", *(f"`{arm}`" for arm in arms)], lines)
 
 
