@@ -57,11 +57,9 @@ class RoutingWeights(NamedTuple):
         """The same routing with the columns of an identity carry written out."""
         if self.carry_columns:
             return self
-        wide = {
-            f: F.pad(t, (0, self.n)) for f in ("dynamic_alpha", "scale_alpha") if (t := getattr(self, f)) is not None
-        }
         bias = torch.cat([self.bias_alpha, torch.eye(self.n).to(self.bias_alpha)], dim=1)
-        return self._replace(bias_alpha=bias, **wide)
+        dynamic, scale = (None if t is None else F.pad(t, (0, self.n)) for t in (self.dynamic_alpha, self.scale_alpha))
+        return self._replace(bias_alpha=bias, dynamic_alpha=dynamic, scale_alpha=scale)
 
     @property
     def dynamic(self) -> bool:
