@@ -51,7 +51,7 @@ def test_connections(tmp_path):
     rows = run(tmp_path, "connections", "--shapes", "2x4")["rows"]
     by_name = {(row["rival"], row["pass"]): row for row in rows if row["rival"] != "copy"}
     rivals = {"ours", "ours, separate", "ours, with the norm", "reference", "listing, eager", "listing, compiled"}
-    rivals |= {"plain, eager", "plain, compiled", "hyper-connections", "Liger-Kernel mHC"}
+    rivals |= {"ours, identity carry", "plain, eager", "plain, compiled", "hyper-connections", "Liger-Kernel mHC"}
     assert {name for name, _ in by_name} == rivals
     assert "GPU" in by_name["Liger-Kernel mHC", "forward"]["not measured"]
     r, wide, element = 2, 64 * 32, 4
@@ -67,7 +67,7 @@ def test_connections(tmp_path):
 def test_training_step(tmp_path):
     rows = run(tmp_path, "training_step", "--shapes", "2x3")["rows"]
     assert {row["family"] for row in rows} == {"dense", "moe"}
-    variants = {"auto", "reference", "keep_states_every=4", "all logits", "checkpointing"}
+    variants = {"auto", "identity carry", "reference", "keep_states_every=4", "all logits", "checkpointing"}
     assert {row["variant"] for row in rows if row["family"] == "dense"} == variants
     assert all(row["saved_mb"] < row["total_peak_mb"] for row in rows)
     saved = {row["variant"]: row["saved_mb"] for row in rows if row["family"] == "dense"}
