@@ -56,6 +56,12 @@ def difference(a: dict[str, Any], b: dict[str, Any]) -> str:
     return " / ".join(f"{a[key] - b[key]:+.3f}" for key in ("loss", "loss_2")).translate(MINUS)
 
 
+def with_error(values: list[float]) -> str:
+    """Write the mean of differences over seeds, ± its standard error where there are several."""
+    error = f" ± {stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{mean(values):+.3f}{error}".translate(MINUS) if values else ""
+
+
 def average(points: list[dict[str, Any]]) -> dict[str, Any]:
     """Average both losses."""
     return {key: mean(point[key] for point in points) for key in ("loss", "loss_2")}
@@ -158,12 +164,9 @@ def identity() -> str:
     for arm in dict.fromkeys(arm for arm, _, _ in runs):
         for b in dict.fromkeys(b for name, _, b in runs if name == arm):
             seeds = sorted(s for name, s, of in runs if (name, of) == (arm, b))
-            cells = []
-            for key in ("loss", "loss_2"):
-                less = [runs[arm, s, b][key] - decayed(arm, [s])[b][key] for s in seeds]
-                error = f" ± {stdev(less) / len(less) ** 0.5:.3f}" if len(less) > 1 else ""
-                cells.append(f"{mean(less):+.3f}{error}".translate(MINUS))
-            reached = both(average([runs[arm, s, b] for s in seeds]))
+            pairs = [(runs[arm, s, b], decayed(arm, [s])[b]) for s in seeds]
+            cells = [with_error([ours[key] - theirs[key] for ours, theirs in pairs]) for key in ("loss", "loss_2")]
+            reached = both(average([ours for ours, _ in pairs]))
             lines.append([f"`{arm}`", b.replace("M", " M"), ", ".join(map(str, seeds)), reached, *cells])
     return rows(["model", "tokens", "seeds", "next / next-2", "difference, next", "difference, next-2"], lines)
 
@@ -236,10 +239,10 @@ def decoding() -> str:
 
 
 @table("widen/sweep")
-def widen_sweep() -> str:
+def widen_sweep(runs: list[dict[str, Any]] | None = None) -> str:
     """Write the losses at each rate of a widened model."""
     lines: dict[str, dict[str, str]] = {}
-    for run in read("widen/sweep.json")["runs"]:
+    for run in read("widen/sweep.json")["runs"] if runs is None else runs:
         rate = re.search(r"--learning-rate (\S+)", run["command"])[1]
         name = f"{rate}, routing ×5" if "routing=5" in run["command"] else rate
         lines.setdefault(name, {})[run["arm"]] = f"{run['loss']:.4f}"
@@ -270,14 +273,7 @@ def one_segment() -> str:
 @table("widen/one-segment-rates")
 def one_segment_rates() -> str:
     """Write the losses at each rate of models widened with one segment and to twice the width."""
-    found: dict[float, dict[str, float]] = {}
-    for run in read("widen/one-segment.json")["sweep"]:
-        found.setdefault(run["learning_rate"], {})[run["arm"]] = run["loss"]
-    arms = list(next(iter(found.values())))
-    lines = [
-        [f"{rate:g}", *(f"{losses[arm]:.4f}" for arm in arms)] for rate, losses in sorted(found.items(), reverse=True)
-    ]
-    return rows(["rate", *(f"`{arm}`" for arm in arms)], lines)
+    return widen_sweep(read("widen/one-segment.json")["sweep"])
 
 
 @table("quickstart/rates")
@@ -361,8 +357,7 @@ def parameterisation() -> str:
         cells = [both(average([loss[name, model, s] for s in seeds]))]
         for key in ("loss", "loss_2"):
             less = [loss[name, model, s][key] - loss[base, model, s][key] for s in seeds] if base else []
-            error = f" ± {stdev(less) / len(less) ** 0.5:.3f}" if len(less) > 1 else ""
-            cells.append(f"{mean(less):+.3f}{error}".translate(MINUS) if less else "")
+            cells.append(with_error(less))
         lines.append([name, model, base or "", " ".join(map(str, seeds)), *cells])
     heads = ["candidate", "model", "against", "seeds", "next / next-2", "difference, next", "difference, next-2"]
     return rows(heads, lines)

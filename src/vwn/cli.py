@@ -261,7 +261,7 @@ COMMANDS = {
         ("eval runs/wide --data other.txt", "eval runs/wide --tasks piqa lambada --data-dir tasks/"),
         ("checkpoint", "data", "tasks", "data-dir", "out"),
     ),
-    "widen": Command(WidenConfig, run_widen, ("widen path/to/model wide --m 4 --n 8",), ("model", "out", "m", "n")),
+    "widen": Command(WidenConfig, run_widen, ("widen path/to/model wide --m 1 --n 4",), ("model", "out", "m", "n")),
     "cost": Command(
         CostConfig,
         run_cost,

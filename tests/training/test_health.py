@@ -149,6 +149,8 @@ def test_what_goes_wrong_is_said_once(finished, tmp_path, text, caplog):
     healthy = read_health(run.out)[-1]
     assert concerns(healthy) == {}
     assert "routing=0.1" in concerns(healthy | {"state": healthy["state"] | {"rms": [1.0, 1e7]}})["state"]
+    still = healthy["state"] | {"rms": [1.0, 1e7], "spectral_radius": [1.0]}  # a carry that is the identity
+    assert "carry" not in concerns(healthy | {"state": still})["state"]
     assert concerns(healthy | {"state": {"rms": [1.0, math.nan]}}).keys() == {"state"}
     saturated = healthy | {"state": healthy["state"] | {"saturated": [None, 0.7]}}
     assert "70% of a sublayer" in concerns(saturated)["saturated"]

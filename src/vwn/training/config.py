@@ -305,9 +305,7 @@ class TrainConfig:
             raise UserError("--connection-backend and --keep-states-every need a virtual width; give --m and --n too")
         is_free = self.width.connection == "ghc" and self.width.carry_constraint != "doubly_stochastic"
         if self.speed.keep_states_every > 1 and not is_free:
-            raise UserError(
-                "--keep-states-every is for connection ghc without a doubly-stochastic carry; leave it at 1"
-            )
+            raise UserError("--keep-states-every needs ghc without a doubly-stochastic carry; leave it at 1")
         backend, connection = self.speed.connection_backend, self.width.connection
         if not is_free and (backend == "triton" or (backend == "compiled" and connection == "hc")):
             kind = connection if connection != "ghc" else "ghc with a constrained carry"

@@ -58,10 +58,10 @@ STUDIES: dict[str, Study] = {
         (
             "plain",
             "4x8:4x8,embedding=replicated",
-            "4x16:4x16,embedding=replicated",
+            "1x4:1x4,embedding=replicated",
             "4x8-table:4x8,embedding=direct",
-            "4x16-table:4x16,embedding=direct",
-            "plain-params:plain,match_params=4x16-table",
+            "1x4-table:1x4,embedding=direct",
+            "plain-params:plain,match_params=1x4-table",
         ),
     ),
     "controls": Study(

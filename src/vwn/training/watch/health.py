@@ -165,7 +165,8 @@ def effective_slots(slots: Tensor) -> float:
     It is ``(tr G)² / ‖G‖²`` with ``G`` the slots' Gram matrix, the participation ratio of its eigenvalues.
     """
     gram = slots @ slots.mT
-    return float((gram.diagonal(dim1=-2, dim2=-1).sum(-1).square() / gram.square().sum((-2, -1))).mean())
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return float((trace.square() / gram.square().sum((-2, -1))).mean())
 
 
 def worst(entry: dict[str, Any]) -> dict[str, float]:
