@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -44,6 +45,7 @@ def _run(rank: int, world: int, port: int, local: int, log: Path, sharded: bool,
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.enable(2)  # a crash says where it was
     import torch
 
     torch.set_num_threads(1)
