@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--checkpoint", type=Path, help="a causal language model over bytes; a small Llama without it")
-    for name, default in {"m": 4, "n": 8, "rank": 8, "steps": 100, "batch-size": 8, "window": 128, "seed": 0}.items():
+    for name, default in {"m": 1, "n": 4, "rank": 8, "steps": 100, "batch-size": 8, "window": 128, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rate", type=float, default=3e-3)
     given = parser.parse_args()

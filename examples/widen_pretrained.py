@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--checkpoint", type=Path)
-    for name, default in {"m": 4, "n": 8, "steps": 100, "batch-size": 8, "window": 128, "seed": 0}.items():
+    for name, default in {"m": 1, "n": 4, "steps": 100, "batch-size": 8, "window": 128, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rate", type=float, default=1e-3)
     given = parser.parse_args()

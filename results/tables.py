@@ -124,6 +124,32 @@ def fewer_2() -> str:
     return factors(["4x32", "1x4", "4x16", "4x8", "hc"], "loss_2", ["2M", "4M", "8M", "16M", "32M"])
 
 
+@table("long/baselines")
+def baselines() -> str:
+    """Write how many times fewer tokens wide models need for the losses of plain at half the rate, and of `1x1`."""
+    half = next(entry for entry in read("long/rates.json") if entry["seed"] == 0)
+    residuals: dict[int, list[dict[str, Any]]] = {}
+    for run in read("long/without-width.json")["runs"]:
+        if run["arm"] == "1x1":
+            residuals.setdefault(run["seed"], []).append(run)
+    lines = []
+    for name, points in (("plain at 3e-3", {0: half["decayed"]}), ("`1x1`", residuals)):
+        report = read("long/report.json")
+        report["arms"] = [run for run in report["arms"] if run["seed"] in points]
+        for run in report["arms"]:
+            if run["name"] == "plain":
+                run["decayed"] = points[run["seed"]]
+        studies = budget_studies(add_analysis(report))
+        for b in [budget(point["tokens"]) for point in points[0]][-3:]:
+            cells = []
+            for arm in ("1x4", "4x16", "4x32"):
+                found = [{budget(t): f for t, f in study.tokens_factors[arm].items()}[b] for study in studies.values()]
+                cells.append(" / ".join(f.text(".2f").replace(" (one seed)", "") for f in found))
+            seeds = ", ".join(map(str, sorted(found[0].by_seed)))
+            lines.append([name, b.replace("M", " M"), seeds, *cells])
+    return rows(["baseline", "tokens", "seeds", "`1x4`", "`4x16`", "`4x32`"], lines)
+
+
 @table("long/control")
 def control() -> str:
     """Write ×8 beside a plain model of twice the width."""
