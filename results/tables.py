@@ -214,6 +214,18 @@ def long_rates() -> str:
     )
 
 
+@table("long/rates-late")
+def late_rates() -> str:
+    """Write plain's losses at lower rates and larger budgets, seed 0."""
+    lines = [["0.006", "the study's", *(both(decayed("plain", [0])[b]) for b in ("8M", "16M", "32M"))]]
+    for entry in read("long/rates.json"):
+        if entry["seed"] == 0:
+            where = entry.get("created_on", "the study's")
+            cells = [*map(both, entry["decayed"]), ""][:3]
+            lines.append([f"{entry['learning_rate']:g}", where, *cells])
+    return rows(["rate", "machine", "8 M", "16 M", "32 M"], lines)
+
+
 @table("long/table-40")
 def table_40() -> str:
     """Write the earlier run's losses."""
