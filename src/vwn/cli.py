@@ -91,9 +91,9 @@ class WidenConfig:
     """A folder with any causal language model of transformers, or a hub id."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the widened model; must not hold one."""
-    m: int = 4
+    m: int = 1
     """Fraction rate: the hidden size is cut into m segments."""
-    n: int = 8
+    n: int = 4
     """Slots of the over-width state, n >= m; the virtual width factor is n / m."""
     embedding: Literal["replicated", "direct"] = "replicated"
     """replicated repeats the embedding over the slots; direct makes a table as wide as the state, with equal logits."""
@@ -181,8 +181,9 @@ def run_eval(config: EvalCommand) -> None:
 def run_widen(config: WidenConfig) -> None:
     """`vwn widen`."""
     from vwn.hf.conversion import widen_checkpoint
+    from vwn.training.directory import locate
 
-    wide = widen_checkpoint(**vars(config))
+    wide = widen_checkpoint(**vars(config) | {"model": str(locate(config.model))})
     c, count = wide.config, sum(p.numel() for p in wide.parameters())
     width = f"m = {c.m}, n = {c.n}"
     print(f"{config.out}: {c.backbone.model_type}, {width}, {count:,} parameters, same logits as {config.model}")

@@ -120,8 +120,7 @@ def test_a_plain_model_needs_nothing_of_ours(kind: str) -> None:
 def test_windows_are_spread_over_the_text() -> None:
     model, tokens = stock(vocab_size=257), some_tokens(100)
     found = measure_text(model, text_of(tokens), 10, max_tokens=35)
-    every = by_hand(model, tokens, 10, 10)
-    expected = [loss for i, loss in every.items() if i // 10 in (0, 3, 6)]
+    expected = [loss for i, loss in by_hand(model, tokens, 10, 10).items() if i // 10 in (0, 3, 6)]
     assert found["windows"] == 3
     assert found["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
 
@@ -144,8 +143,7 @@ def test_bytes_are_those_of_the_counted_tokens(tmp_path, spec: str) -> None:
     assert list(map(len, written)) == lengths[source.tokens].tolist()
     assert any(piece == "狐".encode()[:1] for piece in written)  # a split character
     found = measure_text(model, source, 50, max_tokens=1000)
-    count = len(source.tokens) // 50
-    starts = [i * count // 20 * 50 for i in range(20)]
+    starts = [i * (len(source.tokens) // 50) // 20 * 50 for i in range(20)]
     covered = sum(len(piece) for start in starts for piece in written[start + 1 : start + 50])
     assert (found["bytes"], found["bytes_exact"]) == (covered, True)
     assert found["bits_per_byte"] == pytest.approx(found["loss"] * found["tokens"] / math.log(2) / covered)

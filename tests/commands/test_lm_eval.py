@@ -264,8 +264,7 @@ def test_contexts_that_are_cut_are_counted_and_answers_are_not_cut(model, checkp
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     lengths = sorted(len(f"{row['context']} {row['continuation']}".encode()) for row in LAMBADA)
     for window, cut in ((lengths[2] - 1, 0), (lengths[2] - 2, 1), (lengths[1] - 2, 2)):  # the last token is not read
-        tasks = load_tasks(["lambada"], data_dir)
-        assert run_tasks(model, tokenizer, tasks, window=window)["truncated"] == cut
+        assert run_tasks(model, tokenizer, load_tasks(["lambada"], data_dir), window=window)["truncated"] == cut
     with pytest.raises(UserError, match=r"longest answer has 8 tokens, and the model takes 7 at a time"):
         run_tasks(model, tokenizer, load_tasks(["lambada"], data_dir), window=7)
 

@@ -144,8 +144,7 @@ def test_advice_where_a_model_does_not_fit() -> None:
     plan = plans(made, EIGHT, o, WINDOW)["wide"]
     assert plan.fits
     assert not plan.advice
-    tight = replace(EIGHT, memory_gb=0.9 * plan.memory.total / 1e9)
-    plan = plans(made, tight, o, WINDOW)["wide"]
+    plan = plans(made, replace(EIGHT, memory_gb=0.9 * plan.memory.total / 1e9), o, WINDOW)["wide"]
     assert not plan.fits
     assert "most for activations" in plan.advice
     assert "--checkpointing full" in plan.advice

@@ -83,8 +83,7 @@ def test_active_parameters_leave_out_the_experts_a_token_does_not_meet() -> None
     assert dense.active_parameters == dense.parameters
     assert (dense.connection, dense.flops.connections) == (None, 0)
     cost = model_cost(backbone("mixtral"), sequence_length=8)
-    one_expert = 3 * 128 * 352
-    assert cost.parameters - cost.active_parameters == 3 * (8 - 2) * one_expert
+    assert cost.parameters - cost.active_parameters == 3 * (8 - 2) * (3 * 128 * 352)
 
 
 def test_the_published_size_of_mixtral_8x7b() -> None:
@@ -157,8 +156,7 @@ def test_the_ratio_needs_a_plain_model_to_compare_with() -> None:
 
 
 def test_the_text_fits_a_terminal_and_has_a_line_for_each_model() -> None:
-    name = "a_name_that_is_much_longer_than_the_column_it_goes_into"
-    _, text = _table(**{"2x3": (2, 3), name: (8, 64)})
+    _, text = _table(**{"2x3": (2, 3), "a_name_that_is_much_longer_than_the_column_it_goes_into": (8, 64)})
     lines = text.splitlines()
     assert max(map(len, lines)) <= 110
     assert sum(line.startswith("2x3 ") for line in lines) == 1

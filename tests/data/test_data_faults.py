@@ -36,8 +36,7 @@ def ids_of(*documents: str) -> list[int]:
 
 def prepared(path: Path | str, cache: Path, **options) -> list[int]:
     """All tokens of a text, as `--data`, `--valid` and `vwn eval` prepare it."""
-    given = {"tokenizer": "bytes", "window": 2, "cache_dir": cache} | options
-    corpus = prepare_valid(str(path), **given)
+    corpus = prepare_valid(str(path), **{"tokenizer": "bytes", "window": 2, "cache_dir": cache} | options)
     return np.fromfile(corpus.valid.path, dtype=corpus.valid.dtype).tolist()
 
 

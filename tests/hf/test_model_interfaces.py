@@ -114,8 +114,7 @@ def test_saving_leaves_the_config_alone(tmp_path):
     assert model.config.to_dict() == before
     assert json.loads((tmp_path / "config.json").read_text())["backbone"]["transformers_weights"] == NOT_PLAIN
     loaded = VirtualWidthForCausalLM.from_pretrained(tmp_path)
-    plain = AutoModelForCausalLM.from_config(loaded.config.backbone)
-    plain.save_pretrained(tmp_path / "plain")
+    AutoModelForCausalLM.from_config(loaded.config.backbone).save_pretrained(tmp_path / "plain")
     AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
 
 

@@ -25,8 +25,7 @@ def equals_one(config: str, paths: list[str]) -> None:
     """What each of two processes does; with a bfloat16 model the routing stays in float32, sharded or not."""
     for path in paths:
         expected = torch.load(path + "/expected.pt")
-        shared = DistributedConfig(**json.loads(config))
-        model = AutoModelForCausalLM.from_pretrained(path, distributed_config=shared)
+        model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(**json.loads(config)))
         half = model.dtype == torch.bfloat16
         for name, p in model.named_parameters():
             assert p.dtype == (torch.bfloat16 if half and ".connections." not in name else torch.float32), name
@@ -90,8 +89,7 @@ def test_two_processes_equal_one(tmp_path, config):
 def test_the_plan_is_the_backbones(kind, connection):
     width = (1, 1) if connection == "residual" else (2, 4)
     model = build(vwn_config(kind, *width, connection=connection, num_mtp_modules=1))
-    theirs = backbone_config(kind).base_model_tp_plan
-    wanted = {f"model.backbone.{name}": style for name, style in theirs.items()}
+    wanted = {f"model.backbone.{name}": style for name, style in backbone_config(kind).base_model_tp_plan.items()}
     wanted |= {"model.embed_tokens.table": "embedding_rowwise", "lm_head": "colwise_gather_output"}
     assert model._tp_plan == wanted
     assert model.model._tp_plan == {k.removeprefix("model."): v for k, v in wanted.items() if k != "lm_head"}

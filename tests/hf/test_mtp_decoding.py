@@ -299,6 +299,7 @@ def test_the_command_line(capsys, monkeypatch, checkpoints):
         ((*common, "--mtp", "--temperature", "0.5"), "temperature 0"),
         (("generate", checkpoints[0], "--prompt", "sea", "--mtp"), "no MTP modules"),
         (("generate", checkpoints[2], "--prompt", "sea", "--mtp", "--max-new-tokens", "0"), "at least 1"),
+        (("widen", "nosuch", "out"), "there is no checkpoint at 'nosuch'"),
     ):
         code, _, err = vwn(*arguments)
         assert code == 2

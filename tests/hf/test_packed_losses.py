@@ -37,8 +37,7 @@ def packed(how: str) -> dict[str, Tensor]:
     labels = torch.cat([torch.cat([torch.full_like(d[:, :1], -100), d[:, 1:]], dim=1) for d in documents()], dim=1)
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
     index = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))[None]
-    allowed = (index[..., None] == index[:, None]) & torch.ones(index.shape[1], index.shape[1]).tril().bool()
-    block = allowed[:, None]
+    block = ((index[..., None] == index[:, None]) & torch.ones(index.shape[1], index.shape[1]).tril().bool())[:, None]
     row = {"input_ids": ids, "labels": labels, "position_ids": positions}
     if how == "4-D mask":
         return row | {"attention_mask": block}
@@ -86,8 +85,7 @@ def test_each_key_of_the_padding_free_collator_tells_documents_apart(tell):
 
 
 def test_no_module_has_a_target_in_another_document():
-    documents = torch.tensor([[0, 0, 0, 1, 1, 1]])
-    found = targets_of_heads(3, torch.arange(1, 7)[None], documents=documents)
+    found = targets_of_heads(3, torch.arange(1, 7)[None], documents=torch.tensor([[0, 0, 0, 1, 1, 1]]))
     nothing = [-100] * 6
     assert [t[0].tolist() for t in found] == [[2, 3, 4, 5, 6, -100], [3, -100, -100, 6, -100, -100], nothing]
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+import zoo
 from runs import config
 from vwn.common.errors import UserError
 from vwn.training import run as run_module
@@ -46,6 +47,12 @@ def test_refusals_of_trained_weights(tmp_path, text, finished, changes, message)
     with pytest.raises(UserError, match=message):
         train(onwards(tmp_path / "run", text, finished[0].out, **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_without_a_tokenizer_are_refused(tmp_path, text):
+    zoo.tiny_causal_lm("llama").save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match="bare holds no tokenizer; name the one it was trained with"):
+        train(onwards(tmp_path / "run", text, tmp_path / "bare"))
 
 
 @pytest.mark.parametrize(

@@ -304,8 +304,13 @@ def test_shapes_that_do_not_fit_are_refused(call, message):
 
 
 @pytest.mark.parametrize("backend", ["reference", "compiled"])
-def test_forward_mode_is_refused(backend):
+def test_other_derivatives_are_refused(backend):
     c = GeneralizedHyperConnection(8, 2, 3, backend=backend)
-    state = torch.randn(2, 12)
+    state = torch.randn(2, 12, requires_grad=True)
     with pytest.raises(UserError, match="no forward-mode derivative"):
         torch.func.jvp(c.read, (state,), (state,))
+    with pytest.raises(UserError, match=r"no torch\.func"):
+        torch.func.grad(lambda x: c.read(x).sum())(state)
+    (first,) = torch.autograd.grad(c.read(state).pow(2).sum(), state, create_graph=True)
+    with pytest.raises(UserError, match="no second derivative"):
+        first.sum().backward()

@@ -70,6 +70,5 @@ def split_off_end(text: Text) -> tuple[Text, Text]:
             document = end
         if chunk.ends and end >= target:
             break
-    possible = (cut for cut in (document, line) if VALID_SHARE / 2 <= 1 - cut / text.stop <= VALID_SHARE * 2)
-    cut = next(possible, target)
+    cut = next((cut for cut in (document, line) if VALID_SHARE / 2 <= 1 - cut / text.stop <= VALID_SHARE * 2), target)
     return replace(text, stop=cut), replace(text, start=cut)

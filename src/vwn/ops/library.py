@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.library import CustomOpDef
 from torch.utils.flop_counter import register_flop_formula
 
+from vwn.common.errors import UserError
 from vwn.ops.backends import choose, module
 from vwn.ops.weights import Inputs, NormWeights, RoutingWeights, check
 
@@ -174,7 +175,11 @@ def _differentiated(
         wanted = [t is not None and (i < first or needs_weights) for i, t in enumerate(tensors)]
         return tuple(next(found) if wants else None for wants in wanted)
 
+    def no_second_derivative(ctx: Any, *grads: Any) -> None:
+        raise UserError("the connections have no second derivative")
+
     op.register_autograd(run_backward, setup_context=setup_context)
+    back.register_autograd(no_second_derivative)
 
     class Differentiated(torch.autograd.Function):
         @staticmethod
@@ -186,6 +191,8 @@ def _differentiated(
 
     def call(*inputs: Any) -> Any:
         if _is_seen(inputs):
+            if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+                raise UserError("the connections have no forward-mode derivative and no torch.func; use torch.autograd")
             return op(*inputs)
         return Differentiated.apply(*inputs) if torch.is_grad_enabled() else forward_(*inputs)
 

@@ -146,8 +146,7 @@ def coefficients_backward(grad: Tensor, slots: Tensor, columns: Columns) -> tupl
     grad_unit = grad_normed * gain
     grad_slots = rstd * (grad_unit - unit * (unit * grad_unit).mean(-1, keepdim=True))
     grad_dynamic = (unit * gain).flatten(0, -2).mT @ grad_logits.flatten(0, -2) / tau
-    grad_gain = (grad_normed * unit).flatten(0, -2).sum(0)
-    return grad_slots, Columns(grad_static, grad_dynamic, grad_scale, grad_gain, eps)
+    return grad_slots, Columns(grad_static, grad_dynamic, grad_scale, (grad_normed * unit).flatten(0, -2).sum(0), eps)
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, norm: NormWeights) -> tuple[Tensor, list[Tensor]]:

@@ -143,7 +143,7 @@ def start_from(checkpoint: str, vocab_size: int, window: int) -> PreTrainedModel
     if model.config.vocab_size < vocab_size:
         raise UserError(
             f"{checkpoint!r} knows {model.config.vocab_size} tokens, the tokenizer has {vocab_size}; "
-            "drop --tokenizer to use its own"
+            "give the one it was trained with"
         )
     check_positions(model, window)
     return model

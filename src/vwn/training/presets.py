@@ -26,8 +26,7 @@ class Preset:
 
     def parameters(self, vocab_size: int = 32_768) -> int:
         """Return the number of parameters of the plain model."""
-        c = self.fields(vocab_size, 0)
-        attention, ffn = 4 * self.width**2, 3 * self.width * c["intermediate_size"]
+        attention, ffn = 4 * self.width**2, 3 * self.width * self.fields(vocab_size, 0)["intermediate_size"]
         experts = self.experts * (ffn + self.width) if self.experts else ffn  # with the router's row for each
         return 2 * vocab_size * self.width + self.depth * (attention + experts + 2 * self.width) + self.width
 

@@ -21,7 +21,7 @@ from vwn.common.processes import all_present, broadcast, rank
 from vwn.data import Corpus, PackedWindows, prepare
 from vwn.data.packing import spread
 from vwn.data.stream import prepare_stream
-from vwn.data.tokenizer import BYTES
+from vwn.data.tokenizer import BYTES, load_checkpoint_tokenizer
 from vwn.hf import VirtualWidthForCausalLM
 from vwn.nn.embedding import EMBEDDING_STD
 from vwn.nn.groups import default_factors
@@ -318,6 +318,8 @@ def with_tokenizer(config: TrainConfig) -> TrainConfig:
     if config.corpus.tokenizer is not None:
         return config
     name = BYTES if config.init_from is None else str(directory.locate(config.init_from))
+    if config.init_from is not None:
+        load_checkpoint_tokenizer(name)  # or its error says what lacks
     return dataclasses.replace(config, corpus=dataclasses.replace(config.corpus, tokenizer=name))
 
 

@@ -182,8 +182,7 @@ def _check_ids(ids: np.ndarray, vocab_size: int) -> None:
 @torch.no_grad()
 def _losses(model: Any, ids: Tensor, heads: int) -> Iterator[Tensor]:
     """Yield cross-entropy of every target of each head: of head ``k`` ``[B, W - 1 - k]``, in float32."""
-    further = {"output_mtp_logits": True} if heads > 1 else {}
-    out = model(input_ids=ids, use_cache=False, **further)
+    out = model(input_ids=ids, use_cache=False, **{"output_mtp_logits": True} if heads > 1 else {})
     for k, logits in enumerate((out.logits, *(out.mtp_logits if heads > 1 else ()))):
         pairs = zip(logits, ids, strict=True)  # row by row, to save memory
         yield torch.stack([F.cross_entropy(row[: -1 - k].float(), t[1 + k :], reduction="none") for row, t in pairs])

@@ -42,8 +42,7 @@ def depth_figure(result: dict[str, Any]) -> Figure:
     """Draw the paths from source to reader, and what they carry, as two heat maps."""
     names = _names(result)
     sources, readers = ["embedding", *names], [*names, "final state"]
-    cell = max(0.13, min(0.36, 4.2 / len(readers)))
-    side = cell * len(readers)
+    side = max(0.13, min(0.36, 4.2 / len(readers))) * len(readers)
     figure = Figure(figsize=(2 * side + 3.8, side + 1.6), layout="constrained")
     panels = (("gain", "Path: RMS gain from output to input"), ("carried", "Carried: RMS relative to the whole input"))
     for axes, (key, title) in zip(figure.subplots(1, 2), panels, strict=True):

@@ -76,8 +76,7 @@ def load_tokens(
     window = min(window, positions or window, tokens, len(text.tokens))
     windows = text.tokens[: len(text.tokens) // window * window].reshape(-1, window)
     count = min(len(windows), max(1, tokens // window))
-    chosen = windows[[i * len(windows) // count for i in range(count)]]
-    return torch.from_numpy(chosen.astype(np.int64)), text.name
+    return torch.from_numpy(windows[[i * len(windows) // count for i in range(count)]].astype(np.int64)), text.name
 
 
 def measure(model: VirtualWidthForCausalLM, ids: Tensor, batch_bytes: int = BATCH_BYTES) -> dict[str, Any]:

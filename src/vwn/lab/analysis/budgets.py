@@ -134,8 +134,7 @@ class Decayed:
             return loss_at(self.curve, tokens), False
         if self.law is None or not first / REACH <= tokens <= last * REACH:
             return None, True
-        near = first if tokens < first else last
-        gain = self.law.scale * (tokens**-self.law.power - near**-self.law.power)
+        gain = self.law.scale * (tokens**-self.law.power - (first if tokens < first else last) ** -self.law.power)
         return self.curve.losses[0 if tokens < first else -1] + gain, True
 
     def tokens_for(self, loss: float) -> tuple[float | None, bool]:
@@ -174,8 +173,7 @@ def fit_law(curves: list[Curve]) -> Law | None:
     seeds = np.repeat(np.eye(len(curves)), [curve.tokens.size for curve in curves], axis=0)
 
     def solve(power: float) -> tuple[float, float]:
-        falls = (tokens / tokens.max()) ** -power
-        design = np.column_stack([seeds, falls])
+        design = np.column_stack([seeds, (tokens / tokens.max()) ** -power])
         found = np.linalg.lstsq(design, losses, rcond=None)[0]
         return float(((design @ found - losses) ** 2).sum()), float(found[-1])
 

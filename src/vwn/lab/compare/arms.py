@@ -140,8 +140,7 @@ def _value(text: str, kind: Any, what: str) -> Any:
     try:
         return kind(text)
     except ValueError:
-        noun = "a whole number" if kind is int else "a number"
-        raise UserError(f"{what} must be {noun}; got {text!r}") from None
+        raise UserError(f"{what} must be a {'whole ' if kind is int else ''}number; got {text!r}") from None
 
 
 def _check(arm: Arm, text: str) -> None:

@@ -89,7 +89,7 @@ class CompareConfig:
     """Folder of an earlier comparison of the same budget (with its report.json), which the report compares this one
     with."""
     resume: bool = False
-    """Continue the comparison in --out; finished arms are not repeated, and arms and seeds may be added."""
+    """Continue the comparison in --out, or start it; finished arms are not repeated, arms and seeds may be added."""
 
     def check(self) -> None:
         """Refuse what no comparison can do, before anything is read or written."""
