@@ -158,7 +158,7 @@ def test_lora(run, text, tmp_path):
                          num_attention_heads=2)  # fmt: skip
     plain = perturb(AutoModelForCausalLM.from_config(config), scale=0.1)
     plain.save_pretrained(tmp_path / "plain")
-    before = vwn.widen(plain, m=4, n=8).state_dict()
+    before = vwn.widen(plain, m=1, n=4).state_dict()
     options = ["--steps=3", "--window=32", "--batch-size=2", "--rank=2", "--checkpoint", tmp_path / "plain"]
     assert "trainable params" in run("lora", text, tmp_path / "out", *options)
     after = load_file(tmp_path / "out" / "model.safetensors")
