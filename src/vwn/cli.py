@@ -88,7 +88,7 @@ class WidenConfig:
     """Give a trained model virtual width; its logits stay the same."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A folder with any causal language model of transformers, or a hub id."""
+    """A folder with any causal language model of transformers, or a hub id owner/name."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the widened model; must not hold one."""
     m: int = 1

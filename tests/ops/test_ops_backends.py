@@ -309,7 +309,7 @@ def test_other_derivatives_are_refused(backend):
     state = torch.randn(2, 12, requires_grad=True)
     with pytest.raises(UserError, match="no forward-mode derivative"):
         torch.func.jvp(c.read, (state,), (state,))
-    with pytest.raises(UserError, match=r"no torch\.func"):
+    with pytest.raises(UserError, match=r"torch\.func has no derivative"):
         torch.func.grad(lambda x: c.read(x).sum())(state)
     (first,) = torch.autograd.grad(c.read(state).pow(2).sum(), state, create_graph=True)
     with pytest.raises(UserError, match="no second derivative"):

@@ -57,8 +57,8 @@ def widen(
             RMSNorm or LayerNorm; needs integer ``r``.
         check: compare the logits before and after on random ids.
         options: fields of :class:`VirtualWidthConfig` that leave the function alone: ``connection``, ``dynamic``,
-            ``carry_constraint`` (not ``"doubly_stochastic"``, nor ``"mhc"``: these start near it), ``num_mtp_modules``
-            (new and untrained ones) and ``mtp_loss_weight``.
+            ``carry_constraint``, ``num_mtp_modules`` (new and untrained ones) and ``mtp_loss_weight``. ``"mhc"`` and,
+            with several segments, ``"doubly_stochastic"`` only start near it.
 
     Returns:
         the widened model, in the same mode, dtype and place.

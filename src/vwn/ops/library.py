@@ -191,8 +191,10 @@ def _differentiated(
 
     def call(*inputs: Any) -> Any:
         if _is_seen(inputs):
-            if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-                raise UserError("the connections have no forward-mode derivative and no torch.func; use torch.autograd")
+            func = torch._C._functorch
+            levels = () if torch.compiler.is_compiling() else func.get_interpreter_stack() or ()
+            if any(level.key() == func.TransformType.Grad for level in levels):
+                raise UserError("torch.func has no derivative of the connections; use torch.autograd")
             return op(*inputs)
         return Differentiated.apply(*inputs) if torch.is_grad_enabled() else forward_(*inputs)
 

@@ -145,8 +145,7 @@ class MultiTokenLoss(BaseLoss):
         for ahead, logits in enumerate(pred[1:], 1):
             targets = roll_mtp_sequence(labels, shift=ahead, fill_value=IGNORE_INDEX, positions=kwargs.get("positions"))
             further = self.fn(logits, targets, global_vocab_size=self.vocab_size)
-            count = (targets != IGNORE_INDEX).sum().clamp(min=1)
-            loss = loss + self.weight * counted / count * further
+            loss = loss + self.weight * counted / (targets != IGNORE_INDEX).sum().clamp(min=1) * further
         return loss if global_valid_tokens is None else loss / global_valid_tokens, {}
 
 

@@ -137,8 +137,7 @@ def _heat_map(figure: Figure, axes: Axes, grid: np.ndarray, rows: list[str], aro
     axes.invert_yaxis()
     axes.spines[:].set_visible(False)
     _label(axes, "y", rows, 0.5)
-    bar = figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.02)
-    bar.outline.set_visible(False)
+    figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.02).outline.set_visible(False)
 
 
 def _label(
