@@ -68,7 +68,8 @@ def test_a_type(model_type: str) -> None:
     check_generation(model, wide)
     check_attention(model_type)
     if model_type in ADDED_LOSSES:
-        wide = widen(zoo.tiny_causal_lm(model_type, **ADDED_LOSSES[model_type]), m=2, n=3)
+        model = zoo.tiny_causal_lm(model_type, **ADDED_LOSSES[model_type])
+        wide = widen(model, m=2, n=3)
     check_loss(model_type, model, wide)
 
 
