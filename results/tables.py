@@ -220,9 +220,9 @@ def late_rates() -> str:
     lines = [["0.006", "the study's", *(both(decayed("plain", [0])[b]) for b in ("8M", "16M", "32M"))]]
     for entry in read("long/rates.json"):
         if entry["seed"] == 0:
-            where = entry.get("created_on", "the study's")
-            cells = [*map(both, entry["decayed"]), ""][:3]
-            lines.append([f"{entry['learning_rate']:g}", where, *cells])
+            found = {budget(point["tokens"]): both(point) for point in entry["decayed"]}
+            cells = [found.get(b, "") for b in ("8M", "16M", "32M")]
+            lines.append([f"{entry['learning_rate']:g}", entry.get("where", "the study's"), *cells])
     return rows(["rate", "machine", "8 M", "16 M", "32 M"], lines)
 
 

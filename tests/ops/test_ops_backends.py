@@ -314,3 +314,4 @@ def test_other_derivatives_are_refused(backend):
     (first,) = torch.autograd.grad(c.read(state).pow(2).sum(), state, create_graph=True)
     with pytest.raises(UserError, match="no second derivative"):
         first.sum().backward()
+    torch.testing.assert_close(torch.vmap(c.read)(state), c.read(state))
