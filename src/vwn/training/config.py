@@ -58,8 +58,8 @@ class WidthOptions:
     mtp_loss_weight: float = 0.3
     """Weight of each further token's loss."""
     connection: Literal["ghc", "hc", "mhc"] = "ghc"
-    """Connection between sublayers: Generalized Hyper-Connections (virtual width), Hyper-Connections (m = 1;
-    Frac-Connections where n = m), or manifold-constrained Hyper-Connections (m = 1)."""
+    """Connection between sublayers: Generalized Hyper-Connections (virtual width), Hyper-Connections (with n = m
+    Frac-Connections), or manifold-constrained Hyper-Connections (m = 1)."""
     carry_constraint: Literal["none", "identity", "doubly_stochastic"] = "none"
     """Constraint on the carry matrix of `ghc`; `identity` keeps it where it starts."""
     static: bool = False
