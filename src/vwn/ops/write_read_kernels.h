@@ -48,6 +48,7 @@ template <class C, int RI, int RV> __attribute__((noinline)) void tile_nn(const 
   for (int term = 0; term < p.count; term++) {
     const Term<C>& t = p.terms[term];
     const C *a = t.a + i0 * t.ai, *b = t.b + w0;
+#pragma GCC unroll 4
     for (int64_t k = 0; k < t.K; k++) {
       vec row[RV];
       for (int v = 0; v < RV; v++) row[v] = at(b + k * t.ldb + v * L);
