@@ -67,9 +67,9 @@ def average(points: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: mean(point[key] for point in points) for key in ("loss", "loss_2")}
 
 
-def decayed(arm: str, seeds: Iterable[int]) -> dict[str, dict[str, Any]]:
-    """Return the decayed losses of an arm of the long study by budget, means over `seeds`."""
-    runs = [run for run in read("long/report.json")["arms"] if run["name"] == arm and run["seed"] in set(seeds)]
+def decayed(arm: str, seeds: Iterable[int], study: str = "long") -> dict[str, dict[str, Any]]:
+    """Return the decayed losses of an arm of a study by budget, means over `seeds`."""
+    runs = [run for run in read(f"{study}/report.json")["arms"] if run["name"] == arm and run["seed"] in set(seeds)]
     tokens = [point["tokens"] for point in runs[0]["decayed"]]
     points = [[p for run in runs for p in run["decayed"] if p["tokens"] == t] for t in tokens]
     return {budget(t): average(of_budget) for t, of_budget in zip(tokens, points, strict=True)}
@@ -190,7 +190,8 @@ def identity() -> str:
     for arm in dict.fromkeys(arm for arm, _, _ in runs):
         for b in dict.fromkeys(b for name, _, b in runs if name == arm):
             seeds = sorted(s for name, s, of in runs if (name, of) == (arm, b))
-            pairs = [(runs[arm, s, b], decayed(arm, [s])[b]) for s in seeds]
+            study = "controls-4m" if arm == "1x4" else "long"  # the same machine, where it has them
+            pairs = [(runs[arm, s, b], decayed(arm, [s], study)[b]) for s in seeds]
             cells = [with_error([ours[key] - theirs[key] for ours, theirs in pairs]) for key in ("loss", "loss_2")]
             reached = both(average([ours for ours, _ in pairs]))
             lines.append([f"`{arm}`", b.replace("M", " M"), ", ".join(map(str, seeds)), reached, *cells])
