@@ -120,7 +120,7 @@ def test_an_existing_directory_is_refused(done, text):
 
 def test_other_settings_are_refused_on_resume(done, text):
     out, _ = done
-    with pytest.raises(UserError, match="batch_size"):
+    with pytest.raises(UserError, match="--batch-size 4, not 8"):
         compare(two_arms(out, text, optim=OptimConfig(steps=6, batch_size=8, learning_rate=1e-2), resume=True))
 
 
@@ -144,7 +144,7 @@ def test_untuned_rates_are_named(tmp_path, text, capsys, changes, expected):
 def test_a_rate_that_cannot_be_taken_on_does_no_harm(done, text):
     out, _ = done
     before = json.loads((out / "report.json").read_text())["arms"]
-    with pytest.raises(UserError, match=r"learning_rate = 0.005, not 0.004"):
+    with pytest.raises(UserError, match=r"--learning-rate 0.005, not 0.004"):
         compare(two_arms(out, text, learning_rates=("1x1=0.004",), resume=True))
     assert json.loads((out / "report.json").read_text())["arms"] == before
     assert compare(adopt(CompareConfig(out=out, resume=True), given={"out", "resume"}))["arms"] == before

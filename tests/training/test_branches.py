@@ -165,7 +165,7 @@ def test_a_constant_run_made_longer_is_the_long_run(tmp_path, text):
 def test_a_cosine_cannot_be_made_longer(finished):
     run, _ = finished
     longer = dataclasses.replace(run, resume=True, optim=dataclasses.replace(run.optim, steps=30))
-    with pytest.raises(UserError, match=r"optim\.steps = 20, not 30; only a run with a constant rate"):
+    with pytest.raises(UserError, match=r"--steps 20, not 30; only a run with a constant rate"):
         train(longer)
 
 
