@@ -190,7 +190,7 @@ def identity() -> str:
     for arm in dict.fromkeys(arm for arm, _, _ in runs):
         for b in dict.fromkeys(b for name, _, b in runs if name == arm):
             seeds = sorted(s for name, s, of in runs if (name, of) == (arm, b))
-            study = "controls-4m" if arm == "1x4" else "long"  # the same machine, where it has them
+            study = "controls-4m" if arm == "1x4" else "long"  # that of the identity runs' machine, for the arm it has
             pairs = [(runs[arm, s, b], decayed(arm, [s], study)[b]) for s in seeds]
             cells = [with_error([ours[key] - theirs[key] for ours, theirs in pairs]) for key in ("loss", "loss_2")]
             reached = both(average([ours for ours, _ in pairs]))

@@ -144,7 +144,7 @@ def test_untuned_rates_are_named(tmp_path, text, capsys, changes, expected):
 def test_a_rate_that_cannot_be_taken_on_does_no_harm(done, text):
     out, _ = done
     before = json.loads((out / "report.json").read_text())["arms"]
-    with pytest.raises(UserError, match=r"--learning-rate 0.005, not 0.004"):
+    with pytest.raises(UserError, match=r"the arm in .* with learning_rate 0.005, not 0.004"):
         compare(two_arms(out, text, learning_rates=("1x1=0.004",), resume=True))
     assert json.loads((out / "report.json").read_text())["arms"] == before
     assert compare(adopt(CompareConfig(out=out, resume=True), given={"out", "resume"}))["arms"] == before

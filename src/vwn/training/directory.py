@@ -77,11 +77,13 @@ def check_same(directory: Path, stored: dict[str, Any], asked: dict[str, Any], k
         if name in FREE or name.startswith("reliability.") or extends(name, stored, value):
             continue
         if stored.get(name) != value and not (name in PATHS and _agree(stored.get(name), value)):
-            option = "--" + name.rpartition(".")[2].replace("_", "-")
+            was, field = stored.get(name), name.rpartition(".")[2]
+            option = field if kind == "arm" else "--" + field.replace("_", "-")  # an arm's are of another form
+            given = f"without {option}" if was is False or was in (None, []) else f"with {option} {was}"
             longer = "; only a run with a constant rate, or one with --budgets, can be made longer, and none shorter"
             raise UserError(
-                f"the {kind} in {directory} was started with {option} {stored.get(name)!r}, not {value!r}"
-                f"{longer if option == '--steps' else ''}; drop the option to continue it, or choose another --out"
+                f"the {kind} in {directory} was started {given}, not {value}"
+                f"{longer if name == 'optim.steps' else ''}; drop the option to continue it, or choose another --out"
             )
 
 

@@ -258,7 +258,7 @@ def check_runs(config: CompareConfig, sizes: dict[str, Sizes] | None = None) -> 
                 asked = directory.settings(run)
                 if run.optim.learning_rate is None:  # swept, or the preset's
                     del asked["optim.learning_rate"]
-                directory.check_same(run.out, directory.read_json(path).get("config", {}), asked)
+                directory.check_same(run.out, directory.read_json(path).get("config", {}), asked, "arm")
 
 
 def start_rate(config: CompareConfig, run: TrainConfig) -> float:

@@ -1,7 +1,4 @@
-"""Make the report of each folder again: `python -m vwn.lab.report results/widths ...`.
-
-It is made from report.json, or from the runs that have ended by now in the folder of a comparison.
-"""
+"""Make the report of each folder again, from report.json or the runs of a comparison that have ended by now."""
 
 import argparse
 from pathlib import Path
