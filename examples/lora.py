@@ -20,15 +20,16 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3)
     given = parser.parse_args()
 
+    data = torch.tensor(list(given.text.read_bytes()))
+    if len(data) < given.window:
+        parser.error(f"{given.text} has {len(data)} bytes; a window takes {given.window}")
+
     torch.manual_seed(given.seed)
+    new = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4)
     if given.checkpoint:
         plain = AutoModelForCausalLM.from_pretrained(given.checkpoint)
     else:
-        plain = AutoModelForCausalLM.from_config(
-            LlamaConfig(
-                vocab_size=256, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4
-            )
-        )
+        plain = AutoModelForCausalLM.from_config(new)
     lora = LoraConfig(r=given.rank, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(vwn.widen(plain, m=given.m, n=given.n), lora)
     # At their start the connections are the plain residual stream; without training them the width is of no use.
@@ -37,7 +38,6 @@ def main() -> None:
             parameter.requires_grad_(True)
     model.print_trainable_parameters()
 
-    data = torch.tensor(list(given.text.read_bytes()))
     adam = torch.optim.AdamW(vwn.parameter_groups(model, given.rate, weight_decay=0.0))
     for step in range(given.steps):
         starts = torch.randint(len(data) - given.window + 1, (given.batch_size,)).tolist()

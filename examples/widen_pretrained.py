@@ -33,6 +33,8 @@ def main() -> None:
     given = parser.parse_args()
 
     data = torch.tensor(list(given.text.read_bytes()))
+    if len(data) < given.window:
+        parser.error(f"{given.text} has {len(data)} bytes; a window takes {given.window}")
     plain = AutoModelForCausalLM.from_pretrained(given.checkpoint or small_llama(given.seed, given.out / "plain"))
     with torch.no_grad():
         before = plain.eval()(data[None, : given.window]).logits  # the two share their weights from here on

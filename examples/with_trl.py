@@ -62,15 +62,8 @@ def main() -> None:
 
     set_seed(0)
     checkpoint = given.checkpoint or small_checkpoint(given.out / "start")
-    shared = dict(
-        output_dir=str(given.out),
-        max_steps=given.steps,
-        per_device_train_batch_size=4,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        bf16=False,
-    )
+    shared = dict(output_dir=str(given.out), max_steps=given.steps, per_device_train_batch_size=4, logging_steps=1)
+    shared |= dict(report_to="none", save_strategy="no", bf16=False)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     if given.task == "sft":
         model = AutoModelForCausalLM.from_pretrained(checkpoint)

@@ -92,13 +92,17 @@ def test_both_are_causal_and_learn(name, request, text):
     assert F.cross_entropy(before[0, :-1], ids[0, 1:]).isfinite()
 
 
-def test_gpt_from_the_command_line(run, text, tmp_path):
+def test_gpt_from_the_command_line(run, text):
     sizes = [f"--{name}={value}" for name, value in SIZES.items()]
     assert "step     2" in run("gpt_vwn", text, "--steps=2", "--sample=4", "--m=2", "--n=3", *sizes)
-    short = tmp_path / "short.txt"
-    short.write_text("few")
-    with pytest.raises(SystemExit):
-        run("gpt", short)
+
+
+@pytest.mark.parametrize("name", ["gpt", "gpt_vwn", "train_with_trainer", "widen_pretrained", "lora"])
+def test_a_text_shorter_than_a_window_is_refused(run, tmp_path, capsys, name):
+    (tmp_path / "short.txt").write_text("few")
+    with pytest.raises(SystemExit) as stopped:
+        run(name, tmp_path / "short.txt", *([] if name.startswith("gpt") else [tmp_path / "out"]))
+    assert "short.txt has 3 bytes; a window takes 12" in f"{stopped.value} {capsys.readouterr().err}"
 
 
 def test_trainer(run, text, tmp_path):
@@ -151,7 +155,6 @@ def test_widen(run, text, tmp_path):
 
 def test_lora(run, text, tmp_path):
     pytest.importorskip("peft")
-    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
