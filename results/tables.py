@@ -126,27 +126,34 @@ def fewer_2() -> str:
 
 @table("long/baselines")
 def baselines() -> str:
-    """Write how many times fewer tokens wide models need for the losses of plain at half the rate, and of `1x1`."""
-    half = next(entry for entry in read("long/rates.json") if entry["seed"] == 0)
+    """Write how many times fewer tokens wide models need at other rates, and against `1x1`."""
+    elsewhere = "another machine"
+    late = {(e.get("arm", "plain"), e.get("where")): e for e in read("long/rates.json") if e["learning_rate"] == 3e-3}
+    half = {key: {0: entry["decayed"]} for key, entry in late.items() if entry["seed"] == 0}
     residuals: dict[int, list[dict[str, Any]]] = {}
     for run in read("long/without-width.json")["runs"]:
         if run["arm"] == "1x1":
             residuals.setdefault(run["seed"], []).append(run)
     lines = []
-    for name, points in (("plain at 3e-3", {0: half["decayed"]}), ("`1x1`", residuals)):
-        report = read("long/report.json")
-        report["arms"] = [run for run in report["arms"] if run["seed"] in points]
+    for name, replaced, arms in (
+        ("plain at 3e-3", {"plain": half["plain", None]}, ("1x4", "4x16", "4x32")),
+        ("plain at 3e-3, `1x4` too", {arm: half[arm, elsewhere] for arm in ("plain", "1x4")}, ("1x4",)),
+        ("`1x1`", {"plain": residuals}, ("1x4", "4x16", "4x32")),
+    ):
+        report, points = read("long/report.json"), replaced["plain"]
+        report["arms"] = [r for r in report["arms"] if r["seed"] in points and r["name"] in ("plain", *arms)]
         for run in report["arms"]:
-            if run["name"] == "plain":
-                run["decayed"] = points[run["seed"]]
+            if run["name"] in replaced:
+                run["decayed"] = replaced[run["name"]][run["seed"]]
         studies = budget_studies(add_analysis(report))
         for b in [budget(point["tokens"]) for point in points[0]][-3:]:
             cells = []
-            for arm in ("1x4", "4x16", "4x32"):
+            for arm in arms:
                 found = [{budget(t): f for t, f in study.tokens_factors[arm].items()}[b] for study in studies.values()]
-                cells.append(" / ".join(f.text(".2f").replace(" (one seed)", "") for f in found))
+                texts = [f.text(".2f") + " (extrapolated)" * f.extrapolated for f in found]
+                cells.append(" / ".join(text.replace(" (one seed)", "") for text in texts))
             seeds = ", ".join(map(str, sorted(found[0].by_seed)))
-            lines.append([name, b.replace("M", " M"), seeds, *cells])
+            lines.append([name, b.replace("M", " M"), seeds, *cells, *[""] * (3 - len(arms))])
     return rows(["baseline", "tokens", "seeds", "`1x4`", "`4x16`", "`4x32`"], lines)
 
 
@@ -190,7 +197,7 @@ def identity() -> str:
     for arm in dict.fromkeys(arm for arm, _, _ in runs):
         for b in dict.fromkeys(b for name, _, b in runs if name == arm):
             seeds = sorted(s for name, s, of in runs if (name, of) == (arm, b))
-            study = "controls-4m" if arm == "1x4" else "long"  # that of the identity runs' machine, for the arm it has
+            study = "long" if arm == "4x32" else "controls-4m"  # where the identity runs' machine has the arm
             pairs = [(runs[arm, s, b], decayed(arm, [s], study)[b]) for s in seeds]
             cells = [with_error([ours[key] - theirs[key] for ours, theirs in pairs]) for key in ("loss", "loss_2")]
             reached = both(average([ours for ours, _ in pairs]))
@@ -217,14 +224,16 @@ def long_rates() -> str:
 
 @table("long/rates-late")
 def late_rates() -> str:
-    """Write plain's losses at lower rates and larger budgets, seed 0."""
-    lines = [["0.006", "the study's", *(both(decayed("plain", [0])[b]) for b in ("8M", "16M", "32M"))]]
-    for entry in read("long/rates.json"):
-        if entry["seed"] == 0:
-            found = {budget(point["tokens"]): both(point) for point in entry["decayed"]}
-            cells = [found.get(b, "") for b in ("8M", "16M", "32M")]
-            lines.append([f"{entry['learning_rate']:g}", entry.get("where", "the study's"), *cells])
-    return rows(["rate", "machine", "8 M", "16 M", "32 M"], lines)
+    """Write the losses at lower rates and larger budgets, seed 0."""
+    lines, budgets = [], ("8M", "16M", "32M")
+    for arm in ("plain", "1x4"):
+        lines.append([f"`{arm}`", "0.006", "the study's", *(both(decayed(arm, [0])[b]) for b in budgets)])
+        for entry in read("long/rates.json"):
+            if entry["seed"] == 0 and entry.get("arm", "plain") == arm:
+                found = {budget(point["tokens"]): both(point) for point in entry["decayed"]}
+                place = entry.get("where", "the study's")
+                lines.append([f"`{arm}`", f"{entry['learning_rate']:g}", place, *(found[b] for b in budgets)])
+    return rows(["model", "rate", "machine", "8 M", "16 M", "32 M"], lines)
 
 
 @table("long/table-40")
