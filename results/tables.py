@@ -127,9 +127,8 @@ def fewer_2() -> str:
 @table("long/baselines")
 def baselines() -> str:
     """Write how many times fewer tokens wide models need at other rates, and against `1x1`."""
-    elsewhere = "another machine"
-    late = {(e.get("arm", "plain"), e.get("where")): e for e in read("long/rates.json") if e["learning_rate"] == 3e-3}
-    half = {key: {0: entry["decayed"]} for key, entry in late.items() if entry["seed"] == 0}
+    late = [e for e in read("long/rates.json") if e["seed"] == 0 and e["learning_rate"] == 3e-3]
+    half = {(e.get("arm", "plain"), e.get("where")): {0: e["decayed"]} for e in late}
     residuals: dict[int, list[dict[str, Any]]] = {}
     for run in read("long/without-width.json")["runs"]:
         if run["arm"] == "1x1":
@@ -137,7 +136,7 @@ def baselines() -> str:
     lines = []
     for name, replaced, arms in (
         ("plain at 3e-3", {"plain": half["plain", None]}, ("1x4", "4x16", "4x32")),
-        ("plain at 3e-3, `1x4` too", {arm: half[arm, elsewhere] for arm in ("plain", "1x4")}, ("1x4",)),
+        ("plain at 3e-3, `1x4` too", {arm: half[arm, "another machine"] for arm in ("plain", "1x4")}, ("1x4",)),
         ("`1x1`", {"plain": residuals}, ("1x4", "4x16", "4x32")),
     ):
         report, points = read("long/report.json"), replaced["plain"]
@@ -197,7 +196,7 @@ def identity() -> str:
     for arm in dict.fromkeys(arm for arm, _, _ in runs):
         for b in dict.fromkeys(b for name, _, b in runs if name == arm):
             seeds = sorted(s for name, s, of in runs if (name, of) == (arm, b))
-            study = "long" if arm == "4x32" else "controls-4m"  # where the identity runs' machine has the arm
+            study = "long" if arm == "4x32" else "controls-4m"  # of the identity runs' machine, which has no 4x32
             pairs = [(runs[arm, s, b], decayed(arm, [s], study)[b]) for s in seeds]
             cells = [with_error([ours[key] - theirs[key] for ours, theirs in pairs]) for key in ("loss", "loss_2")]
             reached = both(average([ours for ours, _ in pairs]))
@@ -232,7 +231,7 @@ def late_rates() -> str:
             if entry["seed"] == 0 and entry.get("arm", "plain") == arm:
                 found = {budget(point["tokens"]): both(point) for point in entry["decayed"]}
                 place = entry.get("where", "the study's")
-                lines.append([f"`{arm}`", f"{entry['learning_rate']:g}", place, *(found[b] for b in budgets)])
+                lines.append([f"`{arm}`", f"{entry['learning_rate']:g}", place, *(found.get(b, "") for b in budgets)])
     return rows(["model", "rate", "machine", "8 M", "16 M", "32 M"], lines)
 
 
